@@ -1,0 +1,108 @@
+"""``python -m bench gpu``: tests, ceilings, then every workload for every provider, in a budget.
+
+No ratio is given unless the tests pass.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import providers
+from .measure import Bench, Budget, CudaTimer, Effort, Timer, describe
+from .providers import Provider
+from .report import ROOT, Report, card, environment
+from .workloads import Workload
+
+TEST_COMMAND = (
+    sys.executable, "-m", "pytest", "-q", "-x", "tests", "--ignore=tests/bench",
+    "-p", "no:cacheprovider",
+)  # fmt: skip
+TEST_SHARE = 0.4
+EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
+COPY_BYTES = 4 * 2**30
+MATRIX_SIZE = 8192
+CEILING_REPETITIONS = 20
+
+
+def run_gpu(
+    out: Path,
+    workloads: Sequence[Workload],
+    budget: Budget,
+    *,
+    device: torch.device | None = None,
+    timer: Timer | None = None,
+    sweeps: Sequence[Sequence[Provider]] | None = None,
+    test_command: Sequence[str] = TEST_COMMAND,
+    effort: Effort = EFFORT,
+    copy_bytes: int = COPY_BYTES,
+    matrix_size: int = MATRIX_SIZE,
+) -> int:
+    """Runs everything and prints the short report; 0 if the tests passed, else 1."""
+    device = device or torch.device("cuda")
+    facts = environment(device)
+    name = (facts.get("card") or {}).get("name", device.type)
+    report = Report(out, f"Double attention on {name}, bfloat16")
+    report.record(**facts, budget_seconds=budget.seconds)
+
+    outcome = run_tests(test_command, TEST_SHARE * budget.left, out / "tests.txt")
+    report.record(tests=outcome)
+    passed = outcome.startswith("passed")
+    if not passed:
+        report.with_ratios = False
+        report.notes.append(f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}")
+
+    timer = timer or CudaTimer()
+    ceilings = measure_ceilings(timer, device, copy_bytes, matrix_size)
+    report.record(ceilings=ceilings)
+    report.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in ceilings.items()))
+
+    bench = Bench(device, torch.bfloat16, timer, effort, budget)
+    bench.run(workloads, providers.gpu_sweeps() if sweeps is None else sweeps, report.add)
+    report.record(card_afterwards=card(), seconds_used=round(budget.seconds - budget.left, 1))
+    print(report.finish(short=True))
+    return 0 if passed else 1
+
+
+def run_tests(command: Sequence[str], limit: float, log: Path) -> str:
+    """How the tests ended, in one line that begins with ``passed`` only if they did."""
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            ended = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    if ended.returncode == 0:
+        return f"passed: {lines[-1]}"
+    return f"failed with exit status {ended.returncode}: {lines[-1]}"
+
+
+def measure_ceilings(
+    timer: Timer, device: torch.device, copy_bytes: int, size: int
+) -> dict[str, float | str]:
+    """Rates of a large device copy (bytes read and written) and of a large bfloat16 product."""
+
+    def copy_rate() -> float:
+        source = torch.ones(copy_bytes, dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        return 2 * copy_bytes / best(lambda: (target.copy_(source),)) / 1e6
+
+    def matrix_rate() -> float:
+        a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+        return 2 * size**3 / best(lambda: (a @ b,)) / 1e9
+
+    def best(closure: providers.Closure) -> float:
+        times = [timer(closure, launches_count=False) for _ in range(CEILING_REPETITIONS)]
+        return sorted(times)[len(times) // 2]
+
+    rates: dict[str, float | str] = {}
+    for name, rate in (("copy GB/s", copy_rate), ("bfloat16 TFLOP/s", matrix_rate)):
+        try:
+            rates[name] = round(rate(), 1)
+        except Exception as error:
+            rates[name] = f"failed: {describe(error)}"
+    return rates

@@ -1,0 +1,136 @@
+"""The named workloads: shapes that real models give the block, and one photograph.
+
+The table is in order of importance: a run that ends early has measured the first ones.
+"""
+
+import difflib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SELECTIONS = ("quick", "default", "all")
+STEM_WIDTHS = (3, 64, 128, 256)
+
+
+class UnknownWorkloadError(ValueError):
+    pass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One shape of the block's input and of its maps.
+
+    ``cpu_n`` is the batch on a CPU. ``selection`` is the smallest selection that the workload is
+    part of. ``photographs`` are sample images of scikit-learn: the first one's feature map is what
+    is timed, the second one's what results are checked on.
+    """
+
+    name: str
+    n: int
+    c: int
+    positions: tuple[int, ...]
+    c_m: int
+    c_n: int
+    heads: int
+    origin: str
+    cpu_n: int = 1
+    selection: str = "all"
+    photographs: tuple[str, str] | None = None
+
+    def batch(self, device: torch.device) -> int:
+        return self.cpu_n if device.type == "cpu" else self.n
+
+    def features(self, device: torch.device, seed: int) -> Tensor:
+        """``(batch, c, *positions)`` in float32, of unit variance; ``seed`` is 0 or 1."""
+        shape = (self.batch(device), self.c, *self.positions)
+        if self.photographs is not None:
+            return photograph_features(self.photographs[seed]).to(device).expand(shape)
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=device)
+
+
+WORKLOADS = (
+    Workload(
+        "r50_conv3", 64, 512, (28, 28), 256, 256, 1, "A²-Net ResNet-50, conv3",
+        cpu_n=2, selection="default",
+    ),
+    Workload(
+        "r50_conv4", 64, 1024, (14, 14), 512, 512, 1, "A²-Net ResNet-50, conv4",
+        cpu_n=2, selection="default",
+    ),
+    Workload("yolo_p3", 16, 256, (80, 80), 64, 64, 1, "YOLOv8 at 640, stride 8"),
+    Workload("kinetics_conv3", 8, 512, (8, 28, 28), 256, 256, 1, "8-frame video, conv3"),
+    Workload("kinetics_conv4", 8, 1024, (8, 14, 14), 512, 512, 1, "8-frame video, conv4"),
+    Workload("volume_128", 1, 64, (128, 128, 128), 32, 32, 1, "3-D medical volume"),
+    Workload("hires_256", 4, 128, (256, 256), 128, 128, 4, "high-resolution restoration"),
+    Workload("seg_19", 4, 512, (64, 128), 512, 19, 1, "segmentation, one map a class"),
+    Workload(
+        "ddpm_64", 16, 128, (64, 64), 128, 128, 4, "diffusion U-Net linear attention",
+        cpu_n=1, selection="default",
+    ),
+    Workload("yolo_p4", 16, 512, (40, 40), 128, 128, 1, "YOLOv8 at 640, stride 16", cpu_n=2),
+    Workload("yolo_p5", 16, 512, (20, 20), 128, 128, 1, "YOLOv8 at 640, stride 32", cpu_n=4),
+    Workload("yolo_p3_b1", 1, 256, (80, 80), 64, 64, 1, "detection latency, stride 8"),
+    Workload(
+        "yolo_p5_b1", 1, 512, (20, 20), 128, 128, 1, "detection latency, stride 32",
+        selection="quick",
+    ),
+    Workload(
+        "r50_conv3_q", 64, 512, (28, 28), 128, 128, 1, "ResNet-50, conv3, c = C/4", cpu_n=2,
+    ),
+    Workload(
+        "r50_conv4_q", 64, 1024, (14, 14), 256, 256, 1, "ResNet-50, conv4, c = C/4", cpu_n=2,
+    ),
+    Workload(
+        "odd_7x7", 32, 2048, (7, 7), 512, 512, 1, "ResNet conv5, odd number of positions",
+        cpu_n=4, selection="default",
+    ),
+    Workload(
+        "photo_china", 1, 256, (54, 80), 128, 128, 1, "a photograph after a stride-8 stem",
+        selection="quick", photographs=("china.jpg", "flower.jpg"),
+    ),
+)  # fmt: skip
+
+
+def select(
+    names: Sequence[str], selection: str, table: Sequence[Workload] = WORKLOADS
+) -> list[Workload]:
+    """The workloads called ``names``, or without names those of a selection, in table order.
+
+    Raises:
+        UnknownWorkloadError: with the nearest name.
+    """
+    known = [w.name for w in table]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UnknownWorkloadError(
+                f"unknown workload {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}."
+            )
+    if names:
+        return [w for w in table if w.name in names]
+    included = SELECTIONS[: SELECTIONS.index(selection) + 1]
+    return [w for w in table if w.selection in included]
+
+
+def photograph_features(filename: str) -> Tensor:
+    """A sample image of scikit-learn after three convolutions of stride 2 with fixed weights.
+
+    Returns ``(1, 256, H/8, W/8)`` in float32; every channel has mean 0 and variance 1.
+    """
+    try:
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise RuntimeError(
+            "the photograph needs scikit-learn and Pillow: pip install 'da_triton[bench]'"
+        ) from error
+    pixels = torch.tensor(load_sample_image(filename)).permute(2, 0, 1)[None]
+    maps = pixels.float() / 127.5 - 1
+    generator = torch.Generator().manual_seed(0)
+    for c_in, c_out in itertools.pairwise(STEM_WIDTHS):
+        weight = torch.randn(c_out, c_in, 3, 3, generator=generator) * (2 / (9 * c_in)) ** 0.5
+        maps = nn.functional.conv2d(maps, weight, stride=2, padding=1).relu()
+    return nn.functional.instance_norm(maps)

@@ -1,0 +1,14 @@
+"""Double attention (A²-Nets, NeurIPS 2018) for PyTorch: Triton kernels, a layer, functions."""
+
+from ._version import __version__
+from .functional import distribute, double_attention, double_attention_block, gather
+from .modules import DoubleAttention
+
+__all__ = [
+    "DoubleAttention",
+    "__version__",
+    "distribute",
+    "double_attention",
+    "double_attention_block",
+    "gather",
+]

@@ -1,0 +1,262 @@
+"""Every refusal of the public functions: what was expected, what was given, what to do."""
+
+import numbers
+
+import torch
+from torch import Tensor
+
+from .cores import NAMES as BACKENDS
+
+ORDERS = ("AZ", "XZ", "AH", "XH")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def feature_map(name: str, x: Tensor) -> None:
+    """``(N, channels, *positions)`` with one to three position axes, floating, not empty."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            f"{name} must be (N, channels, *positions) with 1, 2 or 3 position axes, "
+            f"got shape {_shape(x)}. Add the missing axes, or flatten the extra ones."
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
+            f"Convert it with {name}.float()."
+        )
+    if any(size == 0 for size in x.shape[1:]):
+        raise ValueError(
+            f"{name} must have at least one channel and one position, got shape {_shape(x)}. "
+            "Only the batch may be empty."
+        )
+
+
+def one_kind(**tensors: Tensor | None) -> None:
+    """All tensors share one dtype and one device."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first, *others = given
+    for name in others:
+        if given[name].dtype != given[first].dtype:
+            raise TypeError(
+                f"{first} and {name} must share one dtype, got {given[first].dtype} and "
+                f"{given[name].dtype}. Convert one of them, or use torch.autocast."
+            )
+    one_device(**tensors)
+
+
+def one_device(**tensors: Tensor | None) -> None:
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first, *others = given
+    for name in others:
+        if given[name].device != given[first].device:
+            raise RuntimeError(
+                f"{first} and {name} must be on one device, got {given[first].device} and "
+                f"{given[name].device}. Move one of them with .to(device)."
+            )
+
+
+def same_positions(**maps: Tensor) -> None:
+    """Same batch and same position axes."""
+    (first, x), *others = maps.items()
+    for name, y in others:
+        if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"{first} and {name} must have the same batch and positions, got shapes "
+                f"{_shape(x)} and {_shape(y)}."
+            )
+
+
+def same_batch(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{first} and {name} must have the same batch, got shapes {_shape(x)} and {_shape(y)}."
+        )
+
+
+def heads(count: int, **channels: int) -> None:
+    """``heads`` divides every number of channels."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"heads must be a positive integer, got {count!r}.")
+    for name, c in channels.items():
+        if c % count:
+            raise ValueError(
+                f"heads must divide the channels of {name}, got heads={count} and {c} channels. "
+                f"Choose a divisor of {c}."
+            )
+
+
+def mask(keep: Tensor, x: Tensor, name: str) -> None:
+    """bool, ``(N, *positions)`` or ``(N, 1, *positions)``, on x's device."""
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor of bool, got {type(keep).__name__}.")
+    if keep.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool (True where a position takes part), got {keep.dtype}. "
+            "Compare first: mask != 0."
+        )
+    plain = (x.shape[0], *x.shape[2:])
+    if tuple(keep.shape) not in (plain, (plain[0], 1, *plain[1:])):
+        raise ValueError(
+            f"mask must have shape (N, *positions) = {tuple(plain)} or (N, 1, *positions) of "
+            f"{name}, got {_shape(keep)}."
+        )
+    one_device(**{name: x, "mask": keep})
+
+
+def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> None:
+    """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the maps' dtype and device."""
+    if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
+        raise TypeError(
+            "extra must be a pair (extra_a, extra_b) of tensors (1 or N, channels, K), "
+            f"got {type(tokens).__name__}."
+        )
+    for name, like_name, token, like in (
+        ("extra[0]", "a", tokens[0], a),
+        ("extra[1]", "b", tokens[1], b),
+    ):
+        if not isinstance(token, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(token).__name__}.")
+        if (
+            token.dim() != 3
+            or token.shape[0] not in (1, like.shape[0])
+            or token.shape[1] != like.shape[1]
+            or token.shape[2] == 0
+        ):
+            raise ValueError(
+                f"{name} must be (1 or N, channels, K) with N = {like.shape[0]} and "
+                f"{like.shape[1]} channels, as {like_name} has, and K ≥ 1; "
+                f"got shape {_shape(token)}."
+            )
+    if tokens[0].shape[2] != tokens[1].shape[2]:
+        raise ValueError(
+            f"extra_a and extra_b must have the same number K of tokens, got {tokens[0].shape[2]} "
+            f"and {tokens[1].shape[2]}."
+        )
+
+
+def number(**values: float) -> None:
+    """Plain numbers: the scales are hyperparameters, not tensors."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+            raise TypeError(
+                f"{name} must be a Python number, got {type(value).__name__}. For a learned scale, "
+                "multiply the tensor it belongs to."
+            )
+
+
+def descriptors(g: Tensor, v: Tensor) -> None:
+    """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32."""
+    if not isinstance(g, Tensor):
+        raise TypeError(f"g must be a torch.Tensor, got {type(g).__name__}.")
+    if g.dim() != 4 or 0 in g.shape[1:]:
+        raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
+    same_batch("g", g, "v", v)
+    if g.shape[1] * g.shape[3] != v.shape[1]:
+        raise ValueError(
+            f"v must have heads·n = {g.shape[1]}·{g.shape[3]} channels to fit g {_shape(g)}, "
+            f"got {v.shape[1]}."
+        )
+    if g.dtype not in (v.dtype, torch.float32) or (g.dtype != v.dtype and v.dtype == torch.float64):
+        raise TypeError(
+            f"g must have v's dtype, or float32 beside lower-precision maps; got {g.dtype} "
+            f"and {v.dtype}."
+        )
+    one_device(g=g, v=v)
+
+
+def positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def channels(x: Tensor, expected: int) -> None:
+    if x.shape[1] != expected:
+        raise ValueError(f"x must have {expected} channels (axis 1), got shape {_shape(x)}.")
+
+
+def choice(name: str, value, allowed) -> None:
+    if not any(type(value) is type(known) and value == known for known in allowed):
+        names = ", ".join(repr(known) for known in allowed)
+        raise ValueError(f"{name} must be one of {names}, got {value!r}.")
+
+
+def backend(name: str) -> None:
+    choice("backend", name, BACKENDS)
+
+
+def order(name: str, reconstruct: bool, backend: str) -> None:
+    choice("order", name, ("auto", *ORDERS))
+    if not reconstruct and name in ("AH", "XH"):
+        raise ValueError(
+            f"order={name!r} folds the last convolution into the descriptors, and there is none. "
+            "Use order='AZ', 'XZ' or 'auto', or give weight_out."
+        )
+    if backend == "eager" and name not in ("auto", "AZ"):
+        raise ValueError(
+            f"backend='eager' is the paper's own order, 'AZ'; got order={name!r}. "
+            "Use backend='torch' for another order."
+        )
+
+
+def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
+    """A pointwise weight as ``(out, in)``, from that or with trailing 1-axes."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(w).__name__}.")
+    if w.dim() < 2 or any(size != 1 for size in w.shape[2:]) or 0 in w.shape:
+        raise ValueError(
+            f"{name} must be (out, in), perhaps with trailing axes of size 1 as a pointwise "
+            f"convolution has them, got shape {_shape(w)}."
+        )
+    if w.shape[1] != in_channels:
+        raise ValueError(f"{name} must take {in_channels} channels, got shape {_shape(w)}.")
+    return w.flatten(1)
+
+
+def bias(name: str, b: Tensor | None, channels: int) -> None:
+    if b is None:
+        return
+    if not isinstance(b, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(b).__name__}.")
+    if tuple(b.shape) != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), got {_shape(b)}.")
+
+
+def block_weights(
+    x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
+):
+    """The block's weights by name, as ``(out, in)`` matrices that fit each other and x."""
+    channels = x.shape[1]
+    weight_a = weight("weight_a", weight_a, channels)
+    weight_b = weight("weight_b", weight_b, channels)
+    weight_v = weight("weight_v", weight_v, channels)
+    c_m, c_n = weight_a.shape[0], weight_b.shape[0]
+    if weight_v.shape[0] != c_n:
+        raise ValueError(
+            f"weight_b and weight_v must give the same number of maps, got {c_n} and "
+            f"{weight_v.shape[0]}."
+        )
+    bias("bias_a", bias_a, c_m)
+    bias("bias_b", bias_b, c_n)
+    bias("bias_v", bias_v, c_n)
+    out_channels = c_m
+    if weight_out is not None:
+        weight_out = weight("weight_out", weight_out, c_m)
+        out_channels = weight_out.shape[0]
+        bias("bias_out", bias_out, out_channels)
+    elif bias_out is not None:
+        raise ValueError("bias_out needs weight_out, which is None. Give both, or neither.")
+    if residual and out_channels != channels:
+        raise ValueError(
+            f"residual=True adds x, so the block must give x's {channels} channels; it gives "
+            f"{out_channels}."
+        )
+    return {
+        "weight_a": weight_a, "bias_a": bias_a, "weight_b": weight_b, "bias_b": bias_b,
+        "weight_v": weight_v, "bias_v": bias_v, "weight_out": weight_out, "bias_out": bias_out,
+    }  # fmt: skip
+
+
+def _shape(x: Tensor) -> tuple:
+    return tuple(x.shape)

@@ -1,0 +1,287 @@
+"""The core in Triton kernels: operators PyTorch knows about, and their gradients.
+
+``torch.ops.da_triton.gather``, ``gather_backward``, ``distribute`` and ``distribute_backward`` are
+opaque to the compiler: the tile and the split over positions are chosen inside, so a compiled model
+is not compiled again for another size. Each has a fake implementation with true strides and a FLOP
+formula; the forward operators have gradients. ``gather`` and ``distribute`` below wrap them in
+``torch.autograd.Function``, which ``torch.func`` can differentiate too.
+
+Second derivatives are taken through the ``torch`` backend.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..kernels import distribute as distribute_kernels
+from ..kernels import gather as gather_kernels
+from ..kernels import launch
+from . import aten
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
+# corrects the interpreter says so here.
+interpreter_has_bfloat16 = False
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Why the kernels cannot run on tensors like ``x``, or None."""
+    if x.dtype not in DTYPES:
+        return f"the kernels have no {x.dtype}; use one of {', '.join(map(str, DTYPES))}."
+    if launch.INTERPRETED:
+        if x.dtype == torch.bfloat16 and not interpreter_has_bfloat16:
+            return (
+                "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly. "
+                "Use float32 or float16 there."
+            )
+        return None
+    if not x.is_cuda:
+        return (
+            f"the tensors are on {x.device.type!r} and the kernels need a GPU. Move them to one, "
+            "use backend='torch', or set TRITON_INTERPRET=1 before importing da_triton to run "
+            "the kernels in Triton's interpreter."
+        )
+    return _gpu_obstacle(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _gpu_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0 or newer; {device} has {major}.{minor}."
+    return None
+
+
+def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """``G (N, heads, m, n)`` in float32 (float64 for float64 maps)."""
+    extra_a, extra_b = (None, None) if extra is None else extra
+    return Gather.apply(a, b, keep, extra_a, extra_b, float(logit_scale))[0]
+
+
+def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
+    """``Z (N, heads, m, L)`` in v's dtype and memory format."""
+    return Distribute.apply(g, v, float(scale), softmax, float(logit_scale))
+
+
+# --- gather ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("da_triton::gather", mutates_args=())
+def gather_op(
+    a: Tensor,
+    b: Tensor,
+    keep: Tensor | None,
+    extra_a: Tensor | None,
+    extra_b: Tensor | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """G and lse; see ``kernels.gather``. ``keep`` is ``(N, L)`` bool, tokens are more positions."""
+    sources = [(a, b, None if keep is None else keep.view(torch.uint8))]
+    if extra_a is not None and extra_b is not None:
+        sources.append((extra_a, extra_b, None))
+    return gather_kernels.gather_forward(sources, logit_scale)
+
+
+@gather_op.register_fake
+def _(a, b, keep, extra_a, extra_b, logit_scale):
+    batch, heads, c_m, _ = a.shape
+    g = a.new_empty((batch, heads, c_m, b.shape[2]), dtype=launch.accumulator(a.dtype))
+    return g, a.new_empty((batch, heads, b.shape[2]), dtype=launch.lse_dtype(a.dtype))
+
+
+@torch.library.custom_op("da_triton::gather_backward", mutates_args=())
+def gather_backward_op(
+    dg: Tensor,
+    a: Tensor,
+    b: Tensor,
+    keep: Tensor | None,
+    g: Tensor,
+    lse: Tensor,
+    logit_scale: float,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor]:
+    """dA and dB; empty where not needed."""
+    keep = None if keep is None else keep.view(torch.uint8)
+    da, db = gather_kernels.gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b)
+    return _or_empty(da, a), _or_empty(db, b)
+
+
+@gather_backward_op.register_fake
+def _(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
+    da = launch.empty_map_like(a) if need_a else None
+    db = launch.empty_map_like(b) if need_b else None
+    return _or_empty(da, a), _or_empty(db, b)
+
+
+def _gather_setup(ctx, inputs, output):
+    a, b, keep, extra_a, extra_b, ctx.logit_scale = inputs
+    g, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, keep, extra_a, extra_b, g, lse)
+
+
+def _gather_gradients(ctx, dg, _):
+    a, b, keep, extra_a, extra_b, g, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    if dg is None:
+        return (None,) * 6
+    if _wants_graph():
+
+        def forward(a, b, keep, extra_a, extra_b):
+            extra = None if extra_a is None else (extra_a, extra_b)
+            return aten.gather(a, b, keep=keep, extra=extra, logit_scale=ctx.logit_scale).to(
+                dg.dtype
+            )
+
+        return *_differentiable(forward, (a, b, keep, extra_a, extra_b), needs, dg), None
+    grads = [None, None, None, None, None, None]
+    for i, (features, maps, mask) in {0: (a, b, keep), 3: (extra_a, extra_b, None)}.items():
+        j = i + 1
+        if needs[i] or needs[j]:
+            da, db = gather_backward_op(
+                dg, features, maps, mask, g, lse, ctx.logit_scale, needs[i], needs[j]
+            )
+            grads[i], grads[j] = (da if needs[i] else None), (db if needs[j] else None)
+    return tuple(grads)
+
+
+gather_op.register_autograd(_gather_gradients, setup_context=_gather_setup)
+
+
+# What a recomputing block keeps: the results of these operators (G and lse).
+KEEP_WHEN_RECOMPUTING = [torch.ops.da_triton.gather.default]
+
+
+class Gather(torch.autograd.Function):
+    """``gather_op`` with its gradient. Keeps a, b, G and lse; neither P nor anything like it."""
+
+    @staticmethod
+    def forward(a, b, keep, extra_a, extra_b, logit_scale):
+        return gather_op(a, b, keep, extra_a, extra_b, logit_scale)
+
+    setup_context = staticmethod(_gather_setup)
+    backward = staticmethod(_gather_gradients)
+
+
+# --- distribute -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("da_triton::distribute", mutates_args=())
+def distribute_op(g: Tensor, v: Tensor, scale: float, softmax: bool, logit_scale: float) -> Tensor:
+    """Z; see ``kernels.distribute``."""
+    return distribute_kernels.distribute_forward(g, v, scale, softmax, logit_scale)
+
+
+@distribute_op.register_fake
+def _(g, v, scale, softmax, logit_scale):
+    return launch.empty_map_like(v, g.shape[2])
+
+
+@torch.library.custom_op("da_triton::distribute_backward", mutates_args=())
+def distribute_backward_op(
+    dz: Tensor,
+    g: Tensor,
+    v: Tensor,
+    scale: float,
+    softmax: bool,
+    logit_scale: float,
+    need_g: bool,
+    need_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """dG in float32 (float64 for float64 maps) and dV; empty where not needed."""
+    dg, dv = distribute_kernels.distribute_backward(
+        dz, g, v, scale, softmax, logit_scale, need_g, need_v
+    )
+    return _or_empty(dg, g), _or_empty(dv, v)
+
+
+@distribute_backward_op.register_fake
+def _(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
+    dg = g.new_empty(g.shape, dtype=launch.accumulator(v.dtype)) if need_g else None
+    dv = launch.empty_map_like(v) if need_v else None
+    return _or_empty(dg, g), _or_empty(dv, v)
+
+
+def _distribute_setup(ctx, inputs, output):
+    g, v, *ctx.options = inputs
+    ctx.save_for_backward(g, v)
+
+
+def _distribute_gradients(ctx, dz):
+    g, v = ctx.saved_tensors
+    scale, softmax, logit_scale = ctx.options
+    need_g, need_v = ctx.needs_input_grad[:2]
+    if _wants_graph():
+
+        def forward(g, v):
+            return aten.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
+
+        return *_differentiable(forward, (g, v), (need_g, need_v), dz), None, None, None
+    dg, dv = distribute_backward_op(dz, g, v, scale, softmax, logit_scale, need_g, need_v)
+    return dg.to(g.dtype) if need_g else None, dv if need_v else None, None, None, None
+
+
+distribute_op.register_autograd(_distribute_gradients, setup_context=_distribute_setup)
+
+
+class Distribute(torch.autograd.Function):
+    """``distribute_op`` with its gradient. Keeps G and v."""
+
+    @staticmethod
+    def forward(g, v, scale, softmax, logit_scale):
+        return distribute_op(g, v, scale, softmax, logit_scale)
+
+    setup_context = staticmethod(_distribute_setup)
+    backward = staticmethod(_distribute_gradients)
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def _or_empty(gradient, like):
+    """Operators return tensors: an empty one stands for a gradient nobody asked for."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def _wants_graph():
+    """Whether the backward pass is itself to be differentiated (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _differentiable(forward, inputs, needs, upstream):
+    """Gradients of ``forward`` as a graph that autograd can differentiate again."""
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(forward(*inputs), wanted, upstream, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _elements(*shape):
+    return functools.reduce(lambda x, y: x * y, shape, 1)
+
+
+@register_flop_formula(torch.ops.da_triton.gather)
+def gather_flops(a, b, keep, extra_a, extra_b, logit_scale, **_):
+    """Multiply-adds of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
+    extra = 0 if extra_a is None else extra_a[-1]
+    return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
+
+
+@register_flop_formula(torch.ops.da_triton.gather_backward)
+def gather_backward_flops(dg, a, b, keep, g, lse, logit_scale, need_a, need_b, **_):
+    return 2 * _elements(*a, b[2]) * (need_a + need_b)
+
+
+@register_flop_formula(torch.ops.da_triton.distribute)
+def distribute_flops(g, v, *_, **__):
+    return 2 * _elements(*v, g[2])
+
+
+@register_flop_formula(torch.ops.da_triton.distribute_backward)
+def distribute_backward_flops(dz, g, v, scale, softmax, logit_scale, need_g, need_v, **_):
+    return 2 * _elements(*v, g[2]) * (need_g + need_v)

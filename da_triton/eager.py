@@ -1,0 +1,73 @@
+"""The definition: double attention in plain PyTorch, one line for each formula of the paper.
+
+Chen et al., "A²-Nets: Double Attention Networks", NeurIPS 2018, arXiv 1810.11579, equations 2 to 5.
+Every other implementation is tested against this one. It is written to be read, not to be fast.
+
+The core works on ``(N, heads, channels, positions)``; the block on ``(N, channels, positions)``.
+"""
+
+import torch
+
+
+def gather_weights(b, keep=None, logit_scale=1.0):
+    """``P = softmax over positions (logit_scale · B)``.
+
+    A map whose positions are all masked gets zeros. Without a mask this is ``torch.softmax``: a map
+    of ``-inf`` alone, like one with ``+inf`` or NaN in it, gives NaN.
+    """
+    logits = logit_scale * b
+    if keep is None:
+        return logits.softmax(-1)
+    logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+    nothing_left = (logits == -torch.inf).all(-1, keepdim=True)
+    return logits.masked_fill(nothing_left, 0).softmax(-1).masked_fill(nothing_left, 0)
+
+
+def distribution_weights(v, softmax=True, logit_scale=1.0):
+    """``Q = softmax over maps (logit_scale · V)``, or ``logit_scale · V`` without the softmax."""
+    return (logit_scale * v).softmax(-2) if softmax else logit_scale * v
+
+
+def join_extra(a, b, keep, extra):
+    """Positions with the extra tokens behind them, which no mask touches."""
+    extra_a, extra_b = extra
+    if keep is not None:
+        keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_a.shape[-1])], -1)
+    return torch.cat([a, extra_a], -1), torch.cat([b, extra_b], -1), keep
+
+
+def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """``G = A Pᵀ``: for each of n maps, the weighted sum of the m features over positions."""
+    if extra is not None:
+        a, b, keep = join_extra(a, b, keep, extra)
+    if keep is not None:
+        a = a.masked_fill(~keep[:, None, None, :], 0)  # whatever it holds: it takes no part
+    return a @ gather_weights(b, keep, logit_scale).transpose(-1, -2)
+
+
+def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
+    """``Z = scale · G Q``: every position's mixture of the n descriptors."""
+    return scale * (g.to(v.dtype) @ distribution_weights(v, softmax, logit_scale))
+
+
+def block(
+    x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, *,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep,
+):  # fmt: skip
+    """The whole block as the paper draws it: three convolutions, the core, one convolution, + X."""
+
+    def convolution(maps, weight, bias):
+        out = weight @ maps
+        return out if bias is None else out + bias[:, None]
+
+    def split_heads(maps):
+        return maps.unflatten(1, (heads, -1))
+
+    def project(weight, bias):
+        return split_heads(convolution(x.to(weight.dtype), weight, bias))
+
+    a, b, v = project(weight_a, bias_a), project(weight_b, bias_b), project(weight_v, bias_v)
+    g = gather(a, b, keep=keep, logit_scale=logit_scale)
+    z = distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v).flatten(1, 2)
+    y = z if weight_out is None else convolution(z, weight_out, bias_out)
+    return x + y if residual else y

@@ -1,0 +1,311 @@
+"""The public functions: checks, autocast, choice of backend and order, shapes in and out."""
+
+import torch
+from torch import Tensor
+
+from . import checks, cores, eager, planner
+from .block import block
+
+
+def gather(
+    a: Tensor,
+    b: Tensor,
+    *,
+    heads: int = 1,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Global descriptors ``G = A softmax_positions(logit_scale · B)ᵀ`` (A²-Nets, equation 3).
+
+    Args:
+        a: features, ``(N, heads·m, *positions)`` with one to three position axes, any strides;
+            float16, bfloat16, float32 or float64.
+        b: attention maps, ``(N, heads·n, *positions)``, of a's dtype and device. Head-major along
+            the channels, like a.
+        heads: divides the channels of a and b.
+        logit_scale: factor on b before the softmax.
+        mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position takes
+            part. A map with no position left gives zeros.
+        backend: ``"auto"`` (Triton on a supported GPU, else ``"torch"``), ``"triton"``,
+            ``"torch"`` or ``"eager"`` (the definition).
+
+    Returns:
+        ``(N, heads, m, n)`` in the dtype of the maps (under autocast, the autocast dtype).
+
+    Raises:
+        ValueError: shapes, heads, backend name.
+        TypeError: dtypes, or arguments that are no tensors.
+        RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
+    """
+    checks.backend(backend)
+    _check_gather(a, b, heads, logit_scale, mask)
+    a, b = _autocast(a, b)
+    checks.one_kind(a=a, b=b)
+    core = cores.select(backend, b)
+    with _autocast_off(a):
+        g = core.gather(
+            _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
+        )
+    return g.to(a.dtype)
+
+
+def distribute(
+    g: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    softmax: bool = True,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Each position's mixture ``Z = scale · G softmax_maps(logit_scale · V)`` (A²-Nets, eq. 4).
+
+    Args:
+        g: descriptors, ``(N, heads, m, n)``, of v's dtype, or float32 beside lower precision.
+        v: attention vectors, ``(N, heads·n, *positions)``, any strides, positions of its own.
+        scale: factor on the result.
+        softmax: False distributes with ``logit_scale · V`` itself.
+        logit_scale: factor on v before the softmax.
+        backend: as in :func:`gather`.
+
+    Returns:
+        ``(N, heads·m, *positions of v)`` in v's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`gather`.
+    """
+    checks.backend(backend)
+    checks.feature_map("v", v)
+    checks.descriptors(g, v)
+    checks.number(scale=scale, logit_scale=logit_scale)
+    (v,) = _autocast(v)
+    g = g if g.dtype == torch.float32 else g.to(v.dtype)
+    core = cores.select(backend, v)
+    with _autocast_off(v):
+        z = core.distribute(
+            g, _by_head(v, g.shape[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
+        )
+    return _positions_of(z.flatten(1, 2), v)
+
+
+def double_attention(
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    *,
+    heads: int = 1,
+    logit_scale: float = 1.0,
+    logit_scale_v: float = 1.0,
+    scale: float = 1.0,
+    softmax_v: bool = True,
+    mask: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Double attention ``Z = scale · [A softmax_L(B)ᵀ] softmax_n(V)`` (A²-Nets, equation 5).
+
+    Args:
+        a: features, ``(N, heads·m, *positions)``.
+        b: attention maps, ``(N, heads·n, *positions)``, softmax over positions.
+        v: attention vectors, ``(N, heads·n, *positions of its own)``, softmax over maps.
+        heads: divides all channels; head-major along the channel axis.
+        logit_scale, logit_scale_v: factors on b and v before their softmax.
+        scale: factor on the result.
+        softmax_v: False distributes with ``logit_scale_v · V`` itself.
+        mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)`` of a and b, True where a position
+            takes part in the gather. It does not touch the distribution.
+        extra: ``(extra_a, extra_b)``, tokens ``(1 or N, channels, K)`` that join the gather and
+            are not distributed to.
+        backend: as in :func:`gather`.
+
+    Returns:
+        ``(N, heads·m, *positions of v)`` in the maps' dtype and v's memory format. Between the two
+        steps the descriptors stay in float32 on the Triton backend.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`gather`.
+    """
+    checks.backend(backend)
+    _check_gather(a, b, heads, logit_scale, mask)
+    checks.feature_map("v", v)
+    checks.heads(heads, v=v.shape[1])
+    checks.same_batch("b", b, "v", v)
+    if v.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
+        )
+    checks.number(logit_scale_v=logit_scale_v, scale=scale)
+    if extra is not None:
+        checks.extra(extra, a, b)
+    a, b, v, *tokens = _autocast(a, b, v, *(extra or ()))
+    checks.one_kind(a=a, b=b, v=v, **dict(zip(("extra_a", "extra_b"), tokens, strict=False)))
+    core = cores.select(backend, b)
+    with _autocast_off(a):
+        tokens = [_by_head(token.expand(a.shape[0], -1, -1), heads) for token in tokens]
+        g = core.gather(
+            _by_head(a, heads),
+            _by_head(b, heads),
+            keep=_keep(mask),
+            extra=tokens or None,
+            logit_scale=logit_scale,
+        )
+        z = core.distribute(
+            g, _by_head(v, heads), scale=scale, softmax=softmax_v, logit_scale=logit_scale_v
+        )
+    return _positions_of(z.flatten(1, 2), v)
+
+
+def double_attention_block(
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    weight_out: Tensor | None = None,
+    bias_out: Tensor | None = None,
+    *,
+    heads: int = 1,
+    logit_scale: float = 1.0,
+    logit_scale_v: float = 1.0,
+    scale: float = 1.0,
+    softmax_v: bool = True,
+    residual: bool = False,
+    mask: Tensor | None = None,
+    order: str = "auto",
+    recompute: bool | str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    r"""The whole A²-Nets block: three pointwise convolutions, double attention, one convolution.
+
+    ``A, B, V = Wa X + ba, Wb X + bb, Wv X + bv``, then :func:`double_attention`, then
+    ``Y = Wo Z + bo``, then ``X + Y`` with ``residual`` (Chen et al., NeurIPS 2018, figure 2).
+
+    Args:
+        x: ``(N, C, *positions)`` with one to three position axes, any strides.
+        weight_a, weight_b, weight_v: ``(c_m, C)``, ``(c_n, C)``, ``(c_n, C)``, perhaps with
+            trailing 1-axes.
+        bias_a, bias_b, bias_v: ``(c_m,)``, ``(c_n,)``, ``(c_n,)`` or None. ``bias_b`` cannot
+            change the result (a softmax over positions removes it): its gradient is zero.
+        weight_out, bias_out: ``(C', c_m)`` and ``(C',)``, or None: no last convolution.
+        heads, logit_scale, logit_scale_v, scale, softmax_v, mask: as :func:`double_attention`.
+        residual: adds x; the block must then give x's channels.
+        order: association order ``"AZ"`` (the paper's), ``"XZ"``, ``"AH"``, ``"XH"``, or
+            ``"auto"``: the cheapest for the shape. All give the same result up to rounding.
+        recompute: True keeps lse and G for backward and projects again; False keeps the projected
+            maps. ``"auto"`` keeps them: on this route projecting again costs over a tenth of a
+            training step at every shape.
+        backend: as :func:`gather`.
+
+    Returns:
+        ``(N, C' or c_m, *positions)`` in the input's dtype and memory format; under autocast the
+        autocast dtype (float32 with ``residual`` and a float32 x).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`gather`.
+    """
+    checks.backend(backend)
+    checks.choice("recompute", recompute, (True, False, "auto"))
+    checks.feature_map("x", x)
+    checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
+    weights = checks.block_weights(
+        x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
+    )
+    reconstruct = weight_out is not None
+    checks.order(order, reconstruct, backend)
+    c_m, c_n = weight_a.shape[0], weight_b.shape[0]
+    checks.heads(heads, weight_a=c_m, weight_b=c_n)
+    if mask is not None:
+        checks.mask(mask, x, "x")
+    cast, *values = _autocast(x, *weights.values())
+    weights = dict(zip(weights, values, strict=True))
+    checks.one_kind(x=cast, **weights)
+
+    core = cores.select(backend, cast)
+    flat = x.flatten(2)
+    options = {
+        "heads": heads,
+        "logit_scale": logit_scale,
+        "logit_scale_v": logit_scale_v,
+        "scale": scale,
+        "softmax_v": softmax_v,
+        "residual": residual,
+        "keep": _keep(mask),
+    }
+    with _autocast_off(x):
+        if core is eager:
+            out = eager.block(flat, **weights, **options)
+        else:
+            if order == "auto":
+                shape = (x.shape[1], c_m, c_n, heads, flat.shape[2], cast.element_size())
+                order = planner.choose_order(*shape, reconstruct)
+            unused = weights.pop("bias_b")
+            if unused is not None:
+                weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
+            out = block(core, flat, weights, order=order, recompute=recompute is True, **options)
+    return _positions_of(out, x)
+
+
+def _check_gather(a, b, heads, logit_scale, mask):
+    checks.feature_map("a", a)
+    checks.feature_map("b", b)
+    checks.same_positions(a=a, b=b)
+    checks.heads(heads, a=a.shape[1], b=b.shape[1])
+    checks.number(logit_scale=logit_scale)
+    if mask is not None:
+        checks.mask(mask, a, "a")
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """``(N, heads·c, *positions)`` as ``(N, heads, c, L)``.
+
+    A view, unless the positions are not evenly spaced in memory (a crop of inner axes).
+    """
+    return x.flatten(2).unflatten(1, (heads, -1))
+
+
+def _keep(mask: Tensor | None) -> Tensor | None:
+    """The mask as ``(N, L)``."""
+    return None if mask is None else mask.reshape(mask.shape[0], -1)
+
+
+def _positions_of(z: Tensor, like: Tensor) -> Tensor:
+    """``(N, channels, L)`` with the position axes and the memory format of ``like``."""
+    z = z.unflatten(2, like.shape[2:])
+    if like.stride(1) == 1 and like.stride(-1) != 1:
+        return z.movedim(1, -1).contiguous().movedim(-1, 1)
+    return z.contiguous()
+
+
+def _autocast(first: Tensor, *others: Tensor | None) -> list:
+    """The tensors in the autocast dtype where autocast is on, as PyTorch's own layers take them."""
+    tensors = [first, *others]
+    kind = first.device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _autocast_off(x: Tensor):
+    """What follows has the dtypes it is meant to have."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """``weight`` itself; ``bias`` gets the zero gradient that it has, instead of none.
+
+    A parameter without a gradient would stop distributed training.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias):
+        ctx.save_for_backward(bias)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (bias,) = ctx.saved_tensors
+        return grad, torch.zeros_like(bias)

@@ -1,0 +1,142 @@
+"""Tile choice: which block sizes, warps and pipeline stages a kernel gets, and why.
+
+A host-side table, no measurement at run time: the choice is the same in every process, traceable,
+and works interpreted. The entries were found by ahead-of-time compilation: the largest tile of each
+kernel that compiles without spills, within the architecture's shared memory, on every layout. Ties
+go to more positions a tile, which means wider rows and fewer loop steps. None has been timed yet.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One entry: block sizes in features, maps and positions, and compiler options."""
+
+    block_m: int
+    block_n: int
+    block_l: int
+    num_warps: int
+    num_stages: int
+    per_processor: int  # programs that a multiprocessor should hold at once
+
+
+# The largest G that one program holds whole, in both directions, by bytes of an element.
+ONE_TILE = {2: 128, 4: 64, 8: 32}
+
+# Architectures that start from another's entries: consumer cards (compute capability 8.6, 8.9, 12)
+# with 99 KiB of shared memory, and data-centre Blackwell.
+FAMILY = {"sm_89": "sm_80", "sm_100": "sm_90"}
+
+# (BLOCK_L, warps, stages) of the kernels that hold all maps and features, by the area of G's tile:
+# above 64·64, above 32·32, the rest.
+WHOLE = {
+    "sm_90": {
+        "distribute": ((64, 8, 3), (128, 8, 3), (128, 4, 3)),
+        "distribute_backward": ((32, 8, 2), (64, 8, 2), (128, 4, 2)),
+        "gather_backward": ((64, 8, 3), (64, 8, 3), (128, 4, 2)),
+    },
+    # mma.sync keeps the operands in registers that wgmma reads from shared memory.
+    "sm_80": {
+        "distribute": ((64, 8, 2), (128, 8, 2), (128, 4, 2)),
+        "distribute_backward": ((32, 8, 2), (32, 8, 2), (64, 4, 2)),
+        "gather_backward": ((64, 8, 2), (64, 8, 2), (128, 4, 2)),
+    },
+    # 64 KiB of shared memory, wavefronts of 64.
+    "gfx942": {
+        "distribute": ((64, 8, 2), (64, 8, 2), (32, 4, 2)),
+        "distribute_backward": ((16, 8, 2), (16, 8, 2), (32, 4, 2)),
+        "gather_backward": ((16, 8, 2), (16, 8, 2), (16, 4, 2)),
+    },
+}
+# (BLOCK_M, BLOCK_N, BLOCK_L, warps, stages) of the kernels that walk over blocks of maps and
+# features; the first two are upper limits.
+BLOCKED = {
+    "sm_90": {
+        "gather": (128, 128, 64, 8, 3),
+        "descriptor_gradient": (128, 128, 64, 8, 3),
+        "mix": (128, 64, 128, 8, 3),
+        "map_gradient": (64, 128, 128, 8, 3),
+    },
+    "sm_80": {
+        "gather": (128, 128, 32, 8, 3),
+        "descriptor_gradient": (128, 128, 32, 8, 3),
+        "mix": (128, 32, 128, 8, 3),
+        "map_gradient": (32, 128, 128, 8, 3),
+    },
+    "gfx942": {
+        "gather": (128, 128, 32, 8, 2),
+        "descriptor_gradient": (128, 128, 32, 8, 2),
+        "mix": (128, 32, 64, 8, 3),
+        "map_gradient": (32, 128, 64, 8, 3),
+    },
+}
+# (architecture, kernel, BLOCK_M, BLOCK_N) -> (BLOCK_L, warps, stages), half precision: where the
+# rule gives a tile that spills or does not fit this architecture's shared memory.
+EXCEPTIONS = {
+    ("sm_89", "gather_backward", 128, 128): (32, 8, 2),
+    ("sm_89", "gather", 64, 128): (64, 8, 3),
+    ("sm_89", "gather", 128, 64): (32, 8, 2),
+    ("sm_100", "gather_backward", 128, 32): (64, 8, 2),
+    ("sm_100", "gather", 32, 64): (64, 8, 2),
+    ("sm_100", "gather", 32, 128): (64, 8, 2),
+    ("sm_100", "gather", 64, 64): (64, 4, 3),
+    ("sm_100", "gather", 128, 32): (64, 4, 3),
+    ("sm_100", "descriptor_gradient", 32, 128): (64, 4, 3),
+    ("sm_100", "mix", 128, 64): (128, 8, 2),
+    ("gfx942", "mix", 32, 32): (32, 8, 3),
+    ("gfx942", "map_gradient", 32, 32): (32, 8, 3),
+}
+# float32 in full precision has no tensor cores on NVIDIA, float64 few registers: small tiles, the
+# same everywhere.
+WIDE_WHOLE = {4: (32, 8, 2), 8: (16, 4, 1)}
+WIDE_BLOCKED = {4: (64, 64, 32, 8, 2), 8: (32, 32, 16, 4, 1)}
+
+
+def one_tile(x, c_m, c_n):
+    """Whether one program can hold all of G."""
+    return max(c_m, c_n) <= ONE_TILE[x.element_size()]
+
+
+def tile(kernel, x, c_m, c_n):
+    """The tile of ``kernel`` for maps like ``x`` with c_m features and c_n maps a head."""
+    itemsize = x.element_size()
+    least = 16 if itemsize == 8 else 32
+    return _tile(kernel, itemsize, _block(c_m, least), _block(c_n, least), architecture(x.device))
+
+
+@functools.cache
+def _tile(kernel, itemsize, m, n, arch):
+    family = FAMILY.get(arch, arch)
+    if kernel == "position_lse":
+        return Tile(16, min(n, 64), 64, 4, 1, 8)
+    if kernel == "gather_combine":
+        return Tile(min(m, 32), min(n, 64), 16, 4, 1, 8)
+    if kernel in WHOLE[family]:
+        by_area = WHOLE[family][kernel]
+        rest = by_area[0 if m * n > 64 * 64 else 1 if m * n > 32 * 32 else 2]
+        rest = WIDE_WHOLE.get(itemsize, rest)
+    else:
+        limits = WIDE_BLOCKED.get(itemsize, BLOCKED[family][kernel])
+        m, n, rest = min(m, limits[0]), min(n, limits[1]), limits[2:]
+    if itemsize == 2:
+        rest = EXCEPTIONS.get((arch, kernel, m, n), rest)
+    return Tile(m, n, *rest, per_processor=1 if m * n > 32 * 32 else 2)
+
+
+def _block(channels, least):
+    """The power of two that holds ``channels``."""
+    return max(least, 1 << (channels - 1).bit_length())
+
+
+@functools.cache
+def architecture(device):
+    """Key of the tables for a GPU; interpreted kernels take an H200's."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get(capability, "sm_89")

@@ -1,0 +1,219 @@
+r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, forward and backward.
+
+    dQ = scale · Gᵀ dZ      r = Σ_n Q∘dQ      dV = s · Q∘(dQ − r)      dG = scale · dZ Qᵀ
+
+Q is recomputed from V, never written. Where G fits one tile, a program owns positions with all maps
+and features: each element of V, Z, dZ and dV is read or written once, and the program's part of dG
+is summed in registers, then added to the others' in a fixed order. Elsewhere see ``tiled``.
+
+Tensors are ``(N, heads, channels, positions)`` in any strides.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, launch, tiled
+from .tiles import dot, load_map, load_matrix, scalar, softmax_maps, store_map
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def distribute_kernel(
+    g_ptr,  # (N, heads, C_M, C_N), any strides
+    v_ptr,  # (N, heads, C_N, L)
+    z_ptr,  # (N, heads, C_M, L)
+    scale_z: "fp64",
+    logit_scale: "fp64",
+    HEADS,
+    C_M,
+    C_N,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_g_n,
+    stride_g_h,
+    stride_g_m,
+    stride_g_k,
+    stride_v_n,
+    stride_v_h,
+    stride_v_c,
+    stride_v_l,
+    stride_z_n,
+    stride_z_h,
+    stride_z_c,
+    stride_z_l,
+    SOFTMAX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a chunk of positions of one head of one sample, all maps and features."""
+    L = L_UNITS * ALIGN
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    nh = (pid // SPLITS).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    g_base = g_ptr + n * stride_g_n + h * stride_g_h
+    v_base = v_ptr + (n * stride_v_n + h * stride_v_h) * ALIGN
+    z_base = z_ptr + (n * stride_z_n + h * stride_z_h) * ALIGN
+    scale = scalar(scale_z, ACC)
+    scale_v = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+
+    g = load_matrix(g_base, rows_m, rows_n, C_M, C_N, stride_g_m, stride_g_k, dtype)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        v = load_map(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
+        q = v.to(ACC) * scale_v
+        if SOFTMAX:
+            q = softmax_maps(q, rows_n, C_N)
+        z = dot(g, q.to(dtype), tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION) * scale
+        store_map(z_base, rows_m, cols, C_M, L, stride_z_c * ALIGN, stride_z_l, z)
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def distribute_backward_kernel(
+    dz_ptr,  # (N, heads, C_M, L)
+    g_ptr,  # (N, heads, C_M, C_N), any strides
+    v_ptr,  # (N, heads, C_N, L)
+    dv_ptr,  # (N, heads, C_N, L); written if NEED_V
+    dg_ptr,  # (N·heads, SPLITS, C_M, C_N) float32/64: partial sums of dG; written if NEED_G
+    scale_z: "fp64",
+    logit_scale: "fp64",
+    HEADS,
+    C_M,
+    C_N,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_dz_n,
+    stride_dz_h,
+    stride_dz_c,
+    stride_dz_l,
+    stride_g_n,
+    stride_g_h,
+    stride_g_m,
+    stride_g_k,
+    stride_v_n,
+    stride_v_h,
+    stride_v_c,
+    stride_v_l,
+    stride_dv_n,
+    stride_dv_h,
+    stride_dv_c,
+    stride_dv_l,
+    SOFTMAX: tl.constexpr,
+    NEED_G: tl.constexpr,
+    NEED_V: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a chunk of positions of one head of one sample, all maps and features."""
+    L = L_UNITS * ALIGN
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    nh = (pid // SPLITS).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    dz_base = dz_ptr + (n * stride_dz_n + h * stride_dz_h) * ALIGN
+    g_base = g_ptr + n * stride_g_n + h * stride_g_h
+    v_base = v_ptr + (n * stride_v_n + h * stride_v_h) * ALIGN
+    dv_base = dv_ptr + (n * stride_dv_n + h * stride_dv_h) * ALIGN
+    scale = scalar(scale_z, ACC)
+    scale_v = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+
+    if NEED_V:
+        g = load_matrix(g_base, rows_n, rows_m, C_N, C_M, stride_g_k, stride_g_m, dtype)
+    dg = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        v = load_map(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
+        dz = load_map(dz_base, rows_m, cols, C_M, L, stride_dz_c * ALIGN, stride_dz_l)
+        q = v.to(ACC) * scale_v
+        if SOFTMAX:
+            q = softmax_maps(q, rows_n, C_N)
+        if NEED_G:
+            dg = dot(q.to(dtype), tl.trans(dz), dg, PRECISION)
+        if NEED_V:
+            dv = dot(g, dz, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION) * (scale * scale_v)
+            if SOFTMAX:
+                dv = q * (dv - tl.sum(q * dv, 0)[None, :])
+            store_map(dv_base, rows_n, cols, C_N, L, stride_dv_c * ALIGN, stride_dv_l, dv)
+    if NEED_G:
+        offs = rows_m[None, :] * C_N + rows_n[:, None]
+        inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
+        slot = (nh * SPLITS + split) * C_M * C_N
+        tl.store(dg_ptr + slot + offs, dg * scale, mask=inside)
+
+
+def distribute_forward(g, v, scale, softmax, logit_scale):
+    """``Z (N, heads, m, L)`` in v's dtype and memory format, from ``G (N, heads, m, n)`` and v."""
+    batch, heads, c_n, length = v.shape
+    c_m = g.shape[2]
+    z = launch.empty_map_like(v, c_m)
+    if batch == 0:
+        return z
+    if not configs.one_tile(v, c_m, c_n):
+        lse = tiled.position_lse(v, logit_scale) if softmax else None
+        tiled.mix(g, v, z, scale=scale, logit_scale=logit_scale, lse=lse)
+        return z
+    tile = configs.tile("distribute", v, c_m, c_n)
+    chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
+    align = launch.alignment(v, z)
+    with launch.device_of(v):
+        distribute_kernel[(batch * heads * splits,)](
+            g, v, z, scale, logit_scale, heads, c_m, c_n, length // align, chunk, splits,
+            *g.stride(), *launch.strides(v, align), *launch.strides(z, align),
+            SOFTMAX=softmax, ALIGN=align,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
+            **launch.options(v, tile),
+        )  # fmt: skip
+    return z
+
+
+def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
+    """dG (float32, float64 for float64 maps) and dV (None where not needed)."""
+    batch, heads, c_n, length = v.shape
+    c_m = g.shape[2]
+    acc_dtype = launch.accumulator(v.dtype)
+    dv = launch.empty_map_like(v) if need_v else None
+    if batch == 0 or not (need_g or need_v):
+        dg = g.new_zeros((batch, heads, c_m, c_n), dtype=acc_dtype) if need_g else None
+        return dg, dv
+    if not configs.one_tile(v, c_m, c_n):
+        lse = tiled.position_lse(v, logit_scale) if softmax else None
+        if need_v:
+            r = tiled.mix_product(g, v, dz, scale, logit_scale, lse) if softmax else None
+            tiled.map_gradient(
+                g, v, dz, dv, scale=scale, logit_scale=logit_scale, lse=lse, correction=r
+            )
+        dg = tiled.descriptor_gradient(dz, v, scale, logit_scale, lse) if need_g else None
+        return dg, dv
+    tile = configs.tile("distribute_backward", v, c_m, c_n)
+    chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
+    partial = v.new_empty((batch * heads, splits, c_m, c_n), dtype=acc_dtype) if need_g else v
+    dv_ = v if dv is None else dv
+    align = launch.alignment(dz, v, dv_)
+    with launch.device_of(v):
+        distribute_backward_kernel[(batch * heads * splits,)](
+            dz, g, v, dv_, partial, scale, logit_scale,
+            heads, c_m, c_n, length // align, chunk, splits,
+            *launch.strides(dz, align), *g.stride(),
+            *launch.strides(v, align), *launch.strides(dv_, align),
+            SOFTMAX=softmax, NEED_G=need_g, NEED_V=need_v, ALIGN=align,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
+            **launch.options(v, tile),
+        )  # fmt: skip
+    return (launch.add_parts(partial, g.shape) if need_g else None), dv

@@ -1,0 +1,128 @@
+"""What every launcher needs on the host: strides and their alignment, chunks, dtypes, the device.
+
+Positions are split into chunks, one program each, so that a launch has about one wave of programs.
+"""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Read when the kernels are decorated, on import; a later change of the variable changes nothing.
+INTERPRETED = triton.knobs.runtime.interpret
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+# Without a GPU (interpreted kernels) the split over positions is made for this many processors: few
+# enough to keep interpreted launches short, enough to exercise the combination of chunks.
+INTERPRETED_PROCESSORS = 4
+
+# Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
+COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
+
+
+def accumulator(dtype):
+    """Dtype of sums and statistics: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lse_dtype(dtype):
+    """Dtype of a log-sum-exp: one more than the weights need that are recomputed from it."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
+
+
+def p_scale(dtype):
+    """Factor that keeps normalised gather weights out of float16's subnormals.
+
+    P ≤ 1 sums to 1 over up to 2^21 positions, so most of it is below 2^-14, the smallest normal
+    float16. 2^15 · P still fits; the product is scaled back in float32. Exact: a power of two.
+    """
+    return 32768.0 if dtype == torch.float16 else 1.0
+
+
+def strides(x, align):
+    """Strides of ``(N, heads, channels, positions)``, all but the last in units of ``align``.
+
+    An axis of size 1 has stride 0 here: PyTorch leaves any value there.
+    """
+    s = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return s[0] // align, s[1] // align, s[2] // align, s[3]
+
+
+def alignment(*maps):
+    """The unit (8, 4, 2 or 1) in which a launch passes strides and the number of positions.
+
+    The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
+    row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
+    """
+    length = maps[0].shape[-1]
+    if length % 16 == 0 or any(x.stride(-1) != 1 for x in maps):
+        return 1
+    rows = [s for x in maps for s in strides(x, 1)[:3]] + [length]
+    return next(d for d in (8, 4, 2, 1) if all(r % d == 0 for r in rows))
+
+
+@functools.cache
+def processors(device):
+    """Multiprocessors of the GPU; a small fixed number for interpreted kernels."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def chunks(programs, length, tile, device):
+    """(blocks of positions in a chunk, number of chunks) that fill the GPU about once.
+
+    ``programs``: how many programs there are without splitting positions.
+    """
+    blocks = triton.cdiv(length, tile.block_l)
+    wanted = max(1, processors(device) * tile.per_processor // programs)
+    blocks_per_chunk = triton.cdiv(blocks, min(wanted, blocks))
+    return blocks_per_chunk, triton.cdiv(blocks, blocks_per_chunk)
+
+
+def empty_map_like(x, channels=None):
+    """Uninitialised ``(N, heads, channels, positions)`` in the memory format of x.
+
+    Channels-last memory is ``(N, positions, heads, channels)``, as a convolution's output has it.
+    """
+    batch, heads, c, length = x.shape
+    c = c if channels is None else channels
+    if is_channels_last(x):
+        return x.new_empty((batch, length, heads, c)).permute(0, 2, 3, 1)
+    return x.new_empty((batch, heads, c, length))
+
+
+def is_channels_last(x):
+    """Whether neighbours in memory are neighbours in channels, not in positions."""
+    return x.stride(3) != 1 and (x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) == 1))
+
+
+def add_parts(parts, shape):
+    """Partial sums ``(N·heads, splits, …)`` added in a fixed order."""
+    return (parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)).view(shape)
+
+
+def device_of(x):
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def options(x, tile, products=True):
+    """Dtypes and compiler options of a launch; the float32 switch is PyTorch's own."""
+    chosen = {
+        "ACC": TRITON_DTYPE[accumulator(x.dtype)],
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+    if products:
+        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        chosen["PRECISION"] = "tf32" if tf32 else "ieee"
+    return chosen

@@ -1,0 +1,91 @@
+"""Triton helpers on tiles, shared by all kernels: addresses, loads, one policy for products."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def scalar(value, DTYPE: tl.constexpr):
+    """A float64 launch argument, rounded once to the accumulator's dtype."""
+    return tl.full((), value, DTYPE)
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """``acc + x @ y``: operands of one dtype, sums in the accumulator's dtype."""
+    return tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def exp(x):
+    """exp as the hardware has it, base 2; the argument is a difference, so nothing overflows."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def exp_minus(x, lse):
+    """``exp(x − lse)``, lse broadcast against x and perhaps in float64.
+
+    One float32 cannot hold ``max + log(sum)`` to the precision of float32 weights: where maps are
+    float32, lse comes in float64 and is taken away in two parts.
+    """
+    high = lse.to(x.dtype)
+    e = x - high
+    if lse.dtype != x.dtype:
+        low = (lse - high.to(lse.dtype)).to(x.dtype)
+        e -= tl.where(low == low, low, 0.0)  # inf − inf, where nothing is left to weigh
+    return exp(e)
+
+
+@triton.jit
+def log_sum(mx, total, DTYPE: tl.constexpr):
+    """``mx + log(total)`` in lse's dtype."""
+    return mx.to(DTYPE) + tl.log(total).to(DTYPE)
+
+
+@triton.jit
+def offsets(base, rows, cols, stride_c, stride_l):
+    """Addresses of a tile of a feature map: rows are channels, columns are positions.
+
+    Rows and columns are int64, because 2,048 channels of 2^21 positions exceed int32.
+    """
+    return base + rows[:, None] * stride_c + cols[None, :] * stride_l
+
+
+@triton.jit
+def load_map(base, rows, cols, C, L, stride_c, stride_l):
+    """A tile of a feature map, zero outside it."""
+    inside = (rows < C)[:, None] & (cols < L)[None, :]
+    return tl.load(offsets(base, rows, cols, stride_c, stride_l), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_map(base, rows, cols, C, L, stride_c, stride_l, value):
+    """Writes a tile of a feature map, rounded once to the tensor's dtype."""
+    inside = (rows < C)[:, None] & (cols < L)[None, :]
+    ptrs = offsets(base, rows, cols, stride_c, stride_l)
+    tl.store(ptrs, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_matrix(base, rows, cols, R, C, stride_r, stride_c, DTYPE: tl.constexpr):
+    """A tile of G, dG or a transpose of them, zero outside, in the dtype of the products."""
+    inside = (rows < R)[:, None] & (cols < C)[None, :]
+    ptrs = base + rows[:, None] * stride_r + cols[None, :] * stride_c
+    return tl.load(ptrs, mask=inside, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_keep(base, cols, L, stride_l):
+    """Which positions take part: those inside the map that the mask keeps."""
+    return tl.load(base + cols * stride_l, mask=cols < L, other=0) != 0
+
+
+@triton.jit
+def softmax_maps(v, rows_n, C_N):
+    """Softmax over all maps of every position, ``[BLOCK_N, BLOCK_L]``; rows beyond C_N give 0."""
+    v = tl.where((rows_n < C_N)[:, None], v, -float("inf"))
+    q = exp(v - tl.max(v, 0)[None, :])
+    return q / tl.sum(q, 0)[None, :]

@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+import torch
+
+from bench import providers
+from bench.measure import Bench, Budget, Effort
+from bench.workloads import Workload
+
+TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=2, selection="quick")
+TINY_VOLUME = Workload("tiny_volume", 1, 6, (3, 4, 2), 3, 2, 1, "test", selection="default")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def tiny():
+    return TINY
+
+
+@pytest.fixture
+def table():
+    return (TINY, TINY_VOLUME)
+
+
+@pytest.fixture
+def eager():
+    """The baseline in NCHW."""
+    return providers.plain("torch")[0]
+
+
+class ScriptedTimer:
+    """Runs the closure and answers with scripted milliseconds, the same for every closure."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+        self.calls: list[tuple[providers.Closure, bool]] = []
+
+    def __call__(self, closure, *, launches_count):
+        closure()
+        self.calls.append((closure, launches_count))
+        seen = sum(called is closure for called, _ in self.calls)
+        return self.milliseconds[(seen - 1) % len(self.milliseconds)]
+
+
+@pytest.fixture
+def timer():
+    return ScriptedTimer(3.0, 1.0, 2.0)
+
+
+@pytest.fixture
+def bench(timer):
+    """Three rounds on the CPU in float32 with scripted times."""
+    effort = Effort(warm_up=1, rounds_min=3, rounds_max=3, seconds=0.0)
+    budget = Budget(float("inf"))
+    return Bench(torch.device("cpu"), torch.float32, timer, effort, budget)
+
+
+@pytest.fixture
+def variant(eager):
+    """Providers made from the baseline: another name, setup or launch mode; not a baseline."""
+
+    def make(name, setup=None, **changes):
+        changes = {"baseline": False, "setup": setup or eager.setup, **changes}
+        return dataclasses.replace(eager, name=name, **changes)
+
+    return make

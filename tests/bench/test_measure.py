@@ -1,0 +1,220 @@
+import dataclasses
+
+import pytest
+import torch
+
+from bench import providers
+from bench.measure import OK, OUT_OF_TIME, Budget, Effort, WallTimer
+from bench.problems import BACKWARD, FORWARD, MODES
+from bench.providers import GRAPH, setup_block
+
+
+class SoftmaxOverBatch(providers.EagerDoubleAttention):
+    """Wrong: attention maps that sum to 1 over the batch."""
+
+    def forward(self, x):
+        a, b, v = (
+            conv(x).reshape(x.shape[0] * self.heads, -1, x[0, 0].numel())
+            for conv in (self.convA, self.convB, self.convV)
+        )
+        z = (a @ b.softmax(0).transpose(1, 2)) @ v.softmax(1)
+        return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))
+
+
+class ForgottenPath(providers.EagerDoubleAttention):
+    """Wrong in the gradient alone: nothing flows back through the attention maps."""
+
+    def forward(self, x):
+        hook = self.convB.register_forward_pre_hook(lambda _, inputs: inputs[0].detach())
+        out = super().forward(x)
+        hook.remove()
+        return out
+
+
+def setup_of(block):
+    def setup(problem):
+        w = problem.workload
+        return setup_block(problem, lambda _: block(w.c, w.c_m, w.c_n, w.heads))
+
+    return setup
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_right_providers_are_timed(bench, table, timer, mode):
+    for workload in table:
+        rows = bench.measure(workload, mode, providers.plain("torch"))
+        assert [row["status"] for row in rows] == [OK] * 4
+        assert all(0 < row["error"] < 1e-4 for row in rows)
+        assert all(("error_gradient" in row) == (mode == BACKWARD) for row in rows)
+    assert len(timer.calls) == 2 * 4 * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_output_is_not_timed(bench, tiny, timer, eager, variant, mode):
+    wrong = variant("wrong", setup_of(SoftmaxOverBatch))
+    good, bad = bench.measure(tiny, mode, [eager, wrong])
+    assert good["status"] == OK
+    assert bad["status"].startswith("disagrees: relative RMS")
+    assert bad["error"] > 0.1
+    assert "median_ms" not in bad
+    assert len(timer.calls) == 3
+
+
+def test_wrong_gradient_is_not_timed(bench, tiny, variant):
+    wrong = variant("wrong", setup_of(ForgottenPath))
+    assert bench.measure(tiny, FORWARD, [wrong])[0]["status"] == OK
+    (row,) = bench.measure(tiny, BACKWARD, [wrong])
+    assert row["error"] < 1e-4 < 1e-2 < row["error_gradient"]
+    assert row["status"].startswith("disagrees")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_nan_and_zeros_disagree(bench, tiny, variant, value):
+    wrong = variant("wrong", lambda p: lambda: (torch.full_like(p.x, value),))
+    assert bench.measure(tiny, FORWARD, [wrong])[0]["status"].startswith("disagrees")
+
+
+def test_result_that_ignores_new_input_disagrees(bench, tiny, eager, variant):
+    def setup(problem):
+        first = eager.setup(problem)()
+        return lambda: first
+
+    (row,) = bench.measure(tiny, FORWARD, [variant("stale", setup)])
+    assert row["status"].startswith("disagrees")
+
+
+def test_other_shape_is_a_failure(bench, tiny, variant):
+    wrong = variant("wrong", lambda p: lambda: (p.x[:1],))
+    (row,) = bench.measure(tiny, FORWARD, [wrong])
+    assert row["status"] == "failed: ValueError: shape (1, 8, 4, 5) instead of (2, 8, 4, 5)"
+
+
+def test_missing_gradient_is_a_failure(bench, tiny, eager, variant):
+    lacking = variant("lacking", lambda p: lambda: eager.setup(p)()[:1])
+    (row,) = bench.measure(tiny, BACKWARD, [lacking])
+    assert row["status"] == "failed: ValueError: 1 results instead of 2 or more"
+
+
+def test_late_change_is_noticed(bench, tiny, eager, variant):
+    def setup(problem):
+        closure, calls = eager.setup(problem), []
+
+        def run():
+            calls.append(None)
+            return closure() if len(calls) == 1 else (problem.x,)
+
+        return run
+
+    (row,) = bench.measure(tiny, FORWARD, [variant("late", setup)])
+    assert row["status"].startswith("disagrees")
+
+
+def test_failing_setup_becomes_a_row(bench, tiny, eager, variant):
+    def fails(problem):
+        raise RuntimeError("no such card\nand a long story")
+
+    good, bad = bench.measure(tiny, FORWARD, [eager, variant("bad", fails)])
+    assert good["status"] == OK
+    assert bad["status"] == "failed: RuntimeError: no such card"
+
+
+def test_failing_while_timed_becomes_a_row(bench, tiny, eager, variant):
+    def breaks_later(problem):
+        closure, calls = eager.setup(problem), []
+
+        def run():
+            calls.append(None)
+            if len(calls) > 3:
+                raise MemoryError
+            return closure()
+
+        return run
+
+    good, bad = bench.measure(tiny, FORWARD, [eager, variant("bad", breaks_later)])
+    assert (good["status"], good["repetitions"]) == (OK, 3)
+    assert bad["status"] == "failed: MemoryError"
+    assert "ratio_to_eager" not in bad
+
+
+def test_failing_workload_becomes_rows(bench, tiny, eager):
+    impossible = dataclasses.replace(tiny, heads=3)
+    (row,) = bench.measure(impossible, FORWARD, [eager])
+    assert row["status"].startswith("failed: ValueError: heads must divide")
+
+
+def test_quantiles_and_ratio_to_the_faster_baseline(bench, tiny, eager, variant):
+    class PerCall:
+        """10 ms for the first closure, 5 for the second, 2 for the third."""
+
+        def __init__(self):
+            self.order = []
+
+        def __call__(self, closure, *, launches_count):
+            if closure not in self.order:
+                self.order.append(closure)
+            return (10.0, 5.0, 2.0)[self.order.index(closure)]
+
+    bench = dataclasses.replace(bench, timer=PerCall())
+    group = [eager, variant("eager too", baseline=True), variant("ours")]
+    rows = bench.measure(tiny, FORWARD, group)
+    assert [row["ratio_to_eager"] for row in rows] == [0.5, 1.0, 2.5]
+
+
+def test_times_become_median_and_percentiles(bench, tiny, eager):
+    (row,) = bench.measure(tiny, FORWARD, [eager])
+    assert (row["median_ms"], row["repetitions"]) == (2.0, 3)
+    assert (row["p20_ms"], row["p80_ms"]) == pytest.approx((1.4, 2.6))
+
+
+def test_no_ratio_without_a_baseline(bench, tiny, variant):
+    (row,) = bench.measure(tiny, FORWARD, [variant("ours")])
+    assert row["status"] == OK
+    assert "ratio_to_eager" not in row
+
+
+def test_rounds_begin_with_the_next_provider(bench, tiny, timer, variant):
+    bench.measure(tiny, FORWARD, [variant(name) for name in "abc"])
+    called = [closure for closure, _ in timer.calls]
+    a, b, c = called[:3]
+    assert called == [a, b, c, b, c, a, c, a, b]
+
+
+def test_graphs_are_timed_without_their_launch(bench, tiny, timer, variant):
+    bench.measure(tiny, FORWARD, [variant("graph", launch=GRAPH)])
+    bench.measure(tiny, FORWARD, [variant("eager launch")])
+    assert [counted for _, counted in timer.calls] == [False] * 3 + [True] * 3
+
+
+def test_effort_bounds_the_rounds(bench, tiny, eager):
+    endless = dataclasses.replace(bench, effort=Effort(0, 2, 7, seconds=1e9))
+    assert endless.measure(tiny, FORWARD, [eager])[0]["repetitions"] == 7
+    hasty = dataclasses.replace(bench, effort=Effort(0, 2, 7, seconds=0.0))
+    assert hasty.measure(tiny, FORWARD, [eager])[0]["repetitions"] == 2
+
+
+def test_used_up_budget_skips_what_is_left(bench, table, eager, variant):
+    now = [0.0]
+
+    def slow(problem):
+        now[0] += 60
+        return eager.setup(problem)
+
+    bench = dataclasses.replace(bench, budget=Budget(100, clock=lambda: now[0]))
+    rows = []
+    bench.run(table, [[variant("slow", slow), eager]], rows.extend)
+    assert [row["status"] for row in rows] == [OK] * 3 + [OUT_OF_TIME] * 5
+
+
+def test_compiling_groups_start_afresh(bench, tiny, variant, monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    bench.measure(tiny, FORWARD, [variant("plain")])
+    assert not resets
+    bench.measure(tiny, FORWARD, [variant("compiled", compiles=True)])
+    assert len(resets) == 1
+
+
+def test_wall_timer_measures_the_call():
+    calls = []
+    assert WallTimer()(lambda: (calls.append(None),), launches_count=True) >= 0
+    assert len(calls) == 1

@@ -1,0 +1,297 @@
+"""Gather's kernels against the definition in float64."""
+
+import math
+
+import pytest
+import torch
+
+from da_triton import eager
+from da_triton.cores import triton as core
+from support.cases import LARGEST, each_case
+from support.cases import ONE_TILE as CASE
+from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
+
+
+def run(function, a, b, upstream, **options):
+    """G and both gradients of one implementation, from detached leaves."""
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    g = function(a, b, **options)
+    da, db = torch.autograd.grad(g, (a, b), upstream.to(g.dtype))
+    return {"G": g.detach(), "dA": da, "dB": db}
+
+
+def compare(a, b, upstream, **options):
+    """The kernels within the tolerance of the dtype and twice eager's own error."""
+    dtype = a.dtype
+    if options.get("extra") is not None:
+        wide_extra = tuple(e.double() for e in options["extra"])
+    else:
+        wide_extra = None
+    wide = {**options, "extra": wide_extra}
+    expected = run(eager.gather, a.double(), b.double(), upstream.double(), **wide)
+    own = run(eager.gather, a, b, upstream, **options)
+    actual = run(core.gather, a, b, upstream, **options)
+    return {name: check(actual[name], expected[name], dtype, own[name], name) for name in expected}
+
+
+def inputs(case, dtype, channels_last=False):
+    layout = {"dtype": dtype, "channels_last": channels_last}
+    a = peaky(case.batch, case.heads, case.m, case.length, **layout)
+    b = peaky(case.batch, case.heads, case.n, case.length, **layout)
+    return a, b, peaky(case.batch, case.heads, case.m, case.n, dtype=dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_case
+def test_matches_the_definition(case, dtype, channels_last, poisoned):
+    compare(*inputs(case, dtype, channels_last), logit_scale=0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_largest_numbers_of_maps_and_features(dtype):
+    compare(*inputs(LARGEST, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_position(dtype):
+    """G is A itself and no logit matters: dB is zero up to the rounding of dP."""
+    a, b, upstream = (peaky(2, 1, c, k, dtype=dtype) for c, k in ((5, 1), (3, 1), (5, 3)))
+    result = run(core.gather, a, b, upstream)
+    check(result["G"], a.double().expand(-1, -1, -1, 3), dtype)
+    check(result["dA"], upstream.double().sum(-1, keepdim=True), dtype)
+    dp = (upstream.double().mT @ a.double()).norm()
+    assert result["dB"].double().norm() <= TOLERANCE[dtype] * dp
+
+
+@pytest.mark.parametrize("logit_scale", [-0.5, 2.0, 0.0])
+def test_logit_scale(logit_scale):
+    a, b, upstream = inputs(CASE, torch.float32)
+    if logit_scale == 0:  # dB is exactly zero: no relative error to speak of
+        result = run(core.gather, a, b, upstream, logit_scale=0.0)
+        assert result["dB"].count_nonzero() == 0
+        check(result["G"], a.double().mean(-1, keepdim=True).expand(-1, -1, -1, CASE.n), a.dtype)
+    else:
+        compare(a, b, upstream, logit_scale=logit_scale)
+
+
+def test_scale_is_not_rounded_to_float32():
+    a, b, upstream = inputs(CASE, torch.float64)
+    compare(a, b, upstream, logit_scale=1 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@each_case
+def test_mask(case, dtype, poisoned):
+    a, b, upstream = inputs(case, dtype)
+    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.4
+    keep[:, 0] = True
+    compare(a, b, upstream, keep=keep)
+
+
+def test_mask_with_every_position_gone_gives_zeros():
+    a, b, upstream = inputs(CASE, torch.float32)
+    keep = torch.ones(CASE.batch, CASE.length, dtype=torch.bool, device=DEVICE)
+    keep[0] = False
+    result = run(core.gather, a, b, upstream, keep=keep)
+    for name, value in result.items():
+        assert value[0].count_nonzero() == 0, name
+        assert value[1].isfinite().all(), name
+    compare(a, b, upstream, keep=keep)
+
+
+def test_mask_hides_what_it_hides():
+    """NaN and infinity at masked positions reach neither G nor a gradient."""
+    a, b, upstream = inputs(CASE, torch.float32)
+    keep = torch.rand(CASE.batch, CASE.length, device=DEVICE) > 0.3
+    expected = run(core.gather, a, b, upstream, keep=keep)
+    hidden = ~keep[:, None, None, :]
+    spoiled = run(
+        core.gather,
+        a.masked_fill(hidden, math.nan),
+        b.masked_fill(hidden, math.inf),
+        upstream,
+        keep=keep,
+    )
+    for name in expected:
+        assert torch.equal(spoiled[name], expected[name]), name
+
+
+@pytest.mark.parametrize("tokens_per_sample", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@each_case
+def test_extra_tokens(case, masked, tokens_per_sample):
+    a, b, upstream = inputs(case, torch.float32)
+    extra_a = peaky(1, case.heads, case.m, 4, dtype=a.dtype)
+    extra_b = peaky(1, case.heads, case.n, 4, dtype=a.dtype)
+    if tokens_per_sample:
+        extra_a = extra_a + peaky(case.batch, case.heads, case.m, 4, dtype=a.dtype)
+        extra_b = extra_b + peaky(case.batch, case.heads, case.n, 4, dtype=a.dtype)
+    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.5 if masked else None
+    batch = case.batch
+    extra = tuple(e.expand(batch, -1, -1, -1) for e in (extra_a, extra_b))
+    compare(a, b, upstream, extra=extra, keep=keep)
+
+    leaves = [x.clone().requires_grad_() for x in (extra_a, extra_b)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    for function, (x, y), (f, g) in (
+        (core.gather, leaves, (a, b)),
+        (eager.gather, wide, (a.double(), b.double())),
+    ):
+        pair = (x.expand(batch, -1, -1, -1), y.expand(batch, -1, -1, -1))
+        out = function(f, g, extra=pair, keep=keep)
+        out.backward(upstream.to(out.dtype))
+    for ours, theirs in zip(leaves, wide, strict=True):
+        check(ours.grad, theirs.grad, a.dtype)
+
+
+def test_a_shared_by_all_heads():
+    """A with stride 0 over the heads, as the orders that gather from X need it."""
+    _, b, _ = inputs(CASE, torch.float32)
+    x = peaky(CASE.batch, 1, 40, CASE.length, dtype=torch.float32)
+    upstream = peaky(CASE.batch, CASE.heads, 40, CASE.n, dtype=torch.float32)
+    compare(x.expand(-1, CASE.heads, -1, -1), b, upstream)
+
+
+def test_slices_need_no_copy():
+    """Slices of one projection, over channels, samples and every second position."""
+    stacked = peaky(4, 1, 100, 2 * CASE.length, dtype=torch.float32)
+    a = stacked[1:3, :, 3:27, ::2]
+    b = stacked[1:3, :, 40:59, ::2]
+    compare(a, b, peaky(2, 1, 24, 19, dtype=torch.float32))
+
+
+def upstream_layouts(shape):
+    """Transposed, from ``.sum()``, broadcast over maps, and a slice."""
+    yield peaky(*shape[:2], shape[3], shape[2], dtype=torch.float32).mT
+    yield torch.ones((), device=DEVICE).expand(shape)
+    yield peaky(*shape[:3], 1, dtype=torch.float32).expand(shape)
+    larger = peaky(shape[0], shape[1], shape[2] + 3, shape[3] + 5, dtype=torch.float32)
+    yield larger[:, :, 2:-1, 3:-2]
+
+
+@each_case
+def test_upstream_strides(case):
+    a, b, _ = inputs(case, torch.float32)
+    shape = (case.batch, case.heads, case.m, case.n)
+    for upstream in upstream_layouts(shape):
+        compare(a, b, upstream)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+@each_case
+def test_partial_gradients(case, needs, poisoned):
+    a, b, upstream = inputs(case, torch.float32)
+    whole = run(core.gather, a, b, upstream)
+    a, b = a.requires_grad_(needs[0]), b.requires_grad_(needs[1])
+    core.gather(a, b).backward(upstream)
+    for name, x, need in zip(("dA", "dB"), (a, b), needs, strict=True):
+        assert (x.grad is not None) == need
+        if need:
+            assert torch.equal(x.grad, whole[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_case
+def test_bitwise_repeatable(case, dtype):
+    first = run(core.gather, *inputs(case, dtype))
+    torch.manual_seed(0)
+    second = run(core.gather, *inputs(case, dtype))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("offset", [-300.0, 1e4, 1e8, 1e30, 3e38])
+def test_huge_logits(offset):
+    """A softmax does not feel what is added to all its logits, up to the last float32."""
+    a, b, upstream = inputs(CASE, torch.float32)
+    shifted = (b + offset).clamp(max=torch.finfo(torch.float32).max)
+    expected = run(eager.gather, a.double(), shifted.double(), upstream.double())
+    actual = run(core.gather, a, shifted, upstream)
+    assert relative_rms(actual["G"], expected["G"]) < TOLERANCE[torch.float32]
+    if offset < 1e9:  # beyond, no float64 holds the log of the sum beside the maximum
+        assert relative_rms(actual["dA"], expected["dA"]) < TOLERANCE[torch.float32]
+
+
+def test_infinite_logits():
+    """−inf is weight 0; +inf and a map of −inf alone are NaN in that map, as in torch.softmax."""
+    a, b, _ = inputs(CASE, torch.float32)
+    b[0, 0, 2, ::3] = -math.inf
+    b[0, 1, 5, :100] = -math.inf  # a whole chunk of positions and more
+    b[1, 0, 3, 7] = math.inf
+    b[1, 1, 4] = -math.inf
+    expected = eager.gather(a.double(), b.double())
+    actual = core.gather(a, b)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert expected.isnan().sum() == 2 * CASE.m
+    finite = ~expected.isnan()
+    assert relative_rms(actual[finite], expected[finite]) < TOLERANCE[torch.float32]
+
+
+def test_nan_stays_in_its_map_and_sample():
+    a, b, upstream = inputs(CASE, torch.float32)
+    clean = run(core.gather, a, b, upstream)
+    b[1, 0, 3, 17] = math.nan
+    spoiled = run(core.gather, a, b, upstream)
+    assert spoiled["G"][1, 0, :, 3].isnan().all()
+    spoiled["G"][1, 0, :, 3] = clean["G"][1, 0, :, 3]
+    assert torch.equal(spoiled["G"], clean["G"])
+    for name in ("dA", "dB"):
+        assert torch.equal(spoiled[name][0], clean[name][0])
+        assert torch.equal(spoiled[name][1, 1], clean[name][1, 1])
+
+
+def test_weights_below_float16_still_count():
+    """Beside a position that takes nearly all, the others' P are float16 subnormals."""
+    a, b = (peaky(1, 1, 16, 200, dtype=torch.float16, deviation=1) for _ in range(2))
+    b[..., 0] = 14
+    upstream = peaky(1, 1, 16, 16, dtype=torch.float16, deviation=300)
+    expected = run(eager.gather, a.double(), b.double(), upstream.double())
+    actual = run(core.gather, a, b, upstream)
+    p = b.double().softmax(-1)[..., 1:]
+    assert p.mean() < 2e-6
+    error = relative_rms(actual["dA"][..., 1:], expected["dA"][..., 1:])
+    assert error < 2 * TOLERANCE[torch.float16], error
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda a, b: eager.gather(a, b, logit_scale=0.5),
+        lambda a, b: a @ b.softmax(-2).mT,
+        lambda a, b: a @ b.softmax(0).mT,
+        lambda a, b: a @ b.softmax(-1).detach().mT + 0 * b.sum(),
+    ],
+    ids=["half the logit scale", "softmax over maps", "softmax over the batch", "no gradient of P"],
+)
+def test_a_wrong_reference_is_rejected(wrong):
+    a, b, upstream = inputs(CASE, torch.bfloat16)
+    right = run(core.gather, a, b, upstream)
+    other = run(wrong, a.double(), b.double(), upstream.double())
+    assert relative_rms(right["dB"], other["dB"]) > TOLERANCE[torch.bfloat16]
+
+
+def test_gradients_of_the_kernels_by_finite_differences():
+    a = peaky(1, 1, 2, 6, dtype=torch.float64).requires_grad_()
+    b = peaky(1, 1, 2, 6, dtype=torch.float64, deviation=1).requires_grad_()
+    keep = torch.tensor([[True] * 5 + [False]], device=DEVICE)
+    extra = tuple(peaky(1, 1, 2, 1, dtype=torch.float64).requires_grad_() for _ in range(2))
+
+    def function(a, b, *extra):
+        return core.gather(a, b, keep=keep, extra=extra, logit_scale=0.6)
+
+    assert torch.autograd.gradcheck(function, (a, b, *extra))
+    assert torch.autograd.gradgradcheck(function, (a, b, *extra), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3, 2, 3, 36), (2**30, 192, 64, 1)), ((2, 2, 3, 36), (8, 4, 1, 2**26))],
+    ids=["batch", "positions"],
+)
+def test_offsets_beyond_int32(shape, strides):
+    """Strides that put elements past 2^31: offsets are int64 from the program's number on."""
+    storage = torch.empty(2**31 + 2**29, dtype=torch.float16, device=DEVICE)
+    x = storage.as_strided(shape, strides)
+    x.copy_(torch.randn(shape))
+    compare(x, x, peaky(*shape[:3], 3, dtype=torch.float16))

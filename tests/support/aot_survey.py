@@ -1,0 +1,84 @@
+"""Compiles every kernel with every shipped tile for one architecture; one JSON line a compilation.
+
+    python -m support.aot_survey sm_90
+
+Runs in a process of its own, without TRITON_INTERPRET, on a machine without a GPU.
+"""
+
+import dataclasses
+import json
+import sys
+
+import torch
+
+from da_triton.kernels import configs, distribute, gather, launch
+from support import aot
+
+# Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
+# channels-last memory.
+LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
+BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
+
+
+def shapes(itemsize):
+    """(features, maps) that reach every tile of the tables."""
+    sides = {2: (32, 64, 128), 4: (32, 64), 8: (16, 32)}[itemsize]
+    return [(m, n) for m in sides for n in sides] + list(BLOCKED_SHAPES)
+
+
+def record(m, n, length, dtype, layout, *, batch=64, masked=False, softmax=True, extra=False):
+    """The launches of one forward and backward pass of the core, on meta tensors."""
+
+    def maps(channels):
+        if layout == "nchw":
+            return torch.empty((batch, 1, channels, length), dtype=dtype, device="meta")
+        return torch.empty((batch, length, 1, channels), dtype=dtype, device="meta").permute(
+            0, 2, 3, 1
+        )
+
+    a, b, v, dz = maps(m), maps(n), maps(n), maps(m)
+    keep = torch.empty((batch, length), dtype=torch.uint8, device="meta") if masked else None
+    sources = [(a, b, keep)]
+    if extra:
+        sources.append((a[..., :4], b[..., :4], None))
+    with aot.record() as launches:
+        g, lse = gather.gather_forward(sources, 1.0)
+        distribute.distribute_forward(g, v, 1.0, softmax, 1.0)
+        dg, _ = distribute.distribute_backward(dz, g, v, 1.0, softmax, 1.0, True, True)
+        gather.gather_backward(dg, a, b, keep, g, lse, 1.0, True, True)
+    return launches
+
+
+def survey(arch):
+    """Yields a description of every distinct compilation."""
+    launch.processors = lambda device: 132
+    configs.architecture = lambda device: arch
+    runs = [
+        (m, n, length, dtype, layout, {})
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+        for m, n in shapes(dtype.itemsize)
+        for layout, length in (LAYOUTS if dtype == torch.bfloat16 else LAYOUTS[1:2])
+    ]
+    for m, n in ((128, 128), (512, 512)):
+        for options in ({"masked": True, "extra": True, "batch": 4}, {"softmax": False}):
+            runs.append((m, n, 784, torch.bfloat16, "nchw", options))
+        runs.append((m, n, 784, torch.float16, "nchw", {}))
+    seen = set()
+    for m, n, length, dtype, layout, options in runs:
+        for found in record(m, n, length, dtype, layout, **options):
+            constants = {k: str(x) for k, x in found.kwargs.items()}
+            key = (found.name, dtype, length, layout, *sorted(constants.items()))
+            if key in seen:
+                continue
+            seen.add(key)
+            code = dataclasses.asdict(aot.compile_launch(found, arch))
+            del code["text"]
+            yield {
+                **code, "m": m, "n": n, "length": length, "dtype": str(dtype), "layout": layout,
+                "constants": constants, "default": not options,
+            }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for line in survey(sys.argv[1]):
+        print(json.dumps(line), flush=True)

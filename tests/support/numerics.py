@@ -1,0 +1,60 @@
+"""The one tolerance table, and the comparisons every numerical test uses."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+# Relative RMS against the definition in float64. Averages over many positions hide errors from an
+# element-wise tolerance; a root mean square relative to the true answer does not forgive them.
+TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+
+# Below this, errors are those of single roundings and of the order of sums. Eager's own falls under
+# it where it keeps P in memory: its roundings then cancel in dP − Σ P∘dP, which no recomputation
+# can have.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+
+
+def relative_rms(actual, expected):
+    """‖actual − expected‖ / ‖expected‖ in float64."""
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def check(actual, expected, dtype, eager=None, what="", slack=1):
+    """Asserts the tolerance of ``dtype``, and at most twice the error of ``eager``.
+
+    ``expected``: the definition in float64. ``eager``: the definition run in ``dtype``. ``slack``:
+    factor on the tolerance, for code that rounds every intermediate as eager does.
+    """
+    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+    assert not actual.isnan().any(), f"{what}: NaN"
+    if not expected.any():
+        assert not actual.any(), f"{what}: not exactly zero"
+        return 0.0
+    error = relative_rms(actual, expected)
+    assert error <= slack * TOLERANCE[dtype], f"{what}: relative RMS {error:.2e}"
+    if eager is not None and dtype != torch.float64:
+        allowed = 2 * relative_rms(eager, expected)
+        assert error <= max(allowed, ROUNDING[dtype]), (
+            f"{what}: relative RMS {error:.2e}, eager's own {allowed / 2:.2e}"
+        )
+    return error
+
+
+def peaky(*shape, dtype, deviation=3.0, channels_last=False):
+    """Random maps, rounded to ``dtype``; logits of deviation ≥ 2 make a softmax with a few peaks.
+
+    ``channels_last``: axes (N, heads, channels, positions) in memory as (N, positions, heads,
+    channels).
+    """
+    x = (deviation * torch.randn(shape, dtype=torch.float64)).to(dtype=dtype, device=DEVICE)
+    if channels_last:
+        return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    return x

@@ -1,0 +1,105 @@
+"""Counts what interpreted kernels move and compute: exact, repeatable, no GPU.
+
+``count()`` yields a list that grows by one ``Traffic`` per launch. Requested bytes count every lane
+that its mask lets through, in every program, every time: what the kernel asks of the memory system,
+caches aside. Sectors are 32-byte units touched by a load, so badly coalesced or unaligned loads
+show as sectors × 32 over requested bytes. PyTorch's own operations between the kernels, views and
+allocations aside, count as launches that read their inputs and write their outputs once.
+"""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as ti
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclasses.dataclass
+class Traffic:
+    kernel: str
+    programs: int = 0
+    load_bytes: int = 0
+    store_bytes: int = 0
+    load_sectors: int = 0
+    dot_flop: int = 0
+    atomics: int = 0
+
+    @property
+    def bytes(self):
+        return self.load_bytes + self.store_bytes
+
+
+@contextlib.contextmanager
+def count():
+    launches: list[Traffic] = []
+    builder, executor = ti.InterpreterBuilder, ti.GridExecutor
+    current = None
+
+    def lanes(pointers, mask):
+        mask = np.broadcast_to(getattr(mask, "data", mask), pointers.data.shape)
+        return pointers.data[mask], pointers.get_element_ty().primitive_bitwidth // 8
+
+    def load(original, self, pointers, mask, *args, **kwargs):
+        addresses, size = lanes(pointers, mask)
+        current.load_bytes += addresses.size * size
+        current.load_sectors += np.unique(addresses >> np.uint64(5)).size
+        return original(self, pointers, mask, *args, **kwargs)
+
+    def store(original, self, pointers, value, mask, *args, **kwargs):
+        addresses, size = lanes(pointers, mask)
+        current.store_bytes += addresses.size * size
+        return original(self, pointers, value, mask, *args, **kwargs)
+
+    def atomic(original, self, *args, **kwargs):
+        current.atomics += 1
+        return original(self, *args, **kwargs)
+
+    def dot(original, self, a, b, *args, **kwargs):
+        current.dot_flop += 2 * a.data.size * b.data.shape[-1]
+        return original(self, a, b, *args, **kwargs)
+
+    def program(original, self, *args):
+        current.programs += 1
+        return original(self, *args)
+
+    def launch(original, self, *args, **kwargs):
+        nonlocal current
+        current = Traffic(self.fn.__name__)
+        launches.append(current)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            current = None
+
+    class Between(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            if current is None and not op.is_view and "empty" not in op._schema.name:
+                read, written = map(_bytes, ((args, kwargs), out))
+                launches.append(Traffic(str(op), load_bytes=read, store_bytes=written))
+            return out
+
+    with contextlib.ExitStack() as stack:
+
+        def wrap(owner, name, hook):
+            original = getattr(owner, name)
+            setattr(owner, name, lambda *args, **kwargs: hook(original, *args, **kwargs))
+            stack.callback(setattr, owner, name, original)
+
+        wrap(builder, "create_masked_load", load)
+        wrap(builder, "create_masked_store", store)
+        wrap(builder, "create_atomic_rmw", atomic)
+        wrap(builder, "create_atomic_cas", atomic)
+        wrap(builder, "create_dot", dot)
+        wrap(builder, "set_grid_idx", program)
+        wrap(executor, "__call__", launch)
+        stack.enter_context(Between())
+        yield launches
+
+
+def _bytes(tree):
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,127 @@
+"""torch.compile: one graph, forward and backward, not compiled again for each size."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import da_triton
+from da_triton import DoubleAttention
+from support.numerics import DEVICE, check, peaky
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(function, x, *args):
+    x = x.detach().requires_grad_()
+    out = function(x, *args)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    return out.detach(), grad
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("order", ["auto", "AZ", "XZ", "AH", "XH"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_new_size_is_not_a_new_compilation(backend, order, recompute):
+    block = DoubleAttention(
+        16, 8, 6, heads=2, residual=True, order=order, recompute=recompute, backend=backend
+    ).to(DEVICE)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for batch, height, width in ((2, 5, 6), (3, 7, 4), (2, 9, 8), (4, 3, 11)):
+        x = torch.randn(batch, 16, height, width, device=DEVICE)
+        for ours, expected in zip(step(compiled, x), step(block, x), strict=True):
+            assert torch.equal(ours, expected)
+            assert ours.stride() == expected.stride()
+    assert counter.frame_count <= 2, "one compilation for the first size, one for all others"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_inductor(backend):
+    block = DoubleAttention(16, 8, 6, residual=True, backend=backend).to(DEVICE)
+    compiled = torch.compile(block, fullgraph=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 6, 10, device=DEVICE).to(memory_format=memory_format)
+        results = zip(step(compiled, x), step(block.double(), x.double()), strict=True)
+        for ours, expected in results:
+            check(ours, expected, torch.float32)
+        block.float()
+        assert compiled(x).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_whole_model_with_autocast_and_mask(backend):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 16, 3, padding=1)
+            self.block = DoubleAttention(16, residual=True, backend=backend)
+            self.head = torch.nn.Linear(16, 4)
+
+        def forward(self, x, mask):
+            return self.head(self.block(self.stem(x).relu(), mask).mean((2, 3)))
+
+    net = Net().to(DEVICE)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 6, 8, device=DEVICE)
+    mask = torch.rand(2, 6, 8, device=DEVICE) > 0.3
+    for enabled in (True, False):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
+            for ours, expected in zip(step(compiled, x, mask), step(net, x, mask), strict=True):
+                check(ours, expected, torch.bfloat16 if enabled else torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, mask), net(x, mask))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_functions_with_every_option(backend):
+    def function(a, b, v, mask, extra_a, extra_b):
+        return da_triton.double_attention(
+            a, b, v, heads=2, logit_scale=0.5, scale=2.0, softmax_v=False, mask=mask,
+            extra=(extra_a, extra_b), backend=backend,
+        )  # fmt: skip
+
+    a, b, v = (peaky(2, 1, c, 30, dtype=torch.float32)[:, 0] for c in (6, 8, 8))
+    v = v.reshape(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+    args = (b, v, torch.rand(2, 30, device=DEVICE) > 0.5)
+    args += (torch.randn(1, 6, 2, device=DEVICE), torch.randn(1, 8, 2, device=DEVICE))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for ours, expected in zip(step(compiled, a, *args), step(function, a, *args), strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.stride() == expected.stride()
+
+
+def test_changed_children():
+    block = DoubleAttention(16, 8, 6).to(DEVICE)
+    block.convA = torch.nn.Sequential(block.convA, torch.nn.ReLU())
+    x = torch.randn(2, 16, 5, 6, device=DEVICE)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for ours, expected in zip(step(compiled, x), step(block, x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_strided_upstream_gradients():
+    """Through a concatenation (narrow views) and a sum (stride 0)."""
+
+    def function(a, b, v):
+        z = da_triton.double_attention(a, b, v, backend="triton")
+        return torch.cat([z, z.sum(1, keepdim=True)], 1)[:, 1:]
+
+    a, b, v = (peaky(2, 1, c, 30, dtype=torch.float32)[:, 0] for c in (6, 8, 8))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for ours, expected in zip(step(compiled, a, b, v), step(function, a, b, v), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs(mode):
+    block = DoubleAttention(64, residual=True).to(DEVICE)
+    compiled = torch.compile(block, mode=mode, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(2, 64, 14, 14, device=DEVICE)
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,56 @@
+"""torch.export and ONNX of the ``torch`` backend: dynamic batch, height and width."""
+
+import numpy as np
+import pytest
+import torch
+
+from da_triton import DoubleAttention
+
+ORDERS = ["AZ", "XZ", "AH", "XH", "auto"]
+
+
+class Net(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.block = DoubleAttention(16, 8, 6, residual=True, backend="torch", **options)
+
+    def forward(self, x):
+        return self.block(self.stem(x))
+
+
+def dynamic():
+    return {i: torch.export.Dim(name, min=2, max=512) for i, name in ((0, "n"), (2, "h"), (3, "w"))}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_export(order):
+    net = Net(order=order, heads=2).eval()
+    program = torch.export.export(net, (torch.randn(2, 3, 8, 10),), dynamic_shapes=({**dynamic()},))
+    for shape in ((2, 3, 8, 10), (5, 3, 7, 9), (3, 3, 40, 3)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), net(x))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_onnx(order, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs a GPU or onnxruntime")
+    net = Net(order=order, heads=2).eval()
+    path = str(tmp_path / "net.onnx")
+    torch.onnx.export(
+        net, (torch.randn(2, 3, 8, 10),), path, dynamo=True, dynamic_shapes=({**dynamic()},),
+        input_names=["x"], verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((2, 3, 8, 10), (4, 3, 5, 7)):
+        x = torch.randn(shape)
+        (out,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(out, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_exported():
+    block = DoubleAttention(16, 8, 6, backend="torch").eval()
+    x, mask = torch.randn(2, 16, 5, 6), torch.rand(2, 5, 6) > 0.5
+    program = torch.export.export(block, (x, mask))
+    other = torch.rand(2, 5, 6) > 0.5
+    torch.testing.assert_close(program.module()(x, other), block(x, other))

@@ -1,0 +1,222 @@
+"""The public functions: shapes, layouts, autocast, backends, against the definition."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import da_triton
+from da_triton import eager
+from support.numerics import DEVICE, TOLERANCE, check, peaky, relative_rms
+
+BACKENDS = ["triton", "torch", "eager"]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def maps(batch, positions, *channels, dtype=torch.float32):
+    return [
+        peaky(batch, c, 1, torch.Size(positions).numel(), dtype=dtype).reshape(batch, c, *positions)
+        for c in channels
+    ]
+
+
+def reference(a, b, v, heads=1, mask=None, extra=None, **options):
+    """The definition in float64, on flattened positions."""
+    a, b, w = (x.double().flatten(2).unflatten(1, (heads, -1)) for x in (a, b, v))
+    keep = None if mask is None else mask.reshape(mask.shape[0], -1)
+    if extra is not None:
+        extra = [e.double().expand(a.shape[0], -1, -1).unflatten(1, (heads, -1)) for e in extra]
+    g = eager.gather(a, b, keep=keep, extra=extra, logit_scale=options.pop("logit_scale", 1.0))
+    z = eager.distribute(
+        g,
+        w,
+        scale=options.get("scale", 1.0),
+        softmax=options.get("softmax_v", True),
+        logit_scale=options.get("logit_scale_v", 1.0),
+    )
+    return g, z.flatten(1, 2).unflatten(2, v.shape[2:])
+
+
+@each_backend
+@pytest.mark.parametrize("positions", [(11,), (5, 7), (2, 3, 4)])
+def test_one_two_and_three_position_axes(backend, positions):
+    a, b, v = maps(2, positions, 6, 8, 8)
+    g, z = reference(a, b, v, heads=2)
+    check(da_triton.gather(a, b, heads=2, backend=backend), g, a.dtype)
+    check(da_triton.double_attention(a, b, v, heads=2, backend=backend), z, a.dtype)
+    check(da_triton.distribute(g.float(), v, backend=backend), z, a.dtype)
+
+
+@each_backend
+def test_every_option_at_once(backend):
+    a, b = maps(2, (5, 6), 6, 8)
+    (v,) = maps(2, (3, 4), 8)  # positions of its own: cross-attention
+    mask = torch.rand(2, 1, 5, 6, device=DEVICE) > 0.4
+    extra = (torch.randn(1, 6, 4, device=DEVICE), torch.randn(1, 8, 4, device=DEVICE))
+    options = {
+        "heads": 2, "logit_scale": 0.5, "logit_scale_v": 0.7, "scale": 1.3, "softmax_v": False,
+        "mask": mask, "extra": extra,
+    }  # fmt: skip
+    _, expected = reference(a, b, v, **options)
+    z = da_triton.double_attention(a, b, v, **options, backend=backend)
+    assert z.shape == (2, 6, 3, 4)
+    check(z, expected, a.dtype)
+    flat = {**options, "mask": mask[:, 0]}
+    assert torch.equal(da_triton.double_attention(a, b, v, **flat, backend=backend), z)
+
+
+@each_backend
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(
+    ("positions", "memory_format"),
+    [
+        ((5, 6), torch.contiguous_format),
+        ((5, 6), torch.channels_last),
+        ((2, 3, 4), torch.channels_last_3d),
+    ],
+)
+def test_memory_format_follows_v(backend, heads, positions, memory_format):
+    a, b, v = maps(2, positions, 6, 8, 8)
+    v = v.to(memory_format=memory_format)
+    z = da_triton.double_attention(a, b, v, heads=heads, backend=backend)
+    assert z.is_contiguous(memory_format=memory_format)
+    check(z, reference(a, b, v, heads=heads)[1], a.dtype)
+
+
+@each_backend
+def test_token_major_maps_and_crops(backend):
+    tokens = peaky(2, 1, 24, 30, dtype=torch.float32)[:, 0].mT.contiguous()  # (N, L, C)
+    a, b, v = tokens.transpose(1, 2).split([8, 8, 8], dim=1)
+    z = da_triton.double_attention(a, b, v, backend=backend)
+    check(z, reference(a, b, v)[1], a.dtype)
+    assert z.transpose(1, 2).is_contiguous()
+    cropped = [x[:, :, 1:-1, 2:5] for x in maps(2, (6, 7), 6, 8, 8)]
+    check(da_triton.double_attention(*cropped, backend=backend), reference(*cropped)[1], a.dtype)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_gradients_reach_every_tensor(backend):
+    a, b = (x.requires_grad_() for x in maps(2, (5, 6), 6, 8))
+    (v,) = (x.requires_grad_() for x in maps(2, (4, 4), 8))
+    extra = tuple(torch.randn(1, c, 3, device=DEVICE, requires_grad=True) for c in (6, 8))
+    leaves = (a, b, v, *extra)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    da_triton.double_attention(
+        a, b, v, heads=2, extra=extra, backend=backend
+    ).square().sum().backward()
+    _, z = reference(*wide[:3], heads=2, extra=wide[3:])
+    z.square().sum().backward()
+    for x, y in zip(leaves, wide, strict=True):
+        check(x.grad, y.grad, a.dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend, dtype):
+    a, b, v = maps(2, (5, 6), 6, 8, 8)
+    with torch.autocast(DEVICE, dtype=dtype):
+        g = da_triton.gather(a, b, backend=backend)
+        z = da_triton.double_attention(a, b, v, backend=backend)
+        y = da_triton.distribute(g.float(), v, backend=backend)
+        assert torch.is_autocast_enabled(DEVICE)
+    assert g.dtype == z.dtype == y.dtype == dtype
+    expected = reference(a.to(dtype), b.to(dtype), v.to(dtype))
+    check(z, expected[1], dtype, slack=2)
+    check(y, expected[1], dtype, slack=2)
+    with torch.autocast(DEVICE, dtype=dtype):
+        wide = da_triton.double_attention(a.double(), b.double(), v.double(), backend=backend)
+    assert wide.dtype == torch.float64
+
+
+def test_autocast_lets_mixed_inputs_in():
+    a, b, v = maps(2, (5, 6), 6, 8, 8)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert da_triton.double_attention(a.bfloat16(), b, v).dtype == torch.bfloat16
+
+
+def test_descriptors_stay_in_float32_between_the_steps():
+    a, b, v = maps(2, (16, 16), 24, 16, 16, dtype=torch.bfloat16)
+    _, z = reference(a, b, v)
+    whole = da_triton.double_attention(a, b, v, backend="triton")
+    halves = da_triton.distribute(da_triton.gather(a, b, backend="triton"), v, backend="triton")
+    assert relative_rms(whole, z) <= relative_rms(halves, z)
+    assert da_triton.gather(a, b, backend="triton").dtype == torch.bfloat16
+    check(whole, z, torch.bfloat16)
+
+
+@each_backend
+def test_empty_batch(backend):
+    a, b, v = maps(0, (5, 6), 6, 8, 8)
+    assert da_triton.double_attention(a, b, v, backend=backend).shape == (0, 6, 5, 6)
+
+
+def test_auto_takes_the_kernels_where_they_run(monkeypatch):
+    from da_triton.kernels import launch
+
+    a, b, v = maps(1, (4, 4), 6, 8, 8)
+    kernels = da_triton.double_attention(a, b, v, backend="triton")
+    assert torch.equal(da_triton.double_attention(a, b, v), kernels)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "INTERPRETED", False)
+        aten = da_triton.double_attention(a, b, v, backend="torch")
+        assert torch.equal(da_triton.double_attention(a, b, v), aten)
+
+
+@st.composite
+def problems(draw):
+    """Shapes, heads, options and strides of a, b and v, independently."""
+    heads = draw(st.sampled_from([1, 1, 2, 3]))
+    m, n = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    batch = draw(st.integers(1, 2))
+    lengths = [draw(st.integers(1, 70))] * 2 + [draw(st.integers(1, 70))]
+    layouts = [draw(st.sampled_from(["nchw", "nhwc", "slice", "step", "shared"])) for _ in range(3)]
+    options = {
+        "heads": heads,
+        "logit_scale": draw(st.sampled_from([1.0, 0.3, -0.5])),
+        "logit_scale_v": draw(st.sampled_from([1.0, 0.4])),
+        "scale": draw(st.sampled_from([1.0, 2.0])),
+        "softmax_v": draw(st.booleans()),
+    }
+    masked = draw(st.booleans())
+    return batch, (heads * m, heads * n, heads * n), lengths, layouts, options, masked
+
+
+def arranged(batch, channels, length, layout):
+    if layout == "nhwc":
+        return torch.randn(batch, length, channels).transpose(1, 2)
+    if layout == "slice":
+        return torch.randn(batch + 1, channels + 3, length + 5)[1:, 1:-2, 2:-3]
+    if layout == "step":
+        return torch.randn(batch, 2 * channels, 3 * length)[:, ::2, ::3]
+    if layout == "shared":
+        return torch.randn(1, channels, length).expand(batch, -1, -1)
+    return torch.randn(batch, channels, length)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(problems())
+def test_any_shape_and_strides(problem):
+    batch, channels, lengths, layouts, options, masked = problem
+    torch.manual_seed(3)
+    a, b, v = (
+        (2 * arranged(batch, c, length, layout)).to(DEVICE)
+        for c, length, layout in zip(channels, lengths, layouts, strict=True)
+    )
+    mask = (torch.rand(batch, lengths[0]) > 0.5).to(DEVICE) if masked else None
+    if mask is not None:
+        mask[:, 0] = True
+    _, z = reference(a, b, v, mask=mask, **options)
+    wide = [x.double().requires_grad_() for x in (a, b, v)]
+    upstream = arranged(*z.shape, "step").to(DEVICE)
+    expected = torch.autograd.grad(
+        reference(*wide, mask=mask, **options)[1], wide, upstream.double()
+    )
+    for backend in ("triton", "torch"):
+        x, y, w = (t.detach().requires_grad_() for t in (a, b, v))
+        out = da_triton.double_attention(x, y, w, mask=mask, **options, backend=backend)
+        assert relative_rms(out, z) < TOLERANCE[torch.float32]
+        grads = torch.autograd.grad(out, (x, y, w), upstream)
+        for grad, right in zip(grads, expected, strict=True):
+            # One map, or one position: a gradient is zero, and what is left is rounding.
+            scale = max(right.norm(), 0.1 * upstream.norm())
+            assert (grad.double() - right).norm() < 5 * TOLERANCE[torch.float32] * scale

@@ -1,0 +1,79 @@
+"""The package as a user meets it: imports, names, what it needs and what it does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import da_triton
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, **env):
+    base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False,
+        env={**base, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env},
+    )  # fmt: skip
+
+
+def test_public_names():
+    for name in da_triton.__all__:
+        assert getattr(da_triton, name) is not None
+    assert set(da_triton.__all__) >= {
+        "DoubleAttention", "gather", "distribute", "double_attention", "double_attention_block",
+    }  # fmt: skip
+
+
+USE = "import da_triton, torch; print(da_triton.DoubleAttention(8)(torch.ones(1, 8, 4, 4)).shape)"
+
+
+def test_import_without_a_gpu_and_without_warnings():
+    result = python(USE)
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([1, 8, 4, 4])" in result.stdout
+    assert result.stderr == ""
+
+
+def test_import_without_triton():
+    hide = "import sys; sys.modules['triton'] = None; import importlib.util as u; f = u.find_spec\n"
+    hide += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)\n"
+    result = python(hide + USE)
+    assert result.returncode == 0, result.stderr
+    refused = python(
+        hide + "import da_triton, torch; x = torch.ones(1, 2, 3)\n"
+        "da_triton.gather(x, x, backend='triton')"
+    )
+    assert "Triton is not installed" in refused.stderr
+
+
+def test_import_does_not_import_triton():
+    result = python("import da_triton, sys; print('da_triton.kernels.gather' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_the_interpreter_is_refused_bfloat16_without_the_correction():
+    code = "import torch, da_triton; x = torch.ones(1, 2, 3).bfloat16()\n"
+    code += "da_triton.gather(x, x, backend='triton')"
+    result = python(code, TRITON_INTERPRET="1")
+    assert "computes bfloat16 wrongly" in result.stderr
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    code = "import torch, da_triton; x = torch.ones(1, 2, 3)\n"
+    code += "da_triton.gather(x, x, backend='triton')"
+    result = python(code)
+    assert "RuntimeError: backend='triton' cannot run here" in result.stderr
+    assert "TRITON_INTERPRET=1" in result.stderr
+
+
+@pytest.mark.parametrize("folder", ["da_triton", "bench", "tests"])
+def test_no_assert_in_the_package_and_no_dead_markers(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = path.read_text().splitlines()
+        if folder == "da_triton":
+            assert not [x for x in lines if x.lstrip().startswith("assert ")], path
+        assert len(lines) < 460, f"{path} has {len(lines)} lines"
