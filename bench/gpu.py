@@ -3,6 +3,7 @@
 No ratio is given unless the tests pass.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from .providers import Provider
 from .report import ROOT, Report, card, environment
 from .workloads import Workload
 
+# What needs no GPU is tested elsewhere; compilation of the kernels is what takes time here.
+WITHOUT_A_GPU = ("bench", "kernels/test_aot.py", "test_checks.py", "test_export.py")
 TEST_COMMAND = (
-    sys.executable, "-m", "pytest", "-q", "-x", "tests", "--ignore=tests/bench",
-    "-p", "no:cacheprovider",
+    sys.executable, "-m", "pytest", "-q", "-x", "-n", str(max(1, (os.cpu_count() or 1) - 2)),
+    "-p", "no:cacheprovider", "tests", *(f"--ignore=tests/{name}" for name in WITHOUT_A_GPU),
 )  # fmt: skip
-TEST_SHARE = 0.4
+TEST_SHARE = 0.45
 EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
 COPY_BYTES = 4 * 2**30
 MATRIX_SIZE = 8192

@@ -1,6 +1,7 @@
 """torch.export and ONNX of the ``torch`` backend: dynamic batch, height and width."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -34,7 +35,6 @@ def test_export(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_onnx(order, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs a GPU or onnxruntime")
     net = Net(order=order, heads=2).eval()
     path = str(tmp_path / "net.onnx")
     torch.onnx.export(

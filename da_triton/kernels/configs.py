@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
 
 # The largest G that one program holds whole, in both directions, by bytes of an element.
-ONE_TILE = {2: 128, 4: 64, 8: 32}
+ONE_TILE = {2: 128, 4: 32, 8: 32}
 
 # Architectures that start from another's entries: consumer cards (compute capability 8.6, 8.9, 12)
 # with 99 KiB of shared memory, and data-centre Blackwell.
@@ -89,10 +89,18 @@ EXCEPTIONS = {
     ("gfx942", "mix", 32, 32): (32, 8, 3),
     ("gfx942", "map_gradient", 32, 32): (32, 8, 3),
 }
-# float32 in full precision has no tensor cores on NVIDIA, float64 few registers: small tiles, the
-# same everywhere.
-WIDE_WHOLE = {4: (32, 8, 2), 8: (16, 4, 1)}
-WIDE_BLOCKED = {4: (64, 64, 32, 8, 2), 8: (32, 32, 16, 4, 1)}
+# float32 in full precision has no tensor cores on NVIDIA and unrolls its sums, float64 has few
+# registers: small tiles, the same everywhere.
+WIDE_WHOLE = {4: (32, 4, 2), 8: (16, 4, 1)}
+WIDE_BLOCKED = {
+    4: {
+        "gather": (64, 64, 16, 8, 2),
+        "descriptor_gradient": (32, 32, 32, 4, 2),
+        "mix": (64, 32, 32, 8, 2),
+        "map_gradient": (32, 64, 32, 8, 2),
+    },
+    8: dict.fromkeys(BLOCKED["sm_90"], (32, 32, 16, 4, 1)),
+}
 
 
 def one_tile(x, c_m, c_n):
@@ -119,7 +127,7 @@ def _tile(kernel, itemsize, m, n, arch):
         rest = by_area[0 if m * n > 64 * 64 else 1 if m * n > 32 * 32 else 2]
         rest = WIDE_WHOLE.get(itemsize, rest)
     else:
-        limits = WIDE_BLOCKED.get(itemsize, BLOCKED[family][kernel])
+        limits = WIDE_BLOCKED.get(itemsize, BLOCKED[family])[kernel]
         m, n, rest = min(m, limits[0]), min(n, limits[1]), limits[2:]
     if itemsize == 2:
         rest = EXCEPTIONS.get((arch, kernel, m, n), rest)

@@ -22,7 +22,7 @@ BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 
 def shapes(itemsize):
     """(features, maps) that reach every tile of the tables."""
-    sides = {2: (32, 64, 128), 4: (32, 64), 8: (16, 32)}[itemsize]
+    sides = {2: (32, 64, 128), 4: (32,), 8: (16, 32)}[itemsize]
     return [(m, n) for m in sides for n in sides] + list(BLOCKED_SHAPES)
 
 
