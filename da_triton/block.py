@@ -7,7 +7,8 @@ r"""The block on the split route: library products around a backend's gather and
 Biases go where they are cheapest: bb cannot change a softmax over positions and is left out; rows
 of P sum to 1, so ba is added to G; columns of Q sum to 1, so with H bo is added to H.
 
-Everything is a differentiable operation, so gradients need no code here. X is ``(N, C, L)``.
+Everything is a differentiable operation, so gradients need no code here. X is ``(N, C, L)``;
+``residual``, of the output's shape, is added to it.
 """
 
 import functools
@@ -40,36 +41,35 @@ def _block(
     core, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, *,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep, order,
 ):  # fmt: skip
-    inputs = x.to(weight_a.dtype)
     c_m = weight_a.shape[0]
     if order[0] == "X":
-        b = _split_heads(project(inputs, weight_b, None), heads)
-        shared = inputs[:, None].expand(-1, heads, -1, -1)
+        b = _split_heads(project(x, weight_b, None), heads)
+        shared = x[:, None].expand(-1, heads, -1, -1)
         m = core.gather(shared, b, keep=keep, logit_scale=logit_scale)
         g = weight_a.unflatten(0, (heads, -1)).to(m.dtype) @ m
     else:
-        ab = project(inputs, torch.cat([weight_a, weight_b]), None)
-        a, b = _split_heads(ab[:, :c_m], heads), _split_heads(ab[:, c_m:], heads)
+        ab = project(x, torch.cat([weight_a, weight_b]), None)
+        a, b = (_split_heads(maps, heads) for maps in ab.split([c_m, weight_b.shape[0]], 1))
         g = core.gather(a, b, keep=keep, logit_scale=logit_scale)
     if bias_a is not None:
         g = g + _gathered_bias(bias_a.unflatten(0, (heads, -1)).to(g.dtype), keep)
-    v = _split_heads(project(inputs, weight_v, bias_v), heads)
+    v = _split_heads(project(x, weight_v, bias_v), heads)
 
     if order[1] == "Z":
         z = core.distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v)
         z = z.flatten(1, 2)
         if weight_out is None:
-            return x + z if residual else z
-        return project(z, weight_out, bias_out, add=x if residual else None)
+            return z if residual is None else residual + z
+        return project(z, weight_out, bias_out, add=residual)
     per_head = weight_out.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, C, m)
     h = scale * (per_head.to(g.dtype) @ g)
     if bias_out is not None and softmax_v:
-        h = h + (bias_out / heads)[:, None].to(h.dtype)
+        h = h + (bias_out.to(h.dtype) / heads)[:, None]
     y = core.distribute(h, v, softmax=softmax_v, logit_scale=logit_scale_v)
     y = y.squeeze(1) if heads == 1 else y.sum(1)
     if bias_out is not None and not softmax_v:
         y = y + bias_out[:, None]
-    return x + y if residual else y
+    return y if residual is None else residual + y
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:

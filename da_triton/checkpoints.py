@@ -5,8 +5,9 @@ some files carry the prefix ``_mask.``, and pointwise weights come with any numb
 1-axes.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
+import torch
 from torch import Tensor
 
 LAST = "conv_reconstruct"
@@ -14,21 +15,23 @@ OTHER_NAMES_OF_LAST = ("proj", "convC", "convZ")
 OTHER_PREFIX = "_mask."
 
 
-def adapt(state: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Renames and reshapes, in place, the entries under ``prefix`` to this package's own."""
-    children = ("convA", "convB", "convV", LAST, *OTHER_NAMES_OF_LAST)
-    for child in children:
+def adapt(state: MutableMapping[str, Tensor], prefix: str, own: Mapping[str, torch.Size]) -> None:
+    """Renames and reshapes, in place, the entries under ``prefix`` to those of the layer.
+
+    ``own``: the layer's parameters and their shapes. Names that clash and shapes that differ by
+    more than 1-axes are left as they are, to be refused by ``load_state_dict``.
+    """
+    for child in ("convA", "convB", "convV", LAST, *OTHER_NAMES_OF_LAST):
         ours = LAST if child in OTHER_NAMES_OF_LAST else child
         for kind in ("weight", "bias"):
             for inner in (OTHER_PREFIX, ""):
-                theirs, name = f"{prefix}{inner}{child}.{kind}", f"{prefix}{ours}.{kind}"
-                if theirs in state and (theirs == name or name not in state):
-                    value = state.pop(theirs)
-                    state[name] = _as_conv2d(value) if kind == "weight" else value
+                theirs, name = f"{inner}{child}.{kind}", f"{ours}.{kind}"
+                if prefix + theirs in state and (theirs == name or prefix + name not in state):
+                    value = state.pop(prefix + theirs)
+                    state[prefix + name] = _reshaped(value, own.get(name, value.shape))
 
 
-def _as_conv2d(weight: Tensor) -> Tensor:
-    """A pointwise weight as ``(out, in, 1, 1)``; anything else unchanged, to be refused later."""
-    if weight.dim() >= 2 and all(size == 1 for size in weight.shape[2:]):
-        return weight.reshape(*weight.shape[:2], 1, 1)
-    return weight
+def _reshaped(value: Tensor, shape: torch.Size) -> Tensor:
+    """``value`` in ``shape``, where they differ by trailing 1-axes only."""
+    same = value.shape[:2] == shape[:2] and value.numel() == shape.numel()
+    return value.reshape(shape) if same else value

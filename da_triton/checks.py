@@ -76,7 +76,7 @@ def same_batch(first: str, x: Tensor, name: str, y: Tensor) -> None:
 
 def heads(count: int, **channels: int) -> None:
     """``heads`` divides every number of channels."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
         raise ValueError(f"heads must be a positive integer, got {count!r}.")
     for name, c in channels.items():
         if c % count:
@@ -197,6 +197,15 @@ def order(name: str, reconstruct: bool, backend: str) -> None:
         raise ValueError(
             f"backend='eager' is the paper's own order, 'AZ'; got order={name!r}. "
             "Use backend='torch' for another order."
+        )
+
+
+def recompute(value: bool | str, backend: str) -> None:
+    choice("recompute", value, (True, False, "auto"))
+    if value is True and backend == "eager":
+        raise ValueError(
+            "recompute=True has no effect on backend='eager', which keeps what PyTorch keeps. "
+            "Use recompute='auto', or backend='torch'."
         )
 
 

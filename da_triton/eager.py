@@ -15,7 +15,7 @@ def gather_weights(b, keep=None, logit_scale=1.0):
     A map whose positions are all masked gets zeros. Without a mask this is ``torch.softmax``: a map
     of ``-inf`` alone, like one with ``+inf`` or NaN in it, gives NaN.
     """
-    logits = logit_scale * b
+    logits = b if logit_scale == 1 else logit_scale * b
     if keep is None:
         return logits.softmax(-1)
     logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
@@ -25,7 +25,8 @@ def gather_weights(b, keep=None, logit_scale=1.0):
 
 def distribution_weights(v, softmax=True, logit_scale=1.0):
     """``Q = softmax over maps (logit_scale · V)``, or ``logit_scale · V`` without the softmax."""
-    return (logit_scale * v).softmax(-2) if softmax else logit_scale * v
+    logits = v if logit_scale == 1 else logit_scale * v
+    return logits.softmax(-2) if softmax else logits
 
 
 def join_extra(a, b, keep, extra):
@@ -54,7 +55,10 @@ def block(
     x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, *,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep,
 ):  # fmt: skip
-    """The whole block as the paper draws it: three convolutions, the core, one convolution, + X."""
+    """The whole block as the paper draws it: three convolutions, the core, one convolution, + X.
+
+    ``residual``: what is added to the result, or None.
+    """
 
     def convolution(maps, weight, bias):
         out = weight @ maps
@@ -64,10 +68,10 @@ def block(
         return maps.unflatten(1, (heads, -1))
 
     def project(weight, bias):
-        return split_heads(convolution(x.to(weight.dtype), weight, bias))
+        return split_heads(convolution(x, weight, bias))
 
     a, b, v = project(weight_a, bias_a), project(weight_b, bias_b), project(weight_v, bias_v)
     g = gather(a, b, keep=keep, logit_scale=logit_scale)
     z = distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v).flatten(1, 2)
     y = z if weight_out is None else convolution(z, weight_out, bias_out)
-    return x + y if residual else y
+    return y if residual is None else residual + y

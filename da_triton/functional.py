@@ -1,5 +1,7 @@
 """The public functions: checks, autocast, choice of backend and order, shapes in and out."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -77,10 +79,9 @@ def distribute(
     """
     checks.backend(backend)
     checks.feature_map("v", v)
-    checks.descriptors(g, v)
     checks.number(scale=scale, logit_scale=logit_scale)
     (v,) = _autocast(v)
-    g = g if g.dtype == torch.float32 else g.to(v.dtype)
+    checks.descriptors(g, v)
     core = cores.select(backend, v)
     with _autocast_off(v):
         z = core.distribute(
@@ -194,9 +195,10 @@ def double_attention_block(
         residual: adds x; the block must then give x's channels.
         order: association order ``"AZ"`` (the paper's), ``"XZ"``, ``"AH"``, ``"XH"``, or
             ``"auto"``: the cheapest for the shape. All give the same result up to rounding.
-        recompute: True keeps lse and G for backward and projects again; False keeps the projected
-            maps. ``"auto"`` keeps them: on this route projecting again costs over a tenth of a
-            training step at every shape.
+        recompute: True keeps lse and G for backward (with the ``torch`` backend, nothing) and
+            projects again; the graph can then be differentiated once, not twice, and not by
+            ``torch.func``. False keeps the projected maps. ``"auto"`` keeps them: on this route
+            projecting again costs over a tenth of a training step at every shape.
         backend: as :func:`gather`.
 
     Returns:
@@ -207,7 +209,7 @@ def double_attention_block(
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
     checks.backend(backend)
-    checks.choice("recompute", recompute, (True, False, "auto"))
+    checks.recompute(recompute, backend)
     checks.feature_map("x", x)
     checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
     weights = checks.block_weights(
@@ -224,27 +226,27 @@ def double_attention_block(
     checks.one_kind(x=cast, **weights)
 
     core = cores.select(backend, cast)
-    flat = x.flatten(2)
+    inputs = cast.flatten(2)
     options = {
         "heads": heads,
         "logit_scale": logit_scale,
         "logit_scale_v": logit_scale_v,
         "scale": scale,
         "softmax_v": softmax_v,
-        "residual": residual,
+        "residual": x.flatten(2) if residual else None,
         "keep": _keep(mask),
     }
     with _autocast_off(x):
         if core is eager:
-            out = eager.block(flat, **weights, **options)
+            out = eager.block(inputs, **weights, **options)
         else:
             if order == "auto":
-                shape = (x.shape[1], c_m, c_n, heads, flat.shape[2], cast.element_size())
+                shape = (x.shape[1], c_m, c_n, heads, inputs.shape[2], cast.element_size())
                 order = planner.choose_order(*shape, reconstruct)
             unused = weights.pop("bias_b")
             if unused is not None:
                 weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
-            out = block(core, flat, weights, order=order, recompute=recompute is True, **options)
+            out = block(core, inputs, weights, order=order, recompute=recompute is True, **options)
     return _positions_of(out, x)
 
 
@@ -268,7 +270,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 def _keep(mask: Tensor | None) -> Tensor | None:
     """The mask as ``(N, L)``."""
-    return None if mask is None else mask.reshape(mask.shape[0], -1)
+    return None if mask is None else mask.flatten(1)
 
 
 def _positions_of(z: Tensor, like: Tensor) -> Tensor:
@@ -283,7 +285,7 @@ def _autocast(first: Tensor, *others: Tensor | None) -> list:
     """The tensors in the autocast dtype where autocast is on, as PyTorch's own layers take them."""
     tensors = [first, *others]
     kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
@@ -291,6 +293,8 @@ def _autocast(first: Tensor, *others: Tensor | None) -> list:
 
 def _autocast_off(x: Tensor):
     """What follows has the dtypes it is meant to have."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -300,10 +304,15 @@ class _ZeroGradient(torch.autograd.Function):
     A parameter without a gradient would stop distributed training.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight, bias):
-        ctx.save_for_backward(bias)
+    def forward(weight, bias):
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):

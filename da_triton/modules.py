@@ -75,7 +75,7 @@ class DoubleAttention(nn.Module):
         checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
         checks.backend(backend)
         checks.order(order, reconstruct, backend)
-        checks.choice("recompute", recompute, (True, False, "auto"))
+        checks.recompute(recompute, backend)
         if residual and not reconstruct and c_m != in_channels:
             raise ValueError(
                 "residual=True without reconstruct needs c_m == in_channels, got "
@@ -143,7 +143,7 @@ class DoubleAttention(nn.Module):
         checks.channels(x, self.in_channels)
         if mask is not None:
             checks.mask(mask, x, "x")
-            mask = mask.reshape(x.shape[0], -1)
+            mask = mask.flatten(1)
         b, v = (
             _call(conv, x).flatten(2).unflatten(1, (self.heads, -1))
             for conv in (self.convB, self.convV)
@@ -161,7 +161,8 @@ class DoubleAttention(nn.Module):
         return text
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
-        checkpoints.adapt(state_dict, prefix)
+        own = {name: p.shape for name, p in self.named_parameters()}
+        checkpoints.adapt(state_dict, prefix, own)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -187,13 +188,22 @@ _HOOKS = (
 
 def _is_plain(conv: nn.Module) -> bool:
     """Whether using the weight directly equals calling the module, to everyone who watches it."""
-    if type(conv) is not nn.Conv2d or "forward" in conv.__dict__:
+    if not _is_pointwise(conv) or "forward" in conv.__dict__:
         return False
     return not any(getattr(conv, h) or getattr(torch_module, f"_global{h}") for h in _HOOKS)
 
 
+def _is_pointwise(conv: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid", "same")
+        and conv.groups == 1
+    )
+
+
 def _call(conv: nn.Module, x: Tensor) -> Tensor:
-    """A pointwise convolution module on any number of position axes; a Conv2d takes two."""
-    if not isinstance(conv, nn.Conv2d) or x.dim() == 4:
+    """A convolution module on its input; a pointwise Conv2d on any number of position axes."""
+    if x.dim() == 4 or not _is_pointwise(conv):
         return conv(x)
     return conv(x.flatten(2).unsqueeze(-1)).flatten(2).unflatten(2, x.shape[2:])

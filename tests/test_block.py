@@ -36,6 +36,7 @@ def run(x, weights, upstream, **options):
 
 
 def compare(x, weights, slack=1, **options):
+    options.setdefault("backend", "triton")
     dtype = x.dtype
     channels = C if weights[6] is not None else C_M
     upstream = torch.randn(x.shape[0], channels, *x.shape[2:], dtype=torch.float64).to(x.device)
@@ -110,7 +111,7 @@ def test_without_reconstruction(order, residual):
         x, upstream = features(torch.float32), torch.randn(2, C, *POSITIONS, device=DEVICE)
         expected = run(x.double(), [None if w is None else w.double() for w in weights],
                        upstream, residual=True, backend="eager")  # fmt: skip
-        actual = run(x, weights, upstream, residual=True, order=order)
+        actual = run(x, weights, upstream, residual=True, order=order, backend="triton")
         for name in set(actual) - {"bias_b"}:
             check(actual[name], expected[name], torch.float32)
     else:
@@ -189,7 +190,7 @@ def test_autocast(residual):
     x, weights = features(torch.float32).requires_grad_(), parameters(torch.float32)
     weights = [w.requires_grad_() for w in weights]
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = da_triton.double_attention_block(x, *weights, residual=residual)
+        out = da_triton.double_attention_block(x, *weights, residual=residual, backend="triton")
     assert out.dtype == (torch.float32 if residual else torch.bfloat16)
     out.sum().backward()
     assert all(w.grad.dtype == torch.float32 for w in weights)

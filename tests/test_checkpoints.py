@@ -49,6 +49,16 @@ def test_a_file_without_the_last_convolution():
         DoubleAttention(16, 8, 12).load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv3d])
+def test_a_replaced_child_keeps_its_own_shape(kind):
+    block = DoubleAttention(16, 8, 12)
+    block.convA = kind(16, 8, 1)
+    state = {k: v.clone() for k, v in block.state_dict().items()}
+    torch.nn.init.zeros_(block.convA.weight)
+    block.load_state_dict(state)
+    assert torch.equal(block.convA.weight, state["convA.weight"])
+
+
 def test_nothing_is_swallowed():
     """A file that holds the last convolution twice, unknown names, wrong shapes: all refused."""
     state = source()

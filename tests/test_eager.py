@@ -51,7 +51,7 @@ def test_block_is_three_convolutions_the_core_and_one_more(maps):
     c = [torch.randn(o, dtype=torch.float64) for o in (M, MAPS, MAPS, 5)]
     out = eager.block(
         x, w[0], c[0], w[1], c[1], w[2], c[2], w[3], c[3],
-        heads=1, logit_scale=1.0, logit_scale_v=1.0, scale=1.0, softmax_v=True, residual=True,
+        heads=1, logit_scale=1.0, logit_scale_v=1.0, scale=1.0, softmax_v=True, residual=x,
         keep=None,
     )  # fmt: skip
     conv = torch.nn.functional.conv1d

@@ -1,6 +1,7 @@
 """The public functions: shapes, layouts, autocast, backends, against the definition."""
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -117,7 +118,7 @@ def test_autocast(backend, dtype):
     with torch.autocast(DEVICE, dtype=dtype):
         g = da_triton.gather(a, b, backend=backend)
         z = da_triton.double_attention(a, b, v, backend=backend)
-        y = da_triton.distribute(g.float(), v, backend=backend)
+        y = da_triton.distribute(g, v, backend=backend)
         assert torch.is_autocast_enabled(DEVICE)
     assert g.dtype == z.dtype == y.dtype == dtype
     expected = reference(a.to(dtype), b.to(dtype), v.to(dtype))
@@ -147,19 +148,31 @@ def test_descriptors_stay_in_float32_between_the_steps():
 @each_backend
 def test_empty_batch(backend):
     a, b, v = maps(0, (5, 6), 6, 8, 8)
-    assert da_triton.double_attention(a, b, v, backend=backend).shape == (0, 6, 5, 6)
+    for mask in (None, torch.ones(0, 5, 6, dtype=torch.bool, device=DEVICE)):
+        z = da_triton.double_attention(a, b, v, mask=mask, backend=backend)
+        assert z.shape == (0, 6, 5, 6)
 
 
-def test_auto_takes_the_kernels_where_they_run(monkeypatch):
-    from da_triton.kernels import launch
+@pytest.mark.parametrize("backend", ["auto", "torch", "eager"])
+def test_meta_tensors(backend):
+    a, b, v = (x.to("meta") for x in maps(2, (5, 6), 6, 8, 8))
+    z = da_triton.double_attention(a, b, v, backend=backend)
+    assert (z.shape, z.device.type) == ((2, 6, 5, 6), "meta")
 
+
+def test_integers_of_numpy():
+    a, b, v = maps(2, (5, 6), 6, 8, 8)
+    assert torch.equal(
+        da_triton.double_attention(a, b, v, heads=np.int64(2)),
+        da_triton.double_attention(a, b, v, heads=2),
+    )
+
+
+def test_auto_takes_the_kernels_on_a_gpu():
     a, b, v = maps(1, (4, 4), 6, 8, 8)
-    kernels = da_triton.double_attention(a, b, v, backend="triton")
-    assert torch.equal(da_triton.double_attention(a, b, v), kernels)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(launch, "INTERPRETED", False)
-        aten = da_triton.double_attention(a, b, v, backend="torch")
-        assert torch.equal(da_triton.double_attention(a, b, v), aten)
+    expected = "triton" if DEVICE == "cuda" else "torch"
+    named = da_triton.double_attention(a, b, v, backend=expected)
+    assert torch.equal(da_triton.double_attention(a, b, v), named)
 
 
 @st.composite

@@ -19,16 +19,18 @@ def definition(block, x, mask=None):
     for conv in (block.convA, block.convB, block.convV, block.conv_reconstruct):
         none = conv is None
         weights += [None, None] if none else [conv.weight.double().flatten(1), conv.bias.double()]
+    flat = x.double().flatten(2)
     out = eager.block(
-        x.double().flatten(2), *weights, heads=block.heads, logit_scale=block.logit_scale,
+        flat, *weights, heads=block.heads, logit_scale=block.logit_scale,
         logit_scale_v=block.logit_scale_v, scale=block.scale, softmax_v=block.softmax_v,
-        residual=block.residual, keep=None if mask is None else mask.flatten(1),
+        residual=flat if block.residual else None, keep=None if mask is None else mask.flatten(1),
     )  # fmt: skip
     return out.unflatten(2, x.shape[2:])
 
 
 def make(**options):
     torch.manual_seed(5)
+    options.setdefault("backend", "triton")
     return DoubleAttention(16, 8, 12, **options).to(DEVICE)
 
 
@@ -78,6 +80,34 @@ def test_every_parameter_gets_a_gradient():
     assert not block.convB.bias.grad.any()
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_torch_func(backend):
+    """The gradient of a functional call, as meta-learning takes it."""
+    block, x = make(residual=True, backend=backend), image()
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(block, parameters, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(grads[name], p.grad)
+
+
+def test_per_sample_gradients():
+    block, x = make(residual=True, backend="torch"), image()
+    parameters = {k: p.detach() for k, p in block.named_parameters()}
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(block, parameters, (sample[None],)).square().sum()
+
+    grads = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    block(x[1:]).square().sum().backward()
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(grads[name][1], p.grad)
+
+
 def test_copies_and_pickles():
     block, x = make(heads=2, residual=True, backend="torch", order="XZ"), image()
     expected = block(x)
@@ -109,7 +139,9 @@ def test_device_and_dtype_arguments():
 
 
 def test_extra_repr():
-    assert repr(make()).startswith("DoubleAttention(\n  16, c_m=8, c_n=12, reconstruct=True\n")
+    assert repr(make(backend="auto")).startswith(
+        "DoubleAttention(\n  16, c_m=8, c_n=12, reconstruct=True\n"
+    )
     text = make(heads=4, residual=True, backend="torch", scale=0.5).extra_repr()
     assert text.endswith("heads=4, scale=0.5, residual=True, backend='torch'")
 
@@ -143,7 +175,16 @@ def overridden(block):
     conv.forward = lambda x: 3 * nn.Conv2d.forward(conv, x)
 
 
-CHANGES = [hooked, pre_hooked, parametrized, pruned, replaced, overridden]
+def strided(block):
+    for name, channels in (("convA", 8), ("convB", 12)):
+        setattr(block, name, nn.Conv2d(16, channels, 1, stride=2).to(DEVICE))
+
+
+def wider(block):
+    block.convV = nn.Conv2d(16, 12, 3, padding=1).to(DEVICE)
+
+
+CHANGES = [strided, wider, hooked, pre_hooked, parametrized, pruned, replaced, overridden]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -200,4 +241,5 @@ def test_the_layer_is_the_function():
     block, x = make(residual=True), image()
     convs = (block.convA, block.convB, block.convV, block.conv_reconstruct)
     weights = [p for conv in convs for p in (conv.weight, conv.bias)]
-    assert torch.equal(block(x), double_attention_block(x, *weights, residual=True))
+    out = double_attention_block(x, *weights, residual=True, backend="triton")
+    assert torch.equal(block(x), out)

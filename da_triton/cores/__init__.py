@@ -26,6 +26,8 @@ def select(name: str, x: torch.Tensor) -> ModuleType:
         return eager
     if name == "torch":
         return aten
+    if name == "auto" and not x.is_cuda:
+        return aten
     obstacle = _obstacle(x)
     if obstacle is None:
         from . import triton as triton_backend

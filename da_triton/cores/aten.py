@@ -1,8 +1,8 @@
 """The core in ATen operations: any device, differentiable twice, exportable.
 
-Same arguments and results as ``eager``; the differences are those that save time: no copy of the
-feature maps for extra tokens, scales folded into the small matrix G, products laid out so that the
-result already has v's memory format.
+Same arguments and results as ``eager``; the differences are those that save time: A is not copied
+for extra tokens, scales are folded into the small matrix G, products are laid out so that the
+result already has v's memory format. G has the maps' dtype.
 """
 
 import torch

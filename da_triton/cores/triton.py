@@ -255,7 +255,11 @@ def _wants_graph():
 
 
 def _differentiable(forward, inputs, needs, upstream):
-    """Gradients of ``forward`` as a graph that autograd can differentiate again."""
+    """Gradients of ``forward`` as a graph that autograd can differentiate again.
+
+    Taken with respect to views: the inputs themselves may depend on each other.
+    """
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(forward(*inputs), wanted, upstream, create_graph=True))
     return [next(found) if need else None for need in needs]

@@ -120,7 +120,7 @@ def _tile(kernel, itemsize, m, n, arch):
     family = FAMILY.get(arch, arch)
     if kernel == "position_lse":
         return Tile(16, min(n, 64), 64, 4, 1, 8)
-    if kernel == "gather_combine":
+    if kernel in ("gather_combine", "gather_delta"):
         return Tile(min(m, 32), min(n, 64), 16, 4, 1, 8)
     if kernel in WHOLE[family]:
         by_area = WHOLE[family][kernel]

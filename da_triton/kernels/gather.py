@@ -167,6 +167,43 @@ def gather_combine_kernel(
     tl.store(g_ptr + nh * C_M * C_N + offs, acc / total[None, :], mask=inside)
 
 
+@triton.jit(do_not_specialize=["HEADS"])
+def gather_delta_kernel(
+    dg_ptr,  # (N, heads, C_M, C_N), any strides
+    g_ptr,  # (N·heads, C_M, C_N)
+    delta_ptr,  # (N·heads, C_N): Σ_m dG∘G
+    HEADS,
+    C_M,
+    C_N,
+    stride_dg_n,
+    stride_dg_h,
+    stride_dg_m,
+    stride_dg_k,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: a block of maps of one head of one sample.
+
+    dG is rounded as the products of the backward pass round it. The difference dP − δ then has no
+    bias that is common to all positions, which would add up in the gradient of B's weights.
+    """
+    blocks = tl.cdiv(C_N, BLOCK_N)
+    pid = tl.program_id(0)
+    nh = (pid // blocks).to(tl.int64)
+    rows_n = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    dg_base = dg_ptr + nh // HEADS * stride_dg_n + nh % HEADS * stride_dg_h
+    g_base = g_ptr + nh * C_M * C_N
+    dtype: tl.constexpr = g_ptr.dtype.element_ty
+    delta = tl.zeros((BLOCK_N,), dtype)
+    for m0 in range(0, C_M, BLOCK_M):
+        rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        dg = load_matrix(dg_base, rows_m, rows_n, C_M, C_N, stride_dg_m, stride_dg_k, DTYPE)
+        g = load_matrix(g_base, rows_m, rows_n, C_M, C_N, C_N, 1, dtype)
+        delta += tl.sum(dg.to(dtype) * g, 0)
+    tl.store(delta_ptr + nh * C_N + rows_n, delta, mask=rows_n < C_N)
+
+
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_backward_kernel(
     dg_ptr,  # (N, heads, C_M, C_N), any strides
@@ -320,7 +357,7 @@ def gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
     db = launch.empty_map_like(b) if need_b else None
     if batch == 0 or not (need_a or need_b):
         return da, db
-    delta = torch.linalg.vecdot(dg.to(g.dtype), g, dim=-2)
+    delta = _delta(dg, g, a)
     if not configs.one_tile(a, c_m, c_n):
         if need_a:
             tiled.mix(dg, b, da, logit_scale=logit_scale, lse=lse, per_map=True, keep=keep)
@@ -347,3 +384,17 @@ def gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
             **launch.options(a, tile),
         )  # fmt: skip
     return da, db
+
+
+def _delta(dg, g, a):
+    """``δ = Σ_m dG∘G``, ``(N·heads, n)``, in the dtype of G."""
+    batch, heads, c_m, c_n = g.shape
+    delta = g.new_empty((batch * heads, c_n))
+    tile = configs.tile("gather_delta", a, c_m, c_n)
+    with launch.device_of(a):
+        gather_delta_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
+            dg, g, delta, heads, c_m, c_n, *dg.stride(), DTYPE=launch.TRITON_DTYPE[a.dtype],
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return delta

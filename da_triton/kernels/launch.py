@@ -61,11 +61,11 @@ def alignment(*maps):
     The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
     row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
     """
-    length = maps[0].shape[-1]
-    if length % 16 == 0 or any(x.stride(-1) != 1 for x in maps):
-        return 1
-    rows = [s for x in maps for s in strides(x, 1)[:3]] + [length]
-    return next(d for d in (8, 4, 2, 1) if all(r % d == 0 for r in rows))
+    rows = [s for x in maps for s in strides(x, 1)[:3]] + [maps[0].shape[-1]]
+    if any(x.stride(-1) != 1 for x in maps) or max(rows) >= 2**31:
+        return 1  # rows are not contiguous, or a stride rebuilt in the kernel could overflow int32
+    unit = next(d for d in (16, 8, 4, 2, 1) if all(r % d == 0 for r in rows))
+    return 1 if unit == 16 else unit
 
 
 @functools.cache
@@ -123,6 +123,6 @@ def options(x, tile, products=True):
         "enable_fp_fusion": True,
     }
     if products:
-        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        chosen["PRECISION"] = "tf32" if tf32 else "ieee"
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        chosen["PRECISION"] = "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
     return chosen

@@ -21,7 +21,7 @@ from . import configs, launch
 from .tiles import dot, exp, exp_minus, load_keep, load_map, load_matrix, log_sum, scalar, store_map
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS"])
 def position_lse_kernel(
     x_ptr,  # (N, heads, C_N, L)
     lse_ptr,  # (N·heads, L): log Σ_n exp(s·x)
@@ -81,7 +81,7 @@ def _weights(
     return e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS"])
 def mix_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
@@ -159,7 +159,7 @@ def mix_kernel(
         store_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
 
 
-@triton.jit(do_not_specialize=["PARTS"])
+@triton.jit(do_not_specialize=["HEADS", "PARTS"])
 def map_gradient_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)

@@ -88,4 +88,4 @@ def softmax_maps(v, rows_n, C_N):
     """Softmax over all maps of every position, ``[BLOCK_N, BLOCK_L]``; rows beyond C_N give 0."""
     v = tl.where((rows_n < C_N)[:, None], v, -float("inf"))
     q = exp(v - tl.max(v, 0)[None, :])
-    return q / tl.sum(q, 0)[None, :]
+    return q * (1.0 / tl.sum(q, 0))[None, :]

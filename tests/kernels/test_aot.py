@@ -19,7 +19,7 @@ MULTIPLYING = {
     "gather_kernel", "gather_backward_kernel", "distribute_kernel", "distribute_backward_kernel",
     "mix_kernel", "map_gradient_kernel", "descriptor_gradient_kernel",
 }  # fmt: skip
-OTHER = {"gather_combine_kernel", "position_lse_kernel"}
+OTHER = {"gather_combine_kernel", "gather_delta_kernel", "position_lse_kernel"}
 each_architecture = pytest.mark.parametrize(
     "arch", [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ARCHITECTURES]
 )

@@ -50,9 +50,8 @@ def test_without_softmax(case, dtype, poisoned):
     compare(*inputs(case, dtype), softmax=False, logit_scale=0.7, scale=-1.3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_largest_numbers_of_maps_and_features(dtype):
-    compare(*inputs(LARGEST, dtype))
+def test_largest_numbers_of_maps_and_features():
+    compare(*inputs(LARGEST, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,6 +7,7 @@ import torch
 
 from da_triton import eager
 from da_triton.cores import triton as core
+from da_triton.kernels import configs, launch
 from support.cases import LARGEST, each_case
 from support.cases import ONE_TILE as CASE
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
@@ -48,9 +49,8 @@ def test_matches_the_definition(case, dtype, channels_last, poisoned):
     compare(*inputs(case, dtype, channels_last), logit_scale=0.7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_largest_numbers_of_maps_and_features(dtype):
-    compare(*inputs(LARGEST, dtype))
+def test_largest_numbers_of_maps_and_features():
+    compare(*inputs(LARGEST, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,6 +62,42 @@ def test_one_position(dtype):
     check(result["dA"], upstream.double().sum(-1, keepdim=True), dtype)
     dp = (upstream.double().mT @ a.double()).norm()
     assert result["dB"].double().norm() <= TOLERANCE[dtype] * dp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_case
+def test_features_with_a_mean(case, dtype):
+    """dB sums to zero over positions; a bias common to them would add up in B's weights."""
+    a, b, upstream = inputs(case, dtype)
+    a = a + 5
+    x = peaky(case.batch, 1, 16, case.length, dtype=torch.float64) + 5
+    wide = run(eager.gather, a.double(), b.double(), upstream.double())
+    own, actual = (run(f, a, b, upstream) for f in (eager.gather, core.gather))
+    error, allowed = ((r["dB"].double() @ x.mT - wide["dB"] @ x.mT).norm() for r in (actual, own))
+    assert error <= max(2 * allowed, 1e-5 * wide["dB"].norm() * x.norm())
+    compare(a, b, upstream)
+
+
+def test_backward_inside_autocast():
+    a, b, upstream = inputs(CASE, torch.float32)
+    expected = run(core.gather, a, b, upstream)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        actual = run(core.gather, a, b, upstream)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_tf32_is_pytorchs_own_switch(precision):
+    x = torch.empty(1, 1, 4, 4)
+    tile = configs.tile("gather", x, 4, 4)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert launch.options(x, tile)["PRECISION"] == precision
+        assert launch.options(x.double(), tile)["PRECISION"] == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("logit_scale", [-0.5, 2.0, 0.0])
@@ -286,12 +322,16 @@ def test_gradients_of_the_kernels_by_finite_differences():
 
 @pytest.mark.parametrize(
     ("shape", "strides"),
-    [((3, 2, 3, 36), (2**30, 192, 64, 1)), ((2, 2, 3, 36), (8, 4, 1, 2**26))],
-    ids=["batch", "positions"],
+    [
+        ((3, 2, 3, 36), (2**30, 192, 64, 1)),
+        ((2, 2, 3, 36), (8, 4, 1, 2**26)),
+        ((1, 1, 2, 36), (0, 0, 2**31, 1)),
+    ],
+    ids=["batch", "positions", "channels"],
 )
 def test_offsets_beyond_int32(shape, strides):
     """Strides that put elements past 2^31: offsets are int64 from the program's number on."""
     storage = torch.empty(2**31 + 2**29, dtype=torch.float16, device=DEVICE)
     x = storage.as_strided(shape, strides)
     x.copy_(torch.randn(shape))
-    compare(x, x, peaky(*shape[:3], 3, dtype=torch.float16))
+    compare(x, x, peaky(*shape[:3], shape[2], dtype=torch.float16))

@@ -36,7 +36,8 @@ def check(actual, expected, dtype, eager=None, what="", slack=1):
     assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
     assert not actual.isnan().any(), f"{what}: NaN"
     if not expected.any():
-        assert not actual.any(), f"{what}: not exactly zero"
+        largest = actual.abs().max().item()  # rounding of terms of order 100 that cancel
+        assert largest <= 100 * TOLERANCE[dtype], f"{what}: {largest:.1e} instead of zero"
         return 0.0
     error = relative_rms(actual, expected)
     assert error <= slack * TOLERANCE[dtype], f"{what}: relative RMS {error:.2e}"
