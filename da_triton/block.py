@@ -80,6 +80,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None =
     if x.stride(1) == 1 and x.stride(2) != 1:  # channels last: rows of the product are positions
         y = torch.nn.functional.linear(x.transpose(1, 2), weight, bias).transpose(1, 2)
         return y if add is None else add + y
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # A batched product with one shared matrix is slower there than the convolution it is.
+        y = torch.conv2d(x.unsqueeze(-1), weight[..., None, None], bias).squeeze(-1)
+        return y if add is None else add + y
     shared = weight.expand(x.shape[0], -1, -1)
     if add is not None and add.dtype == x.dtype:
         y = torch.baddbmm(add, shared, x)

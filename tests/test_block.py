@@ -200,12 +200,14 @@ def test_autocast(residual):
     check(out, expected, torch.bfloat16, slack=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("add", [False, True])
-def test_project(layout, bias, add):
-    x = torch.randn(2, 9, 11) if layout == "nchw" else torch.randn(2, 11, 9).mT
-    w, c = torch.randn(5, 9), torch.randn(5) if bias else None
-    y = torch.randn(2, 5, 11) if add else None
+def test_project(layout, bias, add, dtype):
+    kind = {"dtype": dtype, "device": DEVICE}
+    x = torch.randn(2, 9, 11, **kind) if layout == "nchw" else torch.randn(2, 11, 9, **kind).mT
+    w, c = torch.randn(5, 9, **kind), torch.randn(5, **kind) if bias else None
+    y = torch.randn(2, 5, 11, **kind) if add else None
     expected = torch.nn.functional.conv1d(x, w[..., None], c) + (y if add else 0)
     torch.testing.assert_close(project(x, w, c, y), expected)

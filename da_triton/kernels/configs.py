@@ -76,6 +76,11 @@ BLOCKED = {
 # (architecture, kernel, BLOCK_M, BLOCK_N) -> (BLOCK_L, warps, stages), half precision: where the
 # rule gives a tile that spills or does not fit this architecture's shared memory.
 EXCEPTIONS = {
+    ("sm_89", "descriptor_gradient", 128, 128): (32, 8, 2),
+    ("sm_100", "mix", 128, 32): (64, 4, 3),
+    ("sm_100", "map_gradient", 64, 32): (64, 8, 3),
+    ("sm_80", "gather", 32, 32): (64, 4, 3),
+    ("sm_89", "gather", 32, 32): (64, 4, 3),
     ("sm_89", "gather_backward", 128, 128): (32, 8, 2),
     ("sm_89", "gather", 64, 128): (64, 8, 3),
     ("sm_89", "gather", 128, 64): (32, 8, 2),
@@ -119,7 +124,7 @@ def tile(kernel, x, c_m, c_n):
 def _tile(kernel, itemsize, m, n, arch):
     family = FAMILY.get(arch, arch)
     if kernel == "position_lse":
-        return Tile(16, min(n, 64), 64, 4, 1, 8)
+        return Tile(16, min(n, 32), 64, 4, 1, 8)
     if kernel in ("gather_combine", "gather_delta"):
         return Tile(min(m, 32), min(n, 64), 16, 4, 1, 8)
     if kernel in WHOLE[family]:

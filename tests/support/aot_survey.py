@@ -23,7 +23,8 @@ BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 def shapes(itemsize):
     """(features, maps) that reach every tile of the tables."""
     sides = {2: (32, 64, 128), 4: (32,), 8: (16, 32)}[itemsize]
-    return [(m, n) for m in sides for n in sides] + list(BLOCKED_SHAPES)
+    blocked = BLOCKED_SHAPES if itemsize == 2 else BLOCKED_SHAPES[:1]
+    return [(m, n) for m in sides for n in sides] + list(blocked)
 
 
 def record(m, n, length, dtype, layout, *, batch=64, masked=False, softmax=True, extra=False):
