@@ -41,15 +41,13 @@ def _block(
     core, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, *,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep, order,
 ):  # fmt: skip
-    c_m = weight_a.shape[0]
+    b = _split_heads(project(x, weight_b, None), heads)
     if order[0] == "X":
-        b = _split_heads(project(x, weight_b, None), heads)
         shared = x[:, None].expand(-1, heads, -1, -1)
         m = core.gather(shared, b, keep=keep, logit_scale=logit_scale)
         g = weight_a.unflatten(0, (heads, -1)).to(m.dtype) @ m
     else:
-        ab = project(x, torch.cat([weight_a, weight_b]), None)
-        a, b = (_split_heads(maps, heads) for maps in ab.split([c_m, weight_b.shape[0]], 1))
+        a = _split_heads(project(x, weight_a, None), heads)
         g = core.gather(a, b, keep=keep, logit_scale=logit_scale)
     if bias_a is not None:
         g = g + _gathered_bias(bias_a.unflatten(0, (heads, -1)).to(g.dtype), keep)

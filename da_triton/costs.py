@@ -32,7 +32,7 @@ def order_cost(
     per_position, elements, small_total = 2 * channels * c_n, 2 * channels + 4 * c_n, 0
     if order[0] == "A":
         per_position += channels * c_m + core
-        elements += 2 * c_m  # A rides on B's product: written and read
+        elements += channels + 2 * c_m  # X read, A written and read again
     else:
         per_position += channels * c_n
         elements += channels * heads
