@@ -188,14 +188,14 @@ _HOOKS = (
 
 def _is_plain(conv: nn.Module) -> bool:
     """Whether using the weight directly equals calling the module, to everyone who watches it."""
-    if not _is_pointwise(conv) or "forward" in conv.__dict__:
+    if type(conv) is not nn.Conv2d or not _is_pointwise(conv) or "forward" in conv.__dict__:
         return False
     return not any(getattr(conv, h) or getattr(torch_module, f"_global{h}") for h in _HOOKS)
 
 
 def _is_pointwise(conv: nn.Module) -> bool:
     return (
-        type(conv) is nn.Conv2d
+        isinstance(conv, nn.Conv2d)
         and conv.kernel_size == conv.stride == (1, 1)
         and conv.padding in ((0, 0), "valid", "same")
         and conv.groups == 1

@@ -209,6 +209,14 @@ def test_changed_children_on_videos_with_mask():
     check(block(x, mask), expected, torch.float32)
 
 
+@pytest.mark.parametrize("positions", [(30,), (2, 3, 5)])
+def test_parametrized_children_take_any_number_of_position_axes(positions):
+    block, x = make(), image(*positions)
+    parametrized(block)
+    flat = block(x.flatten(2)[..., None])
+    torch.testing.assert_close(block(x).flatten(2), flat.flatten(2))
+
+
 def test_global_hooks_see_the_children():
     block, seen = make(), []
     handle = nn.modules.module.register_module_forward_hook(
