@@ -3,6 +3,7 @@
 from ._version import __version__
 from .functional import distribute, double_attention, double_attention_block, gather
 from .modules import DoubleAttention
+from .planner import plan
 
 __all__ = [
     "DoubleAttention",
@@ -11,4 +12,5 @@ __all__ = [
     "double_attention",
     "double_attention_block",
     "gather",
+    "plan",
 ]

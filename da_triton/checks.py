@@ -5,8 +5,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .cores import NAMES as BACKENDS
-
+BACKENDS = ("auto", "triton", "torch", "eager")
 ORDERS = ("AZ", "XZ", "AH", "XH")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -1,4 +1,4 @@
-"""What each association order of the block costs on the split route: operations and bytes.
+"""What a block costs, by association order and route: operations, bytes and launches, from shapes.
 
 One sample, multiply-adds as in the table of the derivation:
 
@@ -7,15 +7,47 @@ One sample, multiply-adds as in the table of the derivation:
     AH  distribute H = Wo·G               L(C·c_m + 2C·c_n + c_m·c_n/h + C·c_n) + C·c_m·c_n/h
     XH  both                              L·4C·c_n + 2·c_m·C·c_n/h
 
-Bytes are those of the split route's own launches: every feature-map-sized tensor that a launch
-reads or writes, once.
+A step is a launch, or a few that belong together. ``elements`` are the tensors with positions that
+it moves to and from memory, once each; what a step reads again while it is still in the
+second-level cache is not counted twice. ``requested`` is what its programs ask of that cache: a
+tile of positions asks for all weights that it is multiplied with, so short tiles ask for much.
 """
 
 from typing import NamedTuple
 
 
+class Shape(NamedTuple):
+    """A block on an input: sizes, and bytes of an element."""
+
+    batch: int
+    channels: int
+    c_m: int
+    c_n: int
+    heads: int
+    length: int
+    itemsize: int
+    reconstruct: bool
+    wide: bool = True  # kernels can load at least 8 bytes at once
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels if self.reconstruct else self.c_m
+
+
+class Step(NamedTuple):
+    """Costs of one sample; launches of all samples together."""
+
+    name: str
+    library: bool  # a library's matrix product, or a kernel of ours
+    multiply_adds: int
+    elements: int = 0  # of maps with positions, in the input's dtype
+    wide_elements: int = 0  # float32
+    launches: int = 1
+    requested: int = 0  # elements, of kernels that ask for more than ``elements``
+
+
 class Cost(NamedTuple):
-    """Of one sample, forward."""
+    """Of one sample, forward, on the split route with ATen operations."""
 
     multiply_adds: int  # in products that run over positions
     small_multiply_adds: int  # in products of small matrices, float32
@@ -46,3 +78,152 @@ def order_cost(
         elements += channels if heads == 1 else channels * (2 * heads + 1)
         small_total += small
     return Cost(per_position * length, small_total, elements * length)
+
+
+def gather_steps(
+    s: Shape, source: str, block_l: int, want_h: bool, splits: int, blocks: int = 1
+) -> list[Step]:
+    """Forward, up to G, or H if wanted.
+
+    ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``splits``: parts
+    of a sample's sums. ``blocks``: of maps, in a gather from X.
+    """
+    c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
+    features = c if source == "X" else s.c_m // s.heads
+    parts = 2 * splits * s.c_n * features
+    products = small * ((source == "X") + want_h)
+    descriptors = Step("descriptors", False, products, 0, parts + s.c_n * features)
+    if block_l and source == "X":
+        pass_1 = Step("gather from X", False, 2 * length * c * s.c_n, c * length)
+        return [pass_1._replace(requested=blocks * c * length), descriptors]
+    if block_l:
+        macs = length * (c * (s.c_m + s.c_n) + s.c_m * s.c_n // s.heads)
+        asked = length * c * (s.heads + (s.c_m + s.c_n) // block_l)
+        return [Step("gather from A", False, macs, c * length, 0, 1, asked), descriptors]
+    steps = [Step("project B", True, length * c * s.c_n, (c + s.c_n) * length)]
+    if source == "A":
+        steps.append(Step("project A", True, length * c * s.c_m, s.c_m * length))
+    values = s.c_m if source == "A" else c * s.heads
+    core = length * s.c_n * features
+    launches = 1 if splits == 1 else 2
+    elements = (values + s.c_n) * length
+    asked = _asked(s, features, 128) if not _whole(s, features, 128) else 0
+    steps.append(Step("gather", False, core, elements, parts, launches, asked))
+    return [*steps, descriptors]
+
+
+def distribute_steps(
+    s: Shape, to: str, block_l: int, tile: int, cached: bool, whole: bool = True
+) -> list[Step]:
+    """Forward, from G or H to the output. ``cached``: X is still in the second-level cache.
+
+    ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``whole``: that
+    kernel keeps all channels at hand. ``tile``: the largest G, in either direction, that one
+    program of the core holds.
+    """
+    c, length, out = s.channels, s.length, s.out_channels
+    x = 0 if cached else c
+    if block_l:
+        macs = length * s.c_n * (c + out)
+        asked = (c + out) * length
+        if not whole:
+            asked += length * (c + s.c_n * (c + out) // block_l)
+        return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, asked)]
+    steps = [Step("project V", True, length * c * s.c_n, (x + s.c_n) * length)]
+    core = length * s.c_n * (s.c_m // s.heads if to == "Z" else out)
+    features = s.c_m if to == "Z" else out * s.heads
+    launches, asked = 1, 0
+    if not _whole(s, features // s.heads, tile):
+        launches, asked = 2, s.c_n * length + _asked(s, features // s.heads, tile)
+    elements = (s.c_n + features) * length
+    steps.append(Step("distribute", False, core, elements, 0, launches, asked))
+    if to == "H":
+        extra = (out * (s.heads + 1) if s.heads > 1 else 0) + x + 2 * out
+        steps.append(Step("bias, residual, heads", True, 0, extra * length, 0, 2))
+    elif s.reconstruct:
+        steps.append(
+            Step("reconstruct", True, length * s.c_m * c, (s.c_m + x + 3 * c) * length, 0, 2)
+        )
+    return steps
+
+
+def fused_backward_steps(s: Shape, splits: int, block_l: int, blocks: int = 1) -> list[Step]:
+    """In order XH: pass 1 again, then two passes over X and dO, then the weights.
+
+    ``block_l``: positions in a tile of the second of those passes. ``blocks``: of maps in pass 1.
+    """
+    c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
+    small = c * s.c_m * k // s.heads
+    parts = 2 * splits * k * c
+    return [
+        Step("gather from X", False, 2 * length * c * k, c * length, 0, 1, blocks * c * length),
+        Step("descriptors", False, 2 * small, 0, parts + 2 * k * c),
+        Step("dV and dH", False, length * k * (c + 2 * out), (c + out + k) * length),
+        Step("descriptors, backward", False, 2 * small, 0, parts + 2 * k * c),
+        Step(
+            "dB and dX",
+            False,
+            5 * length * c * k,
+            (2 * c + out + 2 * k) * length,
+            0,
+            1,
+            length * (2 * c + out + 2 * k + 5 * c * k // block_l),
+        ),
+        Step(
+            "dWv and dWb",
+            False,
+            2 * length * c * k,
+            (c + 2 * k) * length,
+            parts,
+            1,
+            length * (c * -(-2 * k // 128) + 2 * k * -(-c // 128)),
+        ),
+        Step("other weights", False, 2 * small, 0, parts + 4 * k * c),
+    ]
+
+
+def split_backward_steps(s: Shape, order: str, tile: int) -> list[Step]:
+    """Library products around the core's backward kernels; ``tile`` as in ``distribute_steps``.
+
+    Where one program cannot hold all of G, blocks of maps read the features again and blocks of
+    features the maps, and r is a product of its own.
+    """
+    c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
+    core, small = m * k // s.heads, c * m * k // s.heads
+    steps = [Step("project B and V", True, 2 * length * c * k, 2 * (c + k) * length, 0, 2)]
+    if order[1] == "Z":
+        again = 1 if _whole(s, m // s.heads, tile) else 2
+        if s.reconstruct:
+            steps.append(Step("Z", False, length * core, (k + m) * length, 0, again))
+            steps.append(Step("dZ and dWo", True, 2 * length * c * m, 2 * (c + m) * length, 0, 3))
+        elements = again * (m + 2 * k) * length
+        macs = (1 + again) * length * core
+        steps.append(Step("dG and dV", False, macs, elements, 0, 2 * again))
+    else:
+        again = 1 if _whole(s, out, tile) else 2
+        elements = again * (out * s.heads + 2 * k) * length
+        macs = (1 + again) * length * out * k
+        steps.append(Step("dH and dV", False, macs, elements, 0, 2 * again))
+        steps.append(Step("H, dG, dWo", True, 3 * small, 0, 4 * k * c, 4))
+    again = 1 if _whole(s, m // s.heads if order[0] == "A" else c, tile) else 2
+    if order[0] == "A":
+        steps.append(Step("project A", True, length * c * m, (c + m) * length))
+        elements = again * (2 * m + 2 * k) * length
+        steps.append(Step("dA and dB", False, 2 * length * core, elements, 0, 1 + again))
+        steps.append(Step("dWa, dX", True, 2 * length * c * m, 2 * (c + m) * length, 0, 3))
+    else:
+        elements = again * (3 * c * s.heads + 2 * k) * length
+        steps.append(Step("M, dX, dB", False, 3 * length * c * k, elements, 0, 3 + again))
+        steps.append(Step("dM, dWa", True, 2 * small, 0, 4 * k * c, 3))
+    products = Step("dWv, dWb, dX", True, 4 * length * c * k, (8 * c + 4 * k) * length, 0, 6)
+    return [*steps, products, Step("biases", True, 0, (out + k) * length, 0, 3)]
+
+
+def _whole(s: Shape, features: int, tile: int) -> bool:
+    return max(features, s.c_n // s.heads) <= tile
+
+
+def _asked(s: Shape, features: int, tile: int) -> int:
+    """Elements that a product of G with maps asks for in tiles: each block asks for the other's."""
+    per_map, per_feature = -(-features // tile), -(-s.c_n // s.heads // tile)
+    return s.length * s.heads * (s.c_n // s.heads * per_map + features * (per_feature + 1))

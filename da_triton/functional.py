@@ -5,8 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from . import checks, cores, eager, planner
-from .block import block
+from . import checks, cores, eager
 
 
 def gather(
@@ -233,20 +232,17 @@ def double_attention_block(
         "logit_scale_v": logit_scale_v,
         "scale": scale,
         "softmax_v": softmax_v,
-        "residual": x.flatten(2) if residual else None,
+        "residual": None if not residual else inputs if cast is x else x.flatten(2),
         "keep": _keep(mask),
     }
     with _autocast_off(x):
-        if core is eager:
+        if core is cores.EAGER:
             out = eager.block(inputs, **weights, **options)
         else:
-            if order == "auto":
-                shape = (x.shape[1], c_m, c_n, heads, inputs.shape[2], cast.element_size())
-                order = planner.choose_order(*shape, reconstruct)
             unused = weights.pop("bias_b")
             if unused is not None:
                 weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
-            out = block(core, inputs, weights, order=order, recompute=recompute is True, **options)
+            out = core.block(inputs, weights, order=order, recompute=recompute, **options)
     return _positions_of(out, x)
 
 
@@ -285,7 +281,7 @@ def _autocast(first: Tensor, *others: Tensor | None) -> list:
     """The tensors in the autocast dtype where autocast is on, as PyTorch's own layers take them."""
     tensors = [first, *others]
     kind = first.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
@@ -293,9 +289,14 @@ def _autocast(first: Tensor, *others: Tensor | None) -> list:
 
 def _autocast_off(x: Tensor):
     """What follows has the dtypes it is meant to have."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    if not _autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _autocast_available(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 class _ZeroGradient(torch.autograd.Function):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton.block import project
+from da_triton.projection import project
 from support.numerics import DEVICE, check, peaky, relative_rms
 
 ORDERS = ["AZ", "XZ", "AH", "XH"]

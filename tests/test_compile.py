@@ -40,8 +40,8 @@ def test_a_new_size_is_not_a_new_compilation(backend, order, recompute):
         for ours, uncompiled, expected in zip(
             step(compiled, x), step(block, x), exact, strict=True
         ):
-            # A graph for any size has one order; uncompiled, "auto" may take another for this one.
-            assert order == "auto" or torch.equal(ours, uncompiled)
+            # The operator is the same in both; the torch backend has a path of its own on a CPU.
+            assert backend == "torch" or torch.equal(ours, uncompiled)
             check(ours, expected, torch.float32)
             assert ours.stride() == uncompiled.stride()
     assert counter.frame_count <= 2, "one compilation for the first size, one for all others"

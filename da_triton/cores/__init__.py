@@ -1,40 +1,52 @@
-"""Cores: the same two functions, ``gather`` and ``distribute``, in different operations.
+"""Backends: the same three functions in different operations.
 
 One for each backend. (A folder named backends, in a package whose name ends in triton, would be
 skipped by torch.compile, which leaves out every path that contains "triton/backends".)
 """
 
 import importlib.util
-from types import ModuleType
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .. import eager
-from . import aten
+from . import aten, aten_block
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-NAMES = ("auto", "triton", "torch", "eager")
 
 
-def select(name: str, x: torch.Tensor) -> ModuleType:
+class Backend(NamedTuple):
+    """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``."""
+
+    gather: Callable
+    distribute: Callable
+    block: Callable
+
+
+EAGER = Backend(eager.gather, eager.distribute, eager.block)
+TORCH = Backend(aten.gather, aten.distribute, aten_block.block)
+
+
+def select(name: str, x: torch.Tensor) -> Backend:
     """The backend for tensors like ``x``.
 
     ``"auto"`` is Triton where it can run, else ``"torch"``. A named backend is never exchanged for
     another: where it cannot run, RuntimeError says why.
     """
     if name == "eager":
-        return eager
+        return EAGER
     if name == "torch":
-        return aten
+        return TORCH
     if name == "auto" and not x.is_cuda:
-        return aten
+        return TORCH
     obstacle = _obstacle(x)
     if obstacle is None:
-        from . import triton as triton_backend
+        from . import triton, triton_block
 
-        return triton_backend
+        return Backend(triton.gather, triton.distribute, triton_block.block)
     if name == "auto":
-        return aten
+        return TORCH
     raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
 
 
@@ -42,6 +54,6 @@ def _obstacle(x: torch.Tensor) -> str | None:
     """Why the kernels cannot run on tensors like ``x``, or None."""
     if not HAS_TRITON:
         return "Triton is not installed; pip install triton, or use backend='torch'."
-    from . import triton as triton_backend
+    from . import triton
 
-    return triton_backend.obstacle(x)
+    return triton.obstacle(x)

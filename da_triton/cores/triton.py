@@ -19,6 +19,7 @@ from ..kernels import distribute as distribute_kernels
 from ..kernels import gather as gather_kernels
 from ..kernels import launch
 from . import aten
+from .operators import differentiable, or_empty, wants_graph
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
@@ -108,14 +109,14 @@ def gather_backward_op(
     """dA and dB; empty where not needed."""
     keep = None if keep is None else keep.view(torch.uint8)
     da, db = gather_kernels.gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b)
-    return _or_empty(da, a), _or_empty(db, b)
+    return or_empty(da, a), or_empty(db, b)
 
 
 @gather_backward_op.register_fake
 def _(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
-    return _or_empty(da, a), _or_empty(db, b)
+    return or_empty(da, a), or_empty(db, b)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -131,7 +132,7 @@ def _gather_gradients(ctx, dg, _):
     needs = ctx.needs_input_grad[:5]
     if dg is None:
         return (None,) * 6
-    if _wants_graph():
+    if wants_graph():
 
         def forward(a, b, keep, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
@@ -139,7 +140,7 @@ def _gather_gradients(ctx, dg, _):
                 dg.dtype
             )
 
-        return *_differentiable(forward, (a, b, keep, extra_a, extra_b), needs, dg), None
+        return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, dg), None
     grads = [None, None, None, None, None, None]
     for i, (features, maps, mask) in {0: (a, b, keep), 3: (extra_a, extra_b, None)}.items():
         j = i + 1
@@ -152,10 +153,6 @@ def _gather_gradients(ctx, dg, _):
 
 
 gather_op.register_autograd(_gather_gradients, setup_context=_gather_setup)
-
-
-# What a recomputing block keeps: the results of these operators (G and lse).
-KEEP_WHEN_RECOMPUTING = [torch.ops.da_triton.gather.default]
 
 
 class Gather(torch.autograd.Function):
@@ -198,14 +195,14 @@ def distribute_backward_op(
     dg, dv = distribute_kernels.distribute_backward(
         dz, g, v, scale, softmax, logit_scale, need_g, need_v
     )
-    return _or_empty(dg, g), _or_empty(dv, v)
+    return or_empty(dg, g), or_empty(dv, v)
 
 
 @distribute_backward_op.register_fake
 def _(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     dg = g.new_empty(g.shape, dtype=launch.accumulator(v.dtype)) if need_g else None
     dv = launch.empty_map_like(v) if need_v else None
-    return _or_empty(dg, g), _or_empty(dv, v)
+    return or_empty(dg, g), or_empty(dv, v)
 
 
 def _distribute_setup(ctx, inputs, output):
@@ -217,12 +214,12 @@ def _distribute_gradients(ctx, dz):
     g, v = ctx.saved_tensors
     scale, softmax, logit_scale = ctx.options
     need_g, need_v = ctx.needs_input_grad[:2]
-    if _wants_graph():
+    if wants_graph():
 
         def forward(g, v):
             return aten.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
 
-        return *_differentiable(forward, (g, v), (need_g, need_v), dz), None, None, None
+        return *differentiable(forward, (g, v), (need_g, need_v), dz), None, None, None
     dg, dv = distribute_backward_op(dz, g, v, scale, softmax, logit_scale, need_g, need_v)
     return dg.to(g.dtype) if need_g else None, dv if need_v else None, None, None, None
 
@@ -239,30 +236,6 @@ class Distribute(torch.autograd.Function):
 
     setup_context = staticmethod(_distribute_setup)
     backward = staticmethod(_distribute_gradients)
-
-
-# --- shared ---------------------------------------------------------------------------------------
-
-
-def _or_empty(gradient, like):
-    """Operators return tensors: an empty one stands for a gradient nobody asked for."""
-    return like.new_empty(0) if gradient is None else gradient
-
-
-def _wants_graph():
-    """Whether the backward pass is itself to be differentiated (``create_graph=True``)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _differentiable(forward, inputs, needs, upstream):
-    """Gradients of ``forward`` as a graph that autograd can differentiate again.
-
-    Taken with respect to views: the inputs themselves may depend on each other.
-    """
-    inputs = [None if x is None else x.view_as(x) for x in inputs]
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(forward(*inputs), wanted, upstream, create_graph=True))
-    return [next(found) if need else None for need in needs]
 
 
 def _elements(*shape):

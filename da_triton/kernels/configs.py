@@ -7,9 +7,13 @@ go to more positions a tile, which means wider rows and fewer loop steps. None h
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
+
+from ..planner import Limits
+from . import fused_tiles
 
 
 class Tile(NamedTuple):
@@ -106,6 +110,98 @@ WIDE_BLOCKED = {
     },
     8: dict.fromkeys(BLOCKED["sm_90"], (32, 32, 16, 4, 1)),
 }
+
+
+BLOCK_C = 64  # channels in a step of gather_from_a
+# float32 and float64: the fused kernels run interpreted only, and in tests.
+INTERPRETED_TILE = (32, 4, 1)
+
+
+def fused_blocks(kernel, features, maps):
+    """``(block_m, block_n)`` of a fused kernel for so many features (or channels) and maps."""
+    if kernel.startswith("descriptors"):
+        return _block(features, 32), 16
+    if kernel == "weight_gradients":
+        return 32, min(_block(maps, 32), 64)
+    if kernel == "gather_from_a":
+        return _block(features, 32), _block(maps, 32)
+    if kernel == "outer":
+        return min(_block(features, 64), 128), min(_block(maps, 64), 128)
+    if kernel in ("project_distribute_blocks", "gather_side"):
+        return 64, _block(maps, 32)
+    m = _block(features, 64)
+    if kernel == "gather_from_x":
+        return m, min(_block(maps, 32), max(32, ONE_TILE[2] ** 2 // m))
+    return m, _block(maps, 32)
+
+
+def fused_tile(kernel, x, features, maps):
+    """The tile of a fused kernel; KeyError if it has none (see ``fits``)."""
+    blocks = fused_blocks(kernel, features, maps)
+    entry = INTERPRETED_TILE
+    if x.element_size() == 2:
+        entry = fused_tiles.TILES[(architecture(x.device), kernel, *blocks)]
+    return Tile(*blocks, *entry, per_processor=1)
+
+
+def fits(kernel, itemsize, features, maps, arch):
+    """Whether a fused kernel has a tile that does not spill, in any layout."""
+    return itemsize == 2 and (arch, kernel, *fused_blocks(kernel, features, maps)) in (
+        fused_tiles.TILES
+    )
+
+
+def holds_all(features, maps):
+    """Whether ``project_distribute`` keeps a tile of X, with all its channels, between products."""
+    return _block(features, 64) * _block(maps, 32) <= ONE_TILE[2] ** 2
+
+
+def lanes(heads, c_n):
+    """(heads, maps of a head) in a tile with all maps of all heads: powers of two."""
+    head_block = _block(heads, 1)
+    return head_block, max(_block(c_n, 1), 32 // head_block)
+
+
+def packed(heads, c_n, block_n):
+    """Whether a tile of all heads has no gaps between them."""
+    return heads == 1 or c_n == block_n
+
+
+@functools.lru_cache(maxsize=4096)
+def limits(shape, c_out, arch, processors):
+    """What the planner needs to know of the kernels on a GPU."""
+    m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
+    widest, all_maps = max(channels, c_out), math.prod(lanes(shape.heads, n))
+    pass_2 = "project_distribute" if holds_all(widest, all_maps) else "project_distribute_blocks"
+
+    def positions(last, *others):
+        """In a tile of the last kernel, if all fit; short tiles are left to the split route."""
+        kernels = [*others, last]
+        if not all(fits(kernel, shape.itemsize, *sizes, arch) for kernel, *sizes in kernels):
+            return 0
+        block_l = fused_tiles.TILES[(arch, last[0], *fused_blocks(*last))][0]
+        return block_l if block_l >= 32 else 0
+
+    small, pass_1 = ("descriptors", m, n), ("gather_from_x", channels, shape.c_n)
+    backward = (
+        ("gather_side", channels, shape.c_n),
+        small,
+        pass_1,
+        ("descriptors_backward", m, n),
+        ("distribute_side", widest, all_maps),
+        ("outer", channels, 2 * shape.c_n),
+        ("weight_gradients", m, n),
+    )
+    return Limits(
+        processors=processors,
+        gather_from_x=positions(pass_1, small),
+        gather_from_a=positions(("gather_from_a", m, n), small),
+        project_distribute=positions((pass_2, widest, all_maps), small),
+        backward=positions(*backward) if shape.reconstruct else 0,
+        map_blocks=-(-shape.c_n // fused_blocks(*pass_1)[1]),
+        whole=holds_all(widest, all_maps),
+        tile=ONE_TILE[shape.itemsize],
+    )
 
 
 def one_tile(x, c_m, c_n):

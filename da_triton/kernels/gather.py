@@ -22,7 +22,18 @@ import triton
 import triton.language as tl
 
 from . import configs, launch, tiled
-from .tiles import dot, exp, exp_minus, load_keep, load_map, load_matrix, log_sum, scalar, store_map
+from .tiles import (
+    dot,
+    exp,
+    exp_minus,
+    load_keep,
+    load_map,
+    load_matrix,
+    log_sum,
+    online_softmax,
+    scalar,
+    store_map,
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*launch.COUNTS, "SLOT", "SLOTS"])
@@ -92,13 +103,8 @@ def gather_kernel(
                 taking_part[None, :], a, 0.0
             )  # a masked position may hold anything, even NaN
         x = tl.where(taking_part[None, :], b.to(ACC) * scale, -float("inf"))
-        new_mx = tl.maximum(mx, tl.max(x, 1))
-        pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)  # −inf − (−inf) would be NaN
-        p = exp(x - pivot[:, None])
-        rescale = exp(mx - pivot)
-        total = total * rescale + tl.sum(p, 1)
+        p, rescale, mx, total = online_softmax(x, mx, total)
         acc = dot(p.to(a.dtype), tl.trans(a), acc * rescale[:, None], PRECISION)
-        mx = new_mx
 
     slot = nh * SLOTS + SLOT + split
     lse_dtype: tl.constexpr = sum_ptr.dtype.element_ty

@@ -47,12 +47,12 @@ def p_scale(dtype):
 
 
 def strides(x, align):
-    """Strides of ``(N, heads, channels, positions)``, all but the last in units of ``align``.
+    """Strides of ``(…, channels, positions)``, all but the last in units of ``align``.
 
     An axis of size 1 has stride 0 here: PyTorch leaves any value there.
     """
     s = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return s[0] // align, s[1] // align, s[2] // align, s[3]
+    return *(stride // align for stride in s[:-1]), s[-1]
 
 
 def alignment(*maps):
@@ -61,7 +61,7 @@ def alignment(*maps):
     The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
     row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
     """
-    rows = [s for x in maps for s in strides(x, 1)[:3]] + [maps[0].shape[-1]]
+    rows = [s for x in maps for s in strides(x, 1)[:-1]] + [maps[0].shape[-1]]
     if any(x.stride(-1) != 1 for x in maps) or max(rows) >= 2**31:
         return 1  # rows are not contiguous, or a stride rebuilt in the kernel could overflow int32
     unit = next(d for d in (16, 8, 4, 2, 1) if all(r % d == 0 for r in rows))
@@ -97,6 +97,11 @@ def empty_map_like(x, channels=None):
     if is_channels_last(x):
         return x.new_empty((batch, length, heads, c)).permute(0, 2, 3, 1)
     return x.new_empty((batch, heads, c, length))
+
+
+def empty_rows_like(x, channels):
+    """Uninitialised ``(N, channels, positions)`` in the memory format of ``x``, likewise."""
+    return empty_map_like(x.unsqueeze(1), channels).squeeze(1)
 
 
 def is_channels_last(x):

@@ -19,6 +19,33 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_wide(w, x, acc, PRECISION: tl.constexpr):
+    """``acc + w @ x`` for x in the accumulator's dtype.
+
+    Where w has half precision, x goes to the matrix unit in two parts, which together hold twice
+    the digits of one: rounding a descriptor once costs more than a whole pass over positions does.
+    """
+    if w.dtype == x.dtype:
+        return dot(w, x, acc, PRECISION)
+    high = x.to(w.dtype)
+    low = (x - high.to(x.dtype)).to(w.dtype)
+    return dot(w, high, dot(w, low, acc, PRECISION), PRECISION)
+
+
+@triton.jit
+def online_softmax(x, mx, total):
+    """One step of a softmax over the second axis of logits that come block by block.
+
+    Returns the unnormalised weights, the factor on sums so far, the new maximum and sum.
+    """
+    new_mx = tl.maximum(mx, tl.max(x, 1))
+    pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)  # −inf − (−inf) would be NaN
+    p = exp(x - pivot[:, None])
+    rescale = exp(mx - pivot)
+    return p, rescale, new_mx, total * rescale + tl.sum(p, 1)
+
+
+@triton.jit
 def exp(x):
     """exp as the hardware has it, base 2; the argument is a difference, so nothing overflows."""
     return tl.exp2(x * LOG2E)

@@ -1,0 +1,245 @@
+r"""The block on a CPU: one function with a gradient of its own, sample by sample, in pieces.
+
+Position-major throughout: x is ``(N, L, C)``, however it lies in memory, and what has c channels is
+``(g, l, c)`` for g samples and a piece of l of their positions. k is ``heads`` where an order keeps
+heads apart (gather: A-, distribute: -Z) and 1 where one product serves all maps (X-, -H).
+
+    P = softmax over L of x Wbᵀ       F = x Waᵀ (order A-) or x (X-)    T = Fᵀ P  (g, k, m or C, n)
+    Q = softmax over n of x Wvᵀ + bv  G = T (A-) or Wa T (X-), + ba     D = G (-Z) or Wo G (-H)
+    Z = Q Dᵀ                          out = Z Woᵀ (-Z) or Z (-H), + bo, + x
+
+Backward, with dZ = dout Wo (order -Z) or dout (-H):
+
+    dD = dZᵀ Q   dQ = dZ D    dV = Q∘(dQ − Σ_n Q∘dQ)   dx = dV Wv, + dout
+    dF = P dTᵀ   δ = Σ dT∘T   dB = P∘(F dT − δ)        dx += dB Wb + (dF Wa (A-) or dF (X-))
+
+Temporaries of a piece stay in the cache and in memory that the process already has: on a CPU, the
+first touch of a page can cost more than the product that fills it. The P of a piece is its own
+softmax; ``share``, the part of a map's whole mass that a piece has, is a factor on T and on dT.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cpu_products import (
+    accumulate,
+    add_product,
+    empty_like,
+    join,
+    kept_positions,
+    position_major,
+    project,
+    samples,
+    softmax_,
+    softmax_and_mass,
+    split,
+    split_positions,
+    transformed,
+)
+from .operators import differentiable
+
+
+class Weights(NamedTuple):
+    """Wa ``(c_m, C)``, Wb and Wv ``(c_n, C)``, Wo ``(C', c_m)`` and biases; or their gradients."""
+
+    a: Any
+    bias_a: Any
+    b: Any
+    v: Any
+    bias_v: Any
+    out: Any
+    bias_out: Any
+
+
+class Options(NamedTuple):
+    order: str
+    heads: int
+    softmax_v: bool
+    residual: bool
+    recompute: bool
+
+    @property
+    def gather_heads(self) -> int:
+        return self.heads if self.order[0] == "A" else 1
+
+    @property
+    def distribute_heads(self) -> int:
+        return self.heads if self.order[1] == "Z" else 1
+
+
+def block(plain: Callable[..., Tensor], options: Options, keep, x: Tensor, *weights) -> Tensor:
+    """``x (N, C, L)`` to ``(N, C', L)``; ``keep (N, L)`` or None.
+
+    ``plain(x, *weights)`` is the same block in differentiable operations, for derivatives of its
+    gradients.
+    """
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, *weights)):
+        return Block.apply(plain, options, keep, x, *weights)
+    return _block(x, Weights(*weights), keep, options, keeping=False)[0]
+
+
+class Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plain, options, keep, x, *weights):
+        out, kept = _block(x, Weights(*weights), keep, options, keeping=not options.recompute)
+        ctx.plain, ctx.options = plain, options
+        ctx.save_for_backward(keep, x, *weights, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        keep, x, *rest = ctx.saved_tensors
+        weights, kept = rest[: len(Weights._fields)], iter(rest[len(Weights._fields) :])
+        needs = ctx.needs_input_grad[3:]
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # is_grads_batched=True
+        if torch.is_grad_enabled() or batched or transformed():
+            return None, None, None, *differentiable(ctx.plain, (x, *weights), needs, grad)
+        tokens, grad, w = position_major(x), position_major(grad), Weights(*weights)
+        dx = empty_like(x, x.shape[1]) if needs[0] else None
+        dw = Weights(
+            *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
+        )
+        for n in samples(tokens, keep):
+            here = tokens[n], kept_positions(keep, n), w, ctx.options
+            if ctx.options.recompute:
+                kept = iter(_forward(*here, None, None, keeping=True))
+            _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
+        return None, None, None, None if dx is None else dx.transpose(1, 2), *dw
+
+
+def _block(x, w, keep, options, keeping) -> tuple[Tensor, list[Tensor | None]]:
+    """The output ``(N, C', L)``, and what ``_backward`` reads, if ``keeping``."""
+    tokens, residual = position_major(x), x.transpose(1, 2) if options.residual else None
+    out = empty_like(x, len(w.a if w.out is None else w.out))
+    kept: list[Tensor | None] = []
+    for n in samples(tokens, keep):
+        added = None if residual is None else residual[n]
+        kept += _forward(tokens[n], kept_positions(keep, n), w, options, added, out[n], keeping)
+    return out.transpose(1, 2), kept
+
+
+def _forward(x, positions, w, options, added, out, keeping) -> list[Tensor | None]:
+    """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
+    from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
+    heads, k = options.heads, options.gather_heads
+    gathered = x if positions is None else x[:, positions]
+    pieces = split_positions(gathered)
+    kept: list[Tensor | None] = []
+    parts: list[Tensor] = []
+    masses: list[Any] = []
+    for piece in pieces:
+        rows = gathered[:, piece]
+        p, mass = softmax_and_mass(project(rows, w.b), alone=len(pieces) == 1)
+        f = rows if from_x else project(rows, w.a)
+        parts.append(split(f, k).mT @ split(p, k))
+        masses.append(mass)
+        if keeping:
+            kept += [p, None if from_x else f]
+    share = None
+    if len(pieces) > 1:
+        share = torch.stack(masses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
+        t = torch.stack(parts).mul_(share).sum(0)
+    elif pieces:
+        t = parts[0]
+    else:  # every position is masked
+        t = x.new_zeros(len(x), k, (x.shape[2] if from_x else len(w.a) // k), len(w.b) // k)
+
+    g = w.a.unflatten(0, (heads, -1)) @ split(t[:, 0], heads) if from_x else t
+    if w.bias_a is not None and pieces:
+        g = g + w.bias_a.view(heads, -1, 1)
+    d = g
+    if not to_z:
+        d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
+
+    for piece in split_positions(x):
+        q = project(x[:, piece], w.v, w.bias_v)
+        if options.softmax_v:
+            softmax_(q, heads)
+        z = join(split(q, heads) @ d.mT) if to_z else None
+        if keeping:
+            kept += [q, z]
+        if out is None:
+            continue
+        y = out[:, piece]
+        bias = 0 if w.bias_out is None else w.bias_out
+        if added is None:
+            y[:] = bias
+        else:
+            torch.add(added[:, piece], bias, out=y)
+        if z is None:
+            y.baddbmm_(q, d[:, 0].mT)
+        elif w.out is None:
+            y.add_(z)
+        else:
+            add_product(y, z, w.out.T)
+    return [t, g, d, share, *kept] if keeping else []
+
+
+def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
+    """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
+    from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
+    heads, k = options.heads, options.distribute_heads
+    gathered = x if positions is None else x[:, positions]
+    pieces = split_positions(gathered)
+    t, g, d, share = (next(kept) for _ in range(4))
+    maps = [(next(kept), next(kept)) for _ in pieces]
+
+    dd = torch.zeros_like(d)
+    for piece in split_positions(x):
+        rows, dout, q, z = x[:, piece], grad[:, piece], next(kept), next(kept)
+        dz = dout if z is None or w.out is None else project(dout, w.out.T)
+        if w.out is not None and to_z:
+            accumulate(dw.out, dout, z)
+        if dw.bias_out is not None:
+            dw.bias_out.add_(dout.sum((0, 1)))
+        dd += split(dz, k).mT @ split(q, k)
+        dv = join(split(dz, k) @ d)
+        if options.softmax_v:
+            dq_, q_ = (y.unflatten(-1, (heads, -1)) for y in (dv, q))
+            dv = torch._softmax_backward_data(dq_, q_, -1, q.dtype).flatten(-2)
+        accumulate(dw.v, dv, rows)
+        if dw.bias_v is not None:
+            dw.bias_v.add_(dv.sum((0, 1)))
+        if dx is not None:
+            dx[:, piece] = dout if options.residual else 0
+            add_product(dx[:, piece], dv, w.v)
+    if not pieces:
+        return
+
+    dg = dd
+    if not to_z:
+        dd = split(dd[:, 0], heads)
+        if dw.out is not None:
+            dw.out.unflatten(1, (heads, -1)).add_((dd @ g.mT).sum(0).transpose(0, 1))
+        dg = w.out.unflatten(1, (heads, -1)).permute(1, 2, 0) @ dd
+    if dw.bias_a is not None:
+        dw.bias_a.add_(dg.sum((0, 3)).flatten())
+    dt = dg
+    if from_x:
+        if dw.a is not None:
+            dw.a.add_((dg @ split(t[:, 0], heads).mT).sum(0).flatten(0, 1))
+        dt = join(w.a.unflatten(0, (heads, -1)).mT @ dg)[:, None]
+    delta = (dt * t).sum(2, keepdim=True)
+
+    k = options.gather_heads
+    dgathered = dx if positions is None or dx is None else torch.zeros_like(gathered)
+    for i, piece in enumerate(pieces):
+        rows, (p, f) = gathered[:, piece], maps[i]
+        dt_, delta_ = (dt, delta) if share is None else (dt * share[i], delta * share[i])
+        db = join(split(rows if f is None else f, k) @ dt_).sub_(join(delta_)).mul_(p)
+        accumulate(dw.b, db, rows)
+        df = None if f is None else join(split(p, k) @ dt_.mT)
+        if df is not None:
+            accumulate(dw.a, df, rows)
+        if dgathered is None:
+            continue
+        add_product(dgathered[:, piece], db, w.b)
+        if df is None:
+            dgathered[:, piece].baddbmm_(p, dt_[:, 0].mT)
+        else:
+            add_product(dgathered[:, piece], df, w.a)
+    if dgathered is not dx:
+        dx.index_add_(1, positions, dgathered)

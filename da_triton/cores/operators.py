@@ -1,0 +1,25 @@
+"""What the operators over kernels share: absent gradients, and gradients of gradients."""
+
+import torch
+
+
+def or_empty(gradient, like):
+    """Operators return tensors: an empty one stands for a gradient nobody asked for."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def wants_graph():
+    """Whether the backward pass is itself to be differentiated (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable(forward, inputs, needs, upstream):
+    """Gradients of ``forward`` as a graph that autograd can differentiate again.
+
+    Taken with respect to views: the inputs themselves may depend on each other.
+    """
+    with torch.enable_grad():
+        inputs = [None if x is None else x.view_as(x) for x in inputs]
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(forward(*inputs), wanted, upstream, create_graph=True))
+    return [next(found) if need else None for need in needs]

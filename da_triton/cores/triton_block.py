@@ -1,0 +1,236 @@
+"""The block in Triton kernels: one operator forward, one backward, and its gradients.
+
+``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
+chunk and splits are planned inside from the sizes at hand, so a compiled model is not compiled
+again for another size, and what the operators return does not depend on the plan. Kept for
+backward: the inputs, lse and G, and V if asked for.
+
+Second derivatives are taken through the operations of the ``torch`` backend.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import planner
+from ..costs import Shape, order_cost
+from ..kernels import block as kernels
+from ..kernels import configs, launch
+from . import aten_block
+from .operators import differentiable, or_empty, wants_graph
+
+
+def block(x, weights, *, order, recompute, heads, residual, keep, **scalars):
+    """``(N, C, L)`` to ``(N, C or c_m, L)``; arguments as ``aten_block.block``."""
+    c_m, channels = weights["weight_a"].shape
+    c_n = weights["weight_b"].shape[0]
+    keep_v = planner.keeps_v(channels, c_m, c_n, heads, recompute)
+    fused = residual is not None and residual.dtype == x.dtype
+    out = Block.apply(
+        x, *weights.values(), keep, heads, float(scalars["logit_scale"]),
+        float(scalars["logit_scale_v"]), float(scalars["scale"]), scalars["softmax_v"], fused,
+        order, keep_v,
+    )[0]  # fmt: skip
+    return out if residual is None or fused else residual + out
+
+
+@torch.library.custom_op("da_triton::block", mutates_args=())
+def block_op(
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    weight_b: Tensor,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
+    keep: Tensor | None,
+    heads: int,
+    logit_scale: float,
+    logit_scale_v: float,
+    scale: float,
+    softmax_v: bool,
+    residual: bool,
+    order: str,
+    keep_v: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The block's result, lse, G, and V (empty if not kept)."""
+    weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
+    if x.shape[0] == 0:
+        return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
+    route = _route(x, weights, heads, order)
+    out, lse, g, v = kernels.forward(x, weights, _bytes(keep), options, route, keep_v)
+    return _in_format_of(x, out), lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
+
+
+@block_op.register_fake
+def _(
+    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+    logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+):  # fmt: skip
+    return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
+
+
+def _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v):
+    batch, c_m, maps = x.shape[0], weight_a.shape[0], weight_b.shape[0]
+    out = launch.empty_rows_like(x, c_m if weight_out is None else weight_out.shape[0])
+    lse = x.new_empty((batch, maps), dtype=launch.lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=launch.accumulator(x.dtype))
+    return out, lse, g, launch.empty_rows_like(x, maps) if keep_v else x.new_empty(0)
+
+
+@torch.library.custom_op("da_triton::block_backward", mutates_args=())
+def block_backward_op(
+    dout: Tensor,
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    weight_b: Tensor,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
+    keep: Tensor | None,
+    lse: Tensor,
+    g: Tensor,
+    v: Tensor,
+    heads: int,
+    logit_scale: float,
+    logit_scale_v: float,
+    scale: float,
+    softmax_v: bool,
+    residual: bool,
+    order: str,
+    need_x: bool,
+) -> list[Tensor]:
+    """Gradients of x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out and bias_out.
+
+    Empty where there is no such input, or x needs none.
+    """
+    weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    inputs = (x if need_x else None, *weights)
+    if x.shape[0] == 0:
+        return [x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs]
+    options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
+    route = _route(x, weights, heads, order)
+    v_ = v if v.dim() == 3 else None
+    found = kernels.backward(dout, x, weights, _bytes(keep), lse, g, v_, options, route, need_x)
+    grads = [x.new_empty(0) if t is None else y for t, y in zip(inputs, found, strict=True)]
+    if need_x:
+        grads[0] = _in_format_of(x, grads[0])
+    return grads
+
+
+@block_backward_op.register_fake
+def _(
+    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, need_x,
+):  # fmt: skip
+    weights = (weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    dx = launch.empty_rows_like(x, x.shape[1]) if need_x else None
+    return [or_empty(dx, x), *(x.new_empty(0 if w is None else w.shape) for w in weights)]
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.heads, ls, lsv, scale, softmax, residual, ctx.order, _ = inputs
+    ctx.scalars = (ls, lsv, scale, softmax, residual)
+    _, lse, g, v = output
+    ctx.mark_non_differentiable(lse, g, v)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, lse, g, v)
+
+
+def _gradients(ctx, dout, *_):
+    *tensors, lse, g, v = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:8]
+    nothing = (None,) * 9  # keep and the options
+    if dout is None or not any(needs):
+        return (None,) * 8 + nothing
+    if wants_graph():
+        grads = differentiable(_composition(ctx, tensors[8]), tensors[:8], needs, dout)
+        return *grads, *nothing
+    found = block_backward_op(
+        dout, *tensors, lse, g, v, ctx.heads, *ctx.scalars, ctx.order, needs[0]
+    )
+    return *(y if need else None for y, need in zip(found, needs, strict=True)), *nothing
+
+
+def _composition(ctx, keep):
+    """The same in differentiable operations."""
+    logit_scale, logit_scale_v, scale, softmax_v, residual = ctx.scalars
+
+    def forward(x, *weights):
+        return aten_block.compose(
+            x, *weights, order="AZ", heads=ctx.heads, logit_scale=logit_scale,
+            logit_scale_v=logit_scale_v, scale=scale,
+            softmax_v=softmax_v, residual=x if residual else None, keep=keep,
+        )  # fmt: skip
+
+    return forward
+
+
+block_op.register_autograd(_gradients, setup_context=_setup)
+
+
+class Block(torch.autograd.Function):
+    """``block_op`` with its gradient."""
+
+    @staticmethod
+    def forward(*args):
+        return block_op(*args)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_gradients)
+
+
+def _weights(*given) -> kernels.Weights:
+    contiguous: list[Any] = [None if w is None else w.contiguous() for w in given]
+    return kernels.Weights(*contiguous)
+
+
+def _bytes(keep):
+    return None if keep is None else keep.view(torch.uint8)
+
+
+def _in_format_of(x, y):
+    """y where autograd and the compiler were told it lies; a copy only if it lies elsewhere."""
+    if launch.is_channels_last(x.unsqueeze(1)):
+        return y.transpose(1, 2).contiguous().transpose(1, 2)
+    return y.contiguous()
+
+
+def _route(x, weights, heads, order):
+    c_out = x.shape[1] if weights.out is None else weights.out.shape[0]
+    shape = Shape(
+        x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
+        x.element_size(), weights.out is not None, planner.wide(x),
+    )  # fmt: skip
+    device = configs.architecture(x.device), launch.processors(x.device)
+    return planner.options(shape, configs.limits(shape, c_out, *device), order)[0].route
+
+
+@register_flop_formula(torch.ops.da_triton.block)
+def block_flops(
+    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+    logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v, **_,
+):  # fmt: skip
+    """A multiply-add as two. "auto" counts as the paper's order, whatever the plan is."""
+    return 2 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+
+
+@register_flop_formula(torch.ops.da_triton.block_backward)
+def block_backward_flops(
+    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, need_x, **_,
+):  # fmt: skip
+    """Twice the forward pass, as of any layer; what is computed again is not counted."""
+    return 4 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+
+
+def _multiply_adds(x, weight_a, weight_b, weight_out, heads, order):
+    sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
+    cost = order_cost("AZ" if order == "auto" else order, *sizes, weight_out is not None)
+    return x[0] * (cost.multiply_adds + cost.small_multiply_adds)

@@ -1,0 +1,268 @@
+r"""The fused block's backward pass over positions, in order XH, where H fits one program.
+
+    distribution   Q, dQ = Hᵀ dO    r = Σ_n Q∘dQ    dV = s_v · Q∘(dQ − r)    dH = dO Qᵀ
+    gather         P                dB = s · P∘(dMᵀ X − δ)
+                   dX = dO (residual) + Wvᵀ dV + Wbᵀ dB + dM P
+
+A program of either holds a chunk of positions with all maps: X and dO are read once in each, dX is
+written once. dV and dB are the only temporaries with positions, side by side in one
+``(N, 2·maps, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers,
+written in parts and merged by ``descriptors``.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, launch
+from .project_distribute import rows_of_lanes, softmax_heads
+from .tiles import dot, exp_minus, load_keep, load_map, load_matrix, scalar
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def distribute_side_kernel(
+    x_ptr,  # (N, C, L)
+    do_ptr,  # (N, C_OUT, L)
+    w_ptr,  # (maps, C), contiguous: Wv; read if PROJECT
+    bias_ptr,  # (maps,); read if HAS_BIAS
+    v_ptr,  # (N, maps, L): V as forward kept it; read if not PROJECT
+    h_ptr,  # (N, C_OUT, maps), contiguous
+    dv_ptr,  # (N, maps, L)
+    dh_ptr,  # (N, SPLITS, maps, C_OUT) float32/64: parts of dH
+    logit_scale: "fp64",
+    HEADS,
+    C,
+    C_N,
+    C_OUT,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_do_n,
+    stride_do_c,
+    stride_do_l,
+    stride_v_n,
+    stride_v_c,
+    stride_v_l,
+    stride_dv_n,
+    stride_dv_c,
+    stride_dv_l,
+    HEAD_BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    PROJECT: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a chunk of positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N."""
+    L = L_UNITS * ALIGN
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    n = (pid // SPLITS).to(tl.int64)
+    maps = HEADS * C_N
+    lanes = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
+    rows_n = rows_of_lanes(lanes, HEADS, C_N, PACKED, BLOCK_N)
+    rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    x_base = x_ptr + n * stride_x_n * ALIGN
+    do_base = do_ptr + n * stride_do_n * ALIGN
+    v_base = v_ptr + n * stride_v_n * ALIGN
+    dv_base = dv_ptr + n * stride_dv_n * ALIGN
+    scale = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    if PROJECT:
+        w = load_matrix(w_ptr, rows_c, rows_n, C, maps, 1, C, dtype)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows_n, mask=rows_n < maps, other=0.0).to(ACC)
+    h = load_matrix(h_ptr + n * C_OUT * maps, rows_c, rows_n, C_OUT, maps, maps, 1, dtype)
+    dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        if PROJECT:
+            x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            z = dot(x, w, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
+            if HAS_BIAS:
+                z += bias[None, :]
+        else:
+            z = load_map(v_base, cols, rows_n, L, maps, stride_v_l, stride_v_c * ALIGN).to(ACC)
+        q = z * scale
+        if SOFTMAX:
+            q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
+        do = load_map(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
+        dq = dot(do, h, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION) * scale
+        if SOFTMAX:
+            if HEAD_BLOCK == 1:
+                dq = q * (dq - tl.sum(q * dq, 1)[:, None])
+            else:
+                r = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
+                r = tl.broadcast_to(r[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
+                dq = q * (dq - tl.reshape(r, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
+        ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+        tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < maps)[None, :])
+        dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
+
+    ptrs = dh_ptr + ((n * SPLITS + split) * maps + rows_n)[:, None] * C_OUT + rows_c[None, :]
+    tl.store(ptrs, dh, mask=(rows_n < maps)[:, None] & (rows_c < C_OUT)[None, :])
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def gather_side_kernel(
+    x_ptr,  # (N, C, L)
+    do_ptr,  # (N, C, L); read if RESIDUAL
+    wb_ptr,  # (MAPS, C), contiguous
+    wv_ptr,  # (MAPS, C), contiguous
+    dm_ptr,  # (N, C, MAPS), contiguous
+    lse_ptr,  # (N, MAPS)
+    delta_ptr,  # (N, MAPS)
+    keep_ptr,  # (N, L) uint8; read if HAS_MASK
+    dv_ptr,  # (N, MAPS, L)
+    db_ptr,  # (N, MAPS, L), strides of dV
+    dx_ptr,  # (N, C, L); written if WRITE_X
+    logit_scale: "fp64",
+    C,
+    MAPS,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_do_n,
+    stride_do_c,
+    stride_do_l,
+    stride_dv_n,
+    stride_dv_c,
+    stride_dv_l,
+    stride_dx_n,
+    stride_dx_c,
+    stride_dx_l,
+    stride_keep_n,
+    stride_keep_l,
+    HAS_MASK: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WRITE_X: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    P_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a chunk of positions of a sample, all maps; channels in blocks.
+
+    BLOCK_N ≥ MAPS.
+    """
+    L = L_UNITS * ALIGN
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    n = (pid // SPLITS).to(tl.int64)
+    rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    inside_n = rows_n < MAPS
+    x_base = x_ptr + n * stride_x_n * ALIGN
+    do_base = do_ptr + n * stride_do_n * ALIGN
+    dv_base = dv_ptr + n * stride_dv_n * ALIGN
+    db_base = db_ptr + n * stride_dv_n * ALIGN
+    dx_base = dx_ptr + n * stride_dx_n * ALIGN
+    dm_base = dm_ptr + n * C * MAPS
+    scale = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    lse = tl.load(lse_ptr + n * MAPS + rows_n, mask=inside_n, other=float("inf"))
+    delta = tl.load(delta_ptr + n * MAPS + rows_n, mask=inside_n, other=0.0)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        z = tl.zeros((BLOCK_L, BLOCK_N), ACC)
+        dp = tl.zeros((BLOCK_L, BLOCK_N), ACC)
+        for c0 in range(0, C, BLOCK_C):
+            rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+            x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            wb = load_matrix(wb_ptr, rows_c, rows_n, C, MAPS, 1, C, dtype)
+            dm = load_matrix(dm_base, rows_c, rows_n, C, MAPS, MAPS, 1, dtype)
+            z = dot(x, wb, z, PRECISION)
+            dp = dot(x, dm, dp, PRECISION)
+        p = exp_minus(z * scale, lse[None, :])
+        db = scale * p * (dp - delta[None, :])
+        if HAS_MASK:
+            keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+            p = tl.where(keep[:, None], p, 0.0)
+            db = tl.where(keep[:, None], db, 0.0)
+        db = db.to(dtype)
+        offs = cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+        inside = (cols < L)[:, None] & inside_n[None, :]
+        tl.store(db_base + offs, db, mask=inside)
+        if WRITE_X:
+            dv = tl.load(dv_base + offs, mask=inside, other=0.0)
+            p = (p * P_SCALE).to(dtype)
+            for c0 in range(0, C, BLOCK_C):
+                rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+                dm = load_matrix(dm_base, rows_n, rows_c, MAPS, C, 1, MAPS, dtype)
+                wb = load_matrix(wb_ptr, rows_n, rows_c, MAPS, C, C, 1, dtype)
+                wv = load_matrix(wv_ptr, rows_n, rows_c, MAPS, C, C, 1, dtype)
+                dx = dot(p, dm, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION) / P_SCALE
+                dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
+                if RESIDUAL:
+                    do = load_map(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
+                    dx += do.to(ACC)
+                x_offs = cols[:, None] * stride_dx_l + rows_c[None, :] * stride_dx_c * ALIGN
+                inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
+                tl.store(dx_base + x_offs, dx.to(dtype), mask=inside_x)
+
+
+def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
+    """Writes dV and returns the parts of dH, ``(N, splits, maps, C')``."""
+    batch, channels, length = x.shape
+    c_out, maps = h.shape[1:]
+    head_block, block_n = configs.lanes(heads, maps // heads)
+    tile = configs.fused_tile("distribute_side", x, max(channels, c_out), head_block * block_n)
+    chunk, splits = launch.chunks(batch, length, tile, x.device)
+    parts = x.new_empty((batch, splits, maps, c_out), dtype=launch.accumulator(x.dtype))
+    v_ = x if v is None else v
+    align = launch.alignment(x, dout, v_, dv)
+    with launch.device_of(x):
+        distribute_side_kernel[(batch * splits,)](
+            x, dout, weight_v, weight_v if bias_v is None else bias_v, v_, h, dv, parts,
+            logit_scale, heads, channels, maps // heads, c_out, length // align, chunk, splits,
+            *launch.strides(x, align), *launch.strides(dout, align),
+            *launch.strides(v_, align), *launch.strides(dv, align),
+            HEAD_BLOCK=head_block, PACKED=configs.packed(heads, maps // heads, block_n),
+            PROJECT=v is None, SOFTMAX=softmax,
+            HAS_BIAS=v is None and bias_v is not None, ALIGN=align,
+            BLOCK_N=block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
+            **launch.options(x, tile),
+        )  # fmt: skip
+    return parts
+
+
+def gather_side(
+    x, dout, weight_b, weight_v, dm, lse, delta, keep, dv, db, *, logit_scale, residual, need_x
+):
+    """Writes dB and returns dX (None if not needed) in the memory format of X."""
+    batch, channels, length = x.shape
+    maps = weight_b.shape[0]
+    dx = launch.empty_rows_like(x, channels) if need_x else x
+    dout_ = dout if residual else x
+    tile = configs.fused_tile("gather_side", x, channels, maps)
+    chunk, splits = launch.chunks(batch, length, tile, x.device)
+    align = launch.alignment(x, dout_, dv, db, dx)
+    with launch.device_of(x):
+        gather_side_kernel[(batch * splits,)](
+            x, dout_, weight_b, weight_v, dm, lse, delta, x if keep is None else keep, dv, db, dx,
+            logit_scale, channels, maps, length // align, chunk, splits,
+            *launch.strides(x, align), *launch.strides(dout_, align),
+            *launch.strides(dv, align), *launch.strides(dx, align),
+            *((0, 0) if keep is None else keep.stride()),
+            HAS_MASK=keep is not None, RESIDUAL=residual, WRITE_X=need_x, ALIGN=align,
+            P_SCALE=launch.p_scale(x.dtype),
+            BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
+            **launch.options(x, tile),
+        )  # fmt: skip
+    return dx if need_x else None

@@ -1,0 +1,296 @@
+r"""The small products between the passes over positions, with the parts of a pass merged in place.
+
+    forward     M or G from parts      G = Wa M + ba·1ᵀ      H = scale · Wo G
+    backward    dH from parts          dG = scale · Woᵀ dH   dM = Waᵀ dG      δ = Σ_C dM∘M
+
+One launch each, on the matrix unit, with descriptors in two parts where the weights have half
+precision (``dot_wide``). A program owns a block of maps of one head of one sample, with all
+features. The number of positions does not enter.
+
+M, H, dH and dM are ``(N, C, maps)``, G and dG are ``(N, heads, C_M, C_N)``, with
+``maps = heads·C_N``. H and dM have the dtype of the weights, because that is how the passes over
+positions multiply with them; δ is made from dM so rounded (see ``gather_delta_kernel``). All others
+are float32 (float64 for float64).
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, launch
+from .tiles import dot_wide, exp, load_matrix, log_sum, scalar
+
+
+@triton.jit
+def _merged(
+    acc_base, max_base, rows, cols, R, C_N, SLOTS, pivot, inverse,
+    stride_slot, stride_n, stride_f, stride_max, MERGE: tl.constexpr,
+):  # fmt: skip
+    """``Σ_slots acc·exp(mx − pivot) / total``, ``[rows, cols]``, in order; or the one part."""
+    inside = (rows < R)[:, None] & (cols < C_N)[None, :]
+    ptrs = acc_base + cols[None, :] * stride_n + rows[:, None] * stride_f
+    if not MERGE:
+        return tl.load(ptrs, mask=inside, other=0.0)
+    merged = tl.zeros((rows.shape[0], cols.shape[0]), acc_base.dtype.element_ty)
+    for slot in range(0, SLOTS):
+        mx = tl.load(max_base + slot * stride_max + cols, mask=cols < C_N, other=-float("inf"))
+        weight = exp(mx - pivot) * inverse
+        merged += tl.load(ptrs + slot * stride_slot, mask=inside, other=0.0) * weight[None, :]
+    return merged
+
+
+@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
+def descriptors_kernel(
+    acc_ptr,  # parts of M (FROM_X) or of G − ba; any strides
+    max_ptr,  # (N, SLOTS, maps); read if MERGE
+    sum_ptr,  # (N, SLOTS, maps); read if MERGE
+    lse_ptr,  # (N, maps); written if MERGE, else read if HAS_BIAS
+    wa_ptr,  # (HEADS·C_M, C), contiguous; read if FROM_X
+    ba_ptr,  # (HEADS·C_M,); read if HAS_BIAS
+    wo_ptr,  # (C_OUT, HEADS·C_M), contiguous; read if WRITE_H
+    m_ptr,  # (N, C, maps); written if WRITE_M
+    g_ptr,  # (N, HEADS, C_M, C_N); written if WRITE_G
+    h_ptr,  # (N, C_OUT, maps); written if WRITE_H
+    scale_h: "fp64",
+    HEADS,
+    C,
+    C_M,
+    C_N,
+    C_OUT,
+    SLOTS,
+    stride_acc_s,
+    stride_acc_slot,
+    stride_acc_h,
+    stride_acc_n,
+    stride_acc_f,
+    FROM_X: tl.constexpr,
+    MERGE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WRITE_M: tl.constexpr,
+    WRITE_G: tl.constexpr,
+    WRITE_H: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: a block of maps of a head of a sample, all features. BLOCK_M ≥ C_M."""
+    blocks = tl.cdiv(C_N, BLOCK_N)
+    pid = tl.program_id(0)
+    head = (pid // blocks % HEADS).to(tl.int64)
+    n = (pid // (blocks * HEADS)).to(tl.int64)
+    cols = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    inside_n = cols < C_N
+    maps = HEADS * C_N
+    first = head * C_N  # of this head's maps
+    acc_base = acc_ptr + n * stride_acc_s + head * stride_acc_h
+    max_base = max_ptr + n * SLOTS * maps + first
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
+
+    pivot = tl.zeros((BLOCK_N,), ACC)
+    total = tl.full((BLOCK_N,), 1.0, ACC)
+    if MERGE:
+        mx = tl.full((BLOCK_N,), -float("inf"), ACC)
+        for slot in range(0, SLOTS):
+            part = tl.load(max_base + slot * maps + cols, mask=inside_n, other=-float("inf"))
+            mx = tl.maximum(mx, part)
+        pivot = tl.where(mx == -float("inf"), 0.0, mx)
+        total = tl.zeros((BLOCK_N,), ACC)
+        for slot in range(0, SLOTS):
+            offs = slot * maps + cols
+            part = tl.load(max_base + offs, mask=inside_n, other=-float("inf"))
+            sums = tl.load(sum_ptr + n * SLOTS * maps + first + offs, mask=inside_n, other=0.0)
+            total += sums * exp(part - pivot)
+        lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
+        if HAS_MASK:
+            lse = tl.where(total == 0.0, float("inf"), lse)
+            total = tl.where(total == 0.0, 1.0, total)
+        tl.store(lse_ptr + n * maps + first + cols, lse, mask=inside_n)
+    inverse = 1.0 / total
+
+    if FROM_X:
+        g = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for c0 in range(0, C, BLOCK_C):
+            rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+            m = _merged(
+                acc_base, max_base, rows_c, cols, C, C_N, SLOTS, pivot, inverse,
+                stride_acc_slot, stride_acc_n, stride_acc_f, maps, MERGE,
+            )  # fmt: skip
+            if WRITE_M:
+                m_ptrs = m_ptr + (n * C + rows_c)[:, None] * maps + (first + cols)[None, :]
+                tl.store(m_ptrs, m, mask=(rows_c < C)[:, None] & inside_n[None, :])
+            wa = load_matrix(wa_ptr + head * C_M * C, rows_m, rows_c, C_M, C, C, 1, dtype)
+            g = dot_wide(wa, m, g, PRECISION)
+    else:
+        g = _merged(
+            acc_base, max_base, rows_m, cols, C_M, C_N, SLOTS, pivot, inverse,
+            stride_acc_slot, stride_acc_n, stride_acc_f, maps, MERGE,
+        )  # fmt: skip
+    if HAS_BIAS:
+        ba = tl.load(ba_ptr + head * C_M + rows_m, mask=rows_m < C_M, other=0.0).to(ACC)[:, None]
+        if HAS_MASK:  # rows of P sum to 1, but for maps whose positions are all masked
+            if not MERGE:
+                lse = tl.load(lse_ptr + n * maps + first + cols, mask=inside_n, other=0.0)
+            ba = tl.where((lse == float("inf"))[None, :], 0.0, ba)
+        g += ba
+    if WRITE_G:
+        g_ptrs = g_ptr + ((n * HEADS + head) * C_M + rows_m)[:, None] * C_N + cols[None, :]
+        tl.store(g_ptrs, g, mask=(rows_m < C_M)[:, None] & inside_n[None, :])
+    if WRITE_H:
+        scale = scalar(scale_h, ACC)
+        for c0 in range(0, C_OUT, BLOCK_C):
+            rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+            wo_base = wo_ptr + head * C_M
+            wo = load_matrix(wo_base, rows_c, rows_m, C_OUT, C_M, HEADS * C_M, 1, dtype)
+            h = dot_wide(wo, g, tl.zeros((BLOCK_C, BLOCK_N), ACC), PRECISION) * scale
+            h_ptrs = h_ptr + (n * C_OUT + rows_c)[:, None] * maps + (first + cols)[None, :]
+            tl.store(h_ptrs, h.to(dtype), mask=(rows_c < C_OUT)[:, None] & inside_n[None, :])
+
+
+@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
+def descriptors_backward_kernel(
+    parts_ptr,  # (N, SLOTS, maps, C_OUT): parts of dH
+    lse_ptr,  # (N, maps): +inf where a map has no position
+    m_ptr,  # (N, C, maps)
+    wa_ptr,  # (HEADS·C_M, C), contiguous
+    wo_ptr,  # (C_OUT, HEADS·C_M), contiguous
+    dh_ptr,  # (N, C_OUT, maps)
+    dg_ptr,  # (N, HEADS, C_M, C_N)
+    dm_ptr,  # (N, C, maps)
+    delta_ptr,  # (N, maps)
+    scale_h: "fp64",
+    HEADS,
+    C,
+    C_M,
+    C_N,
+    C_OUT,
+    SLOTS,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: a block of maps of a head of a sample, all features. BLOCK_M ≥ C_M."""
+    blocks = tl.cdiv(C_N, BLOCK_N)
+    pid = tl.program_id(0)
+    head = (pid // blocks % HEADS).to(tl.int64)
+    n = (pid // (blocks * HEADS)).to(tl.int64)
+    cols = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    inside_n = cols < C_N
+    maps = HEADS * C_N
+    first = head * C_N
+    dtype: tl.constexpr = dm_ptr.dtype.element_ty
+
+    dg = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for c0 in range(0, C_OUT, BLOCK_C):
+        rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+        inside = (rows_c < C_OUT)[:, None] & inside_n[None, :]
+        dh = tl.zeros((BLOCK_C, BLOCK_N), ACC)
+        for slot in range(0, SLOTS):
+            part = ((n * SLOTS + slot) * maps + first + cols)[None, :] * C_OUT + rows_c[:, None]
+            dh += tl.load(parts_ptr + part, mask=inside, other=0.0)
+        ptrs = dh_ptr + (n * C_OUT + rows_c)[:, None] * maps + (first + cols)[None, :]
+        tl.store(ptrs, dh, mask=inside)
+        wo_base = wo_ptr + head * C_M
+        wo = load_matrix(wo_base, rows_m, rows_c, C_M, C_OUT, 1, HEADS * C_M, dtype)
+        dg = dot_wide(wo, dh, dg, PRECISION)
+    lse = tl.load(lse_ptr + n * maps + first + cols, mask=inside_n, other=0.0)
+    dg = tl.where((lse == float("inf"))[None, :], 0.0, dg * scalar(scale_h, ACC))
+    ptrs = dg_ptr + ((n * HEADS + head) * C_M + rows_m)[:, None] * C_N + cols[None, :]
+    tl.store(ptrs, dg, mask=(rows_m < C_M)[:, None] & inside_n[None, :])
+
+    delta = tl.zeros((BLOCK_N,), ACC)
+    for c0 in range(0, C, BLOCK_C):
+        rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+        inside = (rows_c < C)[:, None] & inside_n[None, :]
+        offs = (n * C + rows_c)[:, None] * maps + (first + cols)[None, :]
+        wa = load_matrix(wa_ptr + head * C_M * C, rows_c, rows_m, C, C_M, 1, C, dtype)
+        dm = dot_wide(wa, dg, tl.zeros((BLOCK_C, BLOCK_N), ACC), PRECISION).to(dtype)
+        tl.store(dm_ptr + offs, dm, mask=inside)
+        delta += tl.sum(dm.to(ACC) * tl.load(m_ptr + offs, mask=inside, other=0.0), 0)
+    tl.store(delta_ptr + n * maps + first + cols, delta, mask=inside_n)
+
+
+def from_parts(parts, weights, *, heads, scale, mask, from_x, want_m=False, want_h=True):
+    """``(lse, M or None, G, H or None)`` from the parts that pass 1 left.
+
+    ``weights``: weight_a, bias_a (or None) and weight_out, in the dtype of X.
+    """
+    acc, mx, total = parts
+    batch, slots, maps, features = acc.shape
+    lse = acc.new_empty((batch, maps), dtype=launch.lse_dtype(weights.a.dtype))
+    strides = (acc.stride(0), acc.stride(1), maps // heads * features, features, 1)
+    return lse, *_descriptors(
+        acc, mx, total, lse, weights, slots, strides, heads=heads, scale=scale, mask=mask,
+        from_x=from_x, merge=True, bias=weights.bias_a, want_m=want_m, want_g=True, want_h=want_h,
+    )  # fmt: skip
+
+
+def from_gathered(gathered, lse, weights, *, heads, scale, mask, from_x, want_h):
+    """``(G, H or None)`` from a gather's own result, M as ``(N, heads, C, n)``."""
+    _, g, h = _descriptors(
+        gathered, gathered, gathered, lse, weights, 1, _strides_of_descriptors(gathered),
+        heads=heads, scale=scale, mask=mask, from_x=from_x, merge=False, bias=weights.bias_a,
+        want_m=False, want_g=True, want_h=want_h,
+    )  # fmt: skip
+    return g, h
+
+
+def reconstructing(g, weights, *, heads, scale):
+    """``H = scale · Wo G`` alone, ``(N, C', maps)`` in the dtype of the weights."""
+    return _descriptors(
+        g, g, g, g, weights, 1, _strides_of_descriptors(g), heads=heads, scale=scale, mask=False,
+        from_x=False, merge=False, bias=None, want_m=False, want_g=False, want_h=True,
+    )[-1]  # fmt: skip
+
+
+def _strides_of_descriptors(g):
+    return g.stride(0), 0, g.stride(1), g.stride(3), g.stride(2)
+
+
+def _descriptors(
+    acc, mx, total, lse, weights, slots, strides, *, heads, scale, mask, from_x, merge, bias,
+    want_m, want_g, want_h,
+):  # fmt: skip
+    batch, channels = acc.shape[0], weights.a.shape[1]
+    c_m, c_n = weights.a.shape[0] // heads, weights.b.shape[0] // heads
+    c_out = weights.out.shape[0] if want_h else 1
+    m = acc.new_empty((batch, channels, heads * c_n)) if want_m else None
+    g = acc.new_empty((batch, heads, c_m, c_n)) if want_g else None
+    h = weights.a.new_empty((batch, c_out, heads * c_n)) if want_h else None
+    tile = configs.fused_tile("descriptors", weights.a, c_m, c_n)
+    with launch.device_of(acc):
+        descriptors_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
+            acc, mx, total, lse, weights.a, weights.a if bias is None else bias,
+            weights.out if want_h else weights.a,
+            acc if m is None else m, acc if g is None else g, weights.a if h is None else h,
+            scale, heads, channels, c_m, c_n, c_out, slots, *strides,
+            FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask,
+            WRITE_M=want_m, WRITE_G=want_g, WRITE_H=want_h,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_l,
+            **launch.options(weights.a, tile),
+        )  # fmt: skip
+    return m, g, h
+
+
+def backward(parts, lse, m, weights, *, heads, scale):
+    """``(dH, dG, dM, δ)`` from the parts of dH, ``(N, SLOTS, maps, C')``."""
+    batch, slots, maps, c_out = parts.shape
+    c_m, c_n, channels = weights.a.shape[0] // heads, maps // heads, weights.a.shape[1]
+    dh = parts.new_empty((batch, c_out, maps))
+    dg = parts.new_empty((batch, heads, c_m, c_n))
+    dm = weights.a.new_empty((batch, channels, maps))
+    delta = parts.new_empty((batch, maps))
+    tile = configs.fused_tile("descriptors_backward", weights.a, c_m, c_n)
+    with launch.device_of(parts):
+        descriptors_backward_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
+            parts, lse, m, weights.a, weights.out, dh, dg, dm, delta,
+            scale, heads, channels, c_m, c_n, c_out, slots,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_l,
+            **launch.options(weights.a, tile),
+        )  # fmt: skip
+    return dh, dg, dm, delta

@@ -1,0 +1,186 @@
+r"""Pass 2 of the fused block: ``out = H softmax_maps(s (Wv X + bv)) + bo (+ X)``, X read once more.
+
+A program holds positions with all maps of all heads: it projects V, takes the softmax
+over the maps of each head, multiplies with H, adds bias and X, and writes each element of the
+result once. V and Q are never written, unless V is asked for. With at most ``WHOLE`` channels the
+tile of X stays at hand between the two products, and the weights between tiles of positions.
+
+X, V and the result are ``(N, channels, L)`` in any strides.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, launch
+from .tiles import dot, exp, load_map, load_matrix, scalar
+
+
+@triton.jit
+def rows_of_lanes(lanes, HEADS, C_N, PACKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The map of each lane, head-major; beyond the last map where the lane stands for none.
+
+    PACKED: lanes are maps, which the compiler must see to load several at once.
+    """
+    if PACKED:
+        rows = lanes
+    else:
+        head, within = lanes // BLOCK_N, lanes % BLOCK_N
+        rows = tl.where((head < HEADS) & (within < C_N), head * C_N + within, HEADS * C_N)
+    return rows
+
+
+@triton.jit
+def softmax_heads(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Softmax of ``[BLOCK_L, HEADS·BLOCK_N]`` over the maps of each head; 0 beyond C_N."""
+    if HEADS == 1:
+        z = tl.where((tl.arange(0, BLOCK_N) < C_N)[None, :], z, -float("inf"))
+        e = exp(z - tl.max(z, 1)[:, None])
+        q = e * (1.0 / tl.sum(e, 1))[:, None]
+    else:
+        z = tl.reshape(z, (z.shape[0], HEADS, BLOCK_N))
+        z = tl.where((tl.arange(0, BLOCK_N) < C_N)[None, None, :], z, -float("inf"))
+        e = exp(z - tl.max(z, 2)[:, :, None])
+        q = tl.reshape(e * (1.0 / tl.sum(e, 2))[:, :, None], (z.shape[0], HEADS * BLOCK_N))
+    return q
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def project_distribute_kernel(
+    x_ptr,  # (N, C, L)
+    v_ptr,  # (N, maps, L): V with bias; written if KEEP
+    w_ptr,  # (maps, C), contiguous: Wv
+    bias_ptr,  # (maps,); read if HAS_BIAS
+    h_ptr,  # (N, C_OUT, maps), contiguous
+    bias_out_ptr,  # (C_OUT,); read if HAS_BIAS_OUT
+    out_ptr,  # (N, C_OUT, L)
+    logit_scale: "fp64",
+    HEADS,
+    C,
+    C_N,
+    C_OUT,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_v_n,
+    stride_v_c,
+    stride_v_l,
+    stride_out_n,
+    stride_out_c,
+    stride_out_l,
+    HEAD_BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEEP: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_BIAS_OUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a chunk of positions of a sample, all maps and channels.
+
+    BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); WHOLE: BLOCK_C ≥ C and C_OUT.
+    """
+    L = L_UNITS * ALIGN
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    n = (pid // SPLITS).to(tl.int64)
+    maps = HEADS * C_N
+    lanes = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
+    rows_n = rows_of_lanes(lanes, HEADS, C_N, PACKED, BLOCK_N)
+    x_base = x_ptr + n * stride_x_n * ALIGN
+    v_base = v_ptr + n * stride_v_n * ALIGN
+    out_base = out_ptr + n * stride_out_n * ALIGN
+    h_base = h_ptr + n * C_OUT * maps
+    scale = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+
+    rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows_n, mask=rows_n < maps, other=0.0).to(ACC)
+    if WHOLE:
+        w = load_matrix(w_ptr, rows_c, rows_n, C, maps, 1, C, dtype)
+        h = load_matrix(h_base, rows_n, rows_c, maps, C_OUT, 1, maps, dtype)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        z = tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC)
+        if WHOLE:
+            x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            z = dot(x, w, z, PRECISION)
+        else:
+            for c0 in range(0, C, BLOCK_C):
+                rows = c0 + rows_c
+                xc = load_map(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
+                wc = load_matrix(w_ptr, rows, rows_n, C, maps, 1, C, dtype)
+                z = dot(xc, wc, z, PRECISION)
+        if HAS_BIAS:
+            z += bias[None, :]
+        if KEEP:
+            ptrs = v_base + cols[:, None] * stride_v_l + rows_n[None, :] * stride_v_c * ALIGN
+            inside = (cols < L)[:, None] & (rows_n < maps)[None, :]
+            tl.store(ptrs, z.to(dtype), mask=inside)
+        q = z * scale
+        if SOFTMAX:
+            q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
+        q = q.to(dtype)
+        if WHOLE:
+            y = dot(q, h, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
+            if HAS_BIAS_OUT:
+                bo = tl.load(bias_out_ptr + rows_c, mask=rows_c < C_OUT, other=0.0)
+                y += bo.to(ACC)[None, :]
+            if RESIDUAL:
+                y += x.to(ACC)
+            ptrs = out_base + cols[:, None] * stride_out_l + rows_c[None, :] * stride_out_c * ALIGN
+            tl.store(ptrs, y.to(dtype), mask=(cols < L)[:, None] & (rows_c < C_OUT)[None, :])
+        else:
+            for c0 in range(0, C_OUT, BLOCK_C):
+                rows = c0 + rows_c
+                hc = load_matrix(h_base, rows_n, rows, maps, C_OUT, 1, maps, dtype)
+                y = dot(q, hc, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
+                if HAS_BIAS_OUT:
+                    bo = tl.load(bias_out_ptr + rows, mask=rows < C_OUT, other=0.0)
+                    y += bo.to(ACC)[None, :]
+                if RESIDUAL:
+                    xc = load_map(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
+                    y += xc.to(ACC)
+                ptrs = out_base + cols[:, None] * stride_out_l
+                ptrs += rows[None, :] * stride_out_c * ALIGN
+                tl.store(ptrs, y.to(dtype), mask=(cols < L)[:, None] & (rows < C_OUT)[None, :])
+
+
+def project_distribute(
+    x, weight_v, bias_v, h, bias_out, out, v, *, heads, logit_scale, softmax, residual
+):
+    """Writes ``out (N, C', L)``, and ``v (N, maps, L)`` if given. ``h``: ``(N, C', maps)``."""
+    batch, channels, length = x.shape
+    c_out, maps = h.shape[1:]
+    head_block, block_n = configs.lanes(heads, maps // heads)
+    sizes = max(channels, c_out), head_block * block_n
+    whole = configs.holds_all(*sizes)
+    kernel = "project_distribute" if whole else "project_distribute_blocks"
+    tile = configs.fused_tile(kernel, x, *sizes)
+    chunk, splits = launch.chunks(batch, length, tile, x.device)
+    maps_ = x if v is None else v
+    align = launch.alignment(x, maps_, out)
+    with launch.device_of(x):
+        project_distribute_kernel[(batch * splits,)](
+            x, maps_, weight_v, weight_v if bias_v is None else bias_v,
+            h, h if bias_out is None else bias_out, out,
+            logit_scale, heads, channels, maps // heads, c_out, length // align, chunk, splits,
+            *launch.strides(x, align), *launch.strides(maps_, align), *launch.strides(out, align),
+            HEAD_BLOCK=head_block, PACKED=configs.packed(heads, maps // heads, block_n),
+            KEEP=v is not None, SOFTMAX=softmax, HAS_BIAS=bias_v is not None,
+            HAS_BIAS_OUT=bias_out is not None, RESIDUAL=residual,
+            WHOLE=whole, ALIGN=align,
+            BLOCK_N=block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
+            **launch.options(x, tile),
+        )  # fmt: skip

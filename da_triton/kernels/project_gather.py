@@ -1,0 +1,209 @@
+r"""Pass 1 of the fused block: the maps are projected from X tile by tile and gathered at once.
+
+    from X    M = X Pᵀ           P = softmax_L(s Wb X)
+    from A    G = (Wa X) Pᵀ
+
+As in attention, with the maps for queries: a program holds a block of maps and takes positions
+tile by tile, with the online softmax of ``gather``. Neither B nor A nor P is written. From X, the
+tile of positions holds all channels and serves twice, as keys and as values; heads are simply more
+maps. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the
+result is m × n.
+
+Both write partial results of a chunk of positions, which ``descriptors`` merges:
+``acc = Σ y·exp(z − mx)`` as ``(N, SPLITS, maps, features)``, ``mx`` and ``sum`` as
+``(N, SPLITS, maps)``. X is ``(N, C, L)`` in any strides.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, launch
+from .tiles import dot, load_keep, load_map, load_matrix, online_softmax, scalar
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def gather_from_x_kernel(
+    x_ptr,  # (N, C, L)
+    w_ptr,  # (MAPS, C), contiguous: Wb
+    keep_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    acc_ptr,  # (N, SPLITS, MAPS, C) float32/64
+    max_ptr,  # (N, SPLITS, MAPS)
+    sum_ptr,  # (N, SPLITS, MAPS)
+    logit_scale: "fp64",
+    C,
+    MAPS,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_keep_n,
+    stride_keep_l,
+    HAS_MASK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a block of maps, a chunk of positions, a sample. BLOCK_C ≥ C."""
+    L = L_UNITS * ALIGN
+    blocks_n = tl.cdiv(MAPS, BLOCK_N)
+    pid = tl.program_id(0)
+    split = (pid // blocks_n) % SPLITS
+    n = (pid // (blocks_n * SPLITS)).to(tl.int64)
+    rows_n = ((pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    x_base = x_ptr + n * stride_x_n * ALIGN
+    scale = scalar(logit_scale, ACC)
+
+    w = load_matrix(w_ptr, rows_n, rows_c, MAPS, C, C, 1, w_ptr.dtype.element_ty)
+    mx = tl.full((BLOCK_N,), -float("inf"), ACC)
+    total = tl.zeros((BLOCK_N,), ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        taking_part = cols < L
+        x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
+        if HAS_MASK:
+            taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+            x = tl.where(taking_part[None, :], x, 0.0)  # it may hold anything, even NaN
+        z = dot(w, x, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION) * scale
+        z = tl.where(taking_part[None, :], z, -float("inf"))
+        p, rescale, mx, total = online_softmax(z, mx, total)
+        acc = dot(p.to(x.dtype), tl.trans(x), acc * rescale[:, None], PRECISION)
+
+    slot = (n * SPLITS + split) * MAPS
+    inside_n = rows_n < MAPS
+    tl.store(max_ptr + slot + rows_n, mx, mask=inside_n)
+    tl.store(sum_ptr + slot + rows_n, total, mask=inside_n)
+    ptrs = acc_ptr + (slot + rows_n)[:, None] * C + rows_c[None, :]
+    tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def gather_from_a_kernel(
+    x_ptr,  # (N, C, L)
+    wa_ptr,  # (HEADS·C_M, C), contiguous
+    wb_ptr,  # (HEADS·C_N, C), contiguous
+    keep_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    acc_ptr,  # (N, SPLITS, HEADS·C_N, C_M) float32/64
+    max_ptr,  # (N, SPLITS, HEADS·C_N)
+    sum_ptr,  # (N, SPLITS, HEADS·C_N)
+    logit_scale: "fp64",
+    HEADS,
+    C,
+    C_M,
+    C_N,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_keep_n,
+    stride_keep_l,
+    HAS_MASK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a head, a chunk of positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N."""
+    L = L_UNITS * ALIGN
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    split = pid // HEADS % SPLITS
+    n = (pid // (HEADS * SPLITS)).to(tl.int64)
+    rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    x_base = x_ptr + n * stride_x_n * ALIGN
+    wa_base = wa_ptr + head.to(tl.int64) * C_M * C
+    wb_base = wb_ptr + head.to(tl.int64) * C_N * C
+    scale = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    mx = tl.full((BLOCK_N,), -float("inf"), ACC)
+    total = tl.zeros((BLOCK_N,), ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        taking_part = cols < L
+        if HAS_MASK:
+            taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+        z = tl.zeros((BLOCK_N, BLOCK_L), ACC)
+        a = tl.zeros((BLOCK_M, BLOCK_L), ACC)
+        for c0 in range(0, C, BLOCK_C):
+            rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+            x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
+            wb = load_matrix(wb_base, rows_n, rows_c, C_N, C, C, 1, dtype)
+            wa = load_matrix(wa_base, rows_m, rows_c, C_M, C, C, 1, dtype)
+            z = dot(wb, x, z, PRECISION)
+            a = dot(wa, x, a, PRECISION)
+        if HAS_MASK:
+            a = tl.where(taking_part[None, :], a, 0.0)
+        z = tl.where(taking_part[None, :], z * scale, -float("inf"))
+        p, rescale, mx, total = online_softmax(z, mx, total)
+        acc = dot(p.to(dtype), tl.trans(a.to(dtype)), acc * rescale[:, None], PRECISION)
+
+    slot = (n * SPLITS + split) * HEADS * C_N + head * C_N
+    inside_n = rows_n < C_N
+    tl.store(max_ptr + slot + rows_n, mx, mask=inside_n)
+    tl.store(sum_ptr + slot + rows_n, total, mask=inside_n)
+    ptrs = acc_ptr + (slot + rows_n)[:, None] * C_M + rows_m[None, :]
+    tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
+
+
+def gather_from_x(x, weight_b, keep, logit_scale):
+    """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for all maps of all heads."""
+    batch, channels, length = x.shape
+    maps = weight_b.shape[0]
+    tile = configs.fused_tile("gather_from_x", x, channels, maps)
+    blocks = triton.cdiv(maps, tile.block_n)
+    chunk, splits = launch.chunks(batch * blocks, length, tile, x.device)
+    parts = _parts(x, splits, maps, channels)
+    align = launch.alignment(x)
+    with launch.device_of(x):
+        gather_from_x_kernel[(batch * blocks * splits,)](
+            x, weight_b, x if keep is None else keep, *parts,
+            logit_scale, channels, maps, length // align, chunk, splits,
+            *launch.strides(x, align), *((0, 0) if keep is None else keep.stride()),
+            HAS_MASK=keep is not None, ALIGN=align,
+            BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
+            **launch.options(x, tile),
+        )  # fmt: skip
+    return parts
+
+
+def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
+    """Partial ``(acc, max, sum)`` of ``G − ba = (Wa X) Pᵀ``."""
+    batch, channels, length = x.shape
+    c_m, c_n = weight_a.shape[0] // heads, weight_b.shape[0] // heads
+    tile = configs.fused_tile("gather_from_a", x, c_m, c_n)
+    chunk, splits = launch.chunks(batch * heads, length, tile, x.device)
+    parts = _parts(x, splits, heads * c_n, c_m)
+    align = launch.alignment(x)
+    with launch.device_of(x):
+        gather_from_a_kernel[(batch * heads * splits,)](
+            x, weight_a, weight_b, x if keep is None else keep, *parts,
+            logit_scale, heads, channels, c_m, c_n, length // align, chunk, splits,
+            *launch.strides(x, align), *((0, 0) if keep is None else keep.stride()),
+            HAS_MASK=keep is not None, ALIGN=align,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=configs.BLOCK_C,
+            BLOCK_L=tile.block_l, **launch.options(x, tile),
+        )  # fmt: skip
+    return parts
+
+
+def _parts(x, splits, maps, features):
+    dtype = launch.accumulator(x.dtype)
+    acc = x.new_empty((x.shape[0], splits, maps, features), dtype=dtype)
+    statistics = [x.new_empty((x.shape[0], splits, maps), dtype=dtype) for _ in range(2)]
+    return acc, *statistics

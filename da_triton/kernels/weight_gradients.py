@@ -1,0 +1,230 @@
+r"""The gradients of the fused block's weights, from what the passes over positions left.
+
+    over positions and samples    dWv = Σ dV Xᵀ             dWb = Σ dB Xᵀ       dbv = Σ dV
+    over samples and maps         dWo = scale · Σ dH Gᵀ     dWa = Σ dG Mᵀ       dba = Σ dG
+                                  dbo = Σ dO = Σ dH of one head, since columns of Q sum to 1
+
+The first are sums over all positions of the batch, cut into chunks whose parts the second launch
+adds in a fixed order, beside its own products of descriptors: two launches for all six.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, launch
+from .tiles import dot, load_map, load_matrix, scalar
+
+
+@triton.jit(do_not_specialize=["N", "CHUNK_BLOCKS"])
+def outer_kernel(
+    t_ptr,  # (N, ROWS, L): dV and dB
+    x_ptr,  # (N, C, L)
+    parts_ptr,  # (chunks, ROWS, C) float32/64: parts of Σ_N Σ_L t xᵀ
+    sums_ptr,  # (chunks, ROWS): parts of Σ_N Σ_L t
+    N,
+    ROWS,
+    C,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    stride_t_n,
+    stride_t_c,
+    stride_t_l,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: blocks of rows and channels, a chunk of positions, which may span samples."""
+    L = L_UNITS * ALIGN
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    tiles = tiles_c * tl.cdiv(ROWS, BLOCK_N)
+    pid = tl.program_id(0)
+    tile, chunk = pid % tiles, (pid // tiles).to(tl.int64)
+    rows_n = ((tile // tiles_c) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_c = ((tile % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    blocks = tl.cdiv(L, BLOCK_L)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    total = tl.zeros((BLOCK_N,), ACC)
+    start = chunk * CHUNK_BLOCKS
+    for block in range(start, tl.minimum(start + CHUNK_BLOCKS, N.to(tl.int64) * blocks)):
+        n = block // blocks
+        cols = block % blocks * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)
+        t_base, x_base = t_ptr + n * stride_t_n * ALIGN, x_ptr + n * stride_x_n * ALIGN
+        t = load_map(t_base, rows_n, cols, ROWS, L, stride_t_c * ALIGN, stride_t_l)
+        x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+        acc = dot(t, x, acc, PRECISION)
+        total += tl.sum(t.to(ACC), 1)
+    offs = (chunk * ROWS + rows_n)[:, None] * C + rows_c[None, :]
+    tl.store(parts_ptr + offs, acc, mask=(rows_n < ROWS)[:, None] & (rows_c < C)[None, :])
+    if tile % tiles_c == 0:
+        tl.store(sums_ptr + chunk * ROWS + rows_n, total, mask=rows_n < ROWS)
+
+
+@triton.jit
+def _sum_of_parts(
+    parts_ptr, out_ptr, tile, SIZE, STRIDE, CHUNKS, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``Σ_chunks parts[chunk, :SIZE]``, a block of it, in order."""
+    offs = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), ACC)
+    ptrs = parts_ptr + offs
+    for _ in range(0, CHUNKS):
+        total += tl.load(ptrs, mask=offs < SIZE, other=0.0)
+        ptrs += STRIDE
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
+def _product_of_descriptors(
+    a_base, b_base, out_base, sum_base, tile, R, K, COLS, N, scale,
+    stride_a_n, stride_a_r, stride_b_n, stride_b_r, stride_out_r, write_sum,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``out[r, c] = scale · Σ_N Σ_k a[n, r, k] b[n, c, k]`` of one tile, and ``Σ a`` by rows.
+
+    a and b are in the accumulator's dtype; in half precision each goes to the matrix unit in two
+    parts, and only the product of the two low parts is left out.
+    """
+    acc_dtype: tl.constexpr = a_base.dtype.element_ty
+    tiles_c = tl.cdiv(COLS, BLOCK_R)
+    rows = ((tile // tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    cols = ((tile % tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    acc = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
+    total = tl.zeros((BLOCK_R,), acc_dtype)
+    for _ in range(0, N):
+        for k0 in range(0, K, BLOCK_K):
+            ks = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+            a = load_matrix(a_base, rows, ks, R, K, stride_a_r, 1, acc_dtype)
+            b = load_matrix(b_base, ks, cols, K, COLS, 1, stride_b_r, acc_dtype)
+            total += tl.sum(a, 1)
+            if acc_dtype == DTYPE:
+                acc = dot(a, b, acc, PRECISION)
+            else:
+                a_high, b_high = a.to(DTYPE), b.to(DTYPE)
+                a_low = (a - a_high.to(acc_dtype)).to(DTYPE)
+                b_low = (b - b_high.to(acc_dtype)).to(DTYPE)
+                acc = dot(a_low, b_high, acc, PRECISION)
+                acc = dot(a_high, b_low, acc, PRECISION)
+                acc = dot(a_high, b_high, acc, PRECISION)
+        a_base += stride_a_n
+        b_base += stride_b_n
+    ptrs = out_base + rows[:, None] * stride_out_r + cols[None, :]
+    out_dtype: tl.constexpr = out_base.dtype.element_ty
+    tl.store(ptrs, (acc * scale).to(out_dtype), mask=(rows < R)[:, None] & (cols < COLS)[None, :])
+    if write_sum and tile % tiles_c == 0:
+        tl.store(sum_base + rows, total.to(out_dtype), mask=rows < R)
+
+
+@triton.jit(do_not_specialize=["CHUNKS", "N", "HEADS"])
+def weight_gradients_kernel(
+    parts_ptr,  # (CHUNKS, 2·maps, C)
+    sums_ptr,  # (CHUNKS, 2·maps)
+    dh_ptr,  # (N, C_OUT, maps)
+    g_ptr,  # (N, HEADS, C_M, C_N)
+    dg_ptr,  # (N, HEADS, C_M, C_N)
+    m_ptr,  # (N, C, maps)
+    dwv_ptr,  # (maps, C)
+    dwb_ptr,  # (maps, C)
+    dbv_ptr,  # (maps,)
+    dwo_ptr,  # (C_OUT, HEADS·C_M)
+    dbo_ptr,  # (C_OUT,)
+    dwa_ptr,  # (HEADS·C_M, C)
+    dba_ptr,  # (HEADS·C_M,)
+    scale_h: "fp64",
+    CHUNKS,
+    N,
+    HEADS,
+    C,
+    C_M,
+    C_N,
+    C_OUT,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs in this order: sums of dWv, of dWb, of dbv, tiles of dWo, tiles of dWa."""
+    pid = tl.program_id(0)
+    maps = HEADS * C_N
+    size = maps * C
+    for_matrix, for_vector = tl.cdiv(size, BLOCK), tl.cdiv(maps, BLOCK)
+    sums = 2 * for_matrix + for_vector
+    tiles_o = tl.cdiv(C_OUT, BLOCK_R) * tl.cdiv(C_M, BLOCK_R)
+    tiles_a = tl.cdiv(C_M, BLOCK_R) * tl.cdiv(C, BLOCK_R)
+    dtype: tl.constexpr = dwo_ptr.dtype.element_ty
+    scale = scalar(scale_h, ACC)
+    if pid < for_matrix:
+        _sum_of_parts(parts_ptr, dwv_ptr, pid, size, 2 * size, CHUNKS, ACC, BLOCK)
+    elif pid < 2 * for_matrix:
+        pid -= for_matrix
+        _sum_of_parts(parts_ptr + size, dwb_ptr, pid, size, 2 * size, CHUNKS, ACC, BLOCK)
+    elif pid < sums:
+        pid -= 2 * for_matrix
+        _sum_of_parts(sums_ptr, dbv_ptr, pid, maps, 2 * maps, CHUNKS, ACC, BLOCK)
+    elif pid < sums + HEADS * tiles_o:
+        pid -= sums
+        head = (pid // tiles_o).to(tl.int64)
+        _product_of_descriptors(
+            dh_ptr + head * C_N, g_ptr + head * C_M * C_N, dwo_ptr + head * C_M, dbo_ptr,
+            pid % tiles_o, C_OUT, C_N, C_M, N, scale,
+            C_OUT * maps, maps, HEADS * C_M * C_N, C_N, HEADS * C_M, head == 0,
+            dtype, PRECISION, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    else:
+        pid -= sums + HEADS * tiles_o
+        head = (pid // tiles_a).to(tl.int64)
+        _product_of_descriptors(
+            dg_ptr + head * C_M * C_N, m_ptr + head * C_N, dwa_ptr + head * C_M * C,
+            dba_ptr + head * C_M, pid % tiles_a, C_M, C_N, C, N, tl.full((), 1.0, ACC),
+            HEADS * C_M * C_N, C_N, C * maps, maps, C, True,
+            dtype, PRECISION, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+
+
+def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
+    """dWa, dba, dWb, dWv, dbv, dWo, dbo, in the dtype of ``like``, a weight.
+
+    ``t``: dV and dB, ``(N, 2·maps, L)``. dbo is right only where V has a softmax.
+    """
+    batch, channels, length = x.shape
+    rows = t.shape[1]
+    heads, c_m, c_n = g.shape[1:]
+    c_out = dh.shape[1]
+    tile = configs.fused_tile("outer", x, channels, rows)
+    tiles = triton.cdiv(rows, tile.block_n) * triton.cdiv(channels, tile.block_m)
+    chunk, chunks = launch.chunks(
+        tiles, triton.cdiv(length, tile.block_l) * tile.block_l * batch, tile, x.device
+    )
+    parts = dh.new_empty((chunks, rows, channels))
+    sums = dh.new_empty((chunks, rows))
+    align = launch.alignment(x, t)
+    maps = rows // 2
+    dwv, dwb = (like.new_empty((maps, channels)) for _ in range(2))
+    dbv = like.new_empty((maps,))
+    dwo, dbo = like.new_empty((c_out, heads * c_m)), like.new_empty((c_out,))
+    dwa, dba = like.new_empty((heads * c_m, channels)), like.new_empty((heads * c_m,))
+    with launch.device_of(x):
+        outer_kernel[(tiles * chunks,)](
+            t, x, parts, sums, batch, rows, channels, length // align, chunk,
+            *launch.strides(t, align), *launch.strides(x, align), ALIGN=align,
+            BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
+            **launch.options(x, tile),
+        )  # fmt: skip
+        tile = configs.fused_tile("weight_gradients", x, c_m, c_n)
+        square, block = tile.block_m, 1024
+        programs = 2 * triton.cdiv(maps * channels, block) + triton.cdiv(maps, block)
+        for wide in (c_out, channels):
+            programs += heads * triton.cdiv(c_m, square) * triton.cdiv(wide, square)
+        weight_gradients_kernel[(programs,)](
+            parts, sums, dh, g, dg, m, dwv, dwb, dbv, dwo, dbo, dwa, dba,
+            scale, chunks, batch, heads, channels, c_m, c_n, c_out,
+            BLOCK_R=square, BLOCK_K=tile.block_n, BLOCK=block, **launch.options(x, tile),
+        )  # fmt: skip
+    return dwa, dba, dwb, dwv, dbv, dwo, dbo

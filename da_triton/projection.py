@@ -1,0 +1,24 @@
+"""Pointwise convolutions as one library product, in any memory format."""
+
+import torch
+from torch import Tensor
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    """Pointwise convolution ``W x + bias (+ add)`` in x's memory format, one library product.
+
+    Shapes: x ``(N, in, L)``, weight ``(out, in)``, bias ``(out,)``, add ``(N, out, L)``.
+    """
+    if x.stride(1) == 1 and x.stride(2) != 1:  # channels last: rows of the product are positions
+        y = torch.nn.functional.linear(x.transpose(1, 2), weight, bias).transpose(1, 2)
+        return y if add is None else add + y
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # A batched product with one shared matrix is slower there than the convolution it is.
+        y = torch.conv2d(x.unsqueeze(-1), weight[..., None, None], bias).squeeze(-1)
+        return y if add is None else add + y
+    shared = weight.expand(x.shape[0], -1, -1)
+    if add is not None and add.dtype == x.dtype:
+        y = torch.baddbmm(add, shared, x)
+        return y if bias is None else y + bias[:, None]
+    y = torch.bmm(shared, x) if bias is None else torch.baddbmm(bias[:, None], shared, x)
+    return y if add is None else add + y
