@@ -139,8 +139,10 @@ def _fused_backward(dout, x, w, keep, v, o, need_x):
     lse, m, g, h = descriptors.from_parts(
         parts, w, heads=o.heads, scale=o.scale, mask=keep is not None, from_x=True, want_m=True
     )
-    both = launch.empty_rows_like(x, 2 * maps)
-    dv, db = both[:, :maps], both[:, maps:]
+    # In channels-last memory, rows that start at multiples of 16 elements can be loaded at once.
+    rows = -(-maps // 16) * 16 if x.stride(1) == 1 else maps
+    both = launch.empty_rows_like(x, 2 * rows)
+    dv, db = both[:, :maps], both[:, rows : rows + maps]
     parts = block_backward.distribute_side(
         x, dout, w.v, w.bias_v, v, h, dv,
         heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,

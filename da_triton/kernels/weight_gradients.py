@@ -123,8 +123,8 @@ def _product_of_descriptors(
 
 @triton.jit(do_not_specialize=["CHUNKS", "N", "HEADS"])
 def weight_gradients_kernel(
-    parts_ptr,  # (CHUNKS, 2·maps, C)
-    sums_ptr,  # (CHUNKS, 2·maps)
+    parts_ptr,  # (CHUNKS, ROWS, C): dWv in the first half of the rows, dWb in the second
+    sums_ptr,  # (CHUNKS, ROWS)
     dh_ptr,  # (N, C_OUT, maps)
     g_ptr,  # (N, HEADS, C_M, C_N)
     dg_ptr,  # (N, HEADS, C_M, C_N)
@@ -138,6 +138,7 @@ def weight_gradients_kernel(
     dba_ptr,  # (HEADS·C_M,)
     scale_h: "fp64",
     CHUNKS,
+    ROWS,
     N,
     HEADS,
     C,
@@ -161,13 +162,14 @@ def weight_gradients_kernel(
     dtype: tl.constexpr = dwo_ptr.dtype.element_ty
     scale = scalar(scale_h, ACC)
     if pid < for_matrix:
-        _sum_of_parts(parts_ptr, dwv_ptr, pid, size, 2 * size, CHUNKS, ACC, BLOCK)
+        _sum_of_parts(parts_ptr, dwv_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
     elif pid < 2 * for_matrix:
         pid -= for_matrix
-        _sum_of_parts(parts_ptr + size, dwb_ptr, pid, size, 2 * size, CHUNKS, ACC, BLOCK)
+        second_half = parts_ptr + ROWS // 2 * C
+        _sum_of_parts(second_half, dwb_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
     elif pid < sums:
         pid -= 2 * for_matrix
-        _sum_of_parts(sums_ptr, dbv_ptr, pid, maps, 2 * maps, CHUNKS, ACC, BLOCK)
+        _sum_of_parts(sums_ptr, dbv_ptr, pid, maps, ROWS, CHUNKS, ACC, BLOCK)
     elif pid < sums + HEADS * tiles_o:
         pid -= sums
         head = (pid // tiles_o).to(tl.int64)
@@ -191,7 +193,8 @@ def weight_gradients_kernel(
 def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     """dWa, dba, dWb, dWv, dbv, dWo, dbo, in the dtype of ``like``, a weight.
 
-    ``t``: dV and dB, ``(N, 2·maps, L)``. dbo is right only where V has a softmax.
+    ``t``: dV at the start of the first half of its rows, dB of the second. dbo is right only where
+    V has a softmax.
     """
     batch, channels, length = x.shape
     rows = t.shape[1]
@@ -205,7 +208,7 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     parts = dh.new_empty((chunks, rows, channels))
     sums = dh.new_empty((chunks, rows))
     align = launch.alignment(x, t)
-    maps = rows // 2
+    maps = heads * c_n
     dwv, dwb = (like.new_empty((maps, channels)) for _ in range(2))
     dbv = like.new_empty((maps,))
     dwo, dbo = like.new_empty((c_out, heads * c_m)), like.new_empty((c_out,))
@@ -224,7 +227,7 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
             programs += heads * triton.cdiv(c_m, square) * triton.cdiv(wide, square)
         weight_gradients_kernel[(programs,)](
             parts, sums, dh, g, dg, m, dwv, dwb, dbv, dwo, dbo, dwa, dba,
-            scale, chunks, batch, heads, channels, c_m, c_n, c_out,
+            scale, chunks, rows, batch, heads, channels, c_m, c_n, c_out,
             BLOCK_R=square, BLOCK_K=tile.block_n, BLOCK=block, **launch.options(x, tile),
         )  # fmt: skip
     return dwa, dba, dwb, dwv, dbv, dwo, dbo

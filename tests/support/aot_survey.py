@@ -11,12 +11,20 @@ import sys
 
 import torch
 
-from da_triton.kernels import configs, distribute, gather, launch
+from bench.workloads import WORKLOADS
+from da_triton import planner
+from da_triton.costs import Shape
+from da_triton.kernels import block, configs, distribute, gather, launch
 from support import aot
 
 # Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
 # channels-last memory.
 LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
+CORE = {
+    "gather_kernel", "gather_combine_kernel", "gather_delta_kernel", "gather_backward_kernel",
+    "distribute_kernel", "distribute_backward_kernel", "position_lse_kernel", "mix_kernel",
+    "map_gradient_kernel", "descriptor_gradient_kernel",
+}  # fmt: skip
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 
 
@@ -50,10 +58,64 @@ def record(m, n, length, dtype, layout, *, batch=64, masked=False, softmax=True,
     return launches
 
 
+def record_block(sizes, length, layout, route, heads=1):
+    """The launches of one training step of the block."""
+    batch, channels, c_m, c_n = sizes
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    x = empty(batch, channels, length)
+    if layout == "nhwc":
+        x = empty(batch, length, channels).transpose(1, 2)
+    w = block.Weights(
+        empty(c_m, channels), empty(c_m), empty(c_n, channels), empty(c_n, channels), empty(c_n),
+        empty(channels, c_m), empty(channels),
+    )  # fmt: skip
+    options = block.Options(heads, 1.0, 1.0, 1.0, True, True)
+    with aot.record() as launches:
+        _, lse, g, _ = block.forward(x, w, None, options, route, False)
+        dout = torch.empty_like(x)
+        block.backward(dout, x, w, None, lse, g, None, options, route, True)
+    return launches
+
+
+def planned(work, arch):
+    """Sizes and route of a named workload on a GPU like an H200."""
+    length = torch.Size(work.positions).numel()
+    s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
+    return (*s[:4],), planner.options(s, configs.limits(s, work.c, arch, 132))[0].route
+
+
 def survey(arch):
     """Yields a description of every distinct compilation."""
     launch.processors = lambda device: 132
     configs.architecture = lambda device: arch
+    recorded = _core() + [
+        (found, {"m": sizes[2], "n": sizes[3], "length": length, "layout": layout}, "bfloat16", {})
+        for work in WORKLOADS
+        for sizes, route in [planned(work, arch)]
+        for layout, length in LAYOUTS[1:]
+        for found in record_block(sizes, length, layout, route, work.heads)
+        if found.name not in CORE
+    ]
+    seen = set()
+    for found, about, dtype, options in recorded:
+        constants = {k: str(x) for k, x in found.kwargs.items()}
+        key = (found.name, dtype, about["length"], about["layout"], *sorted(constants.items()))
+        if key in seen:
+            continue
+        seen.add(key)
+        code = dataclasses.asdict(aot.compile_launch(found, arch))
+        del code["text"]
+        yield {
+            **code, **about, "dtype": f"torch.{dtype}", "constants": constants,
+            "default": not options,
+        }  # fmt: skip
+
+
+def _core():
+    """Launches of the core with every tile of its tables."""
     runs = [
         (m, n, length, dtype, layout, {})
         for dtype in (torch.bfloat16, torch.float32, torch.float64)
@@ -64,20 +126,11 @@ def survey(arch):
         for options in ({"masked": True, "extra": True, "batch": 4}, {"softmax": False}):
             runs.append((m, n, 784, torch.bfloat16, "nchw", options))
         runs.append((m, n, 784, torch.float16, "nchw", {}))
-    seen = set()
-    for m, n, length, dtype, layout, options in runs:
-        for found in record(m, n, length, dtype, layout, **options):
-            constants = {k: str(x) for k, x in found.kwargs.items()}
-            key = (found.name, dtype, length, layout, *sorted(constants.items()))
-            if key in seen:
-                continue
-            seen.add(key)
-            code = dataclasses.asdict(aot.compile_launch(found, arch))
-            del code["text"]
-            yield {
-                **code, "m": m, "n": n, "length": length, "dtype": str(dtype), "layout": layout,
-                "constants": constants, "default": not options,
-            }  # fmt: skip
+    return [
+        (found, {"m": m, "n": n, "length": length, "layout": layout}, str(dtype)[6:], options)
+        for m, n, length, dtype, layout, options in runs
+        for found in record(m, n, length, dtype, layout, **options)
+    ]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ and the planner then takes another route. Candidates prefer many positions, then
 import sys
 from pathlib import Path
 
-import torch
-
-from da_triton.kernels import block, configs, fused_tiles, launch
+from da_triton.kernels import configs, fused_tiles, launch
 from da_triton.planner import Route
 from support import aot
+from support.aot_survey import LAYOUTS, record_block
 
 CANDIDATES = [
     (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
@@ -31,7 +30,6 @@ SMALL = [
     (32, 8, 1),
     (16, 8, 1),
 ]
-LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
 # kernel -> (launched kernels, route, (block_m, block_n) with the (C, c_m, c_n) that lead there)
 FUSED = Route("XH", "fused", "fused", "fused", "XH", 64)
@@ -50,30 +48,11 @@ BLOCKS = {
 }
 
 
-def record(kernel, sizes, layout, length, dtype=torch.bfloat16, batch=64, heads=1, masked=False):
-    """Launches of a fused forward and backward pass on meta tensors."""
-    channels, c_m, c_n = sizes
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x = empty(batch, channels, length)
-    if layout == "nhwc":
-        x = empty(batch, length, channels).transpose(1, 2)
-    w = block.Weights(
-        empty(c_m, channels), empty(c_m), empty(c_n, channels), empty(c_n, channels), empty(c_n),
-        empty(channels, c_m), empty(channels),
-    )  # fmt: skip
-    keep = empty(batch, length, dtype=torch.uint8) if masked else None
-    options = block.Options(heads, 1.0, 1.0, 1.0, True, True)
-    route = FROM_A if kernel == "gather_from_a" else FUSED
+def routes(kernel):
+    """One that launches the kernel."""
     if kernel == "project_distribute_blocks":
-        route = route._replace(order="AH", gather="split", backward="split")
-    with aot.record() as launches:
-        _, lse, g, _ = block.forward(x, w, keep, options, route, False)
-        if route.backward == "fused":
-            block.backward(torch.empty_like(x), x, w, keep, lse, g, None, options, route, True)
-    return launches
+        return FROM_A._replace(gather="split")
+    return FROM_A if kernel == "gather_from_a" else FUSED
 
 
 def attempt(arch, kernel, blocks, sizes, candidate):
@@ -83,7 +62,7 @@ def attempt(arch, kernel, blocks, sizes, candidate):
     )
     launched = kernel.removesuffix("_blocks") + "_kernel"
     for layout, length in LAYOUTS:
-        for found in record(kernel, sizes, layout, length):
+        for found in record_block((64, *sizes), length, layout, routes(kernel)):
             if not found.name.startswith(launched):
                 continue
             try:
