@@ -17,10 +17,17 @@ import torch
 from torch import Tensor
 
 from ..projection import project
-from . import block_backward, configs, descriptors, launch, project_distribute, project_gather
+from . import (
+    block_backward,
+    configs,
+    descriptors,
+    launch,
+    project_distribute,
+    project_gather,
+    weight_gradients,
+)
 from . import distribute as core_distribute
 from . import gather as core_gather
-from .weight_gradients import weight_gradients
 
 
 class Weights(NamedTuple):
@@ -152,7 +159,9 @@ def _fused_backward(dout, x, w, keep, v, o, need_x):
         x, dout, w.b, w.v, dm, lse, delta, keep, dv, db,
         logit_scale=o.logit_scale, residual=o.residual, need_x=need_x,
     )  # fmt: skip
-    dwa, dba, dwb, dwv, dbv, dwo, dbo = weight_gradients(both, x, dh, g, dg, m, w.a, scale=o.scale)
+    dwa, dba, dwb, dwv, dbv, dwo, dbo = weight_gradients.weight_gradients(
+        both, x, dh, g, dg, m, w.a, scale=o.scale
+    )
     if not o.softmax_v:
         dbo = _sum_of_positions(dout)
     return Gradients(dx, dwa, dba, dwb, dwv, dbv, dwo, dbo)
@@ -171,8 +180,8 @@ def _split_backward(dout, x, w, keep, lse, g, v, o, route, need_x):
         dz = dout
         if w.out is not None:
             z = core_distribute.distribute_forward(g, v, o.scale, **distribute).flatten(1, 2)
-            dwo = _outer(dout, z).to(w.out.dtype)
-            dz = project(dout, w.out.t().contiguous(), None)
+            dwo, dbo = _outer(dout, z)
+            dz = project(dout, w.out.t(), None)
         dg, dv = core_distribute.distribute_backward(
             _by_head(dz, o.heads), g, v, o.scale, need_g=True, need_v=True, **distribute
         )
@@ -185,37 +194,35 @@ def _split_backward(dout, x, w, keep, lse, g, v, o, route, need_x):
         dg = o.scale * (per_head.mT @ dh)
         dwo = o.scale * (dh @ g.mT).sum(0)  # (heads, C', m)
         dwo = dwo.transpose(0, 1).flatten(1).to(w.out.dtype)
-    if w.bias_out is not None:
-        dbo = _sum_of_positions(dout).to(w.bias_out.dtype)
+        dbo = _sum_of_positions(dout)
 
     if keep is not None:
         dg = dg.masked_fill((lse == torch.inf).view(dg.shape[0], o.heads, 1, -1), 0)
-    dba = dg.sum((0, 3)).flatten().to(w.a.dtype) if w.bias_a is not None else None
+    skip = dout if o.residual else None
     if order[0] == "A":
         a = _by_head(project(x, w.a, w.bias_a), o.heads)
         if route.gather == "fused":  # P from B as rounded here needs the lse and G of the same B
             g, lse = core_gather.gather_forward([(a, b, keep)], o.logit_scale)
         da, db = core_gather.gather_backward(dg, a, b, keep, g, lse, o.logit_scale, True, True)
         da = da.flatten(1, 2)
-        dwa = _outer(da, x)
-        dx = project(da, w.a.t().contiguous(), None) if need_x else None
+        dwa, dba = _outer(da, x)
+        dx = project(da, w.a.t(), None, add=skip) if need_x else None
     else:
         shared = _shared(x, o.heads)
         m, lse = core_gather.gather_forward([(shared, b, keep)], o.logit_scale)
-        dwa = (dg @ m.mT).sum(0).flatten(0, 1)
+        dwa, dba = (dg @ m.mT).sum(0).flatten(0, 1).to(x.dtype), dg.sum((0, 3)).flatten()
         dx, db = core_gather.gather_backward(
             wide_a.mT @ dg, shared, b, keep, m, lse, o.logit_scale, need_x, True
         )
         if need_x:
             dx = dx.squeeze(1) if o.heads == 1 else dx.sum(1)
+            dx = dx if skip is None else dx + skip
     dv, db = dv.flatten(1, 2), db.flatten(1, 2)
     if need_x:
-        dx = project(db, w.b.t().contiguous(), None, add=dx)
-        dx = project(dv, w.v.t().contiguous(), None, add=dx)
-        dx = dx + dout if o.residual else dx
-    dbv = _sum_of_positions(dv).to(w.v.dtype) if w.bias_v is not None else None
-    dwb, dwv = _outer(db, x).to(w.b.dtype), _outer(dv, x).to(w.v.dtype)
-    return Gradients(dx, dwa.to(w.a.dtype), dba, dwb, dwv, dbv, dwo, dbo)
+        dx = project(db, w.b.t(), None, add=dx)
+        dx = project(dv, w.v.t(), None, add=dx)
+    (dwb, _), (dwv, dbv) = _outer(db, x), _outer(dv, x)
+    return Gradients(dx, dwa, dba.to(x.dtype), dwb, dwv, dbv, dwo, dbo)
 
 
 def _small_products_fit(w, o):
@@ -250,9 +257,20 @@ def _reconstructing(g, w, o):
 
 
 def _outer(t, x):
-    """``Σ_N Σ_L t xᵀ``, ``(rows, C)``: a product for each sample, added in float32."""
+    """``Σ_N Σ_L t xᵀ``, ``(rows, C)``, and ``Σ_N Σ_L t``, ``(rows,)``, in the dtype of x.
+
+    One product of all positions in channels-last memory. In NCHW a product for each sample would
+    write a matrix for each: a kernel adds chunks of positions of the whole batch instead.
+    """
+    acc, arch = launch.accumulator(x.dtype), configs.architecture(x.device)
+    if x.stride(1) == t.stride(1) == 1 and x.shape[1] > 1 < t.shape[1]:
+        rows, columns = (y.transpose(1, 2).flatten(0, 1) for y in (t, x))
+        return rows.t() @ columns, _sum_of_positions(t)
+    if configs.fits("outer", x.element_size(), x.shape[1], t.shape[1], arch):
+        parts, sums = weight_gradients.outer(t, x)
+        return parts.sum(0).to(x.dtype), sums.sum(0).to(x.dtype)
     parts = torch.bmm(t, x.transpose(1, 2))
-    return parts.sum(0, dtype=launch.accumulator(x.dtype))
+    return parts.sum(0, dtype=acc).to(x.dtype), _sum_of_positions(t)
 
 
 def _sum_of_positions(y):

@@ -83,7 +83,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_90", "distribute_side", 256, 32): (64, 4, 2),
     ("sm_90", "distribute_side", 256, 64): (32, 8, 3),
     ("sm_90", "distribute_side", 512, 32): (32, 8, 3),
-    ("sm_90", "gather_from_a", 32, 32): (128, 8, 3),
+    ("sm_90", "gather_from_a", 32, 32): (64, 4, 3),
     ("sm_90", "gather_from_a", 32, 64): (128, 8, 3),
     ("sm_90", "gather_from_a", 32, 128): (64, 8, 3),
     ("sm_90", "gather_from_a", 64, 32): (128, 8, 3),

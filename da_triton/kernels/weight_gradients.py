@@ -190,29 +190,21 @@ def weight_gradients_kernel(
         )  # fmt: skip
 
 
-def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
-    """dWa, dba, dWb, dWv, dbv, dWo, dbo, in the dtype of ``like``, a weight.
+def outer(t, x):
+    """Parts of ``Σ_N Σ_L t xᵀ``, ``(chunks, rows, C)``, and of ``Σ_N Σ_L t``, ``(chunks, rows)``.
 
-    ``t``: dV at the start of the first half of its rows, dB of the second. dbo is right only where
-    V has a softmax.
+    ``t``: ``(N, rows, L)``; ``x``: ``(N, C, L)``, in any strides.
     """
     batch, channels, length = x.shape
     rows = t.shape[1]
-    heads, c_m, c_n = g.shape[1:]
-    c_out = dh.shape[1]
     tile = configs.fused_tile("outer", x, channels, rows)
     tiles = triton.cdiv(rows, tile.block_n) * triton.cdiv(channels, tile.block_m)
-    chunk, chunks = launch.chunks(
-        tiles, triton.cdiv(length, tile.block_l) * tile.block_l * batch, tile, x.device
-    )
-    parts = dh.new_empty((chunks, rows, channels))
-    sums = dh.new_empty((chunks, rows))
+    padded = triton.cdiv(length, tile.block_l) * tile.block_l
+    chunk, chunks = launch.chunks(tiles, padded * batch, tile, x.device)
+    dtype = launch.accumulator(x.dtype)
+    parts = x.new_empty((chunks, rows, channels), dtype=dtype)
+    sums = x.new_empty((chunks, rows), dtype=dtype)
     align = launch.alignment(x, t)
-    maps = heads * c_n
-    dwv, dwb = (like.new_empty((maps, channels)) for _ in range(2))
-    dbv = like.new_empty((maps,))
-    dwo, dbo = like.new_empty((c_out, heads * c_m)), like.new_empty((c_out,))
-    dwa, dba = like.new_empty((heads * c_m, channels)), like.new_empty((heads * c_m,))
     with launch.device_of(x):
         outer_kernel[(tiles * chunks,)](
             t, x, parts, sums, batch, rows, channels, length // align, chunk,
@@ -220,11 +212,30 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
             BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
             **launch.options(x, tile),
         )  # fmt: skip
-        tile = configs.fused_tile("weight_gradients", x, c_m, c_n)
-        square, block = tile.block_m, 1024
-        programs = 2 * triton.cdiv(maps * channels, block) + triton.cdiv(maps, block)
-        for wide in (c_out, channels):
-            programs += heads * triton.cdiv(c_m, square) * triton.cdiv(wide, square)
+    return parts, sums
+
+
+def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
+    """dWa, dba, dWb, dWv, dbv, dWo, dbo, in the dtype of ``like``, a weight.
+
+    ``t``: dV at the start of the first half of its rows, dB of the second. dbo is right only where
+    V has a softmax.
+    """
+    batch, channels, _ = x.shape
+    heads, c_m, c_n = g.shape[1:]
+    c_out, maps = dh.shape[1], heads * c_n
+    parts, sums = outer(t, x)
+    chunks, rows, _ = parts.shape
+    dwv, dwb = (like.new_empty((maps, channels)) for _ in range(2))
+    dbv = like.new_empty((maps,))
+    dwo, dbo = like.new_empty((c_out, heads * c_m)), like.new_empty((c_out,))
+    dwa, dba = like.new_empty((heads * c_m, channels)), like.new_empty((heads * c_m,))
+    tile = configs.fused_tile("weight_gradients", x, c_m, c_n)
+    square, block = tile.block_m, 1024
+    programs = 2 * triton.cdiv(maps * channels, block) + triton.cdiv(maps, block)
+    for wide in (c_out, channels):
+        programs += heads * triton.cdiv(c_m, square) * triton.cdiv(wide, square)
+    with launch.device_of(x):
         weight_gradients_kernel[(programs,)](
             parts, sums, dh, g, dg, m, dwv, dwb, dbv, dwo, dbo, dwa, dba,
             scale, chunks, rows, batch, heads, channels, c_m, c_n, c_out,

@@ -36,7 +36,9 @@ FUSED = Route("XH", "fused", "fused", "fused", "XH", 64)
 FROM_A = FUSED._replace(order="AH", gather="fused", backward="split", backward_order="AZ")
 BLOCKS = {
     "gather_from_x": {(c, n): (c, 64, n) for c, n in PAIRS},
-    "gather_from_a": {(m, n): (512, m, n) for m in (32, 64, 128) for n in (32, 64, 128)},
+    "gather_from_a": {
+        (m, n): (4 * m * n // 64, m, n) for m in (32, 64, 128) for n in (32, 64, 128)
+    },
     "project_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
     "project_distribute_blocks": {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)},
     "distribute_side": {(c, n): (c, 64, n) for c, n in PAIRS},
