@@ -194,10 +194,12 @@ def double_attention_block(
         residual: adds x; the block must then give x's channels.
         order: association order ``"AZ"`` (the paper's), ``"XZ"``, ``"AH"``, ``"XH"``, or
             ``"auto"``: the cheapest for the shape. All give the same result up to rounding.
-        recompute: True keeps lse and G for backward (with the ``torch`` backend, nothing) and
-            projects again; the graph can then be differentiated once, not twice, and not by
-            ``torch.func``. False keeps the projected maps. ``"auto"`` keeps them: on this route
-            projecting again costs over a tenth of a training step at every shape.
+        recompute: what backward finds beyond x and the weights. True: lse and G in float32 (with
+            the ``torch`` backend nothing), and the maps are projected again. False: V too (with
+            ``torch``, what makes backward fast). ``"auto"``: V is projected again where a model
+            says that it costs under a tenth of a training step; with ``torch`` as False. Through
+            ``torch`` on anything but a CPU's float32 or float64, a graph made with True can be
+            differentiated once, not twice, and not by ``torch.func``.
         backend: as :func:`gather`.
 
     Returns:
