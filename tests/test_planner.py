@@ -222,6 +222,7 @@ def test_plan_of_an_order_of_choice():
         (((1, 256, 9), 64, 64), {"heads": 3}, ValueError, "heads must divide"),
         (((1, 256, 9), 64, 64), {"order": "ZA"}, ValueError, "order must be one of"),
         (((1, 256, 9), 64, 64), {"recompute": 1}, ValueError, "recompute must be one of"),
+        (((1, 256, 9), 64, 64), {"dtype": torch.int8}, TypeError, "dtype must be one of"),
         (((1, 256, 9), 64, 64), {"device": "cpu"}, RuntimeError, "needs a CUDA device"),
     ],
 )

@@ -179,8 +179,14 @@ class Block(torch.autograd.Function):
     """``block_op`` with its gradient."""
 
     @staticmethod
-    def forward(*args):
-        return block_op(*args)
+    def forward(
+        x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+        logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+    ):  # fmt: skip
+        return block_op(
+            x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+            logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+        )  # fmt: skip
 
     setup_context = staticmethod(_setup)
     backward = staticmethod(_gradients)

@@ -145,7 +145,10 @@ def fused_tile(kernel, x, features, maps):
 
 
 def fits(kernel, itemsize, features, maps, arch):
-    """Whether a fused kernel has a tile that does not spill, in any layout."""
+    """Whether a fused kernel has a tile that does not spill: bf16, no mask, 28×28 and 14×14 maps.
+
+    With a mask, or rows of odd length, some tiles spill; results do not change.
+    """
     return itemsize == 2 and (arch, kernel, *fused_blocks(kernel, features, maps)) in (
         fused_tiles.TILES
     )

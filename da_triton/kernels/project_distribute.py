@@ -125,9 +125,9 @@ def project_distribute_kernel(
         if HAS_BIAS:
             z += bias[None, :]
         if KEEP:
-            ptrs = v_base + cols[:, None] * stride_v_l + rows_n[None, :] * stride_v_c * ALIGN
+            v_ptrs = v_base + cols[:, None] * stride_v_l + rows_n[None, :] * stride_v_c * ALIGN
             inside = (cols < L)[:, None] & (rows_n < maps)[None, :]
-            tl.store(ptrs, z.to(dtype), mask=inside)
+            tl.store(v_ptrs, z.to(dtype), mask=inside)
         q = z * scale
         if SOFTMAX:
             q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)

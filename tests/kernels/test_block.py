@@ -26,6 +26,7 @@ CASES = {
     "odd": (2, 40, 24, 12, 49, True, True, True),
     "no_softmax": (4, 64, 32, 32, 96, False, False, False),
     "wide": (1, 160, 48, 20, 80, False, True, True),
+    "many_maps": (3, 64, 24, 390, 66, True, True, True),  # too many to hold all channels beside
 }
 NAMES = ("out", "x", "a", "bias_a", "b", "v", "bias_v", "out_weight", "bias_out")
 

@@ -58,7 +58,7 @@ def record(m, n, length, dtype, layout, *, batch=64, masked=False, softmax=True,
     return launches
 
 
-def record_block(sizes, length, layout, route, heads=1):
+def record_block(sizes, length, layout, route, heads=1, keep_v=False):
     """The launches of one training step of the block."""
     batch, channels, c_m, c_n = sizes
 
@@ -74,7 +74,7 @@ def record_block(sizes, length, layout, route, heads=1):
     )  # fmt: skip
     options = block.Options(heads, 1.0, 1.0, 1.0, True, True)
     with aot.record() as launches:
-        _, lse, g, _ = block.forward(x, w, None, options, route, False)
+        _, lse, g, _ = block.forward(x, w, None, options, route, keep_v)
         dout = torch.empty_like(x)
         block.backward(dout, x, w, None, lse, g, None, options, route, True)
     return launches
@@ -98,6 +98,19 @@ def survey(arch):
         for layout, length in LAYOUTS[1:]
         for found in record_block(sizes, length, layout, route, work.heads)
         if found.name not in CORE
+    ]
+    recorded += [
+        (found, {"m": 64, "n": n, "length": 196, "layout": "nchw"}, "bfloat16", {"keep_v": True})
+        for n in (64, 128)
+        for work, route in [
+            (
+                WORKLOADS[2],
+                planned(WORKLOADS[2], arch)[1]._replace(backward="split", backward_order="AZ"),
+            )
+        ]
+        if route.distribute == "fused"
+        for found in record_block((work.n, 512, 64, n), 196, "nchw", route, keep_v=True)
+        if found.name == "project_distribute_kernel"
     ]
     seen = set()
     for found, about, dtype, options in recorded:
