@@ -116,7 +116,6 @@ def choose_order(
 # launch in a CUDA graph, second-level cache: assumptions to rank routes with, none measured.
 LIBRARY_SHARE, KERNEL_SHARE = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAUNCH = 2.0e-6  # seconds, start and tail included
 CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the second-level cache
 CACHE = 32 * 2**20  # bytes of X that stay at hand between two passes
@@ -361,8 +360,8 @@ def plan(
             f"plan() shows the kernels' plan, which needs a CUDA device; got {str(device)!r}. "
             "On other devices the operations of backend='torch' run."
         )
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+    if dtype not in checks.DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
     from .kernels import configs, launch  # Triton is needed from here on

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..checks import DTYPES
 from ..kernels import distribute as distribute_kernels
 from ..kernels import gather as gather_kernels
 from ..kernels import launch
 from . import aten
 from .operators import differentiable, or_empty, wants_graph
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
 # corrects the interpreter says so here.
 interpreter_has_bfloat16 = False

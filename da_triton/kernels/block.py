@@ -78,13 +78,13 @@ def forward(x, w, keep, o, route, keep_v):
 def _gather(x, w, keep, o, route):
     """``(lse, G, H or None)``."""
     from_x, want_h = route.order[0] == "X", route.order[1] == "H"
-    small = {"heads": o.heads, "scale": o.scale, "mask": keep is not None, "from_x": from_x}
+    small = {"heads": o.heads, "scale": o.scale, "mask": keep is not None}
     if route.gather == "fused":
         if from_x:
             parts = project_gather.gather_from_x(x, w.b, keep, o.logit_scale)
         else:
             parts = project_gather.gather_from_a(x, w.a, w.b, keep, o.heads, o.logit_scale)
-        lse, _, g, h = descriptors.from_parts(parts, w, want_h=want_h, **small)
+        lse, _, g, h = descriptors.from_parts(parts, w, from_x=from_x, want_h=want_h, **small)
         return lse, g, h
     b = _by_head(project(x, w.b, None), o.heads)
     # Rows of P sum to 1: with ba in A, it is in G too.

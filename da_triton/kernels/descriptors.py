@@ -230,11 +230,11 @@ def from_parts(parts, weights, *, heads, scale, mask, from_x, want_m=False, want
     )  # fmt: skip
 
 
-def from_gathered(gathered, lse, weights, *, heads, scale, mask, from_x, want_h):
+def from_gathered(gathered, lse, weights, *, heads, scale, mask, want_h):
     """``(G, H or None)`` from a gather's own result, M as ``(N, heads, C, n)``."""
     _, g, h = _descriptors(
         gathered, gathered, gathered, lse, weights, 1, _strides_of_descriptors(gathered),
-        heads=heads, scale=scale, mask=mask, from_x=from_x, merge=False, bias=weights.bias_a,
+        heads=heads, scale=scale, mask=mask, from_x=True, merge=False, bias=weights.bias_a,
         want_m=False, want_g=True, want_h=want_h,
     )  # fmt: skip
     return g, h
