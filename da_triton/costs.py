@@ -80,13 +80,23 @@ def order_cost(
     return Cost(per_position * length, small_total, elements * length)
 
 
+class Core(NamedTuple):
+    """What the split route's kernels hold of a shape: see ``planner.Limits``."""
+
+    tile: int  # the largest G, in either direction, that one program of the core holds
+    all_maps: int  # positions in a tile with all maps of a head; 0 where no program holds them
+    all_maps_backward: int
+
+
 def gather_steps(
-    s: Shape, source: str, block_l: int, want_h: bool, splits: int, blocks: int = 1
-) -> list[Step]:
+    s: Shape, source: str, block_l: int, want_h: bool, splits: int, blocks: int = 1,
+    with_v: bool = False,
+) -> list[Step]:  # fmt: skip
     """Forward, up to G, or H if wanted.
 
     ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``splits``: parts
-    of a sample's sums. ``blocks``: of maps, in a gather from X.
+    of a sample's sums. ``blocks``: of maps, in a gather from X. ``with_v``: on the split route, V
+    comes from the same product.
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
     features = c if source == "X" else s.c_m // s.heads
@@ -100,26 +110,30 @@ def gather_steps(
         macs = length * (c * (s.c_m + s.c_n) + s.c_m * s.c_n // s.heads)
         asked = length * c * (s.heads + (s.c_m + s.c_n) // block_l)
         return [Step("gather from A", False, macs, c * length, 0, 1, asked), descriptors]
-    steps = [Step("project B", True, length * c * s.c_n, (c + s.c_n) * length)]
-    if source == "A":
-        steps.append(Step("project A", True, length * c * s.c_m, s.c_m * length))
+    rows = s.c_n * (1 + with_v) + (s.c_m if source == "A" else 0)
+    steps = [Step("project", True, length * c * rows, (c + rows) * length)]
+    if rows > s.c_n:
+        steps.insert(0, _operands(s, rows))
     values = s.c_m if source == "A" else c * s.heads
-    core = length * s.c_n * features
-    launches = 1 if splits == 1 else 2
-    elements = (values + s.c_n) * length
-    asked = _asked(s, features, 128) if not _whole(s, features, 128) else 0
-    steps.append(Step("gather", False, core, elements, parts, launches, asked))
-    return [*steps, descriptors]
+    blocks_of_g = -(-features // 128) * -(-s.c_n // s.heads // 128)
+    core_splits = max(1, splits // (s.heads * blocks_of_g))
+    parts = 0 if core_splits == 1 else 2 * core_splits * s.c_n * features
+    combined = core_splits > 1 and not want_h and source == "A"
+    core = Step(
+        "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
+        1 + combined, 0 if _whole(s, features, 128) else _asked(s, features, 128),
+    )  # fmt: skip
+    return [*steps, core, descriptors] if want_h or source == "X" else [*steps, core]
 
 
 def distribute_steps(
-    s: Shape, to: str, block_l: int, tile: int, cached: bool, whole: bool = True
-) -> list[Step]:
+    s: Shape, to: str, block_l: int, core: Core, cached: bool, whole: bool = True,
+    v_is_there: bool = False,
+) -> list[Step]:  # fmt: skip
     """Forward, from G or H to the output. ``cached``: X is still in the second-level cache.
 
     ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``whole``: that
-    kernel keeps all channels at hand. ``tile``: the largest G, in either direction, that one
-    program of the core holds.
+    kernel keeps all channels at hand. ``v_is_there``: the gather's product made V too.
     """
     c, length, out = s.channels, s.length, s.out_channels
     x = 0 if cached else c
@@ -129,21 +143,27 @@ def distribute_steps(
         if not whole:
             asked += length * (c + s.c_n * (c + out) // block_l)
         return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, asked)]
-    steps = [Step("project V", True, length * c * s.c_n, (x + s.c_n) * length)]
-    core = length * s.c_n * (s.c_m // s.heads if to == "Z" else out)
     features = s.c_m if to == "Z" else out * s.heads
-    launches, asked = 1, 0
-    if not _whole(s, features // s.heads, tile):
-        launches, asked = 2, s.c_n * length + _asked(s, features // s.heads, tile)
+    macs = length * s.c_n * features // s.heads
     elements = (s.c_n + features) * length
-    steps.append(Step("distribute", False, core, elements, 0, launches, asked))
+    if core.all_maps:
+        asked = elements + -(-length // core.all_maps) * features * s.c_n // s.heads
+        steps = [Step("distribute", False, macs, elements, 0, 1, asked)]
+    elif _whole(s, features // s.heads, core.tile):
+        steps = [Step("distribute", False, macs, elements)]
+    else:
+        asked = s.c_n * length + _asked(s, features // s.heads, core.tile)
+        steps = [Step("distribute", False, macs, elements, 0, 2, asked)]
+    if not v_is_there:
+        steps.insert(0, Step("project V", True, length * c * s.c_n, (x + s.c_n) * length))
     if to == "H":
         extra = (out * (s.heads + 1) if s.heads > 1 else 0) + x + 2 * out
         steps.append(Step("bias, residual, heads", True, 0, extra * length, 0, 2))
     elif s.reconstruct:
-        steps.append(
-            Step("reconstruct", True, length * s.c_m * c, (s.c_m + x + 3 * c) * length, 0, 2)
-        )
+        # The last product adds to X + bo, which the launch before the first product left.
+        steps.insert(0, Step("X + bo", False, 0, (c + out) * length, 0, 0 if v_is_there else 1))
+        last = Step("reconstruct", True, length * s.c_m * c, (s.c_m + 2 * c) * length)
+        steps.append(last)
     return steps
 
 
@@ -182,41 +202,63 @@ def fused_backward_steps(s: Shape, splits: int, block_l: int, blocks: int = 1) -
     ]
 
 
-def split_backward_steps(s: Shape, order: str, tile: int) -> list[Step]:
-    """Library products around the core's backward kernels; ``tile`` as in ``distribute_steps``.
+def split_backward_steps(s: Shape, order: str, core: Core) -> list[Step]:
+    """Library products around the core's backward kernels.
 
-    Where one program cannot hold all of G, blocks of maps read the features again and blocks of
-    features the maps, and r is a product of its own.
+    Where a program holds neither all of G nor all maps of its positions, blocks of maps read the
+    features again and blocks of features the maps, and r is a product of its own.
     """
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
-    core, small = m * k // s.heads, c * m * k // s.heads
-    steps = [Step("project B and V", True, 2 * length * c * k, 2 * (c + k) * length, 0, 2)]
+    product, small = length * m * k // s.heads, c * m * k // s.heads
+    rows = 2 * k + (m if order[0] == "A" else 0)
+    steps = [_operands(s, rows), Step("project", True, length * c * rows, (c + rows) * length)]
+
+    def asked(elements: int, features: int) -> int:
+        if not core.all_maps_backward:
+            return elements
+        return elements + -(-length // core.all_maps_backward) * features * k // s.heads
+
     if order[1] == "Z":
-        again = 1 if _whole(s, m // s.heads, tile) else 2
+        again = 0 if core.all_maps_backward or _whole(s, m // s.heads, core.tile) else 1
+        z = product if s.reconstruct else 0
         if s.reconstruct:
-            steps.append(Step("Z", False, length * core, (k + m) * length, 0, again))
-            steps.append(Step("dZ and dWo", True, 2 * length * c * m, 2 * (c + m) * length, 0, 3))
-        elements = again * (m + 2 * k) * length
-        macs = (1 + again) * length * core
-        steps.append(Step("dG and dV", False, macs, elements, 0, 2 * again))
+            steps.append(Step("dZ", True, length * c * m, (c + m) * length))
+        elements = ((1 + s.reconstruct) * m + 3 * k) * length
+        steps.append(
+            Step("dV and Z", False, z + (1 + again) * product, elements, 0, 1 + 3 * again,
+                 asked(elements, m))
+        )  # fmt: skip
+        steps.append(Step("dG", False, product, (m + k) * length, 2 * m * k // s.heads))
+        if s.reconstruct:
+            steps.append(Step("dWo", False, length * c * m, (c + m) * length, 0, 2))
     else:
-        again = 1 if _whole(s, out, tile) else 2
-        elements = again * (out * s.heads + 2 * k) * length
-        macs = (1 + again) * length * out * k
-        steps.append(Step("dH and dV", False, macs, elements, 0, 2 * again))
-        steps.append(Step("H, dG, dWo", True, 3 * small, 0, 4 * k * c, 4))
-    again = 1 if _whole(s, m // s.heads if order[0] == "A" else c, tile) else 2
+        again = 0 if core.all_maps_backward or _whole(s, out, core.tile) else 1
+        elements = (out * s.heads + 3 * k) * length
+        steps.append(
+            Step("dV", False, (1 + again) * length * out * k, elements, 0, 1 + 2 * again,
+                 asked(elements, out * s.heads))
+        )  # fmt: skip
+        steps.append(Step("dH", False, length * out * k, (out * s.heads + k) * length, 0, 2))
+        steps.append(Step("H, dG, dWo, dbo", True, 3 * small, out * length, 4 * k * c, 8))
     if order[0] == "A":
-        steps.append(Step("project A", True, length * c * m, (c + m) * length))
-        elements = again * (2 * m + 2 * k) * length
-        steps.append(Step("dA and dB", False, 2 * length * core, elements, 0, 1 + again))
-        steps.append(Step("dWa, dX", True, 2 * length * c * m, 2 * (c + m) * length, 0, 3))
+        steps.append(Step("delta", False, 0, 0, 3 * m * k // s.heads))
+        elements = (2 * m + 2 * k) * length
+        steps.append(Step("dA and dB", False, 2 * product, elements, 0, 1, asked(elements, m)))
     else:
-        elements = again * (3 * c * s.heads + 2 * k) * length
-        steps.append(Step("M, dX, dB", False, 3 * length * c * k, elements, 0, 3 + again))
-        steps.append(Step("dM, dWa", True, 2 * small, 0, 4 * k * c, 3))
-    products = Step("dWv, dWb, dX", True, 4 * length * c * k, (8 * c + 4 * k) * length, 0, 6)
-    return [*steps, products, Step("biases", True, 0, (out + k) * length, 0, 3)]
+        elements = (3 * c * s.heads + 3 * k) * length
+        steps.append(
+            Step("M, dX, dB", False, 3 * length * c * k, elements, 0, 5, asked(elements, c))
+        )
+        steps.append(Step("dM, dWa", True, 2 * small, 0, 4 * k * c, 5))
+    last = (rows + 2 * c + out) * length
+    steps.append(Step("dX", True, length * c * rows, last))
+    steps.append(Step("weights of the maps", False, length * c * rows, (c + rows) * length, 0, 2))
+    return steps
+
+
+def _operands(s: Shape, rows: int) -> Step:
+    """The launch that lays weights of one product below each other."""
+    return Step("stacked weights", False, 0, 2 * rows * s.channels // max(1, s.batch))
 
 
 def _whole(s: Shape, features: int, tile: int) -> bool:

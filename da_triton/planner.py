@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import checks
 from .checks import ORDERS
 from .costs import (
+    Core,
     Cost,
     Shape,
     Step,
@@ -146,7 +147,7 @@ class Limits(NamedTuple):
     backward: int  # of the pass that writes dX
     map_blocks: int  # of gather_from_x
     whole: bool  # project_distribute keeps all channels of a tile at hand
-    tile: int  # the largest G, in either direction, that one program of the core holds
+    core: Core  # what the kernels of the split route hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +208,10 @@ def options(s: Shape, limits: Limits, order: str = "auto") -> tuple[Option, ...]
             chunk = _chunk(s) if one and two else max(1, s.batch)
             splits = max(1, limits.processors // max(1, min(s.batch, chunk)))
             cached = chunk * _bytes(s) <= CACHE
+            want_h, both = name[1] == "H", not one and not two
             steps = (
-                *gather_steps(s, name[0], one, name[1] == "H", splits, limits.map_blocks),
-                *distribute_steps(s, name[1], two, limits.tile, cached, limits.whole),
+                *gather_steps(s, name[0], one, want_h, splits, limits.map_blocks, both),
+                *distribute_steps(s, name[1], two, limits.core, cached, limits.whole, both),
             )
             chunks = math.ceil(s.batch / chunk)
             kind, backward_order, backward_steps, seconds = backward
@@ -222,7 +224,7 @@ def options(s: Shape, limits: Limits, order: str = "auto") -> tuple[Option, ...]
 def _backwards(s: Shape, limits: Limits, orders) -> tuple[str, str, tuple[Step, ...], float]:
     """The backward pass with the least modelled time, whatever the forward pass was."""
     splits = max(1, limits.processors // max(1, s.batch))
-    candidates = [("split", o, tuple(split_backward_steps(s, o, limits.tile))) for o in orders]
+    candidates = [("split", o, tuple(split_backward_steps(s, o, limits.core))) for o in orders]
     if limits.backward:
         candidates.append(
             (

@@ -10,6 +10,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None =
     Shapes: x ``(N, in, L)``, weight ``(out, in)``, bias ``(out,)``, add ``(N, out, L)``.
     """
     if x.stride(1) == 1 and x.stride(2) != 1:  # channels last: rows of the product are positions
+        if add is not None and bias is None and add.dtype == x.dtype:
+            rows, added = (y.transpose(1, 2).flatten(0, 1) for y in (x, add))
+            y = torch.addmm(added, rows, weight.t())
+            return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
         y = torch.nn.functional.linear(x.transpose(1, 2), weight, bias).transpose(1, 2)
         return y if add is None else add + y
     if x.device.type == "cpu" and x.dtype == torch.float32:
@@ -22,3 +26,13 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None =
         return y if bias is None else y + bias[:, None]
     y = torch.bmm(shared, x) if bias is None else torch.baddbmm(bias[:, None], shared, x)
     return y if add is None else add + y
+
+
+def add_project(start: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``start + W x`` in ``start``, ``(N, out, L)``, whose memory format is x's; one product."""
+    if x.stride(1) == 1 and x.stride(2) != 1:
+        rows, columns = (y.transpose(1, 2).flatten(0, 1) for y in (start, x))
+        rows.addmm_(columns, weight.t())
+    else:
+        start.baddbmm_(weight.expand(x.shape[0], -1, -1), x)
+    return start

@@ -7,7 +7,8 @@ from bench.workloads import WORKLOADS
 from da_triton import double_attention_block, planner
 from da_triton.costs import Shape
 from da_triton.kernels import block, configs
-from support.memory import Peak, without_launches
+from support import launches
+from support.memory import Peak
 from support.numerics import DEVICE
 
 each_workload = pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
@@ -77,7 +78,7 @@ def test_peak(work):
     s = Shape(*x.shape[:2], work.c_m, work.c_n, work.heads, x.shape[2], 2, True)
     route = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
     options = block.Options(work.heads, 1.0, 1.0, 1.0, True, True)
-    with without_launches(), Peak() as ours:
+    with launches.count(), Peak() as ours:
         y, lse, g, _ = block.forward(x, w, None, options, route, False)
         grads = block.backward(upstream, x, w, None, lse, g, None, options, route, True)
     assert len(grads) == len(weights)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..costs import Core
 from ..planner import Limits
 from . import fused_tiles
 
@@ -111,6 +112,24 @@ WIDE_BLOCKED = {
     8: dict.fromkeys(BLOCKED["sm_90"], (32, 32, 16, 4, 1)),
 }
 
+# (architecture, with a gradient of the maps, maps rounded up) -> (BLOCK_M, BLOCK_L, warps, stages)
+# of the kernel that holds all maps of its positions, half precision.
+ALL_MAPS: dict[tuple, tuple] = {
+    ("sm_90", True, 512): (64, 32, 8, 2),
+    ("sm_90", True, 256): (64, 64, 8, 3),
+    ("sm_90", True, 128): (64, 128, 8, 3),
+    ("sm_90", True, 64): (64, 128, 8, 3),
+    ("sm_90", True, 32): (64, 128, 4, 2),
+    ("sm_90", False, 512): (64, 64, 8, 2),
+    ("sm_90", False, 256): (64, 64, 8, 3),
+    ("sm_90", False, 128): (64, 128, 8, 3),
+    ("sm_90", False, 64): (64, 128, 4, 3),
+    ("sm_90", False, 32): (64, 128, 4, 3),
+    ("sm_80", True, 512): (32, 32, 8, 3),
+    ("sm_80", True, 256): (64, 32, 8, 3),
+    ("sm_80", True, 128): (64, 64, 8, 3),
+}
+WIDE_ALL_MAPS = {4: (32, 32, 4, 2), 8: (32, 16, 4, 1)}  # up to 32 maps
 
 BLOCK_C = 64  # channels in a step of gather_from_a
 # float32 and float64: the fused kernels run interpreted only, and in tests.
@@ -203,13 +222,33 @@ def limits(shape, c_out, arch, processors):
         backward=positions(*backward) if shape.reconstruct else 0,
         map_blocks=-(-shape.c_n // fused_blocks(*pass_1)[1]),
         whole=holds_all(widest, all_maps),
-        tile=ONE_TILE[shape.itemsize],
+        core=Core(
+            ONE_TILE[shape.itemsize],
+            *(_positions_of_all_maps(shape.itemsize, n, arch, way) for way in (False, True)),
+        ),
     )
 
 
 def one_tile(x, c_m, c_n):
     """Whether one program can hold all of G."""
     return max(c_m, c_n) <= ONE_TILE[x.element_size()]
+
+
+def all_maps_tile(x, c_n, gradient=True):
+    """The tile of ``all_maps``, with or without a gradient of the maps; None where none fits."""
+    entry = _all_maps(x.element_size(), c_n, architecture(x.device), gradient)
+    return None if entry is None else Tile(entry[0], _block(c_n, 32), *entry[1:], per_processor=1)
+
+
+def _all_maps(itemsize, c_n, arch, gradient):
+    if itemsize == 2:
+        return ALL_MAPS.get((arch, gradient, _block(c_n, 32)))
+    return WIDE_ALL_MAPS[itemsize] if c_n <= 32 else None
+
+
+def _positions_of_all_maps(itemsize, c_n, arch, gradient):
+    entry = _all_maps(itemsize, c_n, arch, gradient)
+    return 0 if entry is None else entry[1]
 
 
 def tile(kernel, x, c_m, c_n):
@@ -224,7 +263,7 @@ def _tile(kernel, itemsize, m, n, arch):
     family = FAMILY.get(arch, arch)
     if kernel == "position_lse":
         return Tile(16, min(n, 32), 64, 4, 1, 8)
-    if kernel in ("gather_combine", "gather_delta"):
+    if kernel in ("gather_combine", "delta"):
         return Tile(min(m, 32), min(n, 64), 16, 4, 1, 8)
     if kernel in WHOLE[family]:
         by_area = WHOLE[family][kernel]

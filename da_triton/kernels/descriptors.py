@@ -9,7 +9,7 @@ features. The number of positions does not enter.
 
 M, H, dH and dM are ``(N, C, maps)``, G and dG are ``(N, heads, C_M, C_N)``, with
 ``maps = heads·C_N``. H and dM have the dtype of the weights, because that is how the passes over
-positions multiply with them; δ is made from dM so rounded (see ``gather_delta_kernel``). All others
+positions multiply with them; δ is made from dM so rounded (see ``delta_kernel``). All others
 are float32 (float64 for float64).
 """
 
@@ -215,52 +215,45 @@ def descriptors_backward_kernel(
     tl.store(delta_ptr + n * maps + first + cols, delta, mask=inside_n)
 
 
-def from_parts(parts, weights, *, heads, scale, mask, from_x, want_m=False, want_h=True):
-    """``(lse, M or None, G, H or None)`` from the parts that pass 1 left.
+def empty(x, weights, heads):
+    """Uninitialised lse and G of a batch like x."""
+    batch, c_m, maps = x.shape[0], len(weights.a), len(weights.b)
+    lse = x.new_empty((batch, maps), dtype=launch.lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=launch.accumulator(x.dtype))
+    return lse, g
+
+
+def from_parts(parts, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True):
+    """Writes lse and G from the parts that pass 1 left; returns ``(M or None, H or None)``.
 
     ``weights``: weight_a, bias_a (or None) and weight_out, in the dtype of X.
     """
     acc, mx, total = parts
-    batch, slots, maps, features = acc.shape
-    lse = acc.new_empty((batch, maps), dtype=launch.lse_dtype(weights.a.dtype))
+    _, slots, maps, features = acc.shape
     strides = (acc.stride(0), acc.stride(1), maps // heads * features, features, 1)
-    return lse, *_descriptors(
+    return _descriptors(
         acc, mx, total, lse, weights, slots, strides, heads=heads, scale=scale, mask=mask,
-        from_x=from_x, merge=True, bias=weights.bias_a, want_m=want_m, want_g=True, want_h=want_h,
+        from_x=from_x, merge=True, bias=weights.bias_a, want_m=want_m, g=g, want_h=want_h,
     )  # fmt: skip
-
-
-def from_gathered(gathered, lse, weights, *, heads, scale, mask, want_h):
-    """``(G, H or None)`` from a gather's own result, M as ``(N, heads, C, n)``."""
-    _, g, h = _descriptors(
-        gathered, gathered, gathered, lse, weights, 1, _strides_of_descriptors(gathered),
-        heads=heads, scale=scale, mask=mask, from_x=True, merge=False, bias=weights.bias_a,
-        want_m=False, want_g=True, want_h=want_h,
-    )  # fmt: skip
-    return g, h
 
 
 def reconstructing(g, weights, *, heads, scale):
     """``H = scale · Wo G`` alone, ``(N, C', maps)`` in the dtype of the weights."""
     return _descriptors(
-        g, g, g, g, weights, 1, _strides_of_descriptors(g), heads=heads, scale=scale, mask=False,
-        from_x=False, merge=False, bias=None, want_m=False, want_g=False, want_h=True,
+        g, g, g, g, weights, 1, (g.stride(0), 0, g.stride(1), g.stride(3), g.stride(2)),
+        heads=heads, scale=scale, mask=False, from_x=False, merge=False, bias=None,
+        want_m=False, g=None, want_h=True,
     )[-1]  # fmt: skip
-
-
-def _strides_of_descriptors(g):
-    return g.stride(0), 0, g.stride(1), g.stride(3), g.stride(2)
 
 
 def _descriptors(
     acc, mx, total, lse, weights, slots, strides, *, heads, scale, mask, from_x, merge, bias,
-    want_m, want_g, want_h,
+    want_m, g, want_h,
 ):  # fmt: skip
     batch, channels = acc.shape[0], weights.a.shape[1]
     c_m, c_n = weights.a.shape[0] // heads, weights.b.shape[0] // heads
     c_out = weights.out.shape[0] if want_h else 1
     m = acc.new_empty((batch, channels, heads * c_n)) if want_m else None
-    g = acc.new_empty((batch, heads, c_m, c_n)) if want_g else None
     h = weights.a.new_empty((batch, c_out, heads * c_n)) if want_h else None
     tile = configs.fused_tile("descriptors", weights.a, c_m, c_n)
     with launch.device_of(acc):
@@ -270,11 +263,11 @@ def _descriptors(
             acc if m is None else m, acc if g is None else g, weights.a if h is None else h,
             scale, heads, channels, c_m, c_n, c_out, slots, *strides,
             FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask,
-            WRITE_M=want_m, WRITE_G=want_g, WRITE_H=want_h,
+            WRITE_M=want_m, WRITE_G=g is not None, WRITE_H=want_h,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_l,
             **launch.options(weights.a, tile),
         )  # fmt: skip
-    return m, g, h
+    return m, h
 
 
 def backward(parts, lse, m, weights, *, heads, scale):

@@ -12,7 +12,7 @@ Tensors are ``(N, heads, channels, positions)`` in any strides.
 import triton
 import triton.language as tl
 
-from . import configs, launch, tiled
+from . import all_maps, configs, launch, tiled
 from .tiles import dot, load_map, load_matrix, scalar, softmax_maps, store_map
 
 
@@ -158,16 +158,25 @@ def distribute_backward_kernel(
         tl.store(dg_ptr + slot + offs, dg * scale, mask=inside)
 
 
-def distribute_forward(g, v, scale, softmax, logit_scale):
-    """``Z (N, heads, m, L)`` in v's dtype and memory format, from ``G (N, heads, m, n)`` and v."""
+def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
+    """``Z (N, heads, m, L)`` in v's dtype and memory format, from ``G (N, heads, m, n)`` and v.
+
+    ``bias``: ``(heads·n,)``, to be added to v, or None.
+    """
     batch, heads, c_n, length = v.shape
     c_m = g.shape[2]
     z = launch.empty_map_like(v, c_m)
     if batch == 0:
         return z
-    if not configs.one_tile(v, c_m, c_n):
+    scalars = {"scale": scale, "logit_scale": logit_scale}
+    in_one = configs.one_tile(v, c_m, c_n)
+    if (bias is not None or not in_one) and all_maps.fits(v, c_n):
+        all_maps.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
+        return z
+    v = with_bias(v, bias)
+    if not in_one:
         lse = tiled.position_lse(v, logit_scale) if softmax else None
-        tiled.mix(g, v, z, scale=scale, logit_scale=logit_scale, lse=lse)
+        tiled.mix(g, v, z, lse=lse, **scalars)
         return z
     tile = configs.tile("distribute", v, c_m, c_n)
     chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
@@ -185,25 +194,52 @@ def distribute_forward(g, v, scale, softmax, logit_scale):
 
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     """dG (float32, float64 for float64 maps) and dV (None where not needed)."""
-    batch, heads, c_n, length = v.shape
-    c_m = g.shape[2]
-    acc_dtype = launch.accumulator(v.dtype)
+    batch, heads, c_n, _ = v.shape
     dv = launch.empty_map_like(v) if need_v else None
     if batch == 0 or not (need_g or need_v):
-        dg = g.new_zeros((batch, heads, c_m, c_n), dtype=acc_dtype) if need_g else None
-        return dg, dv
-    if not configs.one_tile(v, c_m, c_n):
-        lse = tiled.position_lse(v, logit_scale) if softmax else None
-        if need_v:
-            r = tiled.mix_product(g, v, dz, scale, logit_scale, lse) if softmax else None
-            tiled.map_gradient(
-                g, v, dz, dv, scale=scale, logit_scale=logit_scale, lse=lse, correction=r
-            )
-        dg = tiled.descriptor_gradient(dz, v, scale, logit_scale, lse) if need_g else None
-        return dg, dv
+        shape = batch, heads, g.shape[2], c_n
+        return g.new_zeros(shape, dtype=launch.accumulator(v.dtype)) if need_g else None, dv
+    if configs.one_tile(v, g.shape[2], c_n):
+        parts = _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g)
+    else:
+        q = launch.empty_map_like(v) if need_g and need_v and all_maps.fits(v, c_n) else None
+        parts = _backward_in_blocks(
+            dz, g, v, None, dv, None, q, scale, softmax, logit_scale, need_g
+        )
+    return (launch.add_parts(parts, g.shape) if need_g else None), dv
+
+
+def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
+    """Writes dV, and Z unless None; returns parts of dG, ``(N, heads, slots, m, n)``.
+
+    ``g``: perhaps rounded to the dtype of v. ``bias``: to be added to v, or None. ``q``: a place
+    for Q, like v.
+    """
+    if not all_maps.fits(v, v.shape[2]):
+        v, bias = with_bias(v, bias), None
+        if z is not None:
+            z.copy_(distribute_forward(g, v, scale, softmax, logit_scale))
+    if all_maps.fits(v, v.shape[2]) or not configs.one_tile(v, *g.shape[2:]):
+        parts = _backward_in_blocks(dz, g, v, bias, dv, z, q, scale, softmax, logit_scale, True)
+    else:
+        parts = _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, True)
+    return parts.unflatten(0, v.shape[:2])
+
+
+def with_bias(v, bias):
+    """v with a bias ``(heads·n,)``, which may be None."""
+    return v if bias is None else v + bias.view(v.shape[1], v.shape[2], 1)
+
+
+def _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g):
+    """Writes dV unless None; parts of dG, if needed, where one program holds all of it."""
+    batch, heads, c_n, length = v.shape
+    c_m = g.shape[2]
+    need_v = dv is not None
     tile = configs.tile("distribute_backward", v, c_m, c_n)
     chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
-    partial = v.new_empty((batch * heads, splits, c_m, c_n), dtype=acc_dtype) if need_g else v
+    acc = launch.accumulator(v.dtype)
+    partial = v.new_empty((batch * heads, splits, c_m, c_n), dtype=acc) if need_g else v
     dv_ = v if dv is None else dv
     align = launch.alignment(dz, v, dv_)
     with launch.device_of(v):
@@ -216,4 +252,18 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
             **launch.options(v, tile),
         )  # fmt: skip
-    return (launch.add_parts(partial, g.shape) if need_g else None), dv
+    return partial
+
+
+def _backward_in_blocks(dz, g, v, bias, dv, z, q, scale, softmax, logit_scale, need_g):
+    """The same where it does not. ``q``: where there is one, all maps of a position are at hand."""
+    scalars = {"scale": scale, "logit_scale": logit_scale}
+    if q is not None and all_maps.fits(v, v.shape[2]):
+        g = g.to(v.dtype)
+        all_maps.distribute_backward(dz, g, v, bias, dv, z, q, softmax=softmax, **scalars)
+        return tiled.descriptor_gradient(dz, q, scale, 1.0, None)
+    lse = tiled.position_lse(v, logit_scale) if softmax else None
+    if dv is not None:
+        r = tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None
+        tiled.map_gradient(g, v, dz, dv, lse=lse, correction=r, **scalars)
+    return tiled.descriptor_gradient(dz, v, scale, logit_scale, lse) if need_g else None

@@ -17,11 +17,10 @@ features, and reads and writes each element of A, B, dA and dB once; elsewhere s
 Tensors are ``(N, heads, channels, positions)`` in any strides.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from . import configs, launch, tiled
+from . import all_maps, configs, delta, launch, tiled
 from .tiles import (
     dot,
     exp,
@@ -36,14 +35,43 @@ from .tiles import (
 )  # fmt: skip
 
 
+@triton.jit
+def _store_descriptors(
+    acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N, g_ptr, rounded_ptr, lse_ptr, bias_ptr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Writes lse, and G of a block from ``acc [BLOCK_N, BLOCK_M]`` over ``total`` with A's bias.
+
+    Rows of P sum to 1, so the bias is in G as it is in A; a map without positions has neither.
+    """
+    inside_n = rows_n < C_N
+    lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
+    if HAS_MASK:
+        lse = tl.where(total == 0.0, float("inf"), lse)
+        acc = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    else:
+        acc = acc / total[:, None]
+    tl.store(lse_ptr + nh * C_N + rows_n, lse, mask=inside_n)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + h * C_M + rows_m, mask=rows_m < C_M, other=0.0).to(acc.dtype)
+        acc += tl.where((total == 0.0)[:, None], 0.0, bias[None, :])
+    offs = nh * C_M * C_N + rows_m[None, :] * C_N + rows_n[:, None]
+    inside = inside_n[:, None] & (rows_m < C_M)[None, :]
+    tl.store(g_ptr + offs, acc, mask=inside)
+    if ROUNDED:
+        tl.store(rounded_ptr + offs, acc.to(rounded_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=[*launch.COUNTS, "SLOT", "SLOTS"])
 def gather_kernel(
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
     keep_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    acc_ptr,  # (N·heads, SLOTS, C_M, C_N) float32/64: partial sums, or G if FINAL
-    max_ptr,  # (N·heads, SLOTS, C_N): partial maxima; not touched if FINAL
-    sum_ptr,  # (N·heads, SLOTS, C_N): partial sums, or lse if FINAL
+    acc_ptr,  # (N, SLOTS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
+    max_ptr,  # (N, SLOTS, heads·C_N): partial maxima; not touched if FINAL
+    sum_ptr,  # (N, SLOTS, heads·C_N): partial sums, or lse if FINAL
+    bias_ptr,  # (heads·C_M,): of A, added to G; read if FINAL and HAS_BIAS
+    rounded_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if FINAL and ROUNDED
     logit_scale: "fp64",
     HEADS,
     C_M,
@@ -65,6 +93,8 @@ def gather_kernel(
     stride_keep_l,
     HAS_MASK: tl.constexpr,
     FINAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,34 +136,36 @@ def gather_kernel(
         p, rescale, mx, total = online_softmax(x, mx, total)
         acc = dot(p.to(a.dtype), tl.trans(a), acc * rescale[:, None], PRECISION)
 
-    slot = nh * SLOTS + SLOT + split
-    lse_dtype: tl.constexpr = sum_ptr.dtype.element_ty
-    inside_n = rows_n < C_N
     if FINAL:
-        lse = log_sum(mx, total, lse_dtype)
-        if HAS_MASK:
-            lse = tl.where(total == 0.0, float("inf"), lse)
-            total = tl.where(total == 0.0, 1.0, total)
-        acc = acc / total[:, None]
-        tl.store(sum_ptr + slot * C_N + rows_n, lse, mask=inside_n)
+        _store_descriptors(
+            acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
+            acc_ptr, rounded_ptr, sum_ptr, bias_ptr, HAS_MASK, HAS_BIAS, ROUNDED,
+        )  # fmt: skip
     else:
-        tl.store(max_ptr + slot * C_N + rows_n, mx, mask=inside_n)
-        tl.store(sum_ptr + slot * C_N + rows_n, total, mask=inside_n)
-    ptrs = acc_ptr + slot * C_M * C_N + rows_m[None, :] * C_N + rows_n[:, None]
-    tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
+        maps = ((n * SLOTS + SLOT + split) * HEADS + h) * C_N + rows_n
+        inside_n = rows_n < C_N
+        tl.store(max_ptr + maps, mx, mask=inside_n)
+        tl.store(sum_ptr + maps, total, mask=inside_n)
+        ptrs = acc_ptr + maps[:, None] * C_M + rows_m[None, :]
+        tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
-@triton.jit(do_not_specialize=["SLOTS"])
+@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
 def gather_combine_kernel(
-    acc_ptr,  # (N·heads, SLOTS, C_M, C_N): partial sums
-    max_ptr,  # (N·heads, SLOTS, C_N): partial maxima
-    sum_ptr,  # (N·heads, SLOTS, C_N): partial sums of exponentials
+    acc_ptr,  # (N, SLOTS, heads·C_N, C_M): partial sums
+    max_ptr,  # (N, SLOTS, heads·C_N): partial maxima
+    sum_ptr,  # (N, SLOTS, heads·C_N): partial sums of exponentials
+    bias_ptr,  # (heads·C_M,): of A; read if HAS_BIAS
     g_ptr,  # (N·heads, C_M, C_N): G
+    rounded_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if ROUNDED
     lse_ptr,  # (N·heads, C_N)
+    HEADS,
     C_M,
     C_N,
     SLOTS,
     HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,70 +176,30 @@ def gather_combine_kernel(
     pid = tl.program_id(0)
     tile = pid % tiles
     nh = (pid // tiles).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
     rows_m = (tile % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = (tile // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = rows_n < C_N
-    inside = (rows_m < C_M)[:, None] & inside_n[None, :]
-    offs = rows_m[:, None] * C_N + rows_n[None, :]
+    inside = inside_n[:, None] & (rows_m < C_M)[None, :]
 
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for i in range(0, SLOTS):
-        slot = nh * SLOTS + i
-        part_mx = tl.load(max_ptr + slot * C_N + rows_n, mask=inside_n, other=-float("inf"))
-        part_total = tl.load(sum_ptr + slot * C_N + rows_n, mask=inside_n, other=0.0)
-        part = tl.load(acc_ptr + slot * C_M * C_N + offs, mask=inside, other=0.0)
+        maps = ((n * SLOTS + i) * HEADS + h) * C_N + rows_n
+        part_mx = tl.load(max_ptr + maps, mask=inside_n, other=-float("inf"))
+        part_total = tl.load(sum_ptr + maps, mask=inside_n, other=0.0)
+        part = tl.load(acc_ptr + maps[:, None] * C_M + rows_m[None, :], mask=inside, other=0.0)
         new_mx = tl.maximum(mx, part_mx)
         pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)
         old, new = exp(mx - pivot), exp(part_mx - pivot)
         total = total * old + part_total * new
-        acc = acc * old[None, :] + part * new[None, :]
+        acc = acc * old[:, None] + part * new[:, None]
         mx = new_mx
-
-    lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
-    if HAS_MASK:
-        lse = tl.where(total == 0.0, float("inf"), lse)
-        total = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse_ptr + nh * C_N + rows_n, lse, mask=inside_n)
-    tl.store(g_ptr + nh * C_M * C_N + offs, acc / total[None, :], mask=inside)
-
-
-@triton.jit(do_not_specialize=["HEADS"])
-def gather_delta_kernel(
-    dg_ptr,  # (N, heads, C_M, C_N), any strides
-    g_ptr,  # (N·heads, C_M, C_N)
-    delta_ptr,  # (N·heads, C_N): Σ_m dG∘G
-    HEADS,
-    C_M,
-    C_N,
-    stride_dg_n,
-    stride_dg_h,
-    stride_dg_m,
-    stride_dg_k,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program: a block of maps of one head of one sample.
-
-    dG is rounded as the products of the backward pass round it. The difference dP − δ then has no
-    bias that is common to all positions, which would add up in the gradient of B's weights.
-    """
-    blocks = tl.cdiv(C_N, BLOCK_N)
-    pid = tl.program_id(0)
-    nh = (pid // blocks).to(tl.int64)
-    rows_n = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    dg_base = dg_ptr + nh // HEADS * stride_dg_n + nh % HEADS * stride_dg_h
-    g_base = g_ptr + nh * C_M * C_N
-    dtype: tl.constexpr = g_ptr.dtype.element_ty
-    delta = tl.zeros((BLOCK_N,), dtype)
-    for m0 in range(0, C_M, BLOCK_M):
-        rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-        dg = load_matrix(dg_base, rows_m, rows_n, C_M, C_N, stride_dg_m, stride_dg_k, DTYPE)
-        g = load_matrix(g_base, rows_m, rows_n, C_M, C_N, C_N, 1, dtype)
-        delta += tl.sum(dg.to(dtype) * g, 0)
-    tl.store(delta_ptr + nh * C_N + rows_n, delta, mask=rows_n < C_N)
+    _store_descriptors(
+        acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
+        g_ptr, rounded_ptr, lse_ptr, bias_ptr, HAS_MASK, HAS_BIAS, ROUNDED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -304,82 +296,119 @@ def gather_backward_kernel(
             store_map(db_base, rows_n, cols, C_N, L, stride_db_c * ALIGN, stride_db_l, db)
 
 
-def gather_forward(sources, logit_scale):
+def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the map itself, extra tokens).
 
     ``sources``: list of ``(a, b, keep)``: ``(N, heads, m, L)``, ``(N, heads, n, L)``, ``(N, L)``
-    uint8 or None. Returns ``G (N, heads, m, n)`` in float32 (float64 for float64 maps) and
-    ``lse (N, heads, n)`` in float32 (float64 for float32 and float64 maps), contiguous.
+    uint8 or None. ``bias``: of A, ``(heads·m,)``, where a has none. Returns ``G (N, heads, m, n)``
+    in float32 (float64 for float64 maps) and ``lse (N, heads, n)`` in float32 (float64 for float32
+    and float64 maps), contiguous, in ``g`` and ``lse`` if they are given. ``rounded``: G in the
+    dtype of the maps is written there.
     """
     a, b, keep = sources[0]
-    has_mask = keep is not None
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
-    acc_dtype = launch.accumulator(a.dtype)
-    g = a.new_empty((batch, heads, c_m, c_n), dtype=acc_dtype)
-    lse = a.new_empty((batch, heads, c_n), dtype=launch.lse_dtype(a.dtype))
+    if g is None:
+        g = a.new_empty((batch, heads, c_m, c_n), dtype=launch.accumulator(a.dtype))
+    if lse is None:
+        lse = a.new_empty((batch, heads, c_n), dtype=launch.lse_dtype(a.dtype))
     if batch == 0:
         return g, lse
-    tile = configs.tile("gather", a, c_m, c_n)
+    if sum(splits for _, splits in _chunks(sources)) == 1:
+        _gather(sources, logit_scale, (g, lse, lse), bias, rounded, final=True)
+        return g, lse
+    parts = gather_parts(sources, logit_scale)
+    tile = configs.tile("gather_combine", a, c_m, c_n)
     tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
-    chunks = [launch.chunks(batch * heads * tiles, s[0].shape[-1], tile, a.device) for s in sources]
-    slots = sum(splits for _, splits in chunks)
-    if slots == 1:
-        acc, mx, total = g, lse, lse
-    else:
-        acc = a.new_empty((batch * heads, slots, c_m, c_n), dtype=acc_dtype)
-        mx = a.new_empty((batch * heads, slots, c_n), dtype=acc_dtype)
-        total = torch.empty_like(mx)
-    slot = 0
     with launch.device_of(a):
-        for (a, b, keep), (chunk, splits) in zip(sources, chunks, strict=True):
-            align = launch.alignment(a, b)
+        gather_combine_kernel[(batch * heads * tiles,)](
+            *parts, g if bias is None else bias, g, g if rounded is None else rounded, lse,
+            heads, c_m, c_n, parts[0].shape[1],
+            HAS_MASK=keep is not None, HAS_BIAS=bias is not None, ROUNDED=rounded is not None,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **launch.options(a, tile, products=False),
+        )  # fmt: skip
+    return g, lse
+
+
+def gather_parts(sources, logit_scale):
+    """Partial ``(acc, max, sum)``: ``(N, slots, heads·n, m)``, ``(N, slots, heads·n)`` twice."""
+    a, b, _ = sources[0]
+    batch, heads, c_m, _ = a.shape
+    slots, maps = sum(splits for _, splits in _chunks(sources)), heads * b.shape[2]
+    dtype = launch.accumulator(a.dtype)
+    parts = (
+        a.new_empty((batch, slots, maps, c_m), dtype=dtype),
+        *(a.new_empty((batch, slots, maps), dtype=dtype) for _ in range(2)),
+    )
+    _gather(sources, logit_scale, parts, None, None, final=False)
+    return parts
+
+
+def _chunks(sources):
+    """(blocks of positions in a chunk, number of chunks) of each source."""
+    a, b, _ = sources[0]
+    tile = configs.tile("gather", a, a.shape[2], b.shape[2])
+    blocks = triton.cdiv(a.shape[2], tile.block_m) * triton.cdiv(b.shape[2], tile.block_n)
+    programs = a.shape[0] * a.shape[1] * blocks
+    return [launch.chunks(programs, s[0].shape[-1], tile, a.device) for s in sources]
+
+
+def _gather(sources, logit_scale, results, bias, rounded, final):
+    chunks = _chunks(sources)
+    slot, slots = 0, sum(splits for _, splits in chunks)
+    for (a, b, keep), (chunk, splits) in zip(sources, chunks, strict=True):
+        batch, heads, c_m, length = a.shape
+        c_n = b.shape[2]
+        tile = configs.tile("gather", a, c_m, c_n)
+        tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
+        align = launch.alignment(a, b)
+        with launch.device_of(a):
             gather_kernel[(batch * heads * splits * tiles,)](
-                a, b, b if keep is None else keep, acc, mx, total,
-                logit_scale, heads, c_m, c_n, a.shape[-1] // align, chunk, splits, slot, slots,
+                a, b, b if keep is None else keep, *results,
+                a if bias is None else bias, a if rounded is None else rounded,
+                logit_scale, heads, c_m, c_n, length // align, chunk, splits, slot, slots,
                 *launch.strides(a, align), *launch.strides(b, align),
                 *((0, 0) if keep is None else keep.stride()),
-                HAS_MASK=keep is not None, FINAL=slots == 1, ALIGN=align,
+                HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
+                ROUNDED=rounded is not None, ALIGN=align,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
                 **launch.options(a, tile),
             )  # fmt: skip
-            slot += splits
-        if slots > 1:
-            tile = configs.tile("gather_combine", a, c_m, c_n)
-            tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
-            gather_combine_kernel[(batch * heads * tiles,)](
-                acc, mx, total, g, lse, c_m, c_n, slots,
-                HAS_MASK=has_mask, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                **launch.options(a, tile, products=False),
-            )  # fmt: skip
-    return g, lse
+        slot += splits
 
 
 def gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
     """dA and dB (None where not needed) from ``dG``, the inputs, ``G`` and ``lse``."""
-    batch, heads, c_m, length = a.shape
-    c_n = b.shape[2]
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
-    if batch == 0 or not (need_a or need_b):
-        return da, db
-    delta = _delta(dg, g, a)
+    if a.shape[0] and (need_a or need_b):
+        dg, correction = delta.rounded_and_delta(dg[:, :, None], g, a.dtype)
+        backward(dg, correction, a, b, keep, lse, da, db, logit_scale)
+    return da, db
+
+
+def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
+    """Writes dA and dB, unless None, from dG in the dtype of the maps and δ (see ``delta``)."""
+    batch, heads, c_m, length = a.shape
+    c_n = b.shape[2]
+    need_a, need_b = da is not None, db is not None
     if not configs.one_tile(a, c_m, c_n):
+        maps = {"logit_scale": logit_scale, "lse": lse, "keep": keep}
+        if need_b and all_maps.fits(b, c_n):
+            all_maps.gather_backward(dg, a, b, correction, da, db, **maps)
+            return
         if need_a:
-            tiled.mix(dg, b, da, logit_scale=logit_scale, lse=lse, per_map=True, keep=keep)
+            tiled.mix(dg, b, da, per_map=True, **maps)
         if need_b:
-            tiled.map_gradient(
-                dg, b, a, db, logit_scale=logit_scale, lse=lse, correction=delta, per_map=True,
-                keep=keep,
-            )  # fmt: skip
-        return da, db
+            tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
+        return
     tile = configs.tile("gather_backward", a, c_m, c_n)
     chunk, splits = launch.chunks(batch * heads, length, tile, a.device)
     da_, db_ = (a if da is None else da), (b if db is None else db)
     align = launch.alignment(a, b, da_, db_)
     with launch.device_of(a):
         gather_backward_kernel[(batch * heads * splits,)](
-            dg, a, b, b if keep is None else keep, lse, delta, da_, db_,
+            dg, a, b, b if keep is None else keep, lse, correction, da_, db_,
             logit_scale, heads, c_m, c_n, length // align, chunk, splits,
             *dg.stride(), *launch.strides(a, align), *launch.strides(b, align),
             *((0, 0) if keep is None else keep.stride()),
@@ -389,18 +418,3 @@ def gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
             **launch.options(a, tile),
         )  # fmt: skip
-    return da, db
-
-
-def _delta(dg, g, a):
-    """``δ = Σ_m dG∘G``, ``(N·heads, n)``, in the dtype of G."""
-    batch, heads, c_m, c_n = g.shape
-    delta = g.new_empty((batch * heads, c_n))
-    tile = configs.tile("gather_delta", a, c_m, c_n)
-    with launch.device_of(a):
-        gather_delta_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
-            dg, g, delta, heads, c_m, c_n, *dg.stride(), DTYPE=launch.TRITON_DTYPE[a.dtype],
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    return delta

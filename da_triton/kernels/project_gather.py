@@ -149,6 +149,7 @@ def gather_from_a_kernel(
             a = dot(wa, x, a, PRECISION)
         if HAS_MASK:
             a = tl.where(taking_part[None, :], a, 0.0)
+        z = z.to(dtype).to(ACC)  # as backward finds B, so that its P sums to 1 with this lse
         z = tl.where(taking_part[None, :], z * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(dtype), tl.trans(a.to(dtype)), acc * rescale[:, None], PRECISION)

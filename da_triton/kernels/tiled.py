@@ -329,7 +329,7 @@ def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, keep=
     _mix(w, x, out, None, scale, logit_scale, lse, per_map, keep)
 
 
-def mix_product(w, x, y, scale, logit_scale, lse):
+def mix_product(w, x, y, *, scale, logit_scale, lse):
     """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
     tile = configs.tile("mix", x, w.shape[2], c_n)
@@ -387,7 +387,7 @@ def map_gradient(
 
 
 def descriptor_gradient(y, x, scale, logit_scale, lse):
-    """``dW = scale · y Eᵀ``, ``(N, heads, C_M, C_N)`` in the accumulator's dtype."""
+    """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, splits, C_M, C_N)`` in float32 or float64."""
     batch, heads, c_n, length = x.shape
     c_m = y.shape[2]
     tile = configs.tile("descriptor_gradient", x, c_m, c_n)
@@ -404,4 +404,4 @@ def descriptor_gradient(y, x, scale, logit_scale, lse):
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
             **launch.options(x, tile),
         )  # fmt: skip
-    return launch.add_parts(partial, (batch, heads, c_m, c_n))
+    return partial

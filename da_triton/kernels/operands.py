@@ -1,0 +1,123 @@
+r"""What library products of the split route find in memory, made in one launch.
+
+stacked    the weights of several projections, one below the other: one product for all maps
+start      X + bo, to which the last product adds: its result is written once
+rounded    G in the dtype of the maps
+"""
+
+import triton
+import triton.language as tl
+
+from . import launch
+from .tiles import load_map, store_map
+
+BLOCK = 4096
+BLOCK_C, BLOCK_L = 32, 128
+
+
+@triton.jit
+def _copy(source_ptr, target_ptr, block, SIZE, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(source_ptr + offs, mask=offs < SIZE, other=0.0)
+    tl.store(target_ptr + offs, values.to(target_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
+def operands_kernel(
+    w0_ptr,  # SIZE_0 elements
+    w1_ptr,  # SIZE_1
+    w2_ptr,  # SIZE_2
+    stacked_ptr,  # SIZE_0 + SIZE_1 + SIZE_2: one behind the other
+    g_ptr,  # SIZE_G
+    rounded_ptr,  # SIZE_G, another dtype
+    x_ptr,  # (N, C, L); read if START
+    bias_ptr,  # (C,); read if START and HAS_BIAS
+    start_ptr,  # (N, C, L): x + bias
+    SIZE_0,
+    SIZE_1,
+    SIZE_2,
+    SIZE_G,
+    C,
+    L_UNITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_start_n,
+    stride_start_c,
+    stride_start_l,
+    START: tl.constexpr,
+    HAS_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Programs in the order of the arguments: blocks of the copies, then tiles of ``start``."""
+    pid = tl.program_id(0)
+    end_0 = tl.cdiv(SIZE_0, BLOCK)
+    end_1 = end_0 + tl.cdiv(SIZE_1, BLOCK)
+    end_2 = end_1 + tl.cdiv(SIZE_2, BLOCK)
+    end_g = end_2 + tl.cdiv(SIZE_G, BLOCK)
+    if pid < end_0:
+        _copy(w0_ptr, stacked_ptr, pid, SIZE_0, BLOCK)
+    elif pid < end_1:
+        _copy(w1_ptr, stacked_ptr + SIZE_0, pid - end_0, SIZE_1, BLOCK)
+    elif pid < end_2:
+        _copy(w2_ptr, stacked_ptr + SIZE_0 + SIZE_1, pid - end_1, SIZE_2, BLOCK)
+    elif pid < end_g:
+        _copy(g_ptr, rounded_ptr, pid - end_2, SIZE_G, BLOCK)
+    elif START:
+        L = L_UNITS * ALIGN
+        pid -= end_g
+        tiles_l, tiles_c = tl.cdiv(L, BLOCK_L), tl.cdiv(C, BLOCK_C)
+        n = (pid // (tiles_l * tiles_c)).to(tl.int64)
+        rows = (pid // tiles_l % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        cols = (pid % tiles_l * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+        y = tl.zeros((BLOCK_C, BLOCK_L), ACC)
+        if HAS_X:
+            x_base = x_ptr + n * stride_x_n * ALIGN
+            y += load_map(x_base, rows, cols, C, L, stride_x_c * ALIGN, stride_x_l).to(ACC)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows, mask=rows < C, other=0.0).to(ACC)[:, None]
+        start_base = start_ptr + n * stride_start_n * ALIGN
+        store_map(start_base, rows, cols, C, L, stride_start_c * ALIGN, stride_start_l, y)
+
+
+def prepare(weights, *, g=None, x=None, bias=None, start=None):
+    """``(stacked, rounded)``, and x + bias in ``start`` where that is given.
+
+    ``weights``: up to three contiguous ``(rows, C)``; a single one is not copied. ``g``: contiguous
+    or None; it is not copied if it has the weights' dtype. ``x``, ``bias``: None adds nothing.
+    """
+    like = weights[0]
+    stacked = like
+    if len(weights) > 1:
+        stacked = like.new_empty((sum(map(len, weights)), like.shape[1]))
+    rounded = g if g is None or g.dtype == like.dtype else g.new_empty(g.shape, dtype=like.dtype)
+    sizes = [w.numel() for w in weights] if stacked is not like else []
+    sizes += [0] * (3 - len(sizes))
+    sizes.append(0 if rounded is g else g.numel())
+    programs = sum(triton.cdiv(size, BLOCK) for size in sizes)
+    map_ = like[None] if start is None else start
+    x_ = map_ if x is None else x
+    align = launch.alignment(map_, x_)
+    batch, channels, length = map_.shape
+    if start is not None:
+        programs += batch * triton.cdiv(channels, BLOCK_C) * triton.cdiv(length, BLOCK_L)
+    if programs:
+        first, second, third = (*weights, like, like)[:3]
+        with launch.device_of(like):
+            operands_kernel[(programs,)](
+                first, second, third, stacked,
+                *((like, like) if rounded is g else (g, rounded)),
+                x_, like if bias is None else bias, map_,
+                *sizes, channels, length // align,
+                *launch.strides(x_, align), *launch.strides(map_, align),
+                START=start is not None, HAS_X=x is not None, HAS_BIAS=bias is not None,
+                ALIGN=align, ACC=launch.TRITON_DTYPE[launch.accumulator(like.dtype)],
+                BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return stacked, rounded

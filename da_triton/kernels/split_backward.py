@@ -1,0 +1,110 @@
+r"""The block's backward pass in library products around the core's kernels, in any order.
+
+    maps      [A;] B, V = W X              one product, of stacked weights
+    distribution    Z-   dZ = Woᵀ dO, then dV, Q, Z and dG = dZ Qᵀ        dWo = dO Zᵀ
+                    H-   dV, Q and dH = dO Qᵀ, then dG = scale · Woᵀ dH   dWo = scale · dH Gᵀ
+    gather          A-   δ, then dA and dB
+                    X-   M again, dM = Waᵀ dG, then dX (its part) and dB  dWa = dG Mᵀ
+    dX = Wᵀ [dA;] dB, dV (+ dO)            one product
+    dW = [dA;] dB, dV · Xᵀ                 one kernel and the sums of its parts
+
+dA, dB and dV lie side by side as A, B and V do. A has no bias here: ba is in G, and where it is not
+in dP, it is taken out of δ.
+"""
+
+import torch
+
+from ..projection import project
+from . import delta, launch, operands, products, weight_gradients
+from . import distribute as core_distribute
+from . import gather as core_gather
+from .products import by_head, shared
+
+
+def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
+    """dX (None if not needed), dWa, dba, dWb, dWv, dbv, dWo, dbo."""
+    from_x, to_z = route.backward_order[0] == "X", route.backward_order[1] == "Z"
+    weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
+    rows = [len(weight) for weight in weights]
+    stacked, rounded = operands.prepare(weights, g=g)
+    if v is None:
+        *a, b, v = products.split_product(x, stacked, rows, o.heads)
+        bias_v = w.bias_v
+    else:
+        *a, b = products.split_product(x, stacked, rows[:-1], o.heads)
+        v, bias_v = by_head(v, o.heads), None
+    grads = launch.empty_rows_like(x, sum(rows))
+    *da, db, dv = (by_head(t, o.heads) for t in grads.split(rows, 1))
+
+    # dV, and in the place of dB, until that is made, Q.
+    through = _through_z if to_z else _through_h
+    parts, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o)
+
+    skip = dout if o.residual else None
+    if from_x:
+        skip, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, skip, need_x)
+    else:
+        (a,), (da,), bias_a = a, da, w.bias_a
+        if route.gather == "fused" and route.order[0] == "X":
+            # Pass 1 took B before rounding; P of this B needs an lse and a G of its own.
+            g, lse = core_gather.gather_forward([(a, b, keep)], o.logit_scale)
+            bias_a = None
+        masked = None if keep is None else lse
+        dg, correction = delta.rounded_and_delta(parts, g, x.dtype, bias=bias_a, lse=masked)
+        core_gather.backward(dg, correction, a, b, keep, lse, da, db, o.logit_scale)
+    dx = project(grads, stacked.t(), None, add=skip) if need_x else None
+    del stacked, a, b, v, parts  # before the parts of the weights' gradients
+    found = weight_gradients.products(grads, x, *rows)
+    if not from_x:
+        dwa, dba = found.pop(0)
+    (dwb, _), (dwv, dbv) = found
+    return dx, dwa, dba, dwb, dwv, dbv, dwo, dbo
+
+
+def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o):
+    """Parts of dG, dWo and dbo; writes dV, and Q where it can be had."""
+    dz, z = dout, None
+    if w.out is not None:
+        dz = project(dout, w.out.t(), None)
+        z = launch.empty_rows_like(dz, len(w.a))
+    parts = core_distribute.backward_parts(
+        by_head(dz, o.heads), rounded, v, bias_v, dv, None if z is None else by_head(z, o.heads), q,
+        scale=o.scale, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
+    )  # fmt: skip
+    if z is None:
+        return parts, None, None
+    ((dwo, dbo),) = weight_gradients.products(dout, z, len(w.out))
+    return parts, dwo, dbo
+
+
+def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o):
+    """The same, without Z; dG from dH in one part."""
+    h = products.reconstructing(g, w, o.heads, o.scale)
+    h = h.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
+    dh = core_distribute.backward_parts(
+        shared(dout, o.heads), h, v, bias_v, dv, None, q,
+        scale=1.0, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
+    ).sum(2)  # fmt: skip
+    per_head = w.out.unflatten(1, (o.heads, -1)).transpose(0, 1).to(g.dtype)
+    dwo = o.scale * (dh @ g.mT).sum(0)  # (heads, C', m)
+    dwo = dwo.transpose(0, 1).flatten(1).to(w.out.dtype)
+    dbo = dout.sum((0, 2), dtype=g.dtype).to(dout.dtype)
+    return (o.scale * (per_head.mT @ dh))[:, :, None], dwo, dbo
+
+
+def _into_x(parts, x, b, keep, lse, w, db, o, skip, need_x):
+    """``skip`` and the gather's part of dX, or None; dWa and dba; writes dB."""
+    dg = parts.sum(2)
+    if keep is not None:
+        dg = dg.masked_fill((lse == torch.inf).view(dg.shape[0], o.heads, 1, -1), 0)
+    copies = shared(x, o.heads)
+    m, lse = core_gather.gather_forward([(copies, b, keep)], o.logit_scale)
+    dwa, dba = (dg @ m.mT).sum(0).flatten(0, 1), dg.sum((0, 3)).flatten()
+    dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
+    dm, correction = delta.rounded_and_delta(dm[:, :, None], m, x.dtype)
+    dx = launch.empty_map_like(copies) if need_x else None
+    core_gather.backward(dm, correction, copies, b, keep, lse, dx, db, o.logit_scale)
+    if need_x:
+        dx = dx.squeeze(1) if o.heads == 1 else dx.sum(1)
+        skip = dx if skip is None else dx + skip
+    return skip, dwa.to(x.dtype), dba.to(x.dtype)
