@@ -202,7 +202,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     if configs.one_tile(v, g.shape[2], c_n):
         parts = _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g)
     else:
-        q = launch.empty_map_like(v) if need_g and need_v and all_maps.fits(v, c_n) else None
+        q = launch.empty_map_like(v) if all_maps.fits(v, c_n) else None
         parts = _backward_in_blocks(
             dz, g, v, None, dv, None, q, scale, softmax, logit_scale, need_g
         )
@@ -256,12 +256,16 @@ def _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g):
 
 
 def _backward_in_blocks(dz, g, v, bias, dv, z, q, scale, softmax, logit_scale, need_g):
-    """The same where it does not. ``q``: where there is one, all maps of a position are at hand."""
+    """The same where it does not. ``q``: where there is one, all maps of a position are at hand.
+
+    dV is then made even if it is not needed: what is needed is the same bit for bit.
+    """
     scalars = {"scale": scale, "logit_scale": logit_scale}
     if q is not None and all_maps.fits(v, v.shape[2]):
         g = g.to(v.dtype)
+        dv = launch.empty_map_like(v) if dv is None else dv
         all_maps.distribute_backward(dz, g, v, bias, dv, z, q, softmax=softmax, **scalars)
-        return tiled.descriptor_gradient(dz, q, scale, 1.0, None)
+        return tiled.descriptor_gradient(dz, q, scale, 1.0, None) if need_g else None
     lse = tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:
         r = tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None

@@ -394,7 +394,8 @@ def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
     need_a, need_b = da is not None, db is not None
     if not configs.one_tile(a, c_m, c_n):
         maps = {"logit_scale": logit_scale, "lse": lse, "keep": keep}
-        if need_b and all_maps.fits(b, c_n):
+        if all_maps.fits(b, c_n):
+            db = launch.empty_map_like(b) if db is None else db  # the same bits, needed or not
             all_maps.gather_backward(dg, a, b, correction, da, db, **maps)
             return
         if need_a:

@@ -55,7 +55,7 @@ def test_memory_formats():
 
 def test_every_architecture_has_a_tile_for_every_kernel():
     kernels = [*configs.WHOLE["sm_90"], *configs.BLOCKED["sm_90"]]
-    kernels += ["position_lse", "gather_combine", "gather_delta"]
+    kernels += ["position_lse", "gather_combine", "delta"]
     for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"):
         for kernel in kernels:
             for itemsize in (2, 4, 8):
