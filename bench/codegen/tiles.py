@@ -1,0 +1,165 @@
+"""Finds tiles for the fused kernels by compiling candidates, and writes the table that ships.
+
+    python -m bench.codegen.tiles sm_89 gfx942        (without TRITON_INTERPRET; no GPU)
+    python -m bench.codegen.tiles sm_90 --kernel gather_side --kernel gather_from_x
+
+For each architecture, kernel and block: the first candidate, in order of preference, that neither
+spills nor exceeds the shared memory in any variant: 28×28 and 14×14 maps in NCHW and channels-last
+memory, with and without a mask, V kept or not, several heads, bfloat16 and float16. Odd numbers of
+positions in NCHW, where every load is of one element, are to be clean too, if that costs at most
+half the positions of a tile; where they are not, the table says so. A block without a candidate is
+left out, and the planner then takes another route. Candidates prefer many positions, then stages.
+"""
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+
+from bench.codegen import compiler, fused, launches
+from da_triton.kernels import fused_tiles
+
+CANDIDATES = (
+    (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
+    (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 4, 1), (16, 8, 1), (16, 4, 1),
+)  # fmt: skip
+SMALL = (
+    (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
+)  # fmt: skip
+HOPELESS = 64  # spills beyond which fewer stages do not help
+# Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
+LIKELIEST, AT_EASE = 3, 192
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.codegen.tiles",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arch", nargs="+", help="sm_80, sm_89, sm_90, sm_100, gfx942")
+    parser.add_argument(
+        "--kernel", action="append", choices=fused.BLOCKS, help="repeatable; else all"
+    )
+    parser.add_argument(
+        "--from", dest="start", metavar="ARCH",
+        help="begin at this architecture's tiles in the table instead of the first candidate",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET"):
+        print("TRITON_INTERPRET is set: nothing would be compiled. Unset it.", file=sys.stderr)
+        return 2
+    for arch in options.arch:
+        for kernel in options.kernel or fused.BLOCKS:
+            write(arch, kernel, Search(arch, kernel, options.start).run())
+    return 0
+
+
+class Search:
+    """The tiles of one kernel on one architecture."""
+
+    def __init__(self, arch, kernel, start):
+        self.arch, self.kernel, self.start = arch, kernel, start
+        self.small = kernel.startswith(("descriptors", "weight"))
+
+    def run(self):
+        """``{(block_m, block_n): (candidate, remark)}``"""
+        found = {}
+        for blocks, sizes in fused.BLOCKS[self.kernel].items():
+            entry = self.best(blocks, sizes)
+            print(self.arch, self.kernel, blocks, entry, flush=True)
+            if entry:
+                found[blocks] = entry
+        return found
+
+    def best(self, blocks, sizes):
+        usual, odd = fused.variants(self.kernel), fused.odd_variants(self.kernel)
+        fallback, remark, hopeless = None, "", set()
+        for candidate in self.candidates(blocks):
+            block_l, warps, stages = candidate
+            if (block_l, warps) in hopeless and stages > 1:
+                continue
+            if fallback:  # only one that is clean everywhere is better
+                if block_l < fallback[0] // 2:
+                    break
+                if not self.spills(blocks, sizes, candidate, odd + usual):
+                    return candidate, ""
+                continue
+            spills = self.spills(blocks, sizes, candidate, usual)
+            if spills > HOPELESS:
+                hopeless.add((block_l, warps))
+            if spills:
+                continue
+            spills = self.spills(blocks, sizes, candidate, odd)
+            if not spills:
+                return candidate, ""
+            fallback, remark = candidate, f"{spills} spills at odd L"
+        return (fallback, remark) if fallback else None
+
+    def candidates(self, blocks):
+        order = SMALL if self.small else CANDIDATES
+        first = fused_tiles.TILES.get((self.start, self.kernel, *blocks))
+        return order[order.index(first) :] if first in order else order
+
+    def spills(self, blocks, sizes, candidate, wanted):
+        """Of the first variant that spills, else 0; 0.5 for any other failure."""
+        seen, registers = set(), 0
+        for number, variant in enumerate(wanted):
+            if number >= LIKELIEST and registers <= AT_EASE:
+                break
+            with launches.on("sm_90"):  # its table has what the launchers ask for on the way
+                recorded = fused.record(self.kernel, sizes, candidate, variant)
+            for launch in recorded:
+                key = compiler.identity(launch, self.arch)
+                if key in seen:
+                    continue
+                seen.add(key)
+                spills = 0.5
+                try:
+                    code = compiler.compile_launch(launch, self.arch)
+                    spills, registers = code.spills, max(registers, code.registers)
+                    failure = f"{spills} spills"
+                except compiler.OutOfSharedMemoryError as error:
+                    failure = f"{error} of shared memory"
+                except Exception as error:  # the compiler's own limits differ by version
+                    failure = f"{type(error).__name__} {str(error)[:80]}"
+                if spills:
+                    print(f"    {blocks} {candidate}: {failure} ({variant.title})", flush=True)
+                    return spills
+        return 0
+
+
+def write(arch, kernel, found):
+    """Replaces a kernel's entries in the module that ships."""
+    table, remarks = dict(fused_tiles.TILES), _remarks(Path(fused_tiles.__file__))
+    for key in [k for k in table if k[:2] == (arch, kernel)]:
+        del table[key]
+        remarks.pop(key, None)
+    for blocks, (candidate, remark) in found.items():
+        key = (arch, kernel, *blocks)
+        table[key], remarks[key] = candidate, remark
+    fused_tiles.TILES.clear()
+    fused_tiles.TILES.update(table)
+    lines = []
+    for key, tile in sorted(table.items()):
+        remark = f"  # {remarks[key]}" if remarks.get(key) else ""
+        lines.append(f"    {key!r}: {tile!r},{remark}\n".replace("'", '"'))
+    path = Path(fused_tiles.__file__)
+    head = path.read_text().split("TILES")[0]
+    path.write_text(f"{head}TILES: dict[tuple, tuple] = {{\n{''.join(lines)}}}\n")
+
+
+def _remarks(path):
+    """Comments beside entries of the table."""
+    found = {}
+    for line in path.read_text().splitlines():
+        entry, _, remark = line.partition("  # ")
+        if remark and entry.startswith("    ("):
+            key = entry.strip().split("): ")[0] + ")"
+            found[ast.literal_eval(key)] = remark
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
