@@ -11,7 +11,7 @@ import torch
 
 from bench.codegen import compiler, launches
 from bench.codegen.launches import LAYOUTS, ODD, Variant
-from da_triton.kernels import configs
+from da_triton.kernels import configs, fused_tiles
 from da_triton.planner import Route
 
 BATCH = 64
@@ -49,41 +49,50 @@ def route(kernel: str) -> Route:
 
 
 def record(
-    kernel: str, sizes: tuple[int, int, int], tile: tuple[int, ...], variant: Variant
+    kernel: str,
+    sizes: tuple[int, int, int],
+    tile: tuple[int, ...],
+    variant: Variant,
+    special: dict[tuple, tuple] = fused_tiles.SPECIAL,
 ) -> list[compiler.Launch]:
-    """Launches of a kernel with a tile, whatever the other kernels of its route have."""
+    """Launches of a kernel with a tile, whatever the other kernels of its route have.
+
+    ``special``: what a launch with a mask, or of V, takes instead.
+    """
 
     def chosen(name, x, *sizes):
         entry = tile if name == kernel else ANY_TILE
         return configs.Tile._make((*configs.fused_blocks(name, *sizes), *entry, 1))
 
-    with mock.patch.object(configs, "fused_tile", chosen):
+    with (
+        mock.patch.object(configs, "fused_tile", chosen),
+        mock.patch.object(fused_tiles, "SPECIAL", special),
+    ):
         found = launches.of_block((BATCH, *sizes), route(kernel), variant)
     return [launch for launch in found if launch.name == launched(kernel)]
 
 
-def variants(kernel: str) -> list[Variant]:
-    """Everything a tile must be clean in, the likeliest to spill first."""
-    flags = special_flags(kernel)
-    wide, narrow, last = (Variant(*layout) for layout in LAYOUTS)
-    if not flags:
-        return [narrow, last, wide, dataclasses.replace(narrow, dtype=torch.float16)]
-    special = {v: dataclasses.replace(v, **flags) for v in (wide, narrow, last)}
-    order = [special[narrow], special[last], wide, narrow, special[wide], last]
-    if "keep_v" in flags:
-        order.append(dataclasses.replace(narrow, heads=4))
-    return [*order, dataclasses.replace(special[narrow], dtype=torch.float16)]
+def variants(kernel: str, special: bool) -> list[Variant]:
+    """What a tile must be clean in, the likeliest to spill first."""
+    flags = special_flags(kernel) if special else {}
+    wide, narrow, last = (Variant(*layout, **flags) for layout in LAYOUTS)
+    found = [narrow, last, wide, dataclasses.replace(narrow, dtype=torch.float16)]
+    if kernel.startswith(("project", "distribute")) and not special:
+        found.append(dataclasses.replace(narrow, heads=4))
+    if kernel.startswith("descriptors"):
+        found.insert(0, dataclasses.replace(narrow, masked=True))
+    return found
 
 
-def odd_variants(kernel: str) -> list[Variant]:
+def odd_variants(kernel: str, special: bool) -> list[Variant]:
     """An odd number of positions in NCHW, where the kernel has positions."""
     if kernel.startswith(("descriptors", "weight")):
         return []
-    return [Variant(*ODD, **special_flags(kernel))]
+    return [Variant(*ODD, **(special_flags(kernel) if special else {}))]
 
 
 def special_flags(kernel: str) -> dict[str, Any]:
-    """What makes the kernel do more than in a plain call."""
-    if kernel.startswith(("gather", "descriptors")):
+    """What makes a launch special, and lets it have a tile of its own; none: nothing does."""
+    if kernel.startswith("gather"):
         return {"masked": True}
     return {"keep_v": True} if kernel.startswith(("project", "distribute")) else {}

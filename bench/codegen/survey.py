@@ -106,14 +106,15 @@ def _core() -> Iterator[Found]:
 def _fused(arch: str, everything: bool) -> Iterator[Found]:
     """Launches of the fused kernels, with every block that has a tile on this architecture."""
     for kernel, blocks in fused.BLOCKS.items():
-        variants = [fused.variants(kernel)[0], Variant(*LAYOUTS[2])]
-        variants += fused.odd_variants(kernel) if everything else []
+        variants = [Variant(*LAYOUTS[1], **fused.special_flags(kernel)), Variant(*LAYOUTS[2])]
+        if everything:
+            variants += fused.odd_variants(kernel, False) + fused.odd_variants(kernel, True)
         for block, sizes in blocks.items():
-            tile = fused_tiles.TILES.get((arch, kernel, *block))
-            if tile is None:
+            key = (arch, kernel, *block)
+            if key not in fused_tiles.TILES:
                 continue
             for variant in variants:
-                for launch in fused.record(kernel, sizes, tile, variant):
+                for launch in fused.record(kernel, sizes, fused_tiles.TILES[key], variant):
                     yield launch, variant, sizes
 
 

@@ -5,10 +5,11 @@
 
 For each architecture, kernel and block: the first candidate, in order of preference, that neither
 spills nor exceeds the shared memory in any variant: 28×28 and 14×14 maps in NCHW and channels-last
-memory, with and without a mask, V kept or not, several heads, bfloat16 and float16. Odd numbers of
-positions in NCHW, where every load is of one element, are to be clean too, if that costs at most
-half the positions of a tile; where they are not, the table says so. A block without a candidate is
-left out, and the planner then takes another route. Candidates prefer many positions, then stages.
+memory, several heads, bfloat16 and float16. From there on the same with a mask, or with V written
+or given, which may have a tile of its own. Odd numbers of positions in NCHW, where every load is of
+one element, are to be clean too, if that costs at most half the positions of a tile; where they are
+not, the table says so. A block without a candidate for both is left out, and the planner then takes
+another route. Candidates prefer many positions, then stages.
 """
 
 import argparse
@@ -29,7 +30,7 @@ SMALL = (
 )  # fmt: skip
 HOPELESS = 64  # spills beyond which fewer stages do not help
 # Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
-LIKELIEST, AT_EASE = 3, 192
+LIKELIEST, AT_EASE = 2, 200
 
 
 def main(argv=None):
@@ -64,19 +65,25 @@ class Search:
         self.small = kernel.startswith(("descriptors", "weight"))
 
     def run(self):
-        """``{(block_m, block_n): (candidate, remark)}``"""
+        """``{(block_m, block_n): ((plain tile, remark), (special tile, remark))}``"""
         found = {}
         for blocks, sizes in fused.BLOCKS[self.kernel].items():
-            entry = self.best(blocks, sizes)
-            print(self.arch, self.kernel, blocks, entry, flush=True)
-            if entry:
-                found[blocks] = entry
+            entry = self.best(blocks, sizes, self.candidates(blocks), special=False)
+            entries = entry, entry
+            if entry and fused.special_flags(self.kernel):
+                rest = self.candidates(blocks, entry[0])
+                entries = entry, self.best(blocks, sizes, rest, special=True)
+            print(self.arch, self.kernel, blocks, *entries, flush=True)
+            if all(entries):
+                found[blocks] = entries
         return found
 
-    def best(self, blocks, sizes):
-        usual, odd = fused.variants(self.kernel), fused.odd_variants(self.kernel)
+    def best(self, blocks, sizes, candidates, special):
+        """The first that is clean, with a remark; None if none is."""
+        usual = fused.variants(self.kernel, special)
+        odd = fused.odd_variants(self.kernel, special)
         fallback, remark, hopeless = None, "", set()
-        for candidate in self.candidates(blocks):
+        for candidate in candidates:
             block_l, warps, stages = candidate
             if (block_l, warps) in hopeless and stages > 1:
                 continue
@@ -97,9 +104,10 @@ class Search:
             fallback, remark = candidate, f"{spills} spills at odd L"
         return (fallback, remark) if fallback else None
 
-    def candidates(self, blocks):
+    def candidates(self, blocks, first=None):
+        """In order, from ``first`` on, or from where the search was told to begin."""
         order = SMALL if self.small else CANDIDATES
-        first = fused_tiles.TILES.get((self.start, self.kernel, *blocks))
+        first = first or fused_tiles.TILES.get((self.start, self.kernel, *blocks))
         return order[order.index(first) :] if first in order else order
 
     def spills(self, blocks, sizes, candidate, wanted):
@@ -109,7 +117,7 @@ class Search:
             if number >= LIKELIEST and registers <= AT_EASE:
                 break
             with launches.on("sm_90"):  # its table has what the launchers ask for on the way
-                recorded = fused.record(self.kernel, sizes, candidate, variant)
+                recorded = fused.record(self.kernel, sizes, candidate, variant, special={})
             for launch in recorded:
                 key = compiler.identity(launch, self.arch)
                 if key in seen:
@@ -132,32 +140,33 @@ class Search:
 
 def write(arch, kernel, found):
     """Replaces a kernel's entries in the module that ships."""
-    table, remarks = dict(fused_tiles.TILES), _remarks(Path(fused_tiles.__file__))
-    for key in [k for k in table if k[:2] == (arch, kernel)]:
-        del table[key]
-        remarks.pop(key, None)
-    for blocks, (candidate, remark) in found.items():
-        key = (arch, kernel, *blocks)
-        table[key], remarks[key] = candidate, remark
-    fused_tiles.TILES.clear()
-    fused_tiles.TILES.update(table)
-    lines = []
-    for key, tile in sorted(table.items()):
-        remark = f"  # {remarks[key]}" if remarks.get(key) else ""
-        lines.append(f"    {key!r}: {tile!r},{remark}\n".replace("'", '"'))
     path = Path(fused_tiles.__file__)
-    head = path.read_text().split("TILES")[0]
-    path.write_text(f"{head}TILES: dict[tuple, tuple] = {{\n{''.join(lines)}}}\n")
+    text = path.read_text()
+    for name, table in (("SPECIAL", fused_tiles.SPECIAL), ("TILES", fused_tiles.TILES)):
+        for key in [k for k in table if k[:2] == (arch, kernel)]:
+            del table[key]
+        head, rest = text.split(f"{name}: dict[tuple, tuple] = {{", 1)
+        body, tail = rest.split("}\n", 1)
+        remarks = _remarks(body)
+        for blocks, (plain, special) in found.items():
+            if name == "TILES" or special[0] != plain[0]:
+                key = (arch, kernel, *blocks)
+                table[key], remarks[key] = special if name == "SPECIAL" else plain
+        lines = ["\n"] if table else []
+        for key, tile in sorted(table.items()):
+            remark = f"  # {remarks[key]}" if remarks.get(key) else ""
+            lines.append(f"    {key!r}: {tile!r},{remark}\n".replace("'", '"'))
+        text = f"{head}{name}: dict[tuple, tuple] = {{{''.join(lines)}}}\n{tail}"
+    path.write_text(text)
 
 
-def _remarks(path):
-    """Comments beside entries of the table."""
+def _remarks(body):
+    """Comments beside entries of a table."""
     found = {}
-    for line in path.read_text().splitlines():
-        entry, _, remark = line.partition("  # ")
-        if remark and entry.startswith("    ("):
-            key = entry.strip().split("): ")[0] + ")"
-            found[ast.literal_eval(key)] = remark
+    for line in body.splitlines():
+        entry, _, remark = line.strip().partition("  # ")
+        if remark:
+            found[ast.literal_eval(entry.split("): ")[0] + ")")] = remark
     return found
 
 

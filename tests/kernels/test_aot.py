@@ -96,12 +96,14 @@ def test_warpgroup_instructions():
 def test_loads_of_activations_are_wide(arch):
     """At least 8 bytes for 28×28 and 14×14 maps in NCHW, 16 in channels-last memory.
 
-    Narrower loads are of statistics: one number a map, a position or a row of the mask.
+    Narrower loads are of statistics: one number a map, a position or a row of the mask. AMD's
+    wavefronts have 64 lanes and its tiles are small: a lane may get 4 bytes, but never 2.
     """
     for code in survey(arch):
-        if code["dtype"] != "bfloat16" or code["call"]:
+        if code["dtype"] != "bfloat16" or (code["call"] and not is_fused(code)):
             continue
         least = 16 if code["layout"] == "nhwc" or code["L"] == 784 else 8
+        least = least if arch in NVIDIA else 4
         assert max(*code["copies"], *code["loads"], 0) >= least, where(code)
         # One number a map or channel: biases, and descriptors of a number of maps like 19.
         small = 2 if is_fused(code) and code["n"] % 16 == 0 else 0
