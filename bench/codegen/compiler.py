@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+knobs.compilation.disable_line_info = True  # a quarter of the time, and nothing of the code
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 TARGETS = {

@@ -28,6 +28,7 @@ CANDIDATES = (
 SMALL = (
     (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
 )  # fmt: skip
+HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
 HOPELESS = 64  # spills beyond which fewer stages do not help
 # Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
 LIKELIEST, AT_EASE = 2, 200
@@ -106,9 +107,17 @@ class Search:
 
     def candidates(self, blocks, first=None):
         """In order, from ``first`` on, or from where the search was told to begin."""
-        order = SMALL if self.small else CANDIDATES
+        order = list(SMALL if self.small else CANDIDATES)
         first = first or fused_tiles.TILES.get((self.start, self.kernel, *blocks))
-        return order[order.index(first) :] if first in order else order
+        order = order[order.index(first) :] if first in order else order
+        return [c for c in order if self.may_fit(blocks, *c)]
+
+    def may_fit(self, blocks, block_l, warps, stages):
+        """Whether the buffers of a pipeline for X alone leave room; cheaper than to compile."""
+        if self.arch == "gfx942" and stages > 2:
+            return False  # one buffer beside the registers is what its pipelines are made of
+        held = blocks[0] * block_l * 2 * (stages - 1) if self.kernel in HOLD_ALL_CHANNELS else 0
+        return held < compiler.SHARED_LIMIT[self.arch]
 
     def spills(self, blocks, sizes, candidate, wanted):
         """Of the first variant that spills, else 0; 0.5 for any other failure."""
@@ -149,9 +158,11 @@ def write(arch, kernel, found):
         body, tail = rest.split("}\n", 1)
         remarks = _remarks(body)
         for blocks, (plain, special) in found.items():
-            if name == "TILES" or special[0] != plain[0]:
-                key = (arch, kernel, *blocks)
-                table[key], remarks[key] = special if name == "SPECIAL" else plain
+            key, shared = (arch, kernel, *blocks), special[0] == plain[0]
+            if name == "TILES":
+                table[key], remarks[key] = plain[0], plain[1] or (special[1] if shared else "")
+            elif not shared:
+                table[key], remarks[key] = special
         lines = ["\n"] if table else []
         for key, tile in sorted(table.items()):
             remark = f"  # {remarks[key]}" if remarks.get(key) else ""
