@@ -1,4 +1,7 @@
-"""``python -m bench [gpu] [--out DIR] [--workload NAME] [--quick] [--budget SECONDS]``."""
+"""``python -m bench [gpu] [--out DIR] [--workload NAME] [--quick] [--budget SECONDS]``.
+
+``python -m bench codegen`` compiles the kernels instead of timing them; see ``codegen.cli``.
+"""
 
 import argparse
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import providers
+from .codegen.cli import main as codegen
 from .gpu import run_gpu
 from .measure import Bench, Budget, CudaTimer, Effort, Timer, WallTimer
 from .report import Report, environment
@@ -25,6 +29,9 @@ BUSY_NOTE = (
 
 
 def main(argv: Sequence[str] | None = None, table: Sequence[Workload] = WORKLOADS) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["codegen"]:
+        return codegen(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description="Eager block against ours")
     parser.add_argument("where", nargs="?", choices=["gpu"], help="the full run on a GPU")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")

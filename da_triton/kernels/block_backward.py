@@ -13,7 +13,7 @@ written in parts and merged by ``descriptors``.
 import triton
 import triton.language as tl
 
-from . import configs, launch
+from . import configs, fused_tiles, launch
 from .project_distribute import rows_of_lanes, softmax_heads
 from .tiles import dot, exp_minus, load_keep, load_map, load_matrix, scalar
 
@@ -223,6 +223,8 @@ def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, 
     c_out, maps = h.shape[1:]
     head_block, block_n = configs.lanes(heads, maps // heads)
     tile = configs.fused_tile("distribute_side", x, max(channels, c_out), head_block * block_n)
+    if v is not None:
+        tile = fused_tiles.special(tile, "distribute_side", x, configs.architecture(x.device))
     chunk, splits = launch.chunks(batch, length, tile, x.device)
     parts = x.new_empty((batch, splits, maps, c_out), dtype=launch.accumulator(x.dtype))
     v_ = x if v is None else v
@@ -251,6 +253,8 @@ def gather_side(
     dx = launch.empty_rows_like(x, channels) if need_x else x
     dout_ = dout if residual else x
     tile = configs.fused_tile("gather_side", x, channels, maps)
+    if keep is not None:
+        tile = fused_tiles.special(tile, "gather_side", x, configs.architecture(x.device))
     chunk, splits = launch.chunks(batch, length, tile, x.device)
     align = launch.alignment(x, dout_, dv, db, dx)
     with launch.device_of(x):

@@ -11,7 +11,7 @@ X, V and the result are ``(N, channels, L)`` in any strides.
 import triton
 import triton.language as tl
 
-from . import configs, launch
+from . import configs, fused_tiles, launch
 from .tiles import dot, exp, load_map, load_matrix, scalar
 
 
@@ -168,6 +168,8 @@ def project_distribute(
     whole = configs.holds_all(*sizes)
     kernel = "project_distribute" if whole else "project_distribute_blocks"
     tile = configs.fused_tile(kernel, x, *sizes)
+    if v is not None:
+        tile = fused_tiles.special(tile, kernel, x, configs.architecture(x.device))
     chunk, splits = launch.chunks(batch, length, tile, x.device)
     maps_ = x if v is None else v
     align = launch.alignment(x, maps_, out)

@@ -17,7 +17,7 @@ Both write partial results of a chunk of positions, which ``descriptors`` merges
 import triton
 import triton.language as tl
 
-from . import configs, launch
+from . import configs, fused_tiles, launch
 from .tiles import dot, load_keep, load_map, load_matrix, online_softmax, scalar
 
 
@@ -167,6 +167,8 @@ def gather_from_x(x, weight_b, keep, logit_scale):
     batch, channels, length = x.shape
     maps = weight_b.shape[0]
     tile = configs.fused_tile("gather_from_x", x, channels, maps)
+    if keep is not None:
+        tile = fused_tiles.special(tile, "gather_from_x", x, configs.architecture(x.device))
     blocks = triton.cdiv(maps, tile.block_n)
     chunk, splits = launch.chunks(batch * blocks, length, tile, x.device)
     parts = _parts(x, splits, maps, channels)
@@ -188,6 +190,8 @@ def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
     batch, channels, length = x.shape
     c_m, c_n = weight_a.shape[0] // heads, weight_b.shape[0] // heads
     tile = configs.fused_tile("gather_from_a", x, c_m, c_n)
+    if keep is not None:
+        tile = fused_tiles.special(tile, "gather_from_a", x, configs.architecture(x.device))
     chunk, splits = launch.chunks(batch * heads, length, tile, x.device)
     parts = _parts(x, splits, heads * c_n, c_m)
     align = launch.alignment(x)

@@ -1,70 +1,73 @@
 """Generated code of every kernel with every shipped tile, for five architectures, without a GPU.
 
-Each architecture is compiled once, in a process without TRITON_INTERPRET (``support.aot_survey``).
+Each architecture is compiled once, in a process without TRITON_INTERPRET (``bench.codegen``), and
+held against rules, and against the table that is kept of it.
 """
 
 import functools
-import json
-import os
-import subprocess
-import sys
+import importlib.metadata
+import re
+import warnings
 from pathlib import Path
 
 import pytest
 
-from support import aot
+import da_triton
+from bench.codegen import cli, table
 
-ARCHITECTURES = list(aot.TARGETS)
-MULTIPLYING = {
-    "gather_kernel", "gather_backward_kernel", "distribute_kernel", "distribute_backward_kernel",
-    "mix_kernel", "map_gradient_kernel", "descriptor_gradient_kernel",
+ARCHITECTURES = table.ORDER
+NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
+SHARED_LIMIT = {
+    "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
-FUSED = {
-    "gather_from_x_kernel", "project_distribute_kernel", "distribute_side_kernel",
-    "gather_side_kernel", "outer_kernel", "descriptors_kernel", "descriptors_backward_kernel",
-    "weight_gradients_kernel", "gather_from_a_kernel",
-}  # fmt: skip
-OTHER = {"gather_combine_kernel", "gather_delta_kernel", "position_lse_kernel"}
-each_architecture = pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ARCHITECTURES]
-)
+# Matrix units of the core's kernels in full precision: none for float32 on NVIDIA.
+FLOAT64_UNITS = ("sm_80", "sm_90", "gfx942")
+
+
+def each(architectures):
+    """In workers of pytest-xdist, one architecture is one worker's."""
+    groups = [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in architectures]
+    return pytest.mark.parametrize("arch", groups)
+
+
+each_architecture = each(ARCHITECTURES)
 
 
 @functools.cache
 def survey(arch):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    tests = Path(__file__).parents[1]
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests)))
-    run = subprocess.run(
-        [sys.executable, "-m", "support.aot_survey", arch],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [
+        {name: {int(k): x for k, x in value.items()} if isinstance(value, dict) else value
+         for name, value in line.items()}
+        for line in cli.surveyed(arch, everything=False)
+    ]  # fmt: skip
 
 
 def where(code):
-    blocks = {k: v for k, v in code["constants"].items() if k.startswith(("BLOCK", "num_"))}
-    return f"{code['name']} {code['dtype']} {code['layout']} L={code['length']} {blocks}"
+    return table.title({**code, "arch": ""})
+
+
+def is_fused(code):
+    """Of the fused block: these have channels."""
+    return code["C"] > 0
 
 
 @each_architecture
 def test_every_kernel_is_compiled(arch):
-    names = {code["name"] for code in survey(arch)}
-    assert names - FUSED == MULTIPLYING | OTHER
-    if arch in ("sm_80", "sm_90"):  # others have no table yet, and take the split route
-        assert names >= FUSED
+    """Each that the package defines, of the fused block too; nothing else."""
+    folder = Path(da_triton.__file__).parent / "kernels"
+    sources = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    defined = set(re.findall(r"^def (\w+)_kernel\(", sources, re.MULTILINE))
+    assert {code["kernel"] for code in survey(arch)} == defined
 
 
 @each_architecture
 def test_no_spills(arch):
-    spilled = {where(c): c["spills"] for c in survey(arch) if c["default"] and c["spills"]}
-    assert not spilled
+    assert not {where(c): c["spills"] for c in survey(arch) if c["spills"]}
 
 
 @each_architecture
 def test_shared_memory_fits(arch):
-    limit = aot.SHARED_LIMIT[arch]
+    limit = SHARED_LIMIT[arch]
     assert not {where(c): c["shared"] for c in survey(arch) if c["shared"] > limit}
 
 
@@ -72,9 +75,9 @@ def test_shared_memory_fits(arch):
 def test_matrix_instructions(arch):
     """In every kernel that multiplies matrices; NVIDIA has none for float32 in full precision."""
     for code in survey(arch):
-        scalar = "float32" in code["dtype"] and arch.startswith("sm")
-        no_float64_unit = "float64" in code["dtype"] and arch in ("sm_89", "sm_100")
-        if code["name"] in MULTIPLYING | FUSED and not scalar and not no_float64_unit:
+        scalar = code["dtype"] == "float32" and arch in NVIDIA
+        no_unit = code["dtype"] == "float64" and arch not in FLOAT64_UNITS
+        if code["products"] and not scalar and not no_unit:
             assert code["matrix"] > 0, where(code)
 
 
@@ -82,37 +85,47 @@ def test_matrix_instructions(arch):
 def test_warpgroup_instructions():
     """Tiles of at least 64 by 64 use Hopper's own matrix unit."""
     for code in survey("sm_90"):
-        blocks = [int(code["constants"].get(f"BLOCK_{x}", 0)) for x in "MNL"]
-        half = code["dtype"] in ("torch.bfloat16", "torch.float16")
-        if code["name"] in MULTIPLYING and half and min(blocks) >= 64:
+        blocks = dict(word.split("=") for word in code["blocks"].split())
+        smallest = min(int(blocks.get(x, 0)) for x in "MNL")
+        half = code["dtype"] in ("bfloat16", "float16")
+        if code["products"] and not is_fused(code) and half and smallest >= 64:
             assert code["wgmma"] > 0, where(code)
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ("sm_80", "sm_90")]
-)
+@each_architecture
 def test_loads_of_activations_are_wide(arch):
     """At least 8 bytes for 28×28 and 14×14 maps in NCHW, 16 in channels-last memory.
 
-    Narrower loads are of statistics: one number a map, a position or a row of the mask.
+    Narrower loads are of statistics: one number a map, a position or a row of the mask. AMD's
+    wavefronts have 64 lanes and its tiles are small: a lane may get 4 bytes, but never 2.
     """
     for code in survey(arch):
-        if code["dtype"] != "torch.bfloat16" or not code["default"]:
+        if code["dtype"] != "bfloat16" or (code["call"] and not is_fused(code)):
             continue
-        least = 16 if code["layout"] == "nhwc" or code["length"] == 784 else 8
-        widths = {int(w) for w in {**code["copies"], **code["loads"]}}
-        assert max(widths) >= least, where(code)
+        least = 16 if code["layout"] == "nhwc" or code["L"] == 784 else 8
+        least = least if arch in NVIDIA else 4
+        assert max(*code["copies"], *code["loads"], 0) >= least, where(code)
         # One number a map or channel: biases, and descriptors of a number of maps like 19.
-        small = 2 if code["name"] in FUSED and code["n"] % 16 == 0 else 0
-        assert code["loads"].get("2", 0) <= small or code["n"] % 16, where(code)
+        small = 2 if is_fused(code) and code["n"] % 16 == 0 else 0
+        assert code["loads"].get(2, 0) <= small or code["n"] % 16, where(code)
 
 
 @pytest.mark.xdist_group("sm_90")
 def test_main_loops_copy_asynchronously():
     for code in survey("sm_90"):
-        pipelined = int(code["constants"].get("num_stages", 1)) > 1
-        if code["name"] in FUSED and not code["wgmma"]:
+        if is_fused(code) and not (code["wgmma"] and code["stages"] > 1):
             continue  # tiles of 32 rows: mma.sync takes X from registers, however it came there
-        multiplying = code["name"] in MULTIPLYING or (code["name"] in FUSED and pipelined)
-        if multiplying and code["dtype"] == "torch.bfloat16" and code["default"]:
-            assert max(map(int, code["copies"]), default=0) >= 8, where(code)
+        if code["products"] and code["dtype"] == "bfloat16" and not code["call"]:
+            assert max(code["copies"], default=0) >= 8, where(code)
+
+
+@each_architecture
+def test_generated_code_is_no_worse_than_the_kept_table(arch):
+    triton = importlib.metadata.version("triton")
+    kept = table.read()
+    fresh = [table.row(arch, code, triton) for code in survey(arch)]
+    if triton not in {row["triton"] for row in kept}:
+        warnings.warn(f"{table.KEPT.name} is of another Triton than {triton}", stacklevel=1)
+    worse = table.worse(fresh, kept)
+    again = f"If it is meant: `{table.COMMAND} --arch {arch}` writes {table.KEPT.name} again."
+    assert not worse, "\n".join([*worse, again])

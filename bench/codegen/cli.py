@@ -1,0 +1,89 @@
+"""``python -m bench codegen [--arch ARCH] [--out FILE]``: compiles, prints and keeps the table."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import table
+
+EXAMPLES = """
+examples:
+  python -m bench codegen                        every architecture, into bench/results/codegen.csv
+  python -m bench codegen --arch sm_90           one, whose rows replace those in the file
+  python -m bench codegen --arch gfx942 --out /tmp/codegen.csv
+  git diff bench/results/codegen.csv             what a change made of the generated code
+
+It takes minutes for each architecture and no GPU. Tiles are found by python -m bench.codegen.tiles.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench codegen",
+        description="Registers, spills, shared memory and loads of every kernel with its tiles.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--arch", action="append", choices=table.ORDER, help="repeatable; all without"
+    )
+    parser.add_argument("--out", type=Path, default=table.KEPT, help="a CSV file, kept in order")
+    options = parser.parse_args(argv)
+    if refusal := cannot_compile():
+        print(refusal, file=sys.stderr)
+        return 2
+    import triton
+
+    kept = table.read(options.out) if options.out.exists() else []
+    found: list[table.Row] = []
+    for arch in options.arch or table.ORDER:
+        for row in surveyed(arch, everything=True):
+            found.append(table.row(arch, row, triton.__version__))
+            if sys.stderr.isatty():
+                print(f"\r{arch}: {len(found)} compilations", end="", file=sys.stderr)
+        kept = [x for x in kept if x["arch"] != arch]
+        table.write([*kept, *found], options.out)  # a run that is cut short leaves what it has
+    print(f"Triton {triton.__version__}, generated code, not timed", table.summary(found), sep="\n")
+    print(f"\n{len(found)} rows in {options.out}")
+    return 0
+
+
+def cannot_compile() -> str:
+    """Why nothing can be compiled in this process; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "`python -m bench codegen` compiles kernels, and Triton is not installed."
+    if os.environ.get("TRITON_INTERPRET"):
+        return (
+            "`python -m bench codegen` compiles kernels, and TRITON_INTERPRET is set, which makes "
+            "Triton interpret them instead. Unset it."
+        )
+    return ""
+
+
+def surveyed(arch: str, *, everything: bool) -> Iterator[dict[str, Any]]:
+    """Rows of ``survey``, from a process of its own without TRITON_INTERPRET.
+
+    Raises:
+        RuntimeError: with the end of the process's errors.
+    """
+    root = str(Path(__file__).parents[2])
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bench.codegen.survey", arch]
+    with subprocess.Popen(
+        [*command, *(["--all"] if everything else [])],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            yield json.loads(line)
+        errors = process.stderr.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {errors[-4000:]}")

@@ -1,0 +1,222 @@
+"""Ahead-of-time compilation of the launches a call makes, for GPUs that are not there.
+
+``record()`` replaces Triton's launch by one that keeps the arguments. The package's own launchers
+then run on meta tensors, and each recorded launch is compiled through the steps the JIT takes
+(its binder and its specialisation: divisibility by 16, equality to 1), so the code examined is the
+code a GPU would run. Needs a process without TRITON_INTERPRET.
+"""
+
+import contextlib
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+knobs.compilation.disable_line_info = True  # a quarter of the time, and nothing of the code
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+}
+# Bytes of one load on AMD: global_load_dwordx4, buffer_load_ushort, … (d16: into half a register).
+HIP_LOAD = r"^\s*(?:global|buffer)_load_(\w+)(.*)$"
+HIP_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
+
+
+class OutOfSharedMemoryError(Exception):
+    """The kernel needs more shared memory than the architecture has; compilation was cut short."""
+
+
+@dataclasses.dataclass
+class Launch:
+    """One recorded launch: the kernel with everything it was called with."""
+
+    kernel: Any
+    grid: tuple
+    args: tuple
+    kwargs: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def constants(self) -> dict[str, str]:
+        """Flags, tile and compiler options."""
+        return {k: str(x) for k, x in self.kwargs.items()}
+
+
+@dataclasses.dataclass
+class Code:
+    """What the compiler made of a launch for one architecture."""
+
+    shared: int  # bytes of shared memory
+    registers: int
+    spills: int  # NVIDIA: local loads and stores; AMD: spilled registers
+    matrix: int  # matrix instructions (mma.sync, wgmma, tcgen05, v_mfma)
+    wgmma: int
+    copies: dict[int, int]  # asynchronous copies: bytes -> count
+    loads: dict[int, int]  # direct loads from global memory: bytes -> count
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collects launches instead of running them."""
+    launches: list[Launch] = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        launches.append(Launch(self, grid, args, kwargs))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def specialized(launch: Launch, arch: str) -> tuple[ASTSource, dict]:
+    """Source and options that the JIT would compile for a launch."""
+    kernel = launch.kernel
+    backend = make_backend(TARGETS[arch])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {**launch.kwargs, "debug": False}
+    bound, specialization, options = bind(*launch.args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
+
+
+def identity(launch: Launch, arch: str) -> tuple:
+    """Equal for two launches that run the same code."""
+    source, options = specialized(launch, arch)
+    parts = source.signature, source.constants, source.attrs, options
+    return launch.name, *(str(sorted(p.items(), key=str)) for p in parts)
+
+
+def compile_launch(launch: Launch, arch: str) -> Code:
+    """Compiles a recorded launch for ``arch`` and reads the result.
+
+    Raises:
+        OutOfSharedMemoryError: before the assembler runs, which takes most of the time.
+    """
+    target = TARGETS[arch]
+    source, options = specialized(launch, arch)
+    with _cut_short(SHARED_LIMIT[arch]):
+        compiled = triton.compile(source, target=target, options=options)
+    shared = compiled.metadata.shared
+    if shared > SHARED_LIMIT[arch]:  # the cache had it
+        raise OutOfSharedMemoryError(f"{launch.name}: {shared} bytes")
+    read = _read_cuda if target.backend == "cuda" else read_hip
+    return Code(shared=shared, **read(compiled.asm))
+
+
+@contextlib.contextmanager
+def _cut_short(limit):
+    """Stops a compilation when it is known to need too much shared memory."""
+
+    def checked(stage):
+        def run(source, metadata):
+            if metadata["shared"] > limit:
+                raise OutOfSharedMemoryError(f"{metadata['shared']} bytes")
+            return stage(source, metadata)
+
+        return run
+
+    def hook(backend=None, stages=None, options=None, language=None, capability=None):
+        if stages is None:
+            return "", ""  # no part of the key of Triton's cache
+        name = "ptx" if "ptx" in stages else "amdgcn"
+        stages[name] = checked(stages[name])
+
+    knobs.runtime.add_stages_inspection_hook = hook
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = None
+
+
+def _number(pattern, text):
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return int(found[1])
+
+
+def _tool(name, *args):
+    command = [str(TOOLS / name), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_cuda(asm):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        # What is spilled lies on the stack. Disassembly takes as long as compilation.
+        spills = 0
+        if _number(r"STACK:(\d+)", usage):
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))
+    ptx = asm["ptx"]
+    wgmma = ptx.count("wgmma.mma_async")
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spills": spills,
+        "matrix": wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
+        "wgmma": wgmma,
+        "copies": dict(Counter(_cp_async_bytes(ptx))),
+        "loads": dict(Counter(_ld_global_bytes(ptx))),
+    }
+
+
+def _cp_async_bytes(ptx):
+    for width in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x[0-9a-f]+|\d+),", ptx):
+        yield int(width, 0)
+
+
+def _ld_global_bytes(ptx):
+    for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        yield int(vector or 1) * int(bits) // 8
+
+
+def read_hip(asm: dict) -> dict:
+    """Fields of ``Code`` from AMD's assembly."""
+    text = asm["amdgcn"]
+
+    def field(name):
+        return _number(rf"\.{name}:\s*(\d+)", text)
+
+    found: dict[str, Counter] = {"copies": Counter(), "loads": Counter()}
+    for kind, rest in re.findall(HIP_LOAD, text, re.MULTILINE):
+        to_lds = kind.startswith("lds_") or re.search(r"\blds\b", rest)
+        width = next(x for name, x in HIP_BYTES.items() if name in kind)
+        found["copies" if to_lds else "loads"][width] += 1
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "matrix": text.count("v_mfma"),
+        "wgmma": 0,
+        **{k: dict(v) for k, v in found.items()},
+    }

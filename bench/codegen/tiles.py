@@ -1,0 +1,185 @@
+"""Finds tiles for the fused kernels by compiling candidates, and writes the table that ships.
+
+    python -m bench.codegen.tiles sm_89 gfx942        (without TRITON_INTERPRET; no GPU)
+    python -m bench.codegen.tiles sm_90 --kernel gather_side --kernel gather_from_x
+
+For each architecture, kernel and block: the first candidate, in order of preference, that neither
+spills nor exceeds the shared memory in any variant: 28×28 and 14×14 maps in NCHW and channels-last
+memory, several heads, bfloat16 and float16. From there on the same with a mask, or with V written
+or given, which may have a tile of its own. Odd numbers of positions in NCHW, where every load is of
+one element, are to be clean too, if that costs at most half the positions of a tile; where they are
+not, the table says so. A block without a candidate for both is left out, and the planner then takes
+another route. Candidates prefer many positions, then stages.
+"""
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+
+from bench.codegen import compiler, fused, launches
+from da_triton.kernels import fused_tiles
+
+CANDIDATES = (
+    (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
+    (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 4, 1), (16, 8, 1), (16, 4, 1),
+)  # fmt: skip
+SMALL = (
+    (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
+)  # fmt: skip
+HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
+HOPELESS = 64  # spills beyond which fewer stages do not help
+# Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
+LIKELIEST, AT_EASE = 2, 200
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.codegen.tiles",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arch", nargs="+", help="sm_80, sm_89, sm_90, sm_100, gfx942")
+    parser.add_argument(
+        "--kernel", action="append", choices=fused.BLOCKS, help="repeatable; else all"
+    )
+    parser.add_argument(
+        "--from", dest="start", metavar="ARCH",
+        help="begin at this architecture's tiles in the table instead of the first candidate",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET"):
+        print("TRITON_INTERPRET is set: nothing would be compiled. Unset it.", file=sys.stderr)
+        return 2
+    for arch in options.arch:
+        for kernel in options.kernel or fused.BLOCKS:
+            write(arch, kernel, Search(arch, kernel, options.start).run())
+    return 0
+
+
+class Search:
+    """The tiles of one kernel on one architecture."""
+
+    def __init__(self, arch, kernel, start):
+        self.arch, self.kernel, self.start = arch, kernel, start
+        self.small = kernel.startswith(("descriptors", "weight"))
+
+    def run(self):
+        """``{(block_m, block_n): ((plain tile, remark), (special tile, remark))}``"""
+        found = {}
+        for blocks, sizes in fused.BLOCKS[self.kernel].items():
+            entry = self.best(blocks, sizes, self.candidates(blocks), special=False)
+            entries = entry, entry
+            if entry and fused.special_flags(self.kernel):
+                rest = self.candidates(blocks, entry[0])
+                entries = entry, self.best(blocks, sizes, rest, special=True)
+            print(self.arch, self.kernel, blocks, *entries, flush=True)
+            if all(entries):
+                found[blocks] = entries
+        return found
+
+    def best(self, blocks, sizes, candidates, special):
+        """The first that is clean, with a remark; None if none is."""
+        usual = fused.variants(self.kernel, special)
+        odd = fused.odd_variants(self.kernel, special)
+        fallback, remark, hopeless = None, "", set()
+        for candidate in candidates:
+            block_l, warps, stages = candidate
+            if (block_l, warps) in hopeless and stages > 1:
+                continue
+            if fallback:  # only one that is clean everywhere is better
+                if block_l < fallback[0] // 2:
+                    break
+                if not self.spills(blocks, sizes, candidate, odd + usual):
+                    return candidate, ""
+                continue
+            spills = self.spills(blocks, sizes, candidate, usual)
+            if spills > HOPELESS:
+                hopeless.add((block_l, warps))
+            if spills:
+                continue
+            spills = self.spills(blocks, sizes, candidate, odd)
+            if not spills:
+                return candidate, ""
+            fallback, remark = candidate, f"{spills} spills at odd L"
+        return (fallback, remark) if fallback else None
+
+    def candidates(self, blocks, first=None):
+        """In order, from ``first`` on, or from where the search was told to begin."""
+        order = list(SMALL if self.small else CANDIDATES)
+        first = first or fused_tiles.TILES.get((self.start, self.kernel, *blocks))
+        order = order[order.index(first) :] if first in order else order
+        return [c for c in order if self.may_fit(blocks, *c)]
+
+    def may_fit(self, blocks, block_l, warps, stages):
+        """Whether the buffers of a pipeline for X alone leave room; cheaper than to compile."""
+        if self.arch == "gfx942" and stages > 2:
+            return False  # one buffer beside the registers is what its pipelines are made of
+        held = blocks[0] * block_l * 2 * (stages - 1) if self.kernel in HOLD_ALL_CHANNELS else 0
+        return held < compiler.SHARED_LIMIT[self.arch]
+
+    def spills(self, blocks, sizes, candidate, wanted):
+        """Of the first variant that spills, else 0; 0.5 for any other failure."""
+        seen, registers = set(), 0
+        for number, variant in enumerate(wanted):
+            if number >= LIKELIEST and registers <= AT_EASE:
+                break
+            with launches.on("sm_90"):  # its table has what the launchers ask for on the way
+                recorded = fused.record(self.kernel, sizes, candidate, variant, special={})
+            for launch in recorded:
+                key = compiler.identity(launch, self.arch)
+                if key in seen:
+                    continue
+                seen.add(key)
+                spills = 0.5
+                try:
+                    code = compiler.compile_launch(launch, self.arch)
+                    spills, registers = code.spills, max(registers, code.registers)
+                    failure = f"{spills} spills"
+                except compiler.OutOfSharedMemoryError as error:
+                    failure = f"{error} of shared memory"
+                except Exception as error:  # the compiler's own limits differ by version
+                    failure = f"{type(error).__name__} {str(error)[:80]}"
+                if spills:
+                    print(f"    {blocks} {candidate}: {failure} ({variant.title})", flush=True)
+                    return spills
+        return 0
+
+
+def write(arch, kernel, found):
+    """Replaces a kernel's entries in the module that ships."""
+    path = Path(fused_tiles.__file__)
+    text = path.read_text()
+    for name, table in (("SPECIAL", fused_tiles.SPECIAL), ("TILES", fused_tiles.TILES)):
+        for key in [k for k in table if k[:2] == (arch, kernel)]:
+            del table[key]
+        head, rest = text.split(f"{name}: dict[tuple, tuple] = {{", 1)
+        body, tail = rest.split("}\n", 1)
+        remarks = _remarks(body)
+        for blocks, (plain, special) in found.items():
+            key, shared = (arch, kernel, *blocks), special[0] == plain[0]
+            if name == "TILES":
+                table[key], remarks[key] = plain[0], plain[1] or (special[1] if shared else "")
+            elif not shared:
+                table[key], remarks[key] = special
+        lines = ["\n"] if table else []
+        for key, tile in sorted(table.items()):
+            remark = f"  # {remarks[key]}" if remarks.get(key) else ""
+            lines.append(f"    {key!r}: {tile!r},{remark}\n".replace("'", '"'))
+        text = f"{head}{name}: dict[tuple, tuple] = {{{''.join(lines)}}}\n{tail}"
+    path.write_text(text)
+
+
+def _remarks(body):
+    """Comments beside entries of a table."""
+    found = {}
+    for line in body.splitlines():
+        entry, _, remark = line.strip().partition("  # ")
+        if remark:
+            found[ast.literal_eval(entry.split("): ")[0] + ")")] = remark
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
