@@ -242,7 +242,7 @@ def double_attention_block(
             out = eager.block(inputs, **weights, **options)
         else:
             unused = weights.pop("bias_b")
-            if unused is not None:
+            if unused is not None and unused.requires_grad and torch.is_grad_enabled():
                 weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
             out = core.block(inputs, weights, order=order, recompute=recompute, **options)
     return _positions_of(out, x)
@@ -291,9 +291,10 @@ def _autocast(first: Tensor, *others: Tensor | None) -> list:
 
 def _autocast_off(x: Tensor):
     """What follows has the dtypes it is meant to have."""
-    if not _autocast_available(x.device.type):
+    kind = x.device.type
+    if not (_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question

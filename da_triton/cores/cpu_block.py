@@ -1,17 +1,22 @@
 r"""The block on a CPU: one function with a gradient of its own, sample by sample, in pieces.
 
-Position-major throughout: x is ``(N, L, C)``, however it lies in memory, and what has c channels is
-``(g, l, c)`` for g samples and a piece of l of their positions. k is ``heads`` where an order keeps
-heads apart (gather: A-, distribute: -Z) and 1 where one product serves all maps (X-, -H).
+Position-major throughout: x is ``(N, L, C)`` and what has c channels is ``(g, l, c)``, for g of the
+samples and a piece of l of their positions, both in x's own memory order: only views are
+transposed. k is ``heads`` where an order keeps heads apart (gather: A-, distribute: -Z) and 1 where
+one product serves all maps (X-, -H).
 
-    P = softmax over L of x Wbᵀ       F = x Waᵀ (order A-) or x (X-)    T = Fᵀ P  (g, k, m or C, n)
-    Q = softmax over n of x Wvᵀ + bv  G = T (A-) or Wa T (X-), + ba     D = G (-Z) or Wo G (-H)
+    P = softmax over L of x Wbᵀ       F = x Waᵀ + ba (A-) or x (X-)     T = Fᵀ P  (g, k, m or C, n)
+    Q = softmax over n of x Wvᵀ + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G (-H)
     Z = Q Dᵀ                          out = Z Woᵀ (-Z) or Z (-H), + bo, + x
 
 Backward, with dZ = dout Wo (order -Z) or dout (-H):
 
     dD = dZᵀ Q   dQ = dZ D    dV = Q∘(dQ − Σ_n Q∘dQ)   dx = dV Wv, + dout
     dF = P dTᵀ   δ = Σ dT∘T   dB = P∘(F dT − δ)        dx += dB Wb + (dF Wa (A-) or dF (X-))
+
+Order AZ of few positions and many maps ("short") forms neither T nor dT, but S = Q Pᵀ (g, k, l, l):
+
+    Z = S F      dF = Sᵀ dZ   dS = dZ Fᵀ   dQ = dS P   dP = dSᵀ Q   dB = P∘(dP − Σ_l P∘dP)
 
 Temporaries of a piece stay in the cache and in memory that the process already has: on a CPU, the
 first touch of a page can cost more than the product that fills it. The P of a piece is its own
@@ -27,16 +32,20 @@ from torch import Tensor
 from .cpu_products import (
     accumulate,
     add_product,
-    empty_like,
+    as_given,
+    empty_as,
     join,
     kept_positions,
+    lying_as,
     position_major,
     project,
     samples,
     softmax_,
     softmax_and_mass,
+    softmax_backward,
     split,
     split_positions,
+    times,
     transformed,
 )
 from .operators import differentiable
@@ -60,6 +69,13 @@ class Options(NamedTuple):
     softmax_v: bool
     residual: bool
     recompute: bool
+
+    def short(self, x: Tensor, w: Weights, positions: Tensor | None) -> bool:
+        """Whether ``Q Pᵀ (g, k, L, L)`` makes Z with fewer operations than T does."""
+        if self.order != "AZ" or positions is not None or len(split_positions(x)) != 1:
+            return False
+        c_m, c_n = len(w.a), len(w.b)
+        return x.shape[1] * (c_m + c_n) * self.heads < 2 * c_m * c_n
 
     @property
     def gather_heads(self) -> int:
@@ -97,59 +113,64 @@ class Block(torch.autograd.Function):
         batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # is_grads_batched=True
         if torch.is_grad_enabled() or batched or transformed():
             return None, None, None, *differentiable(ctx.plain, (x, *weights), needs, grad)
-        tokens, grad, w = position_major(x), position_major(grad), Weights(*weights)
-        dx = empty_like(x, x.shape[1]) if needs[0] else None
+        tokens, w = position_major(x), Weights(*weights)
+        grad = lying_as(grad.transpose(1, 2), tokens)
+        dx = empty_as(tokens, x.shape[1]) if needs[0] else None
         dw = Weights(
             *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
         )
         for n in samples(tokens, keep):
             here = tokens[n], kept_positions(keep, n), w, ctx.options
             if ctx.options.recompute:
-                kept = iter(_forward(*here, None, None, keeping=True))
+                kept = iter(_forward(*here, None, keeping=True))
             _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
-        return None, None, None, None if dx is None else dx.transpose(1, 2), *dw
+        return None, None, None, None if dx is None else as_given(dx, x), *dw
 
 
 def _block(x, w, keep, options, keeping) -> tuple[Tensor, list[Tensor | None]]:
     """The output ``(N, C', L)``, and what ``_backward`` reads, if ``keeping``."""
-    tokens, residual = position_major(x), x.transpose(1, 2) if options.residual else None
-    out = empty_like(x, len(w.a if w.out is None else w.out))
+    tokens = position_major(x)
+    out = empty_as(tokens, len(w.a if w.out is None else w.out))
     kept: list[Tensor | None] = []
     for n in samples(tokens, keep):
-        added = None if residual is None else residual[n]
-        kept += _forward(tokens[n], kept_positions(keep, n), w, options, added, out[n], keeping)
-    return out.transpose(1, 2), kept
+        kept += _forward(tokens[n], kept_positions(keep, n), w, options, out[n], keeping)
+    return as_given(out, x), kept
 
 
-def _forward(x, positions, w, options, added, out, keeping) -> list[Tensor | None]:
+def _forward(x, positions, w, options, out, keeping) -> list[Tensor | None]:
     """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
     from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
     heads, k = options.heads, options.gather_heads
     gathered = x if positions is None else x[:, positions]
     pieces = split_positions(gathered)
-    kept: list[Tensor | None] = []
+    short = options.short(x, w, positions)
+    kept: list[Any] = []
     parts: list[Tensor] = []
     masses: list[Any] = []
     for piece in pieces:
         rows = gathered[:, piece]
         p, mass = softmax_and_mass(project(rows, w.b), alone=len(pieces) == 1)
-        f = rows if from_x else project(rows, w.a)
-        parts.append(split(f, k).mT @ split(p, k))
+        f = rows if from_x else project(rows, w.a, w.bias_a)
+        if not short:
+            parts.append(split(f, k).mT @ split(p, k))
         masses.append(mass)
         if keeping:
             kept += [p, None if from_x else f]
+    t: Any = None
     share = None
     if len(pieces) > 1:
         share = torch.stack(masses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
         t = torch.stack(parts).mul_(share).sum(0)
-    elif pieces:
+    elif parts:
         t = parts[0]
-    else:  # every position is masked
+    elif not short:  # every position is masked
         t = x.new_zeros(len(x), k, (x.shape[2] if from_x else len(w.a) // k), len(w.b) // k)
 
-    g = w.a.unflatten(0, (heads, -1)) @ split(t[:, 0], heads) if from_x else t
-    if w.bias_a is not None and pieces:
-        g = g + w.bias_a.view(heads, -1, 1)
+    g = t
+    if from_x:
+        g = w.a.unflatten(0, (heads, -1)) @ split(t[:, 0], heads)
+        if w.bias_a is not None and pieces:
+            g.add_(w.bias_a.view(heads, -1, 1))
     d = g
     if not to_z:
         d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
@@ -158,19 +179,23 @@ def _forward(x, positions, w, options, added, out, keeping) -> list[Tensor | Non
         q = project(x[:, piece], w.v, w.bias_v)
         if options.softmax_v:
             softmax_(q, heads)
-        z = join(split(q, heads) @ d.mT) if to_z else None
+        if short:
+            d = split(q, heads) @ split(p, heads).mT
+        z = None
+        if to_z:
+            z = join(times(d, split(f, heads)) if short else times(split(q, heads), d.mT))
         if keeping:
             kept += [q, z]
         if out is None:
             continue
         y = out[:, piece]
         bias = 0 if w.bias_out is None else w.bias_out
-        if added is None:
-            y[:] = bias
+        if options.residual:
+            torch.add(x[:, piece], bias, out=y)
         else:
-            torch.add(added[:, piece], bias, out=y)
+            y[:] = bias
         if z is None:
-            y.baddbmm_(q, d[:, 0].mT)
+            add_product(y, q, d[:, 0].mT)
         elif w.out is None:
             y.add_(z)
         else:
@@ -186,8 +211,10 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
     pieces = split_positions(gathered)
     t, g, d, share = (next(kept) for _ in range(4))
     maps = [(next(kept), next(kept)) for _ in pieces]
+    short = t is None and pieces
 
-    dd = torch.zeros_like(d)
+    dd: Any = None
+    df: Any = None
     for piece in split_positions(x):
         rows, dout, q, z = x[:, piece], grad[:, piece], next(kept), next(kept)
         dz = dout if z is None or w.out is None else project(dout, w.out.T)
@@ -195,11 +222,18 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
             accumulate(dw.out, dout, z)
         if dw.bias_out is not None:
             dw.bias_out.add_(dout.sum((0, 1)))
-        dd += split(dz, k).mT @ split(q, k)
-        dv = join(split(dz, k) @ d)
+        if short:
+            p, f = maps[0]
+            ds = times(split(dz, k), split(f, k).mT)
+            df = join(times(d.mT, split(dz, k)))
+            dp = join(times(ds.mT, split(q, k)))
+            dv = join(times(ds, split(p, k)))
+        else:
+            part = split(dz, k).mT @ split(q, k)
+            dd = part if dd is None else dd.add_(part)
+            dv = join(times(split(dz, k), d))
         if options.softmax_v:
-            dq_, q_ = (y.unflatten(-1, (heads, -1)) for y in (dv, q))
-            dv = torch._softmax_backward_data(dq_, q_, -1, q.dtype).flatten(-2)
+            dv = softmax_backward(dv, q, heads)
         accumulate(dw.v, dv, rows)
         if dw.bias_v is not None:
             dw.bias_v.add_(dv.sum((0, 1)))
@@ -209,36 +243,42 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
     if not pieces:
         return
 
-    dg = dd
-    if not to_z:
-        dd = split(dd[:, 0], heads)
-        if dw.out is not None:
-            dw.out.unflatten(1, (heads, -1)).add_((dd @ g.mT).sum(0).transpose(0, 1))
-        dg = w.out.unflatten(1, (heads, -1)).permute(1, 2, 0) @ dd
-    if dw.bias_a is not None:
-        dw.bias_a.add_(dg.sum((0, 3)).flatten())
-    dt = dg
-    if from_x:
-        if dw.a is not None:
-            dw.a.add_((dg @ split(t[:, 0], heads).mT).sum(0).flatten(0, 1))
-        dt = join(w.a.unflatten(0, (heads, -1)).mT @ dg)[:, None]
-    delta = (dt * t).sum(2, keepdim=True)
+    if not short:
+        dg = dd
+        if not to_z:
+            dd = split(dd[:, 0], heads)
+            if dw.out is not None:
+                dw.out.unflatten(1, (heads, -1)).add_((dd @ g.mT).sum(0).transpose(0, 1))
+            dg = w.out.unflatten(1, (heads, -1)).permute(1, 2, 0) @ dd
+        dt = dg
+        if from_x:
+            if dw.bias_a is not None:
+                dw.bias_a.add_(dg.sum((0, 3)).flatten())
+            if dw.a is not None:
+                dw.a.add_((dg @ split(t[:, 0], heads).mT).sum(0).flatten(0, 1))
+            dt = join(w.a.unflatten(0, (heads, -1)).mT @ dg)[:, None]
+        delta = (dt * t).sum(2, keepdim=True)
 
     k = options.gather_heads
     dgathered = dx if positions is None or dx is None else torch.zeros_like(gathered)
     for i, piece in enumerate(pieces):
         rows, (p, f) = gathered[:, piece], maps[i]
-        dt_, delta_ = (dt, delta) if share is None else (dt * share[i], delta * share[i])
-        db = join(split(rows if f is None else f, k) @ dt_).sub_(join(delta_)).mul_(p)
+        if short:
+            db = dp.sub_((dp * p).sum(1, keepdim=True)).mul_(p)
+        else:
+            dt_, delta_ = (dt, delta) if share is None else (dt * share[i], delta * share[i])
+            db = join(times(split(rows if f is None else f, k), dt_)).sub_(join(delta_)).mul_(p)
+            df = None if f is None else join(times(split(p, k), dt_.mT))
         accumulate(dw.b, db, rows)
-        df = None if f is None else join(split(p, k) @ dt_.mT)
         if df is not None:
             accumulate(dw.a, df, rows)
+            if dw.bias_a is not None:
+                dw.bias_a.add_(df.sum((0, 1)))
         if dgathered is None:
             continue
         add_product(dgathered[:, piece], db, w.b)
         if df is None:
-            dgathered[:, piece].baddbmm_(p, dt_[:, 0].mT)
+            add_product(dgathered[:, piece], p, dt_[:, 0].mT)
         else:
             add_product(dgathered[:, piece], df, w.a)
     if dgathered is not dx:

@@ -11,11 +11,9 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 PIECE = 2**20  # elements of x in a piece: it and its maps fit a last-level cache
-SMALL_SAMPLE = 2**17  # elements of x in a sample too small to be worked on alone
-FEW_POSITIONS = 256  # so few rows of one sample make slow products
+LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
+FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
 NARROW = 32  # maps so few that positions, not maps, are kept adjacent in memory
-# oneDNN's product, which torch.compile uses too: up to 1.3 times as fast as the BLAS of torch.mm.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def suits(tensors: list[Tensor]) -> bool:
@@ -40,25 +38,46 @@ def transformed() -> bool:
 
 
 def position_major(x: Tensor) -> Tensor:
-    """``(N, C, L)`` as ``(N, L, C)``, copied where products of it would be slow or copy it."""
+    """``(N, C, L)`` as ``(N, L, C)``, copied where products of x as it lies would be slow."""
     tokens = x.transpose(1, 2)
-    large = x.shape[2] >= FEW_POSITIONS and x.shape[1] * x.shape[2] >= SMALL_SAMPLE
-    return tokens if x.stride(1) == 1 or (large and x.stride(2) == 1) else tokens.contiguous()
+    long = x.shape[2] >= FEW_POSITIONS and x.stride(2) == 1
+    return tokens if x.stride(1) == 1 or long else dense(tokens)
 
 
-def empty_like(x: Tensor, channels: int) -> Tensor:
-    """``(N, L, channels)`` with the memory format of ``x (N, C, L)``."""
-    batch, _, length = x.shape
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return x.new_empty(batch, length, channels)
-    return x.new_empty(batch, channels, length).transpose(1, 2)
+def as_given(y: Tensor, x: Tensor) -> Tensor:
+    """``y (N, L, c)`` as ``(N, c, L)`` in the memory format of x."""
+    y = y.transpose(1, 2)
+    return y if x.stride(1) == 1 and x.stride(2) != 1 else dense(y)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x.contiguous()``; matrix by matrix, because only those are transposed block by block."""
+    if x.is_contiguous():
+        return x
+    y = x.new_empty(x.shape)
+    for to, given in zip(y, x, strict=True):
+        to.copy_(given)
+    return y
+
+
+def lying_as(x: Tensor, other: Tensor) -> Tensor:
+    """``x (g, l, c)`` with the memory order of ``other``."""
+    return dense(x) if other.stride(-1) == 1 else dense(x.mT).mT
+
+
+def empty_as(x: Tensor, channels: int) -> Tensor:
+    """``(g, l, channels)`` with the memory order of ``x (g, l, C)``."""
+    g, length, _ = x.shape
+    if x.stride(-1) == 1:
+        return x.new_empty(g, length, channels)
+    return x.new_empty(g, channels, length).mT
 
 
 def samples(tokens: Tensor, keep: Tensor | None) -> Iterator[slice]:
-    """Samples that are worked on together: a piece's worth, if their rows are those of a matrix."""
+    """Samples that are worked on together: a piece's worth, if they are dense in memory."""
     together = 1
-    if keep is None and tokens.is_contiguous():
-        together = max(1, PIECE // (tokens.shape[1] * tokens.shape[2]))
+    if keep is None and (tokens.is_contiguous() or tokens.mT.is_contiguous()):
+        together = max(1, _piece(tokens) // (tokens.shape[1] * tokens.shape[2]))
     return (slice(n, n + together) for n in range(0, len(tokens), together))
 
 
@@ -70,58 +89,85 @@ def kept_positions(keep: Tensor | None, sample: slice) -> Tensor | None:
 def split_positions(x: Tensor) -> list[slice]:
     """Equal pieces of the positions of ``x (g, L, C)``."""
     length = x.shape[1]
-    step = -(-length // max(1, -(-x.numel() // PIECE)))
+    step = -(-length // max(1, -(-x.numel() // _piece(x))))
     return [slice(start, start + step) for start in range(0, length, step)] if length else []
+
+
+def _piece(x: Tensor) -> int:
+    """Elements in a piece of ``x (g, L, C)``."""
+    return max(PIECE, LEAST_POSITIONS * x.shape[2])
 
 
 def split(x: Tensor, heads: int) -> Tensor:
     """``(g, l, heads·c)`` to ``(g, heads, l, c)``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unsqueeze(1) if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join(x: Tensor) -> Tensor:
     """``(g, heads, l, c)`` to ``(g, l, heads·c)``."""
-    return x.transpose(1, 2).flatten(2)
+    return x.squeeze(1) if x.shape[1] == 1 else x.transpose(1, 2).flatten(2)
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x @ matrix`` in the memory order of x."""
+    return x @ matrix if x.stride(-1) == 1 else (matrix.mT @ x.mT).mT
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x Wᵀ + bias`` for ``x (g, l, C)`` and ``weight (out, C)``."""
+    """``x Wᵀ + bias`` for ``x (g, l, C)`` and ``weight (out, C)``, in the memory order of x."""
+    if x.stride(-1) != 1:
+        shared = weight.expand(len(x), -1, -1)
+        if bias is None:
+            return (shared @ x.mT).mT
+        return torch.baddbmm(bias[:, None], shared, x.mT).mT
     rows = x.flatten(0, 1)
-    fast = ONEDNN and rows.dtype == torch.float32 and rows.is_contiguous()
-    linear = _onednn_linear if fast else torch.nn.functional.linear
     if len(weight) <= NARROW and len(x) == 1:
-        y = linear(weight, rows, None).T
+        y = torch.nn.functional.linear(weight, rows).T
         y = y if bias is None else y.add_(bias)
     else:
-        y = linear(rows, weight, bias)
+        y = torch.nn.functional.linear(rows, weight, bias)
     return y.unflatten(0, x.shape[:2])
 
 
-def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
 def add_product(total: Tensor, x: Tensor, matrix: Tensor) -> None:
-    """Adds ``x @ matrix`` to ``total (g, l, c)``, as one product where its rows allow it."""
-    if total.is_contiguous() or len(total) == 1:
+    """Adds ``x @ matrix`` to ``total (g, l, c)``; one matrix for all samples, or one for each."""
+    if matrix.dim() == 2 and (total.is_contiguous() or len(total) == 1):
         total.flatten(0, 1).addmm_(x.flatten(0, 1), matrix)
-    else:
+    elif total.stride(-1) == 1:
         total.baddbmm_(x, matrix.expand(len(x), -1, -1))
+    else:
+        total.mT.baddbmm_(matrix.mT.expand(len(x), -1, -1), x.mT)
 
 
 def accumulate(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
     """Adds ``gradᵀ x``, summed over samples and positions."""
-    if total is not None:
+    if total is None:
+        return
+    if x.is_contiguous() and grad.is_contiguous():
         total.addmm_(grad.flatten(0, 1).T, x.flatten(0, 1))
+        return
+    for here, rows in zip(grad, x, strict=True):
+        total.addmm_(here.T, rows)
 
 
 def softmax_(maps: Tensor, heads: int) -> None:
     """In place, over the maps of each head of ``(g, l, heads·n)``."""
-    apart = maps.unflatten(-1, (heads, -1))
-    if maps.is_contiguous() or heads > 1:
-        torch.softmax(apart, -1, out=apart)
-    else:
-        torch.softmax(maps.mT, 1, out=maps.mT)
+    apart, dim = _per_head(maps, heads)
+    torch.softmax(apart, dim, out=apart)
+
+
+def softmax_backward(grad: Tensor, maps: Tensor, heads: int) -> Tensor:
+    """The gradient of what ``softmax_`` was given; ``maps`` is what it made of that."""
+    (grad, dim), (apart, _) = _per_head(lying_as(grad, maps), heads), _per_head(maps, heads)
+    dense = torch._softmax_backward_data(grad, apart, dim, maps.dtype)
+    return dense.flatten(-2) if dim == 3 else dense.flatten(1, 2).mT
+
+
+def _per_head(maps: Tensor, heads: int) -> tuple[Tensor, int]:
+    """``(g, l, heads·n)`` as a dense tensor, and the axis of it that counts the maps of a head."""
+    if maps.stride(-1) == 1:
+        return maps.unflatten(-1, (heads, -1)), 3
+    return maps.mT.unflatten(1, (heads, -1)), 2
 
 
 def softmax_and_mass(logits: Tensor, alone: bool) -> tuple[Tensor, Tensor | None]:

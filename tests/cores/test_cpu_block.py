@@ -4,6 +4,8 @@ A few constants decide how samples and positions are cut up; setting them reache
 small tensors.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -22,10 +24,9 @@ EVERYTHING = {
 }  # fmt: skip
 WAYS = {
     "samples together": {},
-    "samples apart": {"FEW_POSITIONS": 1, "SMALL_SAMPLE": 1},
-    "pieces": {"FEW_POSITIONS": 1, "SMALL_SAMPLE": 1, "PIECE": 12 * C},
-    "wide maps": {"FEW_POSITIONS": 1, "SMALL_SAMPLE": 1, "NARROW": 1},
-    "library products": {"ONEDNN": False},
+    "samples apart": {"FEW_POSITIONS": 1},
+    "pieces": {"FEW_POSITIONS": 1, "PIECE": 12 * C, "LEAST_POSITIONS": 1},
+    "wide maps": {"FEW_POSITIONS": 1, "NARROW": 1},
 }
 
 
@@ -52,7 +53,8 @@ def calls(monkeypatch):
 
 def leaves(dtype, batch=3, channels_last=False, bias=True, reconstruct=True, positions=POSITIONS):
     """x and the weights, in the order of ``NAMES``; logits of deviation about 3."""
-    x = peaky(batch, 1, C, 35, dtype=dtype, deviation=1)[:, 0].reshape(batch, C, *positions)
+    length = math.prod(positions)
+    x = peaky(batch, 1, C, length, dtype=dtype, deviation=1)[:, 0].reshape(batch, C, *positions)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     found = [x]
@@ -77,12 +79,13 @@ def gradients(given, upstream=None, **options):
     return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
 
 
-def compare(given, upstream=None, order="auto", **options):
+def compare(given, upstream=None, order="auto", recompute="auto", **options):
     dtype = given[0].dtype
     wide = [None if z is None else z.detach().double().requires_grad_() for z in given]
     expected = gradients(wide, upstream, backend="eager", **options)
     own = gradients(given, upstream, backend="eager", **options)
-    actual = gradients(given, upstream, backend="torch", order=order, **options)
+    options |= {"backend": "torch", "order": order, "recompute": recompute}
+    actual = gradients(given, upstream, **options)
     for name, value in actual.items():
         check(value, expected[name], dtype, own[name], f"{order} {name}")
 
@@ -99,6 +102,21 @@ def test_matches_the_definition(order, heads, channels_last, dtype, way, calls):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert out.is_contiguous(memory_format=layout)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["one head", "every option"])
+def test_fewer_positions_than_maps(options, channels_last, recompute, way, monkeypatch):
+    products = []
+    original = cpu_block.Options.short
+    monkeypatch.setattr(
+        cpu_block.Options, "short", lambda *args: products.append(original(*args)) or products[-1]
+    )
+    given = leaves(torch.float32, channels_last=channels_last, positions=(2, 2))
+    compare(given, order="AZ", recompute=recompute, **options)
+    assert products
+    assert all(products)
 
 
 @pytest.mark.parametrize("order", ORDERS)
