@@ -48,15 +48,18 @@ def main(argv: Sequence[str] | None = None, table: Sequence[Workload] = WORKLOAD
         print(error, file=sys.stderr)
         return 2
     if options.where is None:
-        return run_here(options.out, chosen, QUICK if options.quick else DEFAULT)
+        return run_here(options.out, chosen, options.quick)
     if not torch.cuda.is_available():
         print("`python -m bench gpu` needs a CUDA GPU, and there is none here.", file=sys.stderr)
         return 2
     return run_gpu(options.out, chosen, Budget(options.budget))
 
 
-def run_here(out: Path, workloads: Sequence[Workload], effort: Effort) -> int:
-    """Eager against ours with eager launches, on the GPU if there is one, else on the CPU."""
+def run_here(out: Path, workloads: Sequence[Workload], quick: bool) -> int:
+    """Eager against ours with eager launches, on the GPU if there is one, else on the CPU.
+
+    On a CPU, where there is time to compile, against ``torch.compile`` of eager too.
+    """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -69,8 +72,12 @@ def run_here(out: Path, workloads: Sequence[Workload], effort: Effort) -> int:
         report.notes.append(CPU_NOTE)
         if (facts["load"] or 0) > facts["cpus"] / 2:
             report.notes.append(BUSY_NOTE.format(**facts))
-    bench = Bench(device, dtype, timer, effort, Budget(float("inf")))
-    bench.run(workloads, [providers.plain("triton" if on_gpu else "torch")], report.add)
+    bench = Bench(device, dtype, timer, QUICK if quick else DEFAULT, Budget(float("inf")))
+    if on_gpu:
+        sweep = providers.plain("triton")
+    else:
+        sweep = providers.plain("torch") if quick else providers.cpu_sweep()
+    bench.run(workloads, [sweep], report.add)
     print(report.finish(short=False))
     return 0
 

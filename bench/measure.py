@@ -140,7 +140,8 @@ class Bench:
         errors = problem.errors(closure())
         problem.show(problem.features)
         row.update(zip(("error", "error_gradient"), errors, strict=False))
-        allowed = problems.TOLERANCE[self.dtype]
+        # Eager's own sums over millions of positions lose digits; that does not make it wrong.
+        allowed = problems.TOLERANCE[self.dtype] * (2 if provider.baseline else 1)
         if not all(error <= allowed for error in errors):
             figures = " and ".join(f"{error:.1e}" for error in errors)
             row["status"] = f"disagrees: relative RMS {figures}, allowed {allowed:.0e}"
@@ -193,12 +194,23 @@ class Bench:
 
 
 def _compare(rows: list[Row], providers: Sequence[Provider]) -> None:
-    """Ratios to the fastest baseline of the group, which has the same launch mode."""
+    """Ratios to others of the group, which has one launch mode.
+
+    To the fastest baseline, to the baseline in the row's own memory format, and to the fastest
+    compiled baseline.
+    """
     timed = [(r, p) for r, p in zip(rows, providers, strict=True) if r["status"] == OK]
-    baselines = [row["median_ms"] for row, provider in timed if provider.baseline]
-    for row, _ in timed:
-        if baselines:
-            row["ratio_to_eager"] = min(baselines) / row["median_ms"]
+    for row, provider in timed:
+        references = {
+            "ratio_to_eager": [r for r, p in timed if p.baseline],
+            "ratio_same_format": [
+                r for r, p in timed if p.baseline and p.channels_last == provider.channels_last
+            ],
+            "ratio_to_compiled": [r for r, p in timed if p.compiled_baseline],
+        }
+        for name, others in references.items():
+            if others:
+                row[name] = min(other["median_ms"] for other in others) / row["median_ms"]
 
 
 def peak_bytes(closure: Closure, device: torch.device) -> int | None:

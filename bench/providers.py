@@ -7,6 +7,7 @@ parameters. It reads its problem's ``x`` in place on every call.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ Closure = Callable[[], tuple[Tensor, ...]]
 class Provider:
     """``launch``: whether each operation is launched on its own or all of them as a CUDA graph.
 
-    The fastest ``baseline`` of a launch mode is what ratios of that mode refer to. ``compiles``
-    says that the setup uses ``torch.compile``.
+    The fastest ``baseline`` of a launch mode is what ratios of that mode refer to, and the fastest
+    ``compiled_baseline``. ``compiles`` says that the setup uses ``torch.compile``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Provider:
     channels_last: bool = False
     baseline: bool = False
     compiles: bool = False
+    compiled_baseline: bool = False
 
 
 class EagerDoubleAttention(nn.Module):
@@ -137,15 +139,27 @@ def plain(backend: str, launch: str = EAGER) -> list[Provider]:
     ]
 
 
+def compiled(
+    make: Callable[[Problem], nn.Module], name: str, mode: str, launch: str = EAGER, **options: Any
+) -> Provider:
+    """A block through ``torch.compile``."""
+    setup = functools.partial(setup_block, make=make, compile_mode=mode)
+    label = f"compile {name}" + ("" if mode == "default" else " max-autotune")
+    label += " channels_last" if options.get("channels_last") else ""
+    baseline = make is eager_block
+    return Provider(label, setup, launch, compiles=True, compiled_baseline=baseline, **options)
+
+
+def cpu_sweep() -> list[Provider]:
+    """What is timed side by side on a CPU: eager, ours, and eager compiled."""
+    return plain("torch") + [
+        compiled(eager_block, "eager", "default", channels_last=last) for last in (False, True)
+    ]
+
+
 def gpu_sweeps() -> list[list[Provider]]:
     """Groups of providers that are timed side by side on a GPU, what needs no compilation first."""
     ours = functools.partial(our_block, backend="triton")
-
-    def compiled(make: Callable[[Problem], nn.Module], name: str, mode: str, launch: str):
-        setup = functools.partial(setup_block, make=make, compile_mode=mode)
-        label = f"compile {name}" + ("" if mode == "default" else " max-autotune")
-        return Provider(label, setup, launch, compiles=True)
-
     graph, eager = plain("triton", GRAPH), plain("triton", EAGER)
     return [
         graph,

@@ -26,13 +26,19 @@ from .problems import MODES
 COLUMNS = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "mode", "launch",
     "provider", "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions",
-    "ratio_to_eager", "error", "error_gradient", "peak_bytes",
+    "ratio_to_eager", "ratio_same_format", "ratio_to_compiled", "error", "error_gradient",
+    "peak_bytes",
 )  # fmt: skip
 SHOWN = {
     "workload": "workload", "n": "N", "mode": "mode", "launch": "launch", "provider": "provider",
     "median_ms": "median ms", "p20_ms": "p20", "p80_ms": "p80", "repetitions": "reps",
     "ratio_to_eager": "x eager",
 }  # fmt: skip
+RATIOS = {
+    "ratio_to_eager": "the better of eager NCHW and channels_last",
+    "ratio_same_format": "eager in the same memory format",
+    "ratio_to_compiled": "the best of torch.compile of eager",
+}
 CARD_FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
     "power.limit", "temperature.gpu",
@@ -66,7 +72,7 @@ class Report:
     def frame(self) -> pd.DataFrame:
         frame = pd.DataFrame(self.rows, columns=list(COLUMNS))
         if not self.with_ratios:
-            frame["ratio_to_eager"] = np.nan
+            frame[list(RATIOS)] = np.nan
         return frame
 
     def timed(self) -> pd.DataFrame:
@@ -110,20 +116,32 @@ class Report:
         """Ratios over all workloads, or without ratios the raw times."""
         if not self.with_ratios:
             return self.table()
-        frame = self.timed().query("not baseline").dropna(subset="ratio_to_eager")
-        if frame.empty:
-            return ""
-        lines = ["Times as fast as the better of eager NCHW and channels_last, same launch mode:"]
-        for key, group in frame.groupby(["launch", "mode", "provider"], sort=False):
-            ratios = group["ratio_to_eager"]
-            worst = group.loc[ratios.idxmin()]
-            mean = np.exp(np.log(ratios).mean())
-            lowest = f"{worst['ratio_to_eager']:.2f} ({worst['workload']})"
-            lines.append(
-                f"  {key[0]:5}  {key[1]:16}  {key[2]:28}  geometric mean {mean:.2f}, "
-                f"worst {lowest}, {len(ratios)} timed"
-            )
+        ours = self.timed().query("not baseline")
+        lines = []
+        for ratio, meaning in RATIOS.items():
+            frame = ours.dropna(subset=ratio)
+            if ratio == "ratio_to_compiled":
+                frame = frame[~frame["provider"].str.startswith("compile eager")]
+            if frame.empty:
+                continue
+            lines.append(f"Times as fast as {meaning}, same launch mode:")
+            for key, group in frame.groupby(["launch", "mode", "provider"], sort=False):
+                lines += self._ratios(key, group.set_index("workload")[ratio])
         return "\n".join(lines)
+
+    @staticmethod
+    def _ratios(key: tuple, ratios: pd.Series) -> list[str]:
+        """Geometric mean, worst, and the workloads that lose."""
+        losing = ratios[ratios < 1].sort_values()
+        lines = [
+            f"  {key[0]:5}  {key[1]:16}  {key[2]:28}  geometric mean "
+            f"{np.exp(np.log(ratios).mean()):.2f}, worst {ratios.min():.2f} "
+            f"({ratios.idxmin()}), {len(ratios)} timed"
+        ]
+        if len(losing):
+            named = ", ".join(f"{name} {ratio:.2f}" for name, ratio in losing.items())
+            lines.append(f"         slower on {named}")
+        return lines
 
     def noise(self) -> str:
         """A warning where timings vary too much for a ratio to mean anything."""

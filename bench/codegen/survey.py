@@ -6,6 +6,7 @@ prints a JSON object a line. Runs in a process of its own, without TRITON_INTERP
 without a GPU. Which kernels there are is found from the launches that calls make.
 
     core        tiles by features and maps, in each dtype and layout
+    all maps    the kernel that holds them, by maps: without and with a gradient, bias and mask
     fused       each block of the tile table: NCHW with all that the kernel can do beside, and
                 channels-last memory without; with ``--all`` also an odd number of positions
     workloads   what the named ones launch besides: several heads, maps that fill no block, and
@@ -26,6 +27,7 @@ from bench.workloads import WORKLOADS
 from da_triton import planner
 from da_triton.costs import Shape
 from da_triton.kernels import configs, fused_tiles
+from da_triton.planner import Route
 
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 # Features or maps: each side reaches a tile of its own in the tables of the core.
@@ -42,7 +44,7 @@ def survey(arch: str, everything: bool = False) -> Iterator[Row]:
     """Yields a description of every distinct compilation."""
     seen = set()
     with launches.on(arch):
-        found = [*_core(), *_fused(arch, everything)]
+        found = [*_core(), *_all_maps(arch), *_fused(arch, everything)]
         found += _workloads(arch, {launch.name for launch, *_ in found})
         for launch, variant, sizes in found:
             key = compiler.identity(launch, arch)
@@ -101,6 +103,19 @@ def _core() -> Iterator[Found]:
     for m, n, variant, batch in runs:
         for launch in launches.core(m, n, variant, batch):
             yield launch, variant, (0, m, n)
+
+
+def _all_maps(arch: str) -> Iterator[Found]:
+    """Launches of the kernel that holds all maps, with every tile of its table."""
+    route = Route("AZ", "split", "split", "split", "AZ", 64)
+    sizes = {n: torch.bfloat16 for key, _, n in configs.ALL_MAPS if key == arch}
+    runs = [(n, Variant(*layout, dtype)) for n, dtype in sizes.items() for layout in LAYOUTS]
+    runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
+    runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
+    for n, variant in runs:
+        for launch in launches.of_block((64, 64, n, n), route, variant):
+            if launch.name == "all_maps_kernel":
+                yield launch, variant, (0, n, n)
 
 
 def _fused(arch: str, everything: bool) -> Iterator[Found]:

@@ -40,10 +40,11 @@ def delta_kernel(
     """
     blocks = tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
-    nh = (pid // blocks).to(tl.int64)
-    h = nh % HEADS
+    h = pid // blocks % HEADS
+    n = (pid // blocks // HEADS).to(tl.int64)
+    nh = n * HEADS + h
     rows_n = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    dg_base = dg_ptr + nh // HEADS * stride_dg_n + h * stride_dg_h
+    dg_base = dg_ptr + n * stride_dg_n + h.to(tl.int64) * stride_dg_h
     base = nh * C_M * C_N
     acc: tl.constexpr = g_ptr.dtype.element_ty
     if HAS_MASK:

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +18,19 @@ def short(monkeypatch):
     monkeypatch.setattr(cli, "QUICK", Effort(0, 1, 1, seconds=0.0))
 
 
-def test_run_without_arguments(table, tmp_path, capsys):
+@pytest.fixture
+def without_compiling(monkeypatch):
+    """The sweep of a CPU with the compiled block replaced by the eager one."""
+
+    def sweep():
+        found = original()
+        return [dataclasses.replace(p, setup=found[0].setup) if p.compiles else p for p in found]
+
+    original = cli.providers.cpu_sweep
+    monkeypatch.setattr(cli.providers, "cpu_sweep", sweep)
+
+
+def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
     assert cli.main(["--out", str(tmp_path)], table) == 0
     frame = pd.read_csv(tmp_path / "results.csv")
     assert set(frame["workload"]) == {"tiny", "tiny_volume"}
@@ -27,8 +40,12 @@ def test_run_without_arguments(table, tmp_path, capsys):
         "eager channels_last",
         "torch",
         "torch channels_last",
+        "compile eager",
+        "compile eager channels_last",
     }
     assert (frame["status"] == OK).all()
+    ratios = ["ratio_to_eager", "ratio_same_format", "ratio_to_compiled"]
+    assert (frame[ratios] > 0).all().all()
     assert (frame["repetitions"] == 2).all()
     assert (frame["n"][frame["workload"] == "tiny"] == 2).all()
     printed = capsys.readouterr().out

@@ -158,6 +158,17 @@ def test_quantiles_and_ratio_to_the_faster_baseline(bench, tiny, eager, variant)
     group = [eager, variant("eager too", baseline=True), variant("ours")]
     rows = bench.measure(tiny, FORWARD, group)
     assert [row["ratio_to_eager"] for row in rows] == [0.5, 1.0, 2.5]
+    assert "ratio_to_compiled" not in rows[0]
+
+    bench.timer.order.clear()
+    group = [
+        eager,
+        variant("eager channels_last", baseline=True, channels_last=True),
+        variant("compiled", compiled_baseline=True),
+    ]
+    rows = bench.measure(tiny, FORWARD, group)
+    assert [row["ratio_same_format"] for row in rows] == [1.0, 1.0, 5.0]
+    assert [row["ratio_to_compiled"] for row in rows] == [0.2, 0.4, 1.0]
 
 
 def test_times_become_median_and_percentiles(bench, tiny, eager):

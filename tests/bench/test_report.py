@@ -46,6 +46,19 @@ def test_text_has_every_timing_and_the_mean(report):
     assert " 2.000 " not in report.finish(short=True)
 
 
+def test_other_ratios_and_the_workloads_that_lose(report):
+    report.add([
+        row("ours", mode="forward+backward", ratio_to_eager=0.5, ratio_same_format=2.0),
+        row("ours", mode="forward+backward", workload="big", ratio_to_eager=0.75),
+        row("compile eager", ratio_to_eager=1.5, ratio_to_compiled=1.0),
+    ])  # fmt: skip
+    text = report.finish(short=True)
+    assert "worst 0.50 (tiny), 2 timed\n         slower on tiny 0.50, big 0.75" in text
+    assert "eager in the same memory format, same launch mode:" in text
+    assert "geometric mean 2.00, worst 2.00 (tiny), 1 timed" in text
+    assert "torch.compile" not in text  # nothing of ours was compared with it
+
+
 def test_without_ratios_there_are_raw_times(report):
     report.with_ratios = False
     report.add([])
