@@ -242,7 +242,7 @@ def double_attention_block(
             out = eager.block(inputs, **weights, **options)
         else:
             unused = weights.pop("bias_b")
-            if unused is not None and unused.requires_grad and torch.is_grad_enabled():
+            if unused is not None and torch.is_grad_enabled():
                 weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
             out = core.block(inputs, weights, order=order, recompute=recompute, **options)
     return _positions_of(out, x)

@@ -185,6 +185,20 @@ def test_second_derivatives(order):
         check(ours, theirs, torch.float64, slack=100)  # fourth powers of the maps
 
 
+def test_bias_b_has_a_zero_gradient_under_vmap_too():
+    """As in an ensemble, whose parameters are stacked: none may be without a gradient."""
+    x = torch.randn(2, 6, 9)
+    shapes = ((4, 6), (3, 6), (3, 6), (6, 4))
+    wa, wb, wv, wo = (torch.randn(s) for s in shapes)
+    biases = torch.randn(5, 3, requires_grad=True)
+
+    def block(bias):
+        return double_attention_block(x, wa, None, wb, bias, wv, None, wo, None, backend="torch")
+
+    (grad,) = torch.autograd.grad(torch.vmap(block)(biases).sum(), biases)
+    assert torch.equal(grad, torch.zeros_like(biases))
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_autocast(residual):
     x, weights = features(torch.float32).requires_grad_(), parameters(torch.float32)

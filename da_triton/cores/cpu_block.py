@@ -1,9 +1,9 @@
 r"""The block on a CPU: one function with a gradient of its own, sample by sample, in pieces.
 
 Position-major throughout: x is ``(N, L, C)`` and what has c channels is ``(g, l, c)``, for g of the
-samples and a piece of l of their positions, both in x's own memory order: only views are
-transposed. k is ``heads`` where an order keeps heads apart (gather: A-, distribute: -Z) and 1 where
-one product serves all maps (X-, -H).
+samples and a piece of l of their positions, all in the memory order of x, or of a copy where x's
+own makes slow products: only views are transposed. k is ``heads`` where an order keeps heads apart
+(gather: A-, distribute: -Z) and 1 where one product serves all maps (X-, -H).
 
     P = softmax over L of x Wbᵀ       F = x Waᵀ + ba (A-) or x (X-)     T = Fᵀ P  (g, k, m or C, n)
     Q = softmax over n of x Wvᵀ + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G (-H)

@@ -158,9 +158,11 @@ def softmax_(maps: Tensor, heads: int) -> None:
 
 def softmax_backward(grad: Tensor, maps: Tensor, heads: int) -> Tensor:
     """The gradient of what ``softmax_`` was given; ``maps`` is what it made of that."""
-    (grad, dim), (apart, _) = _per_head(lying_as(grad, maps), heads), _per_head(maps, heads)
-    dense = torch._softmax_backward_data(grad, apart, dim, maps.dtype)
-    return dense.flatten(-2) if dim == 3 else dense.flatten(1, 2).mT
+    apart, dim = _per_head(maps, heads)
+    grad = lying_as(grad, maps)  # a single map lies in both orders: maps decide
+    grad = grad.unflatten(-1, (heads, -1)) if dim == 3 else grad.mT.unflatten(1, (heads, -1))
+    found = torch._softmax_backward_data(grad, apart, dim, maps.dtype)
+    return found.flatten(-2) if dim == 3 else found.flatten(1, 2).mT
 
 
 def _per_head(maps: Tensor, heads: int) -> tuple[Tensor, int]:

@@ -119,12 +119,12 @@ def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
         else:
             parts = project_gather.gather_from_a(x, w.a, w.b, keep, o.heads, o.logit_scale)
         _, h = descriptors.from_parts(parts, w, lse, g, **small)
-        return h if want_h else operands.prepare([w.v], g=g, **adding)[1], None
+        return h if want_h else operands.prepare(x, [w.v], g=g, **adding)[1], None
 
     weights = [] if from_x else [w.a]
     weights += [w.b, w.v] if with_v else [w.b]
-    stacked, _ = operands.prepare(weights, **adding)
-    maps = products.split_product(x, stacked, [len(weight) for weight in weights], o.heads)
+    matrices, _ = operands.prepare(x, weights, **adding)
+    maps = products.project_maps(x, matrices, [len(weight) for weight in weights], o.heads)
     v = maps.pop() if with_v else None
     source = shared(x, o.heads) if from_x else maps[0], maps[-1], keep
     if (from_x or want_h) and products.fit(w, o.heads):

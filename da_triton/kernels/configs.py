@@ -81,9 +81,8 @@ BLOCKED = {
 # (architecture, kernel, BLOCK_M, BLOCK_N) -> (BLOCK_L, warps, stages), half precision: where the
 # rule gives a tile that spills or does not fit this architecture's shared memory.
 EXCEPTIONS = {
+    ("sm_90", "gather", 128, 32): (64, 8, 2),
     ("sm_89", "descriptor_gradient", 128, 128): (32, 8, 2),
-    ("sm_100", "mix", 128, 32): (64, 4, 3),
-    ("sm_100", "map_gradient", 64, 32): (64, 8, 3),
     ("sm_80", "gather", 32, 32): (64, 4, 3),
     ("sm_89", "gather", 32, 32): (64, 4, 3),
     ("sm_89", "gather_backward", 128, 128): (32, 8, 2),

@@ -2,9 +2,10 @@ r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, for
 
     dQ = scale · Gᵀ dZ      r = Σ_n Q∘dQ      dV = s · Q∘(dQ − r)      dG = scale · dZ Qᵀ
 
-Q is recomputed from V, never written. Where G fits one tile, a program owns positions with all maps
-and features: each element of V, Z, dZ and dV is read or written once, and the program's part of dG
-is summed in registers, then added to the others' in a fixed order. Elsewhere see ``tiled``.
+Q is recomputed from V. Where G fits one tile, a program owns positions with all maps and features:
+each element of V, Z, dZ and dV is read or written once, and the program's part of dG is summed in
+registers, then added to the others' in a fixed order. Elsewhere see ``all_maps`` (backward then
+writes Q once, for dG), and for more maps than that holds ``tiled``.
 
 Tensors are ``(N, heads, channels, positions)`` in any strides.
 """
@@ -199,13 +200,17 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     if batch == 0 or not (need_g or need_v):
         shape = batch, heads, g.shape[2], c_n
         return g.new_zeros(shape, dtype=launch.accumulator(v.dtype)) if need_g else None, dv
+    scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if configs.one_tile(v, g.shape[2], c_n):
-        parts = _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g)
+        parts = _backward_in_one(dz, g, v, dv, need_g, **scalars)
+    elif all_maps.fits(v, c_n):
+        q = launch.empty_map_like(v) if need_g else None
+        # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
+        made = launch.empty_map_like(v) if dv is None else dv
+        all_maps.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
+        parts = tiled.descriptor_gradient(dz, q, scale, 1.0, None) if need_g else None
     else:
-        q = launch.empty_map_like(v) if all_maps.fits(v, c_n) else None
-        parts = _backward_in_blocks(
-            dz, g, v, None, dv, None, q, scale, softmax, logit_scale, need_g
-        )
+        parts = _backward_in_blocks(dz, g, v, dv, need_g, **scalars)
     return (launch.add_parts(parts, g.shape) if need_g else None), dv
 
 
@@ -213,16 +218,19 @@ def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     """Writes dV, and Z unless None; returns parts of dG, ``(N, heads, slots, m, n)``.
 
     ``g``: perhaps rounded to the dtype of v. ``bias``: to be added to v, or None. ``q``: a place
-    for Q, like v.
+    for Q, like v; what is there afterwards is not said.
     """
-    if not all_maps.fits(v, v.shape[2]):
-        v, bias = with_bias(v, bias), None
+    scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
+    if all_maps.fits(v, v.shape[2]):
+        all_maps.distribute_backward(dz, g.to(v.dtype), v, bias, dv, z, q, **scalars)
+        parts = tiled.descriptor_gradient(dz, q, scale, 1.0, None)
+    else:
+        v = with_bias(v, bias)
         if z is not None:
             z.copy_(distribute_forward(g, v, scale, softmax, logit_scale))
-    if all_maps.fits(v, v.shape[2]) or not configs.one_tile(v, *g.shape[2:]):
-        parts = _backward_in_blocks(dz, g, v, bias, dv, z, q, scale, softmax, logit_scale, True)
-    else:
-        parts = _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, True)
+        in_one = configs.one_tile(v, *g.shape[2:])
+        backward = _backward_in_one if in_one else _backward_in_blocks
+        parts = backward(dz, g, v, dv, True, **scalars)
     return parts.unflatten(0, v.shape[:2])
 
 
@@ -231,7 +239,7 @@ def with_bias(v, bias):
     return v if bias is None else v + bias.view(v.shape[1], v.shape[2], 1)
 
 
-def _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g):
+def _backward_in_one(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     """Writes dV unless None; parts of dG, if needed, where one program holds all of it."""
     batch, heads, c_n, length = v.shape
     c_m = g.shape[2]
@@ -255,17 +263,9 @@ def _backward_in_one(dz, g, v, dv, scale, softmax, logit_scale, need_g):
     return partial
 
 
-def _backward_in_blocks(dz, g, v, bias, dv, z, q, scale, softmax, logit_scale, need_g):
-    """The same where it does not. ``q``: where there is one, all maps of a position are at hand.
-
-    dV is then made even if it is not needed: what is needed is the same bit for bit.
-    """
+def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
+    """The same where no program holds all of G, nor all maps of its positions."""
     scalars = {"scale": scale, "logit_scale": logit_scale}
-    if q is not None and all_maps.fits(v, v.shape[2]):
-        g = g.to(v.dtype)
-        dv = launch.empty_map_like(v) if dv is None else dv
-        all_maps.distribute_backward(dz, g, v, bias, dv, z, q, softmax=softmax, **scalars)
-        return tiled.descriptor_gradient(dz, q, scale, 1.0, None) if need_g else None
     lse = tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:
         r = tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None

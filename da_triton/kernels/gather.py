@@ -12,7 +12,8 @@ the softmax's correction needs no pass over positions):
     dA = dG P            dB = s · P∘(dGᵀ A − δ)
 
 Neither has a sum over positions. Where dG fits one tile a program owns positions with all maps and
-features, and reads and writes each element of A, B, dA and dB once; elsewhere see ``tiled``.
+features, and reads and writes each element of A, B, dA and dB once; elsewhere see ``all_maps``, and
+for more maps than that holds ``tiled``.
 
 Tensors are ``(N, heads, channels, positions)`` in any strides.
 """

@@ -85,39 +85,47 @@ def operands_kernel(
         store_map(start_base, rows, cols, C, L, stride_start_c * ALIGN, stride_start_l, y)
 
 
-def prepare(weights, *, g=None, x=None, bias=None, start=None):
-    """``(stacked, rounded)``, and x + bias in ``start`` where that is given.
+def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
+    """``(matrices, rounded)``, and x + bias in ``start`` where that is given.
 
-    ``weights``: up to three contiguous ``(rows, C)``; a single one is not copied. ``g``: contiguous
-    or None; it is not copied if it has the weights' dtype. ``x``, ``bias``: None adds nothing.
+    ``like``: X, ``(N, C, L)``. ``weights``: up to three contiguous ``(rows, C)``. The matrices are
+    all of them stacked, or, where maps of X would lie askew side by side, the weights themselves.
+    ``g``: contiguous or None; it is not copied if it has the weights' dtype. ``x``, ``bias``: None
+    adds nothing.
     """
-    like = weights[0]
-    stacked = like
-    if len(weights) > 1:
-        stacked = like.new_empty((sum(map(len, weights)), like.shape[1]))
-    rounded = g if g is None or g.dtype == like.dtype else g.new_empty(g.shape, dtype=like.dtype)
-    sizes = [w.numel() for w in weights] if stacked is not like else []
+    w = weights[0]
+    together = len(weights) > 1 and _side_by_side(like, [len(weight) for weight in weights])
+    stacked = w.new_empty((sum(map(len, weights)), w.shape[1])) if together else w
+    rounded = g if g is None or g.dtype == w.dtype else g.new_empty(g.shape, dtype=w.dtype)
+    sizes = [weight.numel() for weight in weights] if together else []
     sizes += [0] * (3 - len(sizes))
     sizes.append(0 if rounded is g else g.numel())
     programs = sum(triton.cdiv(size, BLOCK) for size in sizes)
-    map_ = like[None] if start is None else start
+    map_ = like if start is None else start
     x_ = map_ if x is None else x
     align = launch.alignment(map_, x_)
     batch, channels, length = map_.shape
     if start is not None:
         programs += batch * triton.cdiv(channels, BLOCK_C) * triton.cdiv(length, BLOCK_L)
     if programs:
-        first, second, third = (*weights, like, like)[:3]
-        with launch.device_of(like):
+        first, second, third = (*weights, w, w)[:3]
+        with launch.device_of(w):
             operands_kernel[(programs,)](
                 first, second, third, stacked,
-                *((like, like) if rounded is g else (g, rounded)),
-                x_, like if bias is None else bias, map_,
+                *((w, w) if rounded is g else (g, rounded)), x_, w if bias is None else bias, map_,
                 *sizes, channels, length // align,
                 *launch.strides(x_, align), *launch.strides(map_, align),
                 START=start is not None, HAS_X=x is not None, HAS_BIAS=bias is not None,
-                ALIGN=align, ACC=launch.TRITON_DTYPE[launch.accumulator(like.dtype)],
-                BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8,
-                enable_fp_fusion=True,
+                ALIGN=align, ACC=launch.TRITON_DTYPE[launch.accumulator(w.dtype)],
+                BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
-    return stacked, rounded
+    return [stacked] if together else weights, rounded
+
+
+def _side_by_side(x, rows):
+    """Whether maps of so many rows, side by side in one tensor like x, can be loaded as wide.
+
+    An odd number of positions in NCHW is loaded element by element anyway.
+    """
+    step = 1 if x.stride(1) == 1 and x.stride(2) != 1 else x.shape[2]
+    return all(r * step * x.element_size() % 16 == 0 for r in rows) or step % 2 == 1 < step

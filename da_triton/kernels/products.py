@@ -4,10 +4,13 @@ from ..projection import project
 from . import configs, descriptors
 
 
-def split_product(x, stacked, rows, heads):
-    """``stacked X`` in one product, cut into maps of so many ``rows``, each by head; no bias."""
-    y = project(x, stacked[: sum(rows)], None)
-    return [by_head(z, heads) for z in y.split(rows, 1)]
+def project_maps(x, matrices, rows, heads):
+    """Maps of so many ``rows``, each by head and without bias, from what ``operands`` prepared."""
+    if len(matrices) == 1:
+        maps = project(x, matrices[0][: sum(rows)], None).split(rows, 1)
+    else:
+        maps = [project(x, matrix, None) for matrix in matrices[: len(rows)]]
+    return [by_head(y, heads) for y in maps]
 
 
 def by_head(y, heads):
@@ -32,4 +35,4 @@ def reconstructing(g, w, heads, scale):
         return descriptors.reconstructing(g, w, heads=heads, scale=scale)
     per_head = w.out.unflatten(1, (heads, -1)).transpose(0, 1).to(g.dtype)
     h = scale * (per_head @ g)  # (N, heads, C', n)
-    return h.transpose(1, 2).flatten(2).to(w.a.dtype)
+    return h.transpose(1, 2).flatten(2).to(w.a.dtype).contiguous()

@@ -26,23 +26,25 @@ def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
     from_x, to_z = route.backward_order[0] == "X", route.backward_order[1] == "Z"
     weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
     rows = [len(weight) for weight in weights]
-    stacked, rounded = operands.prepare(weights, g=g)
+    matrices, rounded = operands.prepare(x, weights, g=g)
     if v is None:
-        *a, b, v = products.split_product(x, stacked, rows, o.heads)
+        *a, b, v = products.project_maps(x, matrices, rows, o.heads)
         bias_v = w.bias_v
     else:
-        *a, b = products.split_product(x, stacked, rows[:-1], o.heads)
+        *a, b = products.project_maps(x, matrices, rows[:-1], o.heads)
         v, bias_v = by_head(v, o.heads), None
-    grads = launch.empty_rows_like(x, sum(rows))
-    *da, db, dv = (by_head(t, o.heads) for t in grads.split(rows, 1))
+    runs = [rows] if len(matrices) == 1 else [[r] for r in rows]
+    grads = [launch.empty_rows_like(x, sum(run)) for run in runs]
+    pieces = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
+    *da, db, dv = (by_head(t, o.heads) for t in pieces)
 
     # dV, and in the place of dB, until that is made, Q.
     through = _through_z if to_z else _through_h
     parts, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o)
 
-    skip = dout if o.residual else None
+    dx = dout if o.residual and need_x else None
     if from_x:
-        skip, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, skip, need_x)
+        dx, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, dx, need_x)
     else:
         (a,), (da,), bias_a = a, da, w.bias_a
         if route.gather == "fused" and route.order[0] == "X":
@@ -52,9 +54,15 @@ def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
         masked = None if keep is None else lse
         dg, correction = delta.rounded_and_delta(parts, g, x.dtype, bias=bias_a, lse=masked)
         core_gather.backward(dg, correction, a, b, keep, lse, da, db, o.logit_scale)
-    dx = project(grads, stacked.t(), None, add=skip) if need_x else None
-    del stacked, a, b, v, parts  # before the parts of the weights' gradients
-    found = weight_gradients.products(grads, x, *rows)
+    if need_x:
+        for grad, matrix in zip(grads, matrices, strict=True):
+            dx = project(grad, matrix.t(), None, add=dx)
+    del matrices, rounded, a, b, v, parts  # before the parts of the weights' gradients
+    found = [
+        gradient
+        for grad, run in zip(grads, runs, strict=True)
+        for gradient in weight_gradients.products(grad, x, *run)
+    ]
     if not from_x:
         dwa, dba = found.pop(0)
     (dwb, _), (dwv, dbv) = found
@@ -92,8 +100,8 @@ def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o):
     return (o.scale * (per_head.mT @ dh))[:, :, None], dwo, dbo
 
 
-def _into_x(parts, x, b, keep, lse, w, db, o, skip, need_x):
-    """``skip`` and the gather's part of dX, or None; dWa and dba; writes dB."""
+def _into_x(parts, x, b, keep, lse, w, db, o, dx, need_x):
+    """``dx`` with the gather's part of it, or None; dWa and dba; writes dB."""
     dg = parts.sum(2)
     if keep is not None:
         dg = dg.masked_fill((lse == torch.inf).view(dg.shape[0], o.heads, 1, -1), 0)
@@ -102,9 +110,9 @@ def _into_x(parts, x, b, keep, lse, w, db, o, skip, need_x):
     dwa, dba = (dg @ m.mT).sum(0).flatten(0, 1), dg.sum((0, 3)).flatten()
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
     dm, correction = delta.rounded_and_delta(dm[:, :, None], m, x.dtype)
-    dx = launch.empty_map_like(copies) if need_x else None
-    core_gather.backward(dm, correction, copies, b, keep, lse, dx, db, o.logit_scale)
+    through_m = launch.empty_map_like(copies) if need_x else None
+    core_gather.backward(dm, correction, copies, b, keep, lse, through_m, db, o.logit_scale)
     if need_x:
-        dx = dx.squeeze(1) if o.heads == 1 else dx.sum(1)
-        skip = dx if skip is None else dx + skip
-    return skip, dwa.to(x.dtype), dba.to(x.dtype)
+        through_m = through_m.squeeze(1) if o.heads == 1 else through_m.sum(1)
+        dx = through_m if dx is None else through_m.add_(dx)
+    return dx, dwa.to(x.dtype), dba.to(x.dtype)

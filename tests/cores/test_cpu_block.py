@@ -119,6 +119,18 @@ def test_fewer_positions_than_maps(options, channels_last, recompute, way, monke
     assert all(products)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("heads", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_map_a_head(order, heads, batch, channels_last, way, calls):
+    """It lies in both memory orders at once."""
+    given = leaves(torch.float64, batch, channels_last)
+    for i in (3, 4, 5, 6):
+        given[i] = given[i][:heads].detach().requires_grad_()
+    compare(given, order=order, heads=heads)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_option_at_once(order, way):
     mask = torch.rand(3, *POSITIONS) > 0.4

@@ -18,6 +18,9 @@ ROUTES = {
     "fused_gather": Route("XZ", "fused", "split", "split", "AH", 2),
     "fused_gather_a": Route("AZ", "fused", "split", "split", "AZ", 2),
     "fused_distribute": Route("AH", "split", "fused", "split", "XH", 2),
+    "fused_gather_h": Route("XH", "fused", "split", "split", "XH", 2),
+    "fused_gather_a_h": Route("AH", "fused", "split", "split", "AH", 2),
+    "fused_distribute_x": Route("XH", "split", "fused", "fused", "XH", 2),
     **{f"split_{o}": Route(o, "split", "split", "split", o, 2) for o in ("AZ", "XZ", "AH", "XH")},
 }
 # heads, C, c_m, c_n, L, masked, softmax of V, V kept
@@ -26,6 +29,7 @@ CASES = {
     "odd": (2, 40, 24, 12, 49, True, True, True),
     "no_softmax": (4, 64, 32, 32, 96, False, False, False),
     "wide": (1, 160, 48, 20, 80, False, True, True),
+    "a_map_a_head": (2, 40, 16, 2, 50, True, True, False),
     "many_maps": (3, 64, 24, 390, 66, True, True, True),  # too many to hold all channels beside
 }
 NAMES = ("out", "x", "a", "bias_a", "b", "v", "bias_v", "out_weight", "bias_out")
@@ -93,16 +97,25 @@ def compare(route, case, dtype, channels_last):
         check(ours, truth, dtype, theirs, what, limit)
 
 
+MIXED = ("fused_gather_h", "fused_gather_a_h", "fused_distribute_x")  # pairs of the others' parts
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [r for r in ROUTES if r not in MIXED])
 def test_matches_the_definition(route, case, channels_last):
+    compare(route, case, torch.float32, channels_last)
+
+
+@pytest.mark.parametrize(("case", "channels_last"), [("odd", True), ("wide", False)])
+@pytest.mark.parametrize("route", MIXED)
+def test_mixed_routes(route, case, channels_last):
     compare(route, case, torch.float32, channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("case", "channels_last"), [("plain", False), ("odd", True)])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [r for r in ROUTES if r not in MIXED])
 def test_dtypes(route, case, channels_last, dtype):
     compare(route, case, dtype, channels_last)
 
@@ -143,7 +156,7 @@ def test_masked_positions_may_hold_anything_and_nan_stays_in_its_sample(route):
     assert torch.equal(dx_again[0], dx[0])
 
 
-@pytest.mark.parametrize("route", ["fused_xh", "split_AZ"])
+@pytest.mark.parametrize("route", ["fused_xh", "split_AZ", "split_XH"])
 @pytest.mark.parametrize("kind", ["stride 0", "channels last", "narrow"])
 def test_upstream_gradients_in_any_strides(route, kind):
     x, w, keep, upstream = inputs("odd", torch.float32, False)
@@ -156,3 +169,36 @@ def test_upstream_gradients_in_any_strides(route, kind):
     dense = run(ROUTES[route], "odd", x, w, keep, upstream.contiguous())
     for ours, expected in zip(run(ROUTES[route], "odd", x, w, keep, upstream), dense, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias_out", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("reconstruct", [False, True])
+@pytest.mark.parametrize("route", ["split_AZ", "split_XZ", "fused_gather_a"])
+def test_endings_of_the_split_route(route, reconstruct, residual, bias_out):
+    """With and without the last convolution, its bias, and X; no gradient of X asked for."""
+    x, w, _, upstream = inputs("plain", torch.float32, False)
+    x, upstream = x[:, :32], upstream[:, :32]  # as many channels as c_m
+    a, b, v, out = (y[:, :32] for y in (w.a, w.b, w.v, w.out[:32]))
+    out, bias = (out, w.bias_out[:32]) if reconstruct else (None, None)
+    bias = bias if bias_out else None
+    w = block.Weights(*(y.contiguous() for y in (a, w.bias_a, b, v, w.bias_v)), out, bias)
+    if out is not None:
+        w = w._replace(out=out.contiguous())
+    o = block.Options(1, 1.0, 1.0, 1.0, True, residual)
+    found, lse, g, _ = block.forward(x, w, None, o, ROUTES[route], False)
+    grads = block.backward(upstream, x, w, None, lse, g, None, o, ROUTES[route], False)
+    assert grads.x is None
+
+    leaves = [None if y is None else y.double().requires_grad_() for y in (x, *w)]
+    wide, a, bias_a, b, v, bias_v, out, bias = leaves
+    truth = eager.block(
+        wide, a, bias_a, b, None, v, bias_v, out, bias, heads=1, logit_scale=1.0,
+        logit_scale_v=1.0, scale=1.0, softmax_v=True, residual=wide if residual else None,
+        keep=None,
+    )  # fmt: skip
+    check(found, truth.detach(), torch.float32, what="out")
+    pairs = [(y, leaf) for y, leaf in zip(grads[1:], leaves[1:], strict=True) if leaf is not None]
+    expected = torch.autograd.grad(truth, [leaf for _, leaf in pairs], upstream.double())
+    for (ours, _), other in zip(pairs, expected, strict=True):
+        check(ours, other, torch.float32, slack=2)

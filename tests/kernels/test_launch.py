@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from da_triton.kernels import configs, launch
+from da_triton.kernels import configs, launch, operands
 
 
 def maps(length, channels=32, rows=None):
@@ -83,3 +83,31 @@ def test_architectures(capability, arch, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert configs.architecture.__wrapped__(torch.device("cuda")) == "gfx942"
     assert configs.architecture(torch.device("cpu")) == "sm_90"
+
+
+def test_tiles_with_all_maps_come_in_pairs_for_every_architecture():
+    """Forward and backward up to 512 maps: where one is missing, the other is never asked for."""
+    expected = {
+        (arch, gradient, maps)
+        for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+        for gradient in (False, True)
+        for maps in (32, 64, 128, 256, 512)
+    }
+    assert set(configs.ALL_MAPS) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "channels_last", "expected"),
+    [
+        ([64, 24, 24], 196, False, True),
+        ([64, 19, 19], 196, False, False),  # the second map of 19 would begin at 8 bytes
+        ([64, 20, 20], 196, False, True),
+        ([64, 19, 19], 49, False, True),  # rows of 49 are never wide
+        ([64, 24, 24], 49, True, True),
+        ([64, 20, 20], 196, True, False),
+    ],
+)
+def test_maps_share_a_tensor_only_where_their_rows_stay_wide(rows, length, channels_last, expected):
+    x = torch.empty(2, 32, length, dtype=torch.bfloat16)
+    x = x.mT.contiguous().mT if channels_last else x
+    assert operands._side_by_side(x, rows) == expected
