@@ -193,7 +193,8 @@ def test_bias_b_has_a_zero_gradient_under_vmap_too():
     biases = torch.randn(5, 3, requires_grad=True)
 
     def block(bias):
-        return double_attention_block(x, wa, None, wb, bias, wv, None, wo, None, backend="torch")
+        weights = (wa, None, wb, bias, wv, None, wo, None)
+        return da_triton.double_attention_block(x, *weights, backend="torch")
 
     (grad,) = torch.autograd.grad(torch.vmap(block)(biases).sum(), biases)
     assert torch.equal(grad, torch.zeros_like(biases))
