@@ -167,10 +167,13 @@ def distribute_steps(
     return steps
 
 
-def fused_backward_steps(s: Shape, splits: int, block_l: int, blocks: int = 1) -> list[Step]:
+def fused_backward_steps(
+    s: Shape, splits: int, block_l: int, blocks: int = 1, kept_v: bool = False
+) -> list[Step]:
     """In order XH: pass 1 again, then two passes over X and dO, then the weights.
 
     ``block_l``: positions in a tile of the second of those passes. ``blocks``: of maps in pass 1.
+    ``kept_v``: V is read instead of projected from X.
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
     small = c * s.c_m * k // s.heads
@@ -178,7 +181,12 @@ def fused_backward_steps(s: Shape, splits: int, block_l: int, blocks: int = 1) -
     return [
         Step("gather from X", False, 2 * length * c * k, c * length, 0, 1, blocks * c * length),
         Step("descriptors", False, 2 * small, 0, parts + 2 * k * c),
-        Step("dV and dH", False, length * k * (c + 2 * out), (c + out + k) * length),
+        Step(
+            "dV and dH",
+            False,
+            length * k * ((0 if kept_v else c) + 2 * out),
+            ((k if kept_v else c) + out + k) * length,
+        ),
         Step("descriptors, backward", False, 2 * small, 0, parts + 2 * k * c),
         Step(
             "dB and dX",
@@ -202,7 +210,7 @@ def fused_backward_steps(s: Shape, splits: int, block_l: int, blocks: int = 1) -
     ]
 
 
-def split_backward_steps(s: Shape, order: str, core: Core) -> list[Step]:
+def split_backward_steps(s: Shape, order: str, core: Core, kept_v: bool = False) -> list[Step]:
     """Library products around the core's backward kernels.
 
     Where a program holds neither all of G nor all maps of its positions, blocks of maps read the
@@ -211,7 +219,8 @@ def split_backward_steps(s: Shape, order: str, core: Core) -> list[Step]:
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
     product, small = length * m * k // s.heads, c * m * k // s.heads
     rows = 2 * k + (m if order[0] == "A" else 0)
-    steps = [_operands(s, rows), Step("project", True, length * c * rows, (c + rows) * length)]
+    made = rows - k if kept_v else rows
+    steps = [_operands(s, rows), Step("project", True, length * c * made, (c + made) * length)]
 
     def asked(elements: int, features: int) -> int:
         if not core.all_maps_backward:

@@ -196,10 +196,15 @@ def floor(s: Shape) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def options(s: Shape, limits: Limits, order: str = "auto") -> tuple[Option, ...]:
-    """Every route that the kernels can take, the one with the least modelled step time first."""
+def options(
+    s: Shape, limits: Limits, order: str = "auto", kept_v: bool = False
+) -> tuple[Option, ...]:
+    """Every route that the kernels can take, the one with the least modelled forward time first.
+
+    ``kept_v``: backward finds V, and does not project it again.
+    """
     orders = ORDERS if s.reconstruct else ORDERS[:2]
-    backward = _backwards(s, limits, orders)
+    backward = _backwards(s, limits, orders, kept_v)
     found = []
     for name in orders if order == "auto" else (order,):
         pass_1 = limits.gather_from_x if name[0] == "X" else limits.gather_from_a
@@ -221,18 +226,17 @@ def options(s: Shape, limits: Limits, order: str = "auto") -> tuple[Option, ...]
     return tuple(sorted(found, key=lambda option: option.seconds))
 
 
-def _backwards(s: Shape, limits: Limits, orders) -> tuple[str, str, tuple[Step, ...], float]:
+def _backwards(
+    s: Shape, limits: Limits, orders, kept_v: bool
+) -> tuple[str, str, tuple[Step, ...], float]:
     """The backward pass with the least modelled time, whatever the forward pass was."""
     splits = max(1, limits.processors // max(1, s.batch))
-    candidates = [("split", o, tuple(split_backward_steps(s, o, limits.core))) for o in orders]
+    candidates = [
+        ("split", o, tuple(split_backward_steps(s, o, limits.core, kept_v))) for o in orders
+    ]
     if limits.backward:
-        candidates.append(
-            (
-                "fused",
-                "XH",
-                tuple(fused_backward_steps(s, splits, limits.backward, limits.map_blocks)),
-            )
-        )
+        sizes = splits, limits.backward, limits.map_blocks, kept_v
+        candidates.append(("fused", "XH", tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])
 
@@ -379,6 +383,6 @@ def plan(
         name = torch.cuda.get_device_name(device)
         arch, processors = configs.architecture(device), launch.processors(device)
     limits = configs.limits(s, channels if reconstruct else c_m, arch, processors)
-    chosen, *others = options(s, limits, order)
     keep = keeps_v(channels, c_m, c_n, heads, recompute)
+    chosen, *others = options(s, limits, order, keep)
     return Plan(s, name, chosen, tuple(others), keep, floor(s))

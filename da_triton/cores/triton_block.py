@@ -61,7 +61,7 @@ def block_op(
     options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     if x.shape[0] == 0:
         return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
-    route = _route(x, weights, heads, order)
+    route = _route(x, weights, heads, order, keep_v)
     out, lse, g, v = kernels.forward(x, weights, _bytes(keep), options, route, keep_v)
     return _in_format_of(x, out), lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
 
@@ -115,8 +115,8 @@ def block_backward_op(
     if x.shape[0] == 0:
         return [x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs]
     options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
-    route = _route(x, weights, heads, order)
     v_ = v if v.dim() == 3 else None
+    route = _route(x, weights, heads, order, v_ is not None)
     found = kernels.backward(dout, x, weights, _bytes(keep), lse, g, v_, options, route, need_x)
     grads = [x.new_empty(0) if t is None else y for t, y in zip(inputs, found, strict=True)]
     if need_x:
@@ -208,14 +208,14 @@ def _in_format_of(x, y):
     return y.contiguous()
 
 
-def _route(x, weights, heads, order):
+def _route(x, weights, heads, order, kept_v):
     c_out = x.shape[1] if weights.out is None else weights.out.shape[0]
     shape = Shape(
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
     device = configs.architecture(x.device), launch.processors(x.device)
-    return planner.options(shape, configs.limits(shape, c_out, *device), order)[0].route
+    return planner.options(shape, configs.limits(shape, c_out, *device), order, kept_v)[0].route
 
 
 @register_flop_formula(torch.ops.da_triton.block)

@@ -82,6 +82,7 @@ BLOCKED = {
 # rule gives a tile that spills or does not fit this architecture's shared memory.
 EXCEPTIONS = {
     ("sm_90", "gather", 128, 32): (64, 8, 2),
+    ("sm_80", "gather", 32, 64): (64, 8, 3),
     ("sm_89", "descriptor_gradient", 128, 128): (32, 8, 2),
     ("sm_80", "gather", 32, 32): (64, 4, 3),
     ("sm_89", "gather", 32, 32): (64, 4, 3),
@@ -299,7 +300,9 @@ def _tile(kernel, itemsize, m, n, arch):
     family = FAMILY.get(arch, arch)
     if kernel == "position_lse":
         return Tile(16, min(n, 32), 64, 4, 1, 8)
-    if kernel in ("gather_combine", "delta"):
+    if kernel == "delta":
+        return Tile(16, 32, 16, 4, 1, 8)
+    if kernel == "gather_combine":
         return Tile(min(m, 32), min(n, 64), 16, 4, 1, 8)
     if kernel in WHOLE[family]:
         by_area = WHOLE[family][kernel]

@@ -24,6 +24,7 @@ class Traffic:
     load_bytes: int = 0
     store_bytes: int = 0
     load_sectors: int = 0
+    distinct_bytes: int = 0  # of sectors that were loaded or stored at least once
     dot_flop: int = 0
     atomics: int = 0
 
@@ -37,20 +38,28 @@ def count():
     launches: list[Traffic] = []
     builder, executor = ti.InterpreterBuilder, ti.GridExecutor
     current = None
+    loaded: list[np.ndarray] = []  # sectors, by operation
+    stored: list[np.ndarray] = []
 
     def lanes(pointers, mask):
         mask = np.broadcast_to(getattr(mask, "data", mask), pointers.data.shape)
         return pointers.data[mask], pointers.get_element_ty().primitive_bitwidth // 8
 
+    def touch(kept, addresses):
+        sectors = np.unique(addresses >> np.uint64(5))
+        kept.append(sectors)
+        return sectors.size
+
     def load(original, self, pointers, mask, *args, **kwargs):
         addresses, size = lanes(pointers, mask)
         current.load_bytes += addresses.size * size
-        current.load_sectors += np.unique(addresses >> np.uint64(5)).size
+        current.load_sectors += touch(loaded, addresses)
         return original(self, pointers, mask, *args, **kwargs)
 
     def store(original, self, pointers, value, mask, *args, **kwargs):
         addresses, size = lanes(pointers, mask)
         current.store_bytes += addresses.size * size
+        touch(stored, addresses)
         return original(self, pointers, value, mask, *args, **kwargs)
 
     def atomic(original, self, *args, **kwargs):
@@ -72,6 +81,10 @@ def count():
         try:
             return original(self, *args, **kwargs)
         finally:
+            for kept in (loaded, stored):
+                if kept:
+                    current.distinct_bytes += 32 * np.unique(np.concatenate(kept)).size
+                    kept.clear()
             current = None
 
     class Between(TorchDispatchMode):
@@ -79,7 +92,10 @@ def count():
             out = op(*args, **(kwargs or {}))
             if current is None and not op.is_view and "empty" not in op._schema.name:
                 read, written = map(_bytes, ((args, kwargs), out))
-                launches.append(Traffic(str(op), load_bytes=read, store_bytes=written))
+                distinct = read + written
+                launches.append(
+                    Traffic(str(op), load_bytes=read, store_bytes=written, distinct_bytes=distinct)
+                )
             return out
 
     with contextlib.ExitStack() as stack:
