@@ -15,6 +15,8 @@ tile of positions asks for all weights that it is multiplied with, so short tile
 
 from typing import NamedTuple
 
+BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
+
 
 class Shape(NamedTuple):
     """A block on an input: sizes, and bytes of an element."""
@@ -115,13 +117,13 @@ def gather_steps(
     if rows > s.c_n:
         steps.insert(0, _operands(s, rows))
     values = s.c_m if source == "A" else c * s.heads
-    blocks_of_g = -(-features // 128) * -(-s.c_n // s.heads // 128)
+    blocks_of_g = -(-features // BLOCK) * -(-s.c_n // s.heads // BLOCK)
     core_splits = max(1, splits // (s.heads * blocks_of_g))
     parts = 0 if core_splits == 1 else 2 * core_splits * s.c_n * features
     combined = core_splits > 1 and not want_h and source == "A"
     core = Step(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
-        1 + combined, 0 if _whole(s, features, 128) else _asked(s, features, 128),
+        1 + combined, 0 if _whole(s, features, BLOCK) else _asked(s, features, BLOCK),
     )  # fmt: skip
     return [*steps, core, descriptors] if want_h or source == "X" else [*steps, core]
 
@@ -204,7 +206,7 @@ def fused_backward_steps(
             (c + 2 * k) * length,
             parts,
             1,
-            length * (c * -(-2 * k // 128) + 2 * k * -(-c // 128)),
+            length * (c * -(-2 * k // BLOCK) + 2 * k * -(-c // BLOCK)),
         ),
         Step("other weights", False, 2 * small, 0, parts + 4 * k * c),
     ]

@@ -69,7 +69,7 @@ def test_kept_for_backward(work, recompute):
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs no launches, which a GPU would make")
 @each_workload
 def test_peak(work):
-    """Of a training step with the whole batch, beyond input, weights and upstream gradient."""
+    """With the whole batch, beyond input, weights and upstream gradient: inference, and a step."""
     x, *weights = (t.detach().to("meta") for t in tensors(work))
     x = x.flatten(2).expand(work.n, -1, -1).contiguous()
     a, bias_a, b, _, v, bias_v, out, bias_out = weights
@@ -78,10 +78,22 @@ def test_peak(work):
     s = Shape(*x.shape[:2], work.c_m, work.c_n, work.heads, x.shape[2], 2, True)
     route = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
     options = block.Options(work.heads, 1.0, 1.0, 1.0, True, True)
+    with launches.count(), Peak() as inference:
+        block.forward(x, w, None, options, route, False)
     with launches.count(), Peak() as ours:
         y, lse, g, _ = block.forward(x, w, None, options, route, False)
         grads = block.backward(upstream, x, w, None, lse, g, None, options, route, True)
     assert len(grads) == len(weights)
+
+    with Peak() as eager, torch.no_grad():
+        double_attention_block(x, *weights, heads=work.heads, residual=True, backend="eager")
+    # The output and parts of sums; or, on the split route, all maps in one buffer.
+    if route.distribute == "fused" == route.gather:
+        assert inference.bytes <= 0.7 * eager.bytes
+    elif x.shape[2] >= 400:
+        assert inference.bytes <= eager.bytes
+    else:
+        assert inference.bytes <= 1.8 * eager.bytes
 
     leaves = [t.requires_grad_() for t in (x, *weights)]
     with Peak() as eager:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ examples:
   python -m bench codegen --arch gfx942 --out /tmp/codegen.csv
   git diff bench/results/codegen.csv             what a change made of the generated code
 
-It takes minutes for each architecture and no GPU. Tiles are found by python -m bench.codegen.tiles.
+It needs no GPU. Programs that have not changed are not compiled again; all of them take minutes for
+each architecture. Tiles are found by python -m bench.codegen.tiles.
 """
 
 
@@ -41,16 +42,26 @@ def main(argv: Sequence[str]) -> int:
     import triton
 
     kept = table.read(options.out) if options.out.exists() else []
-    found: list[table.Row] = []
+    before, found = kept, []
     for arch in options.arch or table.ORDER:
-        for row in surveyed(arch, everything=True):
-            found.append(table.row(arch, row, triton.__version__))
+        same = {x["digest"]: x for x in before if x["arch"] == arch}
+        rows: list[table.Row] = []
+        for line in surveyed(arch, same):
+            figures = same.get(line["digest"])
+            rows.append(
+                table.known(arch, line, figures)
+                if figures
+                else table.row(arch, line, triton.__version__)
+            )
             if sys.stderr.isatty():
-                print(f"\r{arch}: {len(found)} compilations", end="", file=sys.stderr)
+                print(f"\r{arch}: {len(rows)} programs ", end="", file=sys.stderr)
+        found += rows
         kept = [x for x in kept if x["arch"] != arch]
-        table.write([*kept, *found], options.out)  # a run that is cut short leaves what it has
+        kept += rows
+        table.write(kept, options.out)  # a run that is cut short leaves what it has
     print(f"Triton {triton.__version__}, generated code, not timed", table.summary(found), sep="\n")
-    print(f"\n{len(found)} rows in {options.out}")
+    print(*(f"worse: {line}" for line in table.worse(found, before)), sep="\n")
+    print(f"{len(found)} rows in {options.out}")
     return 0
 
 
@@ -66,7 +77,9 @@ def cannot_compile() -> str:
     return ""
 
 
-def surveyed(arch: str, *, everything: bool) -> Iterator[dict[str, Any]]:
+def surveyed(
+    arch: str, known: Iterable[str] = (), *, sample: bool = False
+) -> Iterator[dict[str, Any]]:
     """Rows of ``survey``, from a process of its own without TRITON_INTERPRET.
 
     Raises:
@@ -75,13 +88,16 @@ def surveyed(arch: str, *, everything: bool) -> Iterator[dict[str, Any]]:
     root = str(Path(__file__).parents[2])
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "bench.codegen.survey", arch]
+    command = [sys.executable, "-m", "bench.codegen.survey", arch, *(["--sample"] * sample)]
     with subprocess.Popen(
-        [*command, *(["--all"] if everything else [])],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, env=env, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
+        json.dump(list(known), process.stdin)
+        process.stdin.close()
         for line in process.stdout:
             yield json.loads(line)
         errors = process.stderr.read()

@@ -8,6 +8,7 @@ code a GPU would run. Needs a process without TRITON_INTERPRET.
 
 import contextlib
 import dataclasses
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import triton
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -47,6 +49,10 @@ HIP_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2,
 
 class OutOfSharedMemoryError(Exception):
     """The kernel needs more shared memory than the architecture has; compilation was cut short."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(f"{needed} bytes")
+        self.needed = needed
 
 
 @dataclasses.dataclass
@@ -79,6 +85,11 @@ class Code:
     wgmma: int
     copies: dict[int, int]  # asynchronous copies: bytes -> count
     loads: dict[int, int]  # direct loads from global memory: bytes -> count
+
+    @classmethod
+    def none(cls, shared: int) -> "Code":
+        """Of a kernel that needs more shared memory than there is."""
+        return cls(shared, registers=0, spills=0, matrix=0, wgmma=0, copies={}, loads={})
 
 
 @contextlib.contextmanager
@@ -117,6 +128,26 @@ def identity(launch: Launch, arch: str) -> tuple:
     return launch.name, *(str(sorted(p.items(), key=str)) for p in parts)
 
 
+def digest(launch: Launch, arch: str) -> str:
+    """Equal for two launches of which this Triton makes the same code.
+
+    Of the program in Triton's first representation, which takes a hundredth of the time of the
+    rest, and the options. Comments, names and line numbers are not in it.
+    """
+    source, options = specialized(launch, arch)
+    target = TARGETS[arch]
+    backend = make_backend(target)
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    program = source.make_ir(target, parsed, *functions, context).str_nodebug()
+    options = {k: v for k, v in options.items() if k != "extern_libs"}  # paths of this machine
+    parts = triton.__version__, arch, program, sorted(options.items())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def compile_launch(launch: Launch, arch: str) -> Code:
     """Compiles a recorded launch for ``arch`` and reads the result.
 
@@ -129,7 +160,7 @@ def compile_launch(launch: Launch, arch: str) -> Code:
         compiled = triton.compile(source, target=target, options=options)
     shared = compiled.metadata.shared
     if shared > SHARED_LIMIT[arch]:  # the cache had it
-        raise OutOfSharedMemoryError(f"{launch.name}: {shared} bytes")
+        raise OutOfSharedMemoryError(shared)
     read = _read_cuda if target.backend == "cuda" else read_hip
     return Code(shared=shared, **read(compiled.asm))
 
@@ -141,7 +172,7 @@ def _cut_short(limit):
     def checked(stage):
         def run(source, metadata):
             if metadata["shared"] > limit:
-                raise OutOfSharedMemoryError(f"{metadata['shared']} bytes")
+                raise OutOfSharedMemoryError(metadata["shared"])
             return stage(source, metadata)
 
         return run

@@ -1,14 +1,16 @@
 """Compiles every kernel with every shipped tile for one architecture; one row a compilation.
 
-    python -m bench.codegen.survey sm_90 [--all]
+    python -m bench.codegen.survey sm_90 [--sample] < digests
 
-prints a JSON object a line. Runs in a process of its own, without TRITON_INTERPRET, on a machine
-without a GPU. Which kernels there are is found from the launches that calls make.
+prints a JSON object a line. Rows whose digest is in the input, an array in JSON, are known and come
+without figures; with ``--sample`` one row of each kernel is compiled, known or not, and no other.
+Runs in a process of its own, without TRITON_INTERPRET, on a machine without a GPU. Which kernels
+there are is found from the launches that calls make.
 
     core        tiles by features and maps, in each dtype and layout
     all maps    the kernel that holds them, by maps: without and with a gradient, bias and mask
-    fused       each block of the tile table: NCHW with all that the kernel can do beside, and
-                channels-last memory without; with ``--all`` also an odd number of positions
+    fused       each block of the tile table: NCHW with all that the kernel can do beside, also with
+                an odd number of positions, and channels-last memory without
     workloads   what the named ones launch besides: several heads, maps that fill no block, and
                 kernels that neither of the above reaches
 """
@@ -16,7 +18,7 @@ without a GPU. Which kernels there are is found from the launches that calls mak
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,23 +42,53 @@ Row = dict[str, Any]
 Found = tuple[compiler.Launch, Variant, tuple[int, int, int]]  # C (0: the core), features, maps
 
 
-def survey(arch: str, everything: bool = False) -> Iterator[Row]:
+def survey(arch: str, known: Collection[str] = (), sample: bool = False) -> Iterator[Row]:
     """Yields a description of every distinct compilation."""
-    seen = set()
+    distinct = list(_distinct(arch))
+    wanted = {digest for *_, digest in distinct} - set(known)
+    if sample:
+        wanted = set({launch.name: d for launch, *_, d in sorted(distinct, key=_digest)}.values())
+    for launch, variant, sizes, digest in distinct:
+        code = _compile(launch, arch) if digest in wanted else None
+        yield describe(launch, variant, sizes, digest, code)
+
+
+def _compile(launch, arch):
+    try:
+        return compiler.compile_launch(launch, arch)
+    except compiler.OutOfSharedMemoryError as error:
+        return compiler.Code.none(error.needed)
+
+
+def _digest(found):
+    return found[-1]
+
+
+def _distinct(arch):
+    """Launches with their digests, one of each."""
+    same, digests = set(), set()
     with launches.on(arch):
-        found = [*_core(), *_all_maps(arch), *_fused(arch, everything)]
+        found = [*_core(), *_all_maps(arch), *_fused(arch)]
         found += _workloads(arch, {launch.name for launch, *_ in found})
         for launch, variant, sizes in found:
             key = compiler.identity(launch, arch)
-            if key not in seen:
-                seen.add(key)
-                yield describe(launch, variant, sizes, compiler.compile_launch(launch, arch))
+            if key in same:
+                continue
+            same.add(key)
+            digest = compiler.digest(launch, arch)
+            if digest not in digests:
+                digests.add(digest)
+                yield launch, variant, sizes, digest
 
 
 def describe(
-    launch: compiler.Launch, variant: Variant, sizes: tuple[int, int, int], code: compiler.Code
+    launch: compiler.Launch,
+    variant: Variant,
+    sizes: tuple[int, int, int],
+    digest: str,
+    code: compiler.Code | None,
 ) -> Row:
-    """What was compiled, and what became of it."""
+    """What is compiled, and what became of it."""
     constants = launch.constants
     flags = [
         name if value == "True" else f"{name}={value}"
@@ -74,11 +106,12 @@ def describe(
         "n": sizes[2],
         "call": variant.flags,
         "flags": " ".join(flags),
-        "products": "PRECISION" in constants,  # whether it multiplies matrices
+        "products": int("PRECISION" in constants),  # whether it multiplies matrices
         "blocks": " ".join(blocks),
         "warps": int(constants.get("num_warps", 4)),
         "stages": int(constants.get("num_stages", 1)),
-        **dataclasses.asdict(code),
+        "digest": digest,
+        **(dataclasses.asdict(code) if code else {}),
     }
 
 
@@ -118,12 +151,11 @@ def _all_maps(arch: str) -> Iterator[Found]:
                 yield launch, variant, (0, n, n)
 
 
-def _fused(arch: str, everything: bool) -> Iterator[Found]:
+def _fused(arch: str) -> Iterator[Found]:
     """Launches of the fused kernels, with every block that has a tile on this architecture."""
     for kernel, blocks in fused.BLOCKS.items():
         variants = [Variant(*LAYOUTS[1], **fused.special_flags(kernel)), Variant(*LAYOUTS[2])]
-        if everything:
-            variants += fused.odd_variants(kernel, False) + fused.odd_variants(kernel, True)
+        variants += fused.odd_variants(kernel, False) + fused.odd_variants(kernel, True)
         for block, sizes in blocks.items():
             key = (arch, kernel, *block)
             if key not in fused_tiles.TILES:
@@ -154,5 +186,5 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
 
 
 if __name__ == "__main__":
-    for row in survey(sys.argv[1], "--all" in sys.argv):
+    for row in survey(sys.argv[1], json.load(sys.stdin), "--sample" in sys.argv):
         print(json.dumps(row), flush=True)

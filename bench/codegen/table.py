@@ -1,6 +1,7 @@
 """The kept table: one row a compilation, in an order that does not change, to compare line by line.
 
-Figures belong to the version of Triton that made them, which every row names.
+Figures belong to the version of Triton that made them, which every row names, and to a program,
+whose digest it has: where that has not changed, nothing needs to be compiled again.
 """
 
 import csv
@@ -13,16 +14,13 @@ KEPT = Path(__file__).parents[1] / "results" / "codegen.csv"
 COMMAND = "python -m bench codegen"
 # A row of the file is found again by these, whatever tile it has now.
 KEY = ("arch", "kernel", "dtype", "layout", "L", "C", "m", "n", "call", "flags")
-COLUMNS = (
-    *KEY, "blocks", "warps", "stages", "registers", "spills", "shared", "matrix", "wgmma",
-    "copy_bytes", "load_bytes", "loads_2", "triton",
+FIGURES = (
+    "registers", "spills", "shared", "matrix", "wgmma", "copy_bytes", "load_bytes", "loads_2",
 )  # fmt: skip
-NUMBERS = {
-    "L", "C", "m", "n", "warps", "stages", "registers", "spills", "shared", "matrix", "wgmma",
-    "copy_bytes", "load_bytes", "loads_2",
-}  # fmt: skip
+COLUMNS = (*KEY, "products", "blocks", "warps", "stages", *FIGURES, "triton", "digest")
+NUMBERS = {"L", "C", "m", "n", "products", "warps", "stages", *FIGURES}
 ORDER = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-ODD = 49  # rows that only the command compiles
+ODD = 49  # positions of rows that may spill
 SLACK = 8  # registers that may come and go
 
 Row = dict[str, Any]
@@ -39,6 +37,11 @@ def row(arch: str, surveyed: Row, triton: str) -> Row:
         "loads_2": widths["loads"].get(2, 0),
         "triton": triton,
     }
+
+
+def known(arch: str, surveyed: Row, kept: Row) -> Row:
+    """The same for a program whose figures the file has."""
+    return kept | {k: surveyed[k] for k in COLUMNS if k in surveyed} | {"arch": arch}
 
 
 def read(path: Path = KEPT) -> list[Row]:
@@ -70,26 +73,16 @@ def title(row: Row) -> str:
 
 
 def worse(fresh: Sequence[Row], kept: Sequence[Row]) -> list[str]:
-    """What got worse against the kept rows of the same version of Triton, a line for each.
-
-    A row that only one of them has is named too: the table is to be written again. Without any
-    kept row of the version there is nothing to compare, and nothing is said.
-    """
-    arches, versions = ({x[name] for x in fresh} for name in ("arch", "triton"))
-    before = {key(x): x for x in kept if x["arch"] in arches and x["triton"] in versions}
-    if not before:
-        return []
+    """What got worse against the kept rows of the same version of Triton, a line for each."""
+    before = {(key(x), x["triton"]): x for x in kept}
     found = []
     for now in fresh:
-        then = before.pop(key(now), None)
-        found += [f"{title(now)}: {what}" for what in _differences(now, then)]
-    gone = [x for x in before.values() if x["L"] != ODD]
-    return found + [f"{title(x)}: no longer compiled" for x in gone]
+        then = before.get((key(now), now["triton"]))
+        found += [f"{title(now)}: {what}" for what in _differences(now, then)] if then else []
+    return found
 
 
 def _differences(now, then):
-    if then is None:
-        return ["not in the table"]
     higher = {"spills": 0, "shared": 0, "registers": SLACK, "loads_2": 0}
     found = [
         f"{name} {then[name]} -> {now[name]}"

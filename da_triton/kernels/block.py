@@ -121,27 +121,37 @@ def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
         _, h = descriptors.from_parts(parts, w, lse, g, **small)
         return h if want_h else operands.prepare(x, [w.v], g=g, **adding)[1], None
 
+    source, v = _project(x, w, keep, o, from_x, with_v, adding)
+    if (from_x or want_h) and products.fit(w, o.heads):
+        parts = core_gather.gather_parts([source], o.logit_scale)
+        _, h = descriptors.from_parts(parts, w, lse, g, **small)
+        return h if want_h else g.to(x.dtype), v
+    rounded = _gather_maps(source, w, lse, g, o, from_x)
+    return products.reconstructing(g, w, o.heads, o.scale) if want_h else rounded, v
+
+
+def _project(x, w, keep, o, from_x, with_v, adding):
+    """What the core gathers from, by head: ``(X or A, B, mask)``; and V, if it is wanted."""
     weights = [] if from_x else [w.a]
     weights += [w.b, w.v] if with_v else [w.b]
     matrices, _ = operands.prepare(x, weights, **adding)
     maps = products.project_maps(x, matrices, [len(weight) for weight in weights], o.heads)
     v = maps.pop() if with_v else None
-    source = shared(x, o.heads) if from_x else maps[0], maps[-1], keep
-    if (from_x or want_h) and products.fit(w, o.heads):
-        parts = core_gather.gather_parts([source], o.logit_scale)
-        _, h = descriptors.from_parts(parts, w, lse, g, **small)
-        return h if want_h else g.to(x.dtype), v
+    return (shared(x, o.heads) if from_x else maps[0], maps[-1], keep), v
+
+
+def _gather_maps(source, w, lse, g, o, from_x):
+    """Writes lse and G with the core's kernel; returns G in the dtype of the maps."""
     results = g, lse.unflatten(1, (o.heads, -1))
-    rounded = torch.empty_like(g, dtype=x.dtype)
-    if from_x:
-        m, _ = core_gather.gather_forward([source], o.logit_scale, lse=results[1])
-        g.copy_(w.a.unflatten(0, (o.heads, -1)).to(g.dtype) @ m)
-        if w.bias_a is not None:
-            g += _gathered_bias(w.bias_a, results[1], g)
-        rounded.copy_(g)
-    else:
+    rounded = torch.empty_like(g, dtype=source[0].dtype)
+    if not from_x:
         core_gather.gather_forward([source], o.logit_scale, w.bias_a, rounded, *results)
-    return products.reconstructing(g, w, o.heads, o.scale) if want_h else rounded, v
+        return rounded
+    m, _ = core_gather.gather_forward([source], o.logit_scale, lse=results[1])
+    g.copy_(w.a.unflatten(0, (o.heads, -1)).to(g.dtype) @ m)
+    if w.bias_a is not None:
+        g += _gathered_bias(w.bias_a, results[1], g)
+    return rounded.copy_(g)
 
 
 def _gathered_bias(bias, lse, g):

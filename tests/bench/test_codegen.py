@@ -1,4 +1,5 @@
 import csv
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ from bench.codegen import cli, table
 ROOT = Path(cli.__file__).parents[2]
 SURVEYED = {
     "kernel": "gather", "dtype": "bfloat16", "layout": "nchw", "L": 196, "C": 0, "m": 64, "n": 64,
-    "call": "", "flags": "ALIGN=4", "products": True, "blocks": "M=64 N=64 L=64", "warps": 8,
+    "call": "", "flags": "ALIGN=4", "products": 1, "blocks": "M=64 N=64 L=64", "warps": 8,
     "stages": 3, "registers": 200, "spills": 0, "shared": 1024, "matrix": 8, "wgmma": 4,
-    "copies": {"8": 4, "16": 2}, "loads": {"2": 1, "16": 3},
+    "copies": {"8": 4, "16": 2}, "loads": {"2": 1, "16": 3}, "digest": "0a",
 }  # fmt: skip
+
+FIGURES = {*table.FIGURES, "copies", "loads"}
 
 
 def row(arch="sm_90", triton="3.8.0", **others):
@@ -51,7 +54,7 @@ def test_file_comes_back_and_does_not_depend_on_the_order_of_rows(tmp_path):
         ({"loads_2": 2}, "loads_2 1 -> 2"),
         ({"wgmma": 0}, "wgmma 4 -> 0"),
         ({"matrix": 0}, "matrix 8 -> 0"),
-        ({"flags": "ALIGN=2"}, "not in the table"),
+        ({"flags": "ALIGN=2", "spills": 3}, None),  # another program
         ({"registers": 208, "shared": 512, "wgmma": 2, "blocks": "M=64 N=64 L=32"}, None),
     ],
 )
@@ -70,14 +73,15 @@ def test_loads_count_where_nothing_is_copied_asynchronously():
     assert not table.worse([row(copy_bytes=16, load_bytes=4)], [then])
 
 
+def test_known_program_keeps_its_figures_under_its_new_name():
+    fresh = {k: v for k, v in SURVEYED.items() if k not in ("registers", "copies", "loads")}
+    kept = row(registers=17, call="masked")
+    assert table.known("sm_90", {**fresh, "call": "extra"}, kept) == row(registers=17, call="extra")
+
+
 def test_other_versions_and_architectures_are_not_compared():
     assert table.worse([row(spills=9)], [row(triton="3.7.1")]) == []
     assert table.worse([row(spills=9)], [row("sm_80")]) == []
-
-
-def test_missing_row_is_told_but_for_odd_positions():
-    kept = [row(), row(L=784), row(L=table.ODD)]
-    assert [line.split(": ")[1] for line in table.worse([row()], kept)] == ["no longer compiled"]
 
 
 def test_summary_has_a_line_for_each_architecture_and_kernel():
@@ -90,12 +94,13 @@ def test_summary_has_a_line_for_each_architecture_and_kernel():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A survey without compilation."""
+    """A survey without compilation; asked for which architectures, knowing which programs."""
     asked = []
 
-    def surveyed(arch, *, everything):
-        asked.append((arch, everything))
-        yield SURVEYED
+    def surveyed(arch, known):
+        asked.append((arch, list(known)))
+        figures = () if SURVEYED["digest"] in known else SURVEYED
+        yield {k: v for k, v in SURVEYED.items() if k in figures or k not in FIGURES}
 
     monkeypatch.setattr(cli, "surveyed", surveyed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -105,17 +110,33 @@ def compiled(monkeypatch):
 def test_command_writes_and_prints(compiled, tmp_path, capsys):
     out = tmp_path / "codegen.csv"
     assert bench.main(["codegen", "--out", str(out)]) == 0
-    assert compiled == [(arch, True) for arch in table.ORDER]
+    assert compiled == [(arch, []) for arch in table.ORDER]
     with out.open() as file:
         assert [line["arch"] for line in csv.DictReader(file)] == list(table.ORDER)
     printed = capsys.readouterr().out
     assert "5 rows" in printed
+    assert "worse" not in printed
     assert all(arch in printed for arch in table.ORDER)
+
+
+def test_programs_in_the_file_are_not_compiled_again(compiled, tmp_path):
+    out = tmp_path / "codegen.csv"
+    table.write([row("sm_90", shared=1), row("gfx942", shared=2, digest="0b")], out)
+    assert bench.main(["codegen", "--arch", "sm_90", "--arch", "gfx942", "--out", str(out)]) == 0
+    assert compiled == [("sm_90", ["0a"]), ("gfx942", ["0b"])]
+    assert [(x["arch"], x["shared"]) for x in table.read(out)] == [("sm_90", 1), ("gfx942", 1024)]
+
+
+def test_command_tells_what_got_worse(compiled, tmp_path, capsys):
+    out = tmp_path / "codegen.csv"
+    table.write([row(shared=1, digest="0b", triton=importlib.metadata.version("triton"))], out)
+    assert bench.main(["codegen", "--arch", "sm_90", "--out", str(out)]) == 0
+    assert "shared 1 -> 1024" in capsys.readouterr().out
 
 
 def test_one_architecture_replaces_its_rows_only(compiled, tmp_path):
     out = tmp_path / "codegen.csv"
-    table.write([row("sm_80", shared=1), row("sm_90", shared=1)], out)
+    table.write([row("sm_80", shared=1), row("sm_90", shared=1, digest="0b")], out)
     assert bench.main(["codegen", "--arch", "sm_90", "--out", str(out)]) == 0
     assert [(x["arch"], x["shared"]) for x in table.read(out)] == [("sm_80", 1), ("sm_90", 1024)]
 
@@ -152,7 +173,7 @@ def test_bench_needs_no_triton(tmp_path):
 
 def test_survey_that_fails_is_told():
     with pytest.raises(RuntimeError, match="sm_7"):
-        list(cli.surveyed("sm_7", everything=False))
+        list(cli.surveyed("sm_7"))
 
 
 READ_HIP = """

@@ -31,6 +31,7 @@ CASES = {
     "wide": (1, 160, 48, 20, 80, False, True, True),
     "a_map_a_head": (2, 40, 16, 2, 50, True, True, False),
     "many_maps": (3, 64, 24, 390, 66, True, True, True),  # too many to hold all channels beside
+    "no_tile": (1, 48, 16, 520, 50, True, True, False),  # more than any program holds
 }
 NAMES = ("out", "x", "a", "bias_a", "b", "v", "bias_v", "out_weight", "bias_out")
 
@@ -91,9 +92,10 @@ def compare(route, case, dtype, channels_last):
     slack = 1 if route.startswith("fused_xh") else 2
     for name, ours, truth, theirs in zip(NAMES, found, expected, own, strict=True):
         what, limit = f"{route} {case} {name}", slack
-        if name == "bias_v":  # its terms cancel: eager's own error may exceed the tolerance
+        if name in ("v", "bias_v"):  # terms cancel: eager's own error may exceed the tolerance
             limit = max(slack, relative_rms(theirs, truth) / TOLERANCE[dtype])
-            theirs = theirs if dtype.itemsize == 2 else None
+        if name == "bias_v" and dtype.itemsize > 2:
+            theirs = None
         check(ours, truth, dtype, theirs, what, limit)
 
 
@@ -101,7 +103,7 @@ MIXED = ("fused_gather_h", "fused_gather_a_h", "fused_distribute_x")  # pairs of
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if c != "no_tile"])
 @pytest.mark.parametrize("route", [r for r in ROUTES if r not in MIXED])
 def test_matches_the_definition(route, case, channels_last):
     compare(route, case, torch.float32, channels_last)
@@ -111,6 +113,13 @@ def test_matches_the_definition(route, case, channels_last):
 @pytest.mark.parametrize("route", MIXED)
 def test_mixed_routes(route, case, channels_last):
     compare(route, case, torch.float32, channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("route", ["split_AZ", "split_XH"])
+def test_more_maps_than_a_program_holds(route, channels_last):
+    """In half precision; in float32, that is more than 32."""
+    compare(route, "no_tile", torch.bfloat16, channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
