@@ -11,23 +11,24 @@ from pathlib import Path
 
 import torch
 
-from . import providers
-from .measure import Bench, Budget, CudaTimer, Effort, Timer, describe
+from . import ceilings, providers
+from .environment import ROOT, card, environment
+from .measure import Bench, Budget, CudaTimer, Effort, Timer
 from .providers import Provider
-from .report import ROOT, Report, card, environment
+from .report import Report
 from .workloads import Workload
 
 # What needs no GPU is tested elsewhere; compilation of the kernels is what takes time here.
-WITHOUT_A_GPU = ("bench", "kernels/test_aot.py", "test_checks.py", "test_export.py")
+WITHOUT_A_GPU = (
+    "bench", "kernels/test_aot.py", "test_checks.py", "test_export.py", "test_notebooks.py",
+)  # fmt: skip
 TEST_COMMAND = (
     sys.executable, "-m", "pytest", "-q", "-x", "-n", str(max(1, (os.cpu_count() or 1) - 2)),
     "-p", "no:cacheprovider", "tests", *(f"--ignore=tests/{name}" for name in WITHOUT_A_GPU),
 )  # fmt: skip
 TEST_SHARE = 0.45
 EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
-COPY_BYTES = 4 * 2**30
-MATRIX_SIZE = 8192
-CEILING_REPETITIONS = 20
+METRICS = ("time", "ratio", "floor", "memory", "launches")
 
 
 def run_gpu(
@@ -40,14 +41,14 @@ def run_gpu(
     sweeps: Sequence[Sequence[Provider]] | None = None,
     test_command: Sequence[str] = TEST_COMMAND,
     effort: Effort = EFFORT,
-    copy_bytes: int = COPY_BYTES,
-    matrix_size: int = MATRIX_SIZE,
+    copy_bytes: int | None = None,
+    matrix_size: int | None = None,
 ) -> int:
     """Runs everything and prints the short report; 0 if the tests passed, else 1."""
     device = device or torch.device("cuda")
     facts = environment(device)
     name = (facts.get("card") or {}).get("name", device.type)
-    report = Report(out, f"Double attention on {name}, bfloat16")
+    report = Report(out, f"Double attention on {name}, bfloat16", METRICS)
     report.record(**facts, budget_seconds=budget.seconds)
 
     outcome = run_tests(test_command, TEST_SHARE * budget.left, out / "tests.txt")
@@ -58,12 +59,17 @@ def run_gpu(
         report.notes.append(f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}")
 
     timer = timer or CudaTimer()
-    ceilings = measure_ceilings(timer, device, copy_bytes, matrix_size)
-    report.record(ceilings=ceilings)
-    report.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in ceilings.items()))
+    report.ceilings, found = ceilings.measure(
+        timer, device, torch.bfloat16, copy_bytes, matrix_size
+    )
+    report.record(ceilings=found)
+    report.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))
 
-    bench = Bench(device, torch.bfloat16, timer, effort, budget)
-    bench.run(workloads, providers.gpu_sweeps() if sweeps is None else sweeps, report.add)
+    bench = Bench(device, torch.bfloat16, timer, effort, budget, report.ceilings)
+    try:
+        bench.run(workloads, providers.gpu_sweeps() if sweeps is None else sweeps, report.add)
+    except KeyboardInterrupt:
+        report.notes.append("Interrupted: these are the measurements until then.")
     report.record(card_afterwards=card(), seconds_used=round(budget.seconds - budget.left, 1))
     print(report.finish(short=True))
     return 0 if passed else 1
@@ -82,30 +88,3 @@ def run_tests(command: Sequence[str], limit: float, log: Path) -> str:
     if ended.returncode == 0:
         return f"passed: {lines[-1]}"
     return f"failed with exit status {ended.returncode}: {lines[-1]}"
-
-
-def measure_ceilings(
-    timer: Timer, device: torch.device, copy_bytes: int, size: int
-) -> dict[str, float | str]:
-    """Rates of a large device copy (bytes read and written) and of a large bfloat16 product."""
-
-    def copy_rate() -> float:
-        source = torch.ones(copy_bytes, dtype=torch.int8, device=device)
-        target = torch.empty_like(source)
-        return 2 * copy_bytes / best(lambda: (target.copy_(source),)) / 1e6
-
-    def matrix_rate() -> float:
-        a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-        return 2 * size**3 / best(lambda: (a @ b,)) / 1e9
-
-    def best(closure: providers.Closure) -> float:
-        times = [timer(closure, launches_count=False) for _ in range(CEILING_REPETITIONS)]
-        return sorted(times)[len(times) // 2]
-
-    rates: dict[str, float | str] = {}
-    for name, rate in (("copy GB/s", copy_rate), ("bfloat16 TFLOP/s", matrix_rate)):
-        try:
-            rates[name] = round(rate(), 1)
-        except Exception as error:
-            rates[name] = f"failed: {describe(error)}"
-    return rates

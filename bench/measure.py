@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from . import problems
+from . import floors, problems
+from .floors import Ceilings
 from .problems import Problem
 from .providers import GRAPH, Closure, Provider
 from .workloads import Workload
@@ -25,13 +26,21 @@ Row = dict[str, Any]
 
 class Timer(Protocol):
     def __call__(self, closure: Closure, *, launches_count: bool) -> float:
-        """Milliseconds of one call, with or without the host's part in it."""
+        """Milliseconds of one call, with or without the host's part in it.
+
+        What the closure has to do before is called, but not timed.
+        """
+
+
+def prepare(closure: Closure) -> None:
+    getattr(closure, "before", lambda: None)()
 
 
 class WallTimer:
     """The host's clock; on a CPU the host does everything."""
 
     def __call__(self, closure: Closure, *, launches_count: bool) -> float:
+        prepare(closure)
         start = time.perf_counter()
         closure()
         return 1e3 * (time.perf_counter() - start)
@@ -48,6 +57,7 @@ class CudaTimer:
         self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def __call__(self, closure: Closure, *, launches_count: bool) -> float:
+        prepare(closure)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(1 if launches_count else FLUSHES_AHEAD):
             self.buffer.zero_()
@@ -86,22 +96,27 @@ class Budget:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where, in which dtype, with which clock and for how long groups are measured."""
+    """Where, in which dtype, with which clock and for how long groups are measured.
+
+    ``ceilings``: of the machine, measured in the same run; None leaves out shares of the floor.
+    """
 
     device: torch.device
     dtype: torch.dtype
     timer: Timer
     effort: Effort
     budget: Budget
+    ceilings: Ceilings | None = None
 
     def run(
         self,
         workloads: Sequence[Workload],
         sweeps: Sequence[Sequence[Provider]],
         add: Callable[[list[Row]], None],
+        modes: Sequence[str] = (problems.FORWARD, problems.STEP),
     ) -> None:
         """Gives ``add`` the rows of each group as soon as they are measured."""
-        groups = [(w, m, p) for p in sweeps for m in problems.MODES for w in workloads]
+        groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
         for workload, mode, providers in progress(groups):
             add(self.measure(workload, mode, providers))
 
@@ -125,6 +140,8 @@ class Bench:
             if closure is not None:
                 ready.append((row, provider, closure))
         self._time_in_turns(ready)
+        for row, *_ in ready:
+            self._describe(row, workload)
         _compare(rows, providers)
         return rows
 
@@ -148,6 +165,10 @@ class Bench:
             return None
         if provider.launch != GRAPH:
             row["peak_bytes"] = peak_bytes(closure, self.device)
+            row["launches"] = launches(closure, self.device)
+            row["cpu_us"] = host_microseconds(closure, self.device)
+        saved = getattr(closure, "saved_bytes", None)
+        row["saved_bytes"] = saved() if saved and not provider.compiles else None
         return closure
 
     def _time_in_turns(self, ready: list[tuple[Row, Provider, Closure]]) -> None:
@@ -174,6 +195,24 @@ class Bench:
                 row.update(median_ms=middle.item(), p20_ms=low.item(), p80_ms=high.item())
                 row["repetitions"] = len(taken)
 
+    def _describe(self, row: Row, workload: Workload) -> None:
+        """Rates of a timed row, and its share of the floor."""
+        if row["status"] != OK:
+            return
+        batch, size = workload.batch(self.device), self.dtype.itemsize
+        seconds = 1e-3 * row["median_ms"]
+        cache = self.ceilings.cache if self.ceilings else Ceilings.cache
+        moved = floors.compulsory_bytes(workload, batch, row["mode"], size, cache)
+        flop = floors.useful_flop(workload, batch, row["mode"])
+        row.update(gb_s=moved / seconds / 1e9, tflop_s=flop / seconds / 1e12)
+        if self.ceilings:
+            floor = floors.floor(workload, batch, row["mode"], size, self.ceilings)
+            row.update(
+                floor_ms=1e3 * floor.seconds,
+                bound=floor.bound,
+                share_of_floor=floor.seconds / seconds,
+            )
+
     def _row(self, workload: Workload, mode: str, provider: Provider) -> Row:
         return {
             "workload": workload.name,
@@ -186,6 +225,7 @@ class Bench:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "mode": mode,
+            "layout": provider.layout,
             "launch": provider.launch,
             "provider": provider.name,
             "baseline": provider.baseline,
@@ -218,11 +258,40 @@ def peak_bytes(closure: Closure, device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     torch.cuda.synchronize()
+    prepare(closure)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     closure()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def launches(closure: Closure, device: torch.device) -> int | None:
+    """Kernels, copies and fills that a call starts on the device; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    prepare(closure)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        closure()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in seen.events())
+
+
+def host_microseconds(closure: Closure, device: torch.device, calls: int = 20) -> float | None:
+    """Median time until a call returns, the device's work aside; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    times = []
+    for _ in range(calls):
+        prepare(closure)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        closure()
+        times.append(1e6 * (time.perf_counter() - start))
+    return sorted(times)[calls // 2]
 
 
 def progress(items: Sequence[Any]) -> Iterable[Any]:

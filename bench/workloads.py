@@ -3,20 +3,18 @@
 The table is in order of importance: a run that ends early has measured the first ones.
 """
 
-import difflib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from . import names
+
 SELECTIONS = ("quick", "default", "all")
 STEM_WIDTHS = (3, 64, 128, 256)
-
-
-class UnknownWorkloadError(ValueError):
-    pass
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,10 @@ class Workload:
     cpu_n: int = 1
     selection: str = "all"
     photographs: tuple[str, str] | None = None
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.positions)
 
     def batch(self, device: torch.device) -> int:
         return self.cpu_n if device.type == "cpu" else self.n
@@ -96,22 +98,16 @@ WORKLOADS = (
 
 
 def select(
-    names: Sequence[str], selection: str, table: Sequence[Workload] = WORKLOADS
+    chosen: Sequence[str], selection: str, table: Sequence[Workload] = WORKLOADS
 ) -> list[Workload]:
-    """The workloads called ``names``, or without names those of a selection, in table order.
+    """The workloads called ``chosen``, or without names those of a selection, in table order.
 
     Raises:
-        UnknownWorkloadError: with the nearest name.
+        UnknownNameError: with the nearest name.
     """
-    known = [w.name for w in table]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UnknownWorkloadError(
-                f"unknown workload {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}."
-            )
-    if names:
-        return [w for w in table if w.name in names]
+    names.check("workload", chosen, [w.name for w in table])
+    if chosen:
+        return [w for w in table if w.name in chosen]
     included = SELECTIONS[: SELECTIONS.index(selection) + 1]
     return [w for w in table if w.selection in included]
 

@@ -52,8 +52,8 @@ WHOLE = {
     # 64 KiB of shared memory, wavefronts of 64.
     "gfx942": {
         "distribute": ((64, 8, 2), (64, 8, 2), (32, 4, 2)),
-        "distribute_backward": ((16, 8, 2), (16, 8, 2), (32, 4, 2)),
-        "gather_backward": ((16, 8, 2), (16, 8, 2), (16, 4, 2)),
+        "distribute_backward": ((16, 8, 2), (16, 4, 2), (32, 4, 2)),
+        "gather_backward": ((16, 8, 2), (16, 4, 2), (16, 4, 2)),
     },
 }
 # (BLOCK_M, BLOCK_N, BLOCK_L, warps, stages) of the kernels that walk over blocks of maps and
@@ -85,16 +85,18 @@ EXCEPTIONS = {
     ("sm_80", "gather", 32, 64): (64, 8, 3),
     ("sm_89", "descriptor_gradient", 128, 128): (32, 8, 2),
     ("sm_80", "gather", 32, 32): (64, 4, 3),
-    ("sm_89", "gather", 32, 32): (64, 4, 3),
+    ("sm_89", "gather", 32, 32): (64, 4, 2),
+    ("sm_89", "gather", 64, 64): (32, 8, 2),
     ("sm_89", "gather_backward", 128, 128): (32, 8, 2),
     ("sm_89", "gather", 64, 128): (64, 8, 3),
-    ("sm_89", "gather", 128, 64): (32, 8, 2),
+    ("sm_89", "gather", 128, 64): (16, 8, 3),
     ("sm_100", "gather_backward", 128, 32): (64, 8, 2),
-    ("sm_100", "gather", 32, 64): (64, 8, 2),
-    ("sm_100", "gather", 32, 128): (64, 8, 2),
+    ("sm_100", "gather_backward", 128, 64): (32, 8, 3),
+    ("sm_100", "gather", 32, 64): (64, 4, 3),
+    ("sm_100", "gather", 32, 128): (32, 8, 2),
     ("sm_100", "gather", 64, 64): (64, 4, 3),
     ("sm_100", "gather", 128, 32): (64, 4, 3),
-    ("sm_100", "descriptor_gradient", 32, 128): (64, 4, 3),
+    ("sm_100", "descriptor_gradient", 32, 128): (64, 8, 3),
     ("sm_100", "mix", 128, 64): (128, 8, 2),
     ("gfx942", "mix", 32, 32): (32, 8, 3),
     ("gfx942", "map_gradient", 32, 32): (32, 8, 3),
@@ -104,7 +106,7 @@ EXCEPTIONS = {
 WIDE_WHOLE = {4: (32, 4, 2), 8: (16, 4, 1)}
 WIDE_BLOCKED = {
     4: {
-        "gather": (64, 64, 16, 8, 2),
+        "gather": (64, 64, 16, 8, 1),
         "descriptor_gradient": (32, 32, 32, 4, 2),
         "mix": (64, 32, 32, 8, 2),
         "map_gradient": (32, 64, 32, 8, 2),

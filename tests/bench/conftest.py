@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import providers
-from bench.measure import Bench, Budget, Effort
+from bench.measure import Bench, Budget, Effort, prepare
 from bench.workloads import Workload
 
 TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=2, selection="quick")
@@ -29,7 +29,7 @@ def table():
 @pytest.fixture
 def eager():
     """The baseline in NCHW."""
-    return providers.plain("torch")[0]
+    return next(p for p in providers.plain("torch") if p.baseline and not p.channels_last)
 
 
 class ScriptedTimer:
@@ -40,6 +40,7 @@ class ScriptedTimer:
         self.calls: list[tuple[providers.Closure, bool]] = []
 
     def __call__(self, closure, *, launches_count):
+        prepare(closure)
         closure()
         self.calls.append((closure, launches_count))
         seen = sum(called is closure for called, _ in self.calls)

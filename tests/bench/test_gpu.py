@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import providers
-from bench.gpu import measure_ceilings, run_gpu, run_tests
+from bench import ceilings, providers
+from bench.gpu import run_gpu, run_tests
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.providers import GRAPH
 
@@ -54,7 +54,7 @@ def test_whole_flow(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "geometric mean" in printed
     assert "Ceilings: copy GB/s" in printed
-    assert (tmp_path / "results.png").stat().st_size > 0
+    assert (tmp_path / "bars.png").stat().st_size > 0
 
 
 def test_no_ratio_while_tests_fail(run, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_no_ratio_while_tests_fail(run, tmp_path, capsys):
     assert printed.splitlines()[1].startswith("THE TESTS DID NOT PASS")
     assert "1 failed in 1s" in printed
     assert "geometric mean" not in printed
-    assert "x eager" not in (tmp_path / "report.txt").read_text()
+    assert "x eager" not in (tmp_path / "report.md").read_text()
 
 
 def test_failing_provider_does_not_end_the_run(run, variant, capsys):
@@ -105,10 +105,12 @@ def test_ceiling_that_fails_is_told():
     def timer(closure, *, launches_count):
         raise MemoryError("too large")
 
-    rates = measure_ceilings(timer, CPU, 1024, 16)
+    found, rates = ceilings.measure(timer, CPU, torch.bfloat16, 1024, 16)
+    assert found is None
     assert set(rates.values()) == {"failed: MemoryError: too large"}
 
 
 def test_ceilings_from_times(timer):
-    rates = measure_ceilings(timer, CPU, 4_000_000, 1000)
+    found, rates = ceilings.measure(timer, CPU, torch.bfloat16, 4_000_000, 1000)
     assert rates == {"copy GB/s": 4.0, "bfloat16 TFLOP/s": 1.0}
+    assert (found.bandwidth, found.matrix_rate) == (4e9, 1e12)

@@ -4,18 +4,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from bench import __main__ as cli
+from bench import commands, first_call, floors, problems, providers, scaling
 from bench.measure import OK, Effort
+from bench.workloads import WORKLOADS
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT", Effort(0, 2, 2, seconds=0.0))
-    monkeypatch.setattr(cli, "QUICK", Effort(0, 1, 1, seconds=0.0))
+    monkeypatch.setattr(commands, "DEFAULT", Effort(0, 2, 2, seconds=0.0))
+    monkeypatch.setattr(commands, "QUICK", Effort(0, 1, 1, seconds=0.0))
+    monkeypatch.setattr(commands.ceilings, "SIZES", {"cpu": (2**16, 16)})
 
 
 @pytest.fixture
@@ -26,8 +30,8 @@ def without_compiling(monkeypatch):
         found = original()
         return [dataclasses.replace(p, setup=found[0].setup) if p.compiles else p for p in found]
 
-    original = cli.providers.cpu_sweep
-    monkeypatch.setattr(cli.providers, "cpu_sweep", sweep)
+    original = providers.cpu_sweep
+    monkeypatch.setattr(providers, "cpu_sweep", sweep)
 
 
 def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
@@ -35,14 +39,8 @@ def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
     frame = pd.read_csv(tmp_path / "results.csv")
     assert set(frame["workload"]) == {"tiny", "tiny_volume"}
     assert set(frame["mode"]) == {"forward", "forward+backward"}
-    assert set(frame["provider"]) == {
-        "eager",
-        "eager channels_last",
-        "torch",
-        "torch channels_last",
-        "compile eager",
-        "compile eager channels_last",
-    }
+    assert set(frame["provider"]) == {"eager", "torch", "compile eager"}
+    assert frame.groupby("provider")["layout"].nunique().eq(2).all()
     assert (frame["status"] == OK).all()
     ratios = ["ratio_to_eager", "ratio_same_format", "ratio_to_compiled"]
     assert (frame[ratios] > 0).all().all()
@@ -50,13 +48,11 @@ def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
     assert (frame["n"][frame["workload"] == "tiny"] == 2).all()
     printed = capsys.readouterr().out
     assert "Triton latencies need a GPU" in printed
-    assert "Triton latencies need a GPU" in (tmp_path / "report.txt").read_text()
+    assert "Triton latencies need a GPU" in (tmp_path / "report.md").read_text()
+    assert (frame["share_of_floor"] > 0).all()
     assert {p.name for p in tmp_path.iterdir()} == {
-        "environment.json",
-        "report.txt",
-        "results.csv",
-        "results.png",
-    }
+        "environment.json", "report.md", "results.csv", "bars.png", "roofline.png",
+    }  # fmt: skip
 
 
 def test_quick_takes_fewest(table, tmp_path):
@@ -79,8 +75,8 @@ def test_unknown_workload_exits_with_2(table, tmp_path, capsys):
 
 
 def test_busy_machine_is_told(table, tmp_path, capsys, monkeypatch):
-    facts = cli.environment(torch.device("cpu")) | {"load": 100.0}
-    monkeypatch.setattr(cli, "environment", lambda device: facts)
+    facts = commands.environment(torch.device("cpu")) | {"load": 100.0}
+    monkeypatch.setattr(commands, "environment", lambda device: facts)
     cli.main(["--quick", "--out", str(tmp_path)], table)
     assert "The machine was busy (load 100.0" in capsys.readouterr().out
 
@@ -102,9 +98,238 @@ def test_gpu_passes_budget_and_all_workloads(table, tmp_path, monkeypatch):
         return 7
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "run_gpu", run_gpu)
+    monkeypatch.setattr(commands, "run_gpu", run_gpu)
     assert cli.main(["gpu", "--budget", "90", "--out", str(tmp_path)], table) == 7
     assert asked == {"out": tmp_path, "workloads": list(table), "seconds": 90}
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_has_help_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "examples:" in printed
+    assert f"python -m bench {'' if name == 'report' else name}".strip() in printed
+
+
+def test_overview_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in commands.COMMANDS if name != "report")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sweeep"], "did you mean 'sweep'"),
+        (["sweep", "--workload", "tiny_volum"], "did you mean 'tiny_volume'"),
+        (["sweep", "--provider", "torhc"], "did you mean 'torch'"),
+        (["sweep", "--provider", "triton"], "'triton' needs a GPU"),
+        (["sweep", "--mode", "fwdbwd"], "did you mean 'fwd_bwd'"),
+        (["sweep", "--dtype", "f32"], "did you mean 'fp32'"),
+        (["sweep", "--layout", "nhcw"], "did you mean 'nchw'"),
+        (["sweep", "--metric", "tme"], "did you mean 'time'"),
+        (["sweep", "--launch", "graph"], "there is no GPU here"),
+        (["scaling", "--provider", "egaer"], "did you mean 'eager'"),
+        (["scaling", "--most", "3"], "below the least size, 1024"),
+        (["scaling", "--dtype", "fp32,bf16"], "one dtype"),
+        (["plan"], "needs the name of a workload"),
+        (["plan", "--shape", "1,2,3"], "needs --c-m and --c-n"),
+        (["plan", "--shape", "1,x", "--c-m", "2", "--c-n", "2"], "takes integers, got 1,x"),
+        (["plan", "--shape", "1,2", "--c-m", "2", "--c-n", "2"], "x_shape must be"),
+        (["model", "--mode", "backward"], "did you mean 'bwd'"),
+        (["gpu"], "needs a CUDA GPU"),
+        (["compare", "a.csv", "b.csv"], "a.csv cannot be read"),
+    ],
+)
+def test_arguments_that_make_no_sense(table, capsys, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments, table) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep(table, tmp_path, capsys):
+    arguments = [
+        "sweep", "--workload", "tiny", "--provider", "eager,torch", "--mode", "fwd,bwd,fwd_bwd",
+        "--dtype", "fp32,bf16", "--layout", "channels_last", "--metric", "time,memory,rate",
+        "--seconds", "0", "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert cli.main(arguments, table) == 0
+    frame = pd.read_csv(tmp_path / "results.csv")
+    assert (frame["status"] == OK).all()
+    assert len(frame) == 2 * 3 * 2
+    assert set(frame["mode"]) == set(problems.MODES)
+    assert set(frame["layout"]) == {"channels_last"}
+    assert frame["share_of_floor"].notna().equals(frame["dtype"] == "float32")
+    printed = capsys.readouterr().out
+    assert "saved B" in printed
+    assert "GB/s" in printed
+    assert "x eager" not in printed
+
+
+@pytest.mark.parametrize("only", ["csv", "png"])
+def test_one_kind_of_file(table, tmp_path, only):
+    arguments = ["sweep", "--workload", "tiny", "--provider", "eager,torch", "--mode", "fwd"]
+    assert cli.main([*arguments, f"--{only}", "--out", str(tmp_path)], table) == 0
+    assert (tmp_path / "results.csv").exists() == (only == "csv")
+    assert (tmp_path / "bars.png").exists() == (only == "png")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--quick"],
+        ["sweep", "--provider", "eager,torch"],
+        ["scaling", "--provider", "eager,torch", "--axis", "N"],
+    ],
+    ids=lambda c: c[0],
+)
+def test_interrupted_run_keeps_what_it_measured(table, tmp_path, capsys, monkeypatch, command):
+    measure = commands.Bench.measure
+    calls = []
+
+    def interrupted(self, *args):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(self, *args)
+
+    monkeypatch.setattr(commands.Bench, "measure", interrupted)
+    monkeypatch.setattr(scaling, "BASE", dataclasses.replace(table[0], heads=1))
+    assert cli.main([*command, "--out", str(tmp_path)], table) == 0
+    name = "scaling.csv" if command[0] == "scaling" else "results.csv"
+    assert (pd.read_csv(tmp_path / name)["status"] == OK).all()
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_interruption_elsewhere_has_its_exit_status(monkeypatch, capsys):
+    def stopped(argv, table):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "plan", stopped)
+    assert cli.main(["plan"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("axis", scaling.AXES)
+def test_scaling(tmp_path, capsys, monkeypatch, axis):
+    monkeypatch.setitem(scaling.AXES, axis, [8, 16, 32])
+    small = dataclasses.replace(scaling.BASE, c=8, c_m=4, c_n=4)
+    monkeypatch.setattr(scaling, "BASE", small)
+    arguments = ["scaling", "--axis", axis, "--mode", "fwd", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    frame = pd.read_csv(tmp_path / "scaling.csv")
+    assert (frame["status"] == OK).all()
+    assert frame["axis"].eq(axis).all()
+    assert set(frame["size"]) == {8, 16, 32}
+    assert {*frame["provider"]} == {"eager", "torch"}
+    of_size = frame.drop_duplicates("size").set_index("size")
+    if axis == "L":
+        assert all(eval(p.replace("x", "*")) == size for size, p in of_size["positions"].items())
+    else:
+        assert list(of_size[axis.lower()]) == [8, 16, 32]
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+    assert ("ns a position" in capsys.readouterr().out) == (axis == "L")
+
+
+def test_positions_of_scaling():
+    for size in scaling.AXES["L"]:
+        assert scaling.workload("L", size).length == size
+
+
+def test_line_through_times():
+    length = 2.0 ** np.arange(10, 22)
+    a, b = scaling.fit(length, 0.02 + 3e-6 * length)
+    assert (a, b) == pytest.approx((20.0, 3.0))
+
+
+def test_plan_of_workloads_and_shapes(capsys):
+    assert cli.main(["plan", "yolo_p3", "r50_conv3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("modelled forward") == 2
+    shape = ["--shape", "16,256,80,80", "--c-m", "64", "--c-n", "64"]
+    assert cli.main(["plan", *shape]) == 0
+    assert capsys.readouterr().out.strip() in printed
+
+
+def test_model_says_that_it_is_one(tmp_path, capsys):
+    path = tmp_path / "floors.csv"
+    assert cli.main(["model", "--workload", "yolo_p3", "--csv", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Modelled floors")
+    assert "none of this was measured" in printed
+    frame = pd.read_csv(path)
+    assert frame["kind"].eq("model").all()
+    assert list(frame["card"]) == list(floors.SHEETS)
+    assert all(card in printed for card in floors.SHEETS)
+
+
+def test_floors_of_the_design():
+    """Of an H200 with the ceilings that were measured on one elsewhere."""
+    ceilings = floors.Ceilings(4.3e12, 790e12, 50e6)
+    known = {
+        "r50_conv3": 78, "r50_conv4": 83, "r50_conv3_q": 36, "r50_conv4_q": 38, "yolo_p3": 24,
+        "kinetics_conv3": 68, "kinetics_conv4": 78, "hires_256": 44, "seg_19": 16,
+        "volume_128": 187,
+    }  # fmt: skip
+    for work in WORKLOADS:
+        if work.name in known:
+            floor = floors.floor(work, work.n, problems.FORWARD, 2, ceilings)
+            assert 1e6 * floor.seconds == pytest.approx(known[work.name], rel=0.06)
+
+
+def test_modes_add_up():
+    for work in WORKLOADS:
+        for of in (floors.compulsory_bytes, floors.useful_flop):
+            one, two, both = (
+                of(work, 2, mode, *((2,) if of is floors.compulsory_bytes else ()))
+                for mode in problems.MODES
+            )
+            assert 0 < one < two
+            assert both == one + two
+
+
+def test_first_calls_of_fresh_processes(monkeypatch):
+    (eager,) = providers.select(["eager"], "eager", torch.device("cpu"), torch.float32, ["nchw"])
+    monkeypatch.setenv("TRITON_CACHE_DIR", "not this")
+    folders = []
+    fresh = first_call._fresh
+
+    def spied(arguments, environment):
+        folders.append(environment["TRITON_CACHE_DIR"])
+        assert os.path.isdir(os.path.dirname(folders[-1]))
+        return fresh(arguments, environment)
+
+    monkeypatch.setattr(first_call, "_fresh", spied)
+    arguments = ["yolo_p5_b1", eager, problems.FORWARD, torch.float32, torch.device("cpu")]
+    cold, warm = first_call.seconds(*arguments)
+    assert 0 < cold < 60
+    assert 0 < warm < 60
+    assert folders[0] == folders[1] != "not this"
+    with pytest.raises(RuntimeError, match=r"first call of 'eager'.*did you mean 'yolo_p5_b1'"):
+        first_call.seconds("yolo_p5_b", *arguments[1:])
+
+
+def test_first_calls_in_a_sweep(table, tmp_path, monkeypatch):
+    def seconds(workload, provider, *rest):
+        if provider.name == "eager":
+            raise RuntimeError("out of memory")
+        return 3.0, 1.0
+
+    monkeypatch.setattr(commands, "seconds", seconds)
+    arguments = ["--workload", "tiny", "--provider", "eager,torch", "--mode", "fwd"]
+    arguments += ["--metric", "first_call", "--out", str(tmp_path)]
+    assert cli.main(["sweep", *arguments], table) == 0
+    frame = pd.read_csv(tmp_path / "results.csv").set_index("provider")
+    assert frame["first_call_cold_s"]["torch"].eq(3.0).all()
+    assert frame["first_call_warm_s"]["torch"].eq(1.0).all()
+    assert frame["status"]["eager"].eq("failed: RuntimeError: out of memory").all()
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from bench import providers
-from bench.measure import OK, OUT_OF_TIME, Budget, Effort, WallTimer
-from bench.problems import BACKWARD, FORWARD, MODES
+from bench import floors, providers
+from bench.floors import Ceilings
+from bench.measure import OK, OUT_OF_TIME, Budget, Effort, WallTimer, prepare
+from bench.problems import BACKWARD, FORWARD, MODES, STEP
 from bench.providers import GRAPH, setup_block
 
 
@@ -45,7 +46,7 @@ def test_right_providers_are_timed(bench, table, timer, mode):
         rows = bench.measure(workload, mode, providers.plain("torch"))
         assert [row["status"] for row in rows] == [OK] * 4
         assert all(0 < row["error"] < 1e-4 for row in rows)
-        assert all(("error_gradient" in row) == (mode == BACKWARD) for row in rows)
+        assert all(("error_gradient" in row) == (mode != FORWARD) for row in rows)
     assert len(timer.calls) == 2 * 4 * 3
 
 
@@ -63,7 +64,7 @@ def test_wrong_output_is_not_timed(bench, tiny, timer, eager, variant, mode):
 def test_wrong_gradient_is_not_timed(bench, tiny, variant):
     wrong = variant("wrong", setup_of(ForgottenPath))
     assert bench.measure(tiny, FORWARD, [wrong])[0]["status"] == OK
-    (row,) = bench.measure(tiny, BACKWARD, [wrong])
+    (row,) = bench.measure(tiny, STEP, [wrong])
     assert row["error"] < 1e-4 < 1e-2 < row["error_gradient"]
     assert row["status"].startswith("disagrees")
 
@@ -91,7 +92,7 @@ def test_other_shape_is_a_failure(bench, tiny, variant):
 
 def test_missing_gradient_is_a_failure(bench, tiny, eager, variant):
     lacking = variant("lacking", lambda p: lambda: eager.setup(p)()[:1])
-    (row,) = bench.measure(tiny, BACKWARD, [lacking])
+    (row,) = bench.measure(tiny, STEP, [lacking])
     assert row["status"] == "failed: ValueError: 1 results instead of 2 or more"
 
 
@@ -223,6 +224,53 @@ def test_compiling_groups_start_afresh(bench, tiny, variant, monkeypatch):
     assert not resets
     bench.measure(tiny, FORWARD, [variant("compiled", compiles=True)])
     assert len(resets) == 1
+
+
+def test_backward_alone_is_timed_after_its_forward(bench, tiny, eager):
+    """Forward runs before the clock starts, once for every time that backward runs."""
+    events = []
+
+    def setup(problem):
+        call = eager.setup(problem)
+        run = call.run
+        call.run = lambda x: (events.append("forward"), run(x))[1]
+        return call
+
+    def timer(closure, *, launches_count):
+        prepare(closure)
+        events.append("clock")
+        closure()
+        events.append("end")
+        return 1.0
+
+    bench = dataclasses.replace(bench, timer=timer)
+    (row,) = bench.measure(tiny, BACKWARD, [dataclasses.replace(eager, setup=setup)])
+    assert row["status"] == OK
+    assert events[-3:] == ["forward", "clock", "end"]
+    assert events.count("clock") == 3
+    events.clear()
+    bench.measure(tiny, STEP, [dataclasses.replace(eager, setup=setup)])
+    assert events[-3:] == ["clock", "forward", "end"]
+
+
+def test_rates_and_share_of_the_floor(bench, tiny, eager):
+    ceilings = Ceilings(bandwidth=1e6, matrix_rate=1e6)
+    bench = dataclasses.replace(bench, ceilings=ceilings)
+    (row,) = bench.measure(tiny, FORWARD, [eager])
+    moved = 4 * (2 * 2 * 8 * 20 + 8 * 16)  # X and the output of two samples, weights
+    flop = floors.useful_flop(tiny, 2, FORWARD)
+    assert row["gb_s"] == pytest.approx(moved / 2e-3 / 1e9)
+    assert row["tflop_s"] == pytest.approx(flop / 2e-3 / 1e12)
+    assert row["floor_ms"] == pytest.approx(1e3 * max(moved, flop) / 1e6)
+    assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / 2)
+    assert row["bound"] == ("memory" if moved > flop else "compute")
+
+
+def test_kept_for_backward_is_measured(bench, tiny, eager):
+    rows = bench.measure(tiny, STEP, [eager])
+    maps = 4 * 2 * 20 * (4 + 4 + 4 + 4)  # A, both attention maps, Z: float32, two samples
+    assert maps <= rows[0]["saved_bytes"] <= 2 * maps
+    assert bench.measure(tiny, FORWARD, [eager])[0]["saved_bytes"] is None
 
 
 def test_wall_timer_measures_the_call():

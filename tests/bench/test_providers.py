@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from bench import problems, providers
-from bench.problems import BACKWARD, FORWARD
+from bench.names import UnknownNameError
+from bench.problems import FORWARD, STEP
 from bench.providers import EAGER, GRAPH, EagerDoubleAttention
 from da_triton import DoubleAttention
 
@@ -22,7 +23,7 @@ def test_eager_block_shares_parameters_with_the_layer(axes, heads):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_closures_read_their_own_input_in_its_format(table, channels_last):
     for workload in table:
-        problem = problems.draw(workload, BACKWARD, torch.float32, CPU).in_format(channels_last)
+        problem = problems.draw(workload, STEP, torch.float32, CPU).in_format(channels_last)
         seen = []
 
         def make(problem, seen=seen):
@@ -53,7 +54,7 @@ def test_compiled_block_is_compiled_for_static_shapes(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-    problem = problems.draw(tiny, BACKWARD, torch.float32, CPU).in_format(False)
+    problem = problems.draw(tiny, STEP, torch.float32, CPU).in_format(False)
     closure = providers.setup_block(problem, providers.eager_block, compile_mode="max-autotune")
     problem.show(problem.fresh)
     assert max(problem.errors(closure())) < 1e-4
@@ -75,18 +76,68 @@ def test_every_gpu_sweep_compares_like_with_like():
     sweeps = providers.gpu_sweeps()
     for sweep in sweeps:
         assert len({p.launch for p in sweep}) == 1
-        assert {p.name for p in sweep if p.baseline} == {"eager", "eager channels_last"}
-        assert len({p.name for p in sweep}) == len(sweep)
-    ours = {(p.name, p.launch) for sweep in sweeps for p in sweep if not p.baseline}
-    assert ours == {
-        ("triton", EAGER),
-        ("triton channels_last", EAGER),
-        ("compile eager", EAGER),
-        ("compile eager max-autotune", EAGER),
-        ("compile triton", EAGER),
-        ("triton", GRAPH),
-        ("triton channels_last", GRAPH),
-        ("compile eager max-autotune", GRAPH),
-        ("compile triton max-autotune", GRAPH),
-    }
+        baselines = {(p.name, p.layout) for p in sweep if p.baseline}
+        assert baselines == {("eager", "nchw"), ("eager", "channels_last")}
+        assert len({(p.name, p.layout) for p in sweep}) == len(sweep)
+        assert len({p.compiles for p in sweep if not p.baseline}) == 1
+    timed = {(p.name, p.launch) for sweep in sweeps for p in sweep if p.name != "fla"}
+    assert timed == {
+        (name, launch)
+        for launch in (EAGER, GRAPH)
+        for name in (
+            "eager", "eager autocast", "einsum", "sdpa", "torch", "triton", "compile eager",
+            "compile eager max-autotune", "compile torch", "compile triton",
+            "compile triton max-autotune",
+        )
+    }  # fmt: skip
     assert all(p.compiles == p.name.startswith("compile") for sweep in sweeps for p in sweep)
+    assert not any(p.compiles for sweep in sweeps[:2] for p in sweep)
+
+
+@pytest.mark.parametrize("name", ["eager", "einsum", "sdpa", "torch"])
+@pytest.mark.parametrize("layout", providers.LAYOUTS)
+def test_formulations_agree_with_the_definition(bench, table, name, layout):
+    chosen = providers.select([name], EAGER, CPU, torch.float32, [layout])
+    for workload in table:
+        for mode in problems.MODES:
+            (row,) = bench.measure(workload, mode, chosen)
+            assert row["status"] == "ok", row["status"]
+            assert row["layout"] == layout
+
+
+def test_autocast_keeps_weights_in_float32(tiny):
+    problem = problems.draw(tiny, STEP, torch.bfloat16, CPU).in_format(False)
+    (chosen,) = providers.select(["eager autocast"], EAGER, CPU, torch.bfloat16, ["nchw"])
+    call = chosen.setup(problem)
+    problem.show(problem.fresh)
+    results = call()
+    assert max(problem.errors(results)) < problems.TOLERANCE[torch.bfloat16]
+    assert {t.dtype for t in call.inputs[1:]} == {torch.float32}
+    assert results[0].dtype == torch.bfloat16
+
+
+def test_selection_by_name():
+    everything = providers.select([], EAGER, CPU, torch.float32)
+    names = {p.name for p in everything}
+    assert names >= {"eager", "torch", "einsum", "sdpa", "compile eager", "compile torch"}
+    assert not names & {"triton", "eager autocast", "compile triton"}
+    with pytest.raises(UnknownNameError, match="did you mean 'triton'"):
+        providers.select(["tritn"], EAGER, CPU, torch.float32)
+    with pytest.raises(ValueError, match="'triton' needs a GPU"):
+        providers.select(["triton"], EAGER, CPU, torch.float32)
+    with pytest.raises(ValueError, match="needs float16 or bfloat16"):
+        providers.select(["eager autocast"], EAGER, CPU, torch.float32)
+    with pytest.raises(UnknownNameError, match="did you mean 'nchw'"):
+        providers.select(["eager"], EAGER, CPU, torch.float32, ["nchv"])
+
+
+def test_graphs_are_captured_but_where_compilation_records_them():
+    asked = {}
+    for provider in providers.catalogue(GRAPH):
+        options = provider.setup.keywords
+        asked[provider.name] = options.get("capture"), options.get("compile_mode")
+    assert asked["triton"] == (True, None)
+    assert asked["compile triton"] == (True, "default")
+    assert asked["compile eager max-autotune"] == (False, "max-autotune")
+    launched = {p.name: p.setup.keywords.get("compile_mode") for p in providers.catalogue(EAGER)}
+    assert launched["compile eager max-autotune"] == "max-autotune-no-cudagraphs"

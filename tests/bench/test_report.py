@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 
 import matplotlib.image
@@ -6,31 +7,30 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import report as module
-from bench.measure import OK
-from bench.report import COLUMNS, Report, environment
-
-
-def row(provider, mode="forward", launch="eager", workload="tiny", **others):
-    facts = {"workload": workload, "n": 1, "c": 8, "positions": "4x5", "mode": mode}
-    facts |= {"launch": launch, "provider": provider, "baseline": provider == "eager"}
-    times = {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.1, "repetitions": 5}
-    return facts | {"status": OK, "ratio_to_eager": 1.0} | times | others
+from bench import environment as module
+from bench import plots
+from bench.environment import environment
+from bench.floors import Ceilings
+from bench.report import COLUMNS, METRICS, Report, markdown
+from support.rows import row
 
 
 @pytest.fixture
 def report(tmp_path):
     report = Report(tmp_path / "out", "A title")
-    report.add([row("eager"), row("ours", ratio_to_eager=4.0)])
-    report.add([row("ours", workload="small", ratio_to_eager=1.0)])
+    report.record(cpu="A processor", torch="2.14", commit="abc")
+    report.add([row("eager"), row("torch", ratio_to_eager=4.0)])
+    report.add([row("torch", workload="small", ratio_to_eager=1.0)])
     return report
 
 
-def test_csv_grows_with_every_group(report):
+def test_csv_grows_with_every_group_and_says_where_it_was_measured(report):
     path = report.out / "results.csv"
     frame = pd.read_csv(path)
     assert tuple(frame.columns) == COLUMNS
     assert len(frame) == 3
+    assert frame["machine"].eq("A processor").all()
+    assert frame["commit"].eq("abc").all()
     report.add([row("broken", status="failed: why, and how", ratio_to_eager=None)])
     assert pd.read_csv(path)["status"].iloc[-1] == "failed: why, and how"
 
@@ -42,14 +42,13 @@ def test_text_has_every_timing_and_the_mean(report):
     assert "geometric mean 2.00, worst 1.00 (small), 2 timed" in text
     assert "broken (eager launch), 2x, first tiny: failed: why" in text
     assert text.count(" 2.000 ") == 3
-    assert (report.out / "report.txt").read_text().startswith("A title")
     assert " 2.000 " not in report.finish(short=True)
 
 
 def test_other_ratios_and_the_workloads_that_lose(report):
     report.add([
-        row("ours", mode="forward+backward", ratio_to_eager=0.5, ratio_same_format=2.0),
-        row("ours", mode="forward+backward", workload="big", ratio_to_eager=0.75),
+        row("torch", mode="forward+backward", ratio_to_eager=0.5, ratio_same_format=2.0),
+        row("torch", mode="forward+backward", workload="big", ratio_to_eager=0.75),
         row("compile eager", ratio_to_eager=1.5, ratio_to_compiled=1.0),
     ])  # fmt: skip
     text = report.finish(short=True)
@@ -59,44 +58,108 @@ def test_other_ratios_and_the_workloads_that_lose(report):
     assert "torch.compile" not in text  # nothing of ours was compared with it
 
 
+def test_memory_formats_have_means_of_their_own(report):
+    report.add([row("torch", layout="channels_last", ratio_to_eager=9.0)])
+    text = report.finish(short=True)
+    assert re.search(r"torch nchw +geometric mean 2\.00", text)
+    assert re.search(r"torch channels_last +geometric mean 9\.00", text)
+
+
+def test_chosen_metrics_are_what_is_printed(tmp_path):
+    report = Report(tmp_path, "A title", metrics=["memory", "first_call"], csv=False, png=False)
+    report.add([row("torch", saved_bytes=1234, first_call_cold_s=5.678)])
+    text = report.finish(short=False)
+    assert "saved B" in text
+    assert "1234" in text
+    assert "5.68" in text
+    assert "median" not in text
+    assert {p.name for p in tmp_path.iterdir()} == {"report.md"}
+    assert set().union(*METRICS.values()) <= set(COLUMNS)
+
+
 def test_without_ratios_there_are_raw_times(report):
     report.with_ratios = False
+    report.ceilings = Ceilings(1e10, 1e11)
     report.add([])
     text = report.finish(short=True)
     assert "x eager" not in text
     assert "geometric" not in text
     assert text.count(" 2.000 ") == 3
     assert pd.read_csv(report.out / "results.csv")["ratio_to_eager"].isna().all()
+    page = (report.out / "report.md").read_text()
+    assert "Ratios" not in page
+    assert "x eager" not in page
+    assert not (report.out / "roofline.png").exists()
 
 
 def test_noisy_timings_are_told(report):
-    assert not report.noise()
-    report.add([row("ours", p20_ms=1.0)])
-    assert report.noise().startswith("1 of 4 timings vary")
+    assert "vary" not in report.finish(short=True)
+    report.add([row("torch", workload="noisy", p20_ms=1.0)])
+    assert "1 of 4 timings vary" in report.finish(short=True)
+
+
+def test_page_ties_everything_together(report):
+    report.ceilings = Ceilings(1e10, 1e11)
+    report.notes.append("A note.")
+    report.add([row("broken", status="failed: why")])
+    report.finish(short=True)
+    page = (report.out / "report.md").read_text()
+    for part in ("# A title", "A note.", "failed: why", "## Ratios", "## Measurements"):
+        assert part in page
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (report.out / name).exists()
+    assert {"bars.png", "roofline.png"} <= {p.name for p in report.out.iterdir()}
+    assert "| cpu | A processor |" in page
+    assert "| torch | nchw | 2.00 | 1.00 | small |" in page
 
 
 @pytest.mark.parametrize("with_ratios", [True, False])
-def test_figure_is_an_image_with_something_on_it(report, with_ratios):
+def test_figures_are_images_with_something_on_them(report, with_ratios):
     report.with_ratios = with_ratios
-    report.add([row("ours", mode="forward+backward", launch="graph", ratio_to_eager=2.0)])
+    report.ceilings = Ceilings(1e10, 1e11)
+    report.add([row("torch", mode="forward+backward", launch="graph", ratio_to_eager=2.0)])
     report.finish(short=True)
-    image = matplotlib.image.imread(report.out / "results.png")
-    assert min(image.shape[:2]) > 300
-    assert image[..., :3].std() > 0.05
+    for path in report.out.glob("*.png"):
+        image = matplotlib.image.imread(path)
+        assert min(image.shape[:2]) > 300
+        assert image[..., :3].std() > 0.05
 
 
-def test_figure_of_nothing(tmp_path):
+def test_report_of_nothing(tmp_path):
     report = Report(tmp_path, "A title")
     report.add([row("broken", status="failed: why")])
     assert "failed: why" in report.finish(short=True)
-    assert matplotlib.image.imread(tmp_path / "results.png").size
+    assert not list(tmp_path.glob("*.png"))
 
 
-def test_bars_are_ratios_of_others_than_the_baseline(report):
-    panel = report.figure().axes[0]
-    assert [bar.get_height() for bars in panel.containers for bar in bars] == [4.0, 1.0]
+def test_bars_are_our_better_format_against_eager_and_compile(report):
+    report.add([
+        row("torch", layout="channels_last", median_ms=1.0, ratio_to_eager=8.0),
+        row("compile torch", median_ms=0.5, ratio_to_eager=16.0),
+        row("torch", workload="big", ratio_to_eager=3.0, ratio_to_compiled=2.0),
+    ])  # fmt: skip
+    panel = plots.bars(report.timed(), "A title").axes[0]
+    heights = [[bar.get_height() for bar in bars] for bars in panel.containers]
+    assert heights[0] == [8.0, 1.0, 3.0]
+    assert heights[1][2] == 2.0
     assert panel.get_lines()[0].get_ydata()[0] == 1.0
-    assert "eager" in panel.get_ylabel()
+
+
+def test_roofline_shows_both_in_view_under_the_roof(report):
+    panel = plots.roofline(report.timed(), Ceilings(1e10, 1e12), "A title").axes[0]
+    bottom, top = panel.get_ylim()
+    points = [line for line in panel.get_lines() if line.get_marker() in ("o", "^")]
+    assert len(points) == 2
+    for line in points:
+        assert len(line.get_ydata())
+        assert all(bottom < y < top for y in line.get_ydata())
+
+
+def test_markdown_table():
+    frame = pd.DataFrame({"name": ["a|b", None], "x": [1.25, float("nan")]})
+    assert markdown(frame, {"x": "{:.1f}"}).splitlines() == [
+        "| name | x |", "|---|---:|", "| a\\|b | 1.2 |", "|  |  |",
+    ]  # fmt: skip
 
 
 def test_environment_is_recorded(report):
@@ -120,6 +183,8 @@ def test_card_reads_what_nvidia_smi_prints(monkeypatch):
     assert module.card()["name"] == "A card"
     assert module.card()["clocks.mem"] == "4"
     assert all(command[1].startswith("--query-gpu=") for command in commands)
+    columns = module.columns({"cpu": "not this", "card": module.card()})
+    assert (columns["machine"], columns["driver"], columns["clock_mhz"]) == ("A card", "1.2", "3")
 
 
 def test_card_is_none_without_nvidia_smi(monkeypatch):

@@ -5,8 +5,9 @@ import torch
 
 from bench import workloads
 from bench.measure import OK
+from bench.names import UnknownNameError
 from bench.problems import FORWARD
-from bench.workloads import WORKLOADS, UnknownWorkloadError, select
+from bench.workloads import WORKLOADS, select
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ def test_named_workloads_in_table_order(table):
     ("name", "near"), [("yolo_p3b1", "yolo_p3_b1"), ("r50conv3", "r50_conv3"), ("r50", "r50_conv4")]
 )
 def test_unknown_name_suggests_the_nearest(name, near):
-    with pytest.raises(UnknownWorkloadError, match=f"did you mean '{near}'"):
+    with pytest.raises(UnknownNameError, match=f"did you mean '{near}'"):
         select([name], "default")
 
 

@@ -1,0 +1,193 @@
+"""Pictures of measurements: bars of ratios, the roofline, cost against size."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .floors import Ceilings
+from .problems import MODES
+from .providers import OURS
+
+# A palette that colour-blind readers can tell apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+KINDS = {"ratio_to_eager": "against eager", "ratio_to_compiled": "against torch.compile of eager"}
+GREY = "#555555"
+
+
+def best_of_ours(timed: pd.DataFrame) -> pd.DataFrame:
+    """Of each workload, mode, launch mode and dtype the fastest of our uncompiled rows.
+
+    Where ours was only timed compiled, of those.
+    """
+    ours = timed[timed["provider"].isin(OURS)].copy()
+    ours["compiled"] = ours["provider"].str.startswith("compile")
+    keys = ["workload", "mode", "launch", "dtype"]
+    return ours.sort_values(["compiled", "median_ms"]).drop_duplicates(keys).sort_index()
+
+
+def bars(timed: pd.DataFrame, title: str) -> Figure:
+    """Ours against eager and against its compilation: a panel for each launch mode and mode."""
+    ours = best_of_ours(timed)
+    keys = list(_panels(ours))
+    workloads = list(timed["workload"].unique())
+    figure = Figure(figsize=(_width(workloads), 0.8 + 2.6 * len(keys)), layout="constrained")
+    figure.suptitle(f"{title}\nours, in its better memory format; above 1 it is faster", size=11)
+    panels = figure.subplots(len(keys), 1, squeeze=False, sharex=True)[:, 0]
+    for panel, (launch, mode, dtype) in zip(panels, keys, strict=True):
+        part = ours.query("launch == @launch and mode == @mode and dtype == @dtype")
+        part = part.set_index("workload").reindex(workloads)
+        kinds = [kind for kind in KINDS if part[kind].notna().any()]
+        _grouped(panel, {KINDS[kind]: part[kind] for kind in kinds}, "{:.2f}")
+        panel.axhline(1.0, color=GREY, linewidth=1, linestyle="--", zorder=0.9)
+        panel.set_ylabel("times as fast")
+        panel.set_title(f"{mode}, {_launches(launch)}, {dtype}", size=10)
+        _name_workloads(panel, timed, workloads)
+    return figure
+
+
+def times(timed: pd.DataFrame, title: str) -> Figure:
+    """Milliseconds of every provider, where ratios must not be shown."""
+    keys = list(_panels(timed))
+    workloads = list(timed["workload"].unique())
+    figure = Figure(figsize=(_width(workloads), 0.8 + 2.6 * len(keys)), layout="constrained")
+    figure.suptitle(title, size=11)
+    panels = figure.subplots(len(keys), 1, squeeze=False, sharex=True)[:, 0]
+    for panel, (launch, mode, dtype) in zip(panels, keys, strict=True):
+        part = timed.query("launch == @launch and mode == @mode and dtype == @dtype")
+        names = part["provider"] + " " + part["layout"]
+        values = {
+            name: part[names == name].set_index("workload")["median_ms"].reindex(workloads)
+            for name in names.unique()
+        }
+        _grouped(panel, values, "{:.3g}")
+        panel.set_yscale("log")
+        panel.set_ylabel("median ms")
+        panel.set_title(f"{mode}, {_launches(launch)}, {dtype}", size=10)
+        _name_workloads(panel, timed, workloads)
+    return figure
+
+
+def _panels(frame: pd.DataFrame) -> Iterable[tuple[str, str, str]]:
+    for dtype in frame["dtype"].unique():
+        for launch in frame["launch"].unique():
+            for mode in MODES:
+                if len(frame.query("launch == @launch and mode == @mode and dtype == @dtype")):
+                    yield launch, mode, dtype
+
+
+def _width(workloads: list[str]) -> float:
+    return max(8.0, 3.0 + 0.85 * len(workloads))
+
+
+def _launches(launch: str) -> str:
+    return "CUDA graph" if launch == "graph" else "eager launches"
+
+
+def _grouped(panel: Any, values: dict[str, pd.Series], form: str) -> None:
+    """Bars side by side, with their values above."""
+    thickness = 0.8 / max(1, len(values))
+    for index, (name, series) in enumerate(values.items()):
+        places = np.arange(len(series)) + (index - (len(values) - 1) / 2) * thickness
+        colour = COLOURS[index % len(COLOURS)]
+        drawn = panel.bar(places, series.astype(float), thickness, label=name, color=colour)
+        labels = ["" if np.isnan(x) else form.format(x) for x in series.astype(float)]
+        panel.bar_label(drawn, labels=labels, fontsize=7, padding=1)
+    panel.margins(x=0.01, y=0.15)
+    panel.set_xlim(-0.6, max(len(s) for s in values.values()) - 0.4 if values else 0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _name_workloads(panel: Any, timed: pd.DataFrame, workloads: list[str]) -> None:
+    sizes = timed.drop_duplicates("workload").set_index("workload")
+    names = [f"{w}\n{sizes['n'][w]}×{sizes['c'][w]}\n{sizes['positions'][w]}" for w in workloads]
+    panel.set_xticks(np.arange(len(workloads)), names, fontsize=7)
+
+
+def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
+    """Operations a second against operations a byte, of ours and of the fastest eager row.
+
+    Both have the same useful operations and compulsory bytes, so they stand above each other.
+    """
+    dtypes, modes = list(timed["dtype"].unique()), [m for m in MODES if (timed["mode"] == m).any()]
+    dtype = dtypes[0]  # the one that the matrix rate was measured in
+    figure = Figure(figsize=(6.2 * len(modes), 5.4), layout="constrained")
+    figure.suptitle(f"{title}: roofline, {dtype}", size=11)
+    for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+        part = timed.query("mode == @mode and dtype == @dtype")
+        part = part[part["launch"] == part["launch"].iloc[0]]
+        ours = best_of_ours(part).set_index("workload")
+        eager = part[part["baseline"].astype(bool)].sort_values("median_ms")
+        eager = eager.drop_duplicates("workload").set_index("workload")
+        _roof(panel, part, ceilings)
+        for marker, frame, colour, label in (
+            ("o", eager, COLOURS[1], "eager, better memory format"),
+            ("^", ours, COLOURS[0], "ours, better memory format"),
+        ):
+            reuse = 1e3 * frame["tflop_s"] / frame["gb_s"]
+            panel.plot(reuse, frame["tflop_s"], marker, color=colour, label=label, zorder=3)
+        for number, (name, row) in enumerate(ours.sort_values("gb_s").iterrows()):
+            reuse = 1e3 * row["tflop_s"] / row["gb_s"]
+            above = number % 2 == 0
+            panel.annotate(
+                name, (reuse, row["tflop_s"]), (3, 6 if above else -12),
+                textcoords="offset points", fontsize=7, color=GREY,
+            )  # fmt: skip
+            if name in eager.index:
+                ends = [eager["tflop_s"][name], row["tflop_s"]]
+                panel.plot([reuse, reuse], ends, color=GREY, linewidth=0.7)
+        rates = [*part["tflop_s"], ceilings.matrix_rate / 1e12]
+        panel.set_ylim(0.4 * min(rates), 2.5 * max(rates))
+        panel.set_title(f"{mode}, {_launches(part['launch'].iloc[0])}", size=10)
+        panel.set_xlabel("useful operations a compulsory byte")
+        panel.set_ylabel("useful TFLOP/s")
+        panel.legend(fontsize=8, loc="lower right", frameon=False)
+    return figure
+
+
+def _roof(panel: Any, part: pd.DataFrame, ceilings: Ceilings) -> None:
+    reuse = 1e3 * part["tflop_s"] / part["gb_s"]
+    x = np.geomspace(0.5 * reuse.min(), 2 * reuse.max(), 100)
+    panel.loglog(x, x * ceilings.bandwidth / 1e12, "--", color=GREY, linewidth=1)
+    panel.axhline(ceilings.matrix_rate / 1e12, linestyle="--", color=GREY, linewidth=1)
+    panel.text(
+        x[0], ceilings.matrix_rate / 1e12, f" {ceilings.matrix_rate / 1e12:.3g} TFLOP/s measured",
+        fontsize=7, va="bottom", color=GREY,
+    )  # fmt: skip
+    middle = x[len(x) // 3]
+    panel.annotate(
+        f"{ceilings.bandwidth / 1e9:.3g} GB/s measured",
+        (middle, middle * ceilings.bandwidth / 1e12), (4, -10), textcoords="offset points",
+        fontsize=7, color=GREY,
+    )  # fmt: skip
+
+
+def scaling(timed: pd.DataFrame, axis: str, title: str) -> Figure:
+    """Time against a size on log axes, with a line of slope one through the last point of ours."""
+    modes = [m for m in MODES if (timed["mode"] == m).any()]
+    figure = Figure(figsize=(5.6 * len(modes), 4.6), layout="constrained")
+    figure.suptitle(title, size=11)
+    for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+        part = timed[timed["mode"] == mode]
+        series = part["provider"] + " " + part["layout"] + ", " + part["launch"]
+        series = series.str.replace(" nchw", "").str.replace(", eager", "")
+        for index, name in enumerate(series.unique()):
+            one = part[series == name].sort_values("size")
+            colour = COLOURS[index % len(COLOURS)]
+            panel.plot(one["size"], one["median_ms"], "o-", markersize=4, color=colour, label=name)
+            panel.fill_between(one["size"], one["p20_ms"], one["p80_ms"], color=colour, alpha=0.2)
+        last = part[part["provider"].isin(OURS)].sort_values("size")
+        if len(last):
+            size, ms = last["size"].to_numpy(), last["median_ms"].to_numpy()
+            panel.plot(size, ms[-1] * size / size[-1], ":", color=GREY, label="linear", zorder=0.9)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel(axis)
+        panel.set_ylabel("median ms")
+        panel.set_title(mode, size=10)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, frameon=False)
+    return figure

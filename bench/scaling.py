@@ -1,0 +1,103 @@
+"""How cost grows with one size: positions, batch, channels or maps; the others as in ``BASE``.
+
+Our time against positions is fitted with ``a + b·L``, weighted so that short inputs count as much
+as long ones.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import plots
+from .measure import OK, Bench, Row
+from .providers import OURS, Provider
+from .report import COLUMNS, Report, replace
+from .workloads import Workload
+
+BASE = Workload("scaling", 1, 128, (2**12,), 64, 64, 1, "how cost grows")
+AXES = {
+    "L": [2**k for k in range(10, 22)],
+    "N": [2**k for k in range(9)],
+    "C": [16, 32, 64, 128, 256, 512, 1024, 2048],
+    "c_n": [8, 16, 32, 64, 128, 256, 512],
+}
+TITLES = {"L": "positions", "N": "samples", "C": "channels", "c_n": "maps"}
+
+
+def workload(axis: str, size: int) -> Workload:
+    name = f"scaling {axis}={size}"
+    if axis == "L":
+        side = 2 ** (size.bit_length() // 2)
+        positions = (size // side, side) if size % side == 0 else (size,)
+        return dataclasses.replace(BASE, name=name, positions=positions)
+    changes: dict[str, Any] = {
+        "N": {"n": size, "cpu_n": size},
+        "C": {"c": size},
+        "c_n": {"c_n": size},
+    }[axis]
+    return dataclasses.replace(BASE, name=name, positions=(64, 64), **changes)
+
+
+def run(
+    bench: Bench,
+    axis: str,
+    sizes: Sequence[int],
+    sweeps: Sequence[Sequence[Provider]],
+    modes: Sequence[str],
+    report: Report,
+) -> str:
+    """Measures, writes ``scaling.csv`` and ``scaling.png``, and returns what to print."""
+
+    def add(rows: list[Row]) -> None:
+        report.rows += rows
+        replace(report.out / "scaling.csv", frame(report, axis).to_csv(index=False))
+
+    workloads = [workload(axis, size) for size in sizes]
+    try:
+        bench.run(workloads, sweeps, add, modes)
+    except KeyboardInterrupt:
+        report.notes.append("Interrupted: these are the measurements until then.")
+    found = frame(report, axis)
+    timed = found[found["status"] == OK]
+    if len(timed):
+        title = f"{report.title}: time against {TITLES[axis]}"
+        plots.scaling(timed, TITLES[axis], title).savefig(report.out / "scaling.png", dpi=120)
+    lines = [report.title, *report.notes, report.table()]
+    lines += [fitted(timed)] if axis == "L" else []
+    return "\n\n".join(filter(None, [*lines, f"Written to {report.out}."]))
+
+
+def frame(report: Report, axis: str) -> pd.DataFrame:
+    found = report.frame()
+    sizes = found["workload"].str.rpartition("=")[2].astype(int)
+    found.insert(0, "axis", axis)
+    found.insert(1, "size", sizes)
+    return found[["axis", "size", *COLUMNS]]
+
+
+def fit(length: np.ndarray, ms: np.ndarray) -> tuple[float, float]:
+    """``(a in microseconds, b in nanoseconds a position)`` of the least relative squares."""
+    rows = np.stack([np.ones_like(ms), length], 1) / ms[:, None]
+    a, b = np.linalg.lstsq(rows, np.ones_like(ms), rcond=None)[0]
+    return 1e3 * a, 1e6 * b
+
+
+def fitted(timed: pd.DataFrame) -> str:
+    """A line for each of our series with at least three sizes."""
+    lines = []
+    ours = timed[timed["provider"].isin(OURS)]
+    for key, part in ours.groupby(["provider", "layout", "launch", "mode"], sort=False):
+        if len(part) < 3:
+            continue
+        length = part["size"].to_numpy(float)
+        a, b = fit(length, part["median_ms"].to_numpy(float))
+        each = part["median_ms"] / part["size"]
+        long = each[part["size"] >= 2**19]
+        tail = f", from 2^19 on within {long.max() / each.min() - 1:.0%} of its best" * (
+            len(long) > 0
+        )
+        lines.append(f"  {' '.join(key)}: {a:.1f} µs + {b:.3f} ns a position{tail}")
+    return "\n".join(["Time against positions:", *lines]) if lines else ""
