@@ -242,7 +242,9 @@ def double_attention_block(
             out = eager.block(inputs, **weights, **options)
         else:
             unused = weights.pop("bias_b")
-            if unused is not None and torch.is_grad_enabled():
+            # A trace is checked without gradients, and must be the same then.
+            wanted = torch.is_grad_enabled() and not torch.jit.is_tracing()
+            if unused is not None and wanted:
                 weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
             out = core.block(inputs, weights, order=order, recompute=recompute, **options)
     return _positions_of(out, x)

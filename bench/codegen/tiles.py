@@ -29,6 +29,7 @@ SMALL = (
     (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
 )  # fmt: skip
 HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
+SHORTEST = 32  # positions of a tile for which a route is fused at all
 HOPELESS = 64  # spills beyond which fewer stages do not help
 # Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
 LIKELIEST, AT_EASE = 2, 200
@@ -89,7 +90,7 @@ class Search:
             if (block_l, warps) in hopeless and stages > 1:
                 continue
             if fallback:  # only one that is clean everywhere is better
-                if block_l < fallback[0] // 2:
+                if block_l < max(SHORTEST, fallback[0] // 2):
                     break
                 if not self.spills(blocks, sizes, candidate, odd + usual):
                     return candidate, ""

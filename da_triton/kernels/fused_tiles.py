@@ -109,7 +109,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_100", "gather_from_x", 128, 128): (128, 8, 3),
     ("sm_100", "gather_from_x", 256, 32): (128, 8, 2),
     ("sm_100", "gather_from_x", 256, 64): (64, 8, 1),
-    ("sm_100", "gather_from_x", 512, 32): (16, 8, 1),  # 12 spills at odd L
+    ("sm_100", "gather_from_x", 512, 32): (32, 8, 3),  # spills at odd L
     ("sm_100", "gather_side", 64, 32): (128, 8, 1),
     ("sm_100", "gather_side", 64, 64): (64, 8, 1),
     ("sm_100", "gather_side", 64, 128): (32, 8, 2),
@@ -168,7 +168,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_80", "gather_from_x", 128, 128): (64, 8, 2),
     ("sm_80", "gather_from_x", 256, 32): (128, 8, 2),
     ("sm_80", "gather_from_x", 256, 64): (64, 8, 3),
-    ("sm_80", "gather_from_x", 512, 32): (16, 8, 1),  # 17 spills at odd L
+    ("sm_80", "gather_from_x", 512, 32): (32, 8, 3),  # spills at odd L
     ("sm_80", "gather_side", 64, 32): (128, 8, 2),
     ("sm_80", "gather_side", 64, 64): (128, 8, 1),  # 64 spills at odd L
     ("sm_80", "gather_side", 64, 128): (32, 8, 2),
@@ -226,7 +226,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_89", "gather_from_x", 128, 128): (32, 8, 3),
     ("sm_89", "gather_from_x", 256, 32): (64, 8, 3),
     ("sm_89", "gather_from_x", 256, 64): (64, 8, 1),
-    ("sm_89", "gather_from_x", 512, 32): (16, 8, 1),  # 17 spills at odd L
+    ("sm_89", "gather_from_x", 512, 32): (32, 8, 3),  # spills at odd L
     ("sm_89", "gather_side", 64, 32): (128, 8, 3),
     ("sm_89", "gather_side", 64, 64): (128, 8, 1),
     ("sm_89", "gather_side", 64, 128): (64, 8, 1),
@@ -286,11 +286,11 @@ TILES: dict[tuple, tuple] = {
     ("sm_90", "gather_from_x", 128, 128): (128, 8, 3),
     ("sm_90", "gather_from_x", 256, 32): (128, 8, 2),
     ("sm_90", "gather_from_x", 256, 64): (64, 8, 3),
-    ("sm_90", "gather_from_x", 512, 32): (16, 8, 1),  # 8 spills at odd L
+    ("sm_90", "gather_from_x", 512, 32): (32, 8, 3),  # 109 spills at odd L
     ("sm_90", "gather_side", 64, 32): (128, 8, 3),
     ("sm_90", "gather_side", 64, 64): (64, 8, 3),
-    ("sm_90", "gather_side", 64, 128): (32, 8, 2),
-    ("sm_90", "gather_side", 64, 256): (16, 8, 1),
+    ("sm_90", "gather_side", 64, 128): (64, 8, 3),  # 12 spills at 14×14, several heads
+    ("sm_90", "gather_side", 64, 256): (32, 8, 1),  # 24 spills at odd L
     ("sm_90", "outer", 64, 64): (128, 8, 3),
     ("sm_90", "outer", 64, 128): (64, 8, 3),
     ("sm_90", "outer", 128, 64): (64, 8, 3),
@@ -335,6 +335,7 @@ SPECIAL: dict[tuple, tuple] = {
     ("gfx942", "project_distribute_blocks", 64, 128): (16, 8, 1),
     ("sm_100", "distribute_side", 64, 128): (32, 4, 2),
     ("sm_100", "gather_from_x", 256, 32): (64, 8, 3),
+    ("sm_100", "gather_from_x", 512, 32): (16, 8, 1),
     ("sm_100", "project_distribute", 64, 128): (64, 8, 3),
     ("sm_100", "project_distribute", 128, 64): (64, 8, 3),
     ("sm_100", "project_distribute_blocks", 64, 64): (64, 8, 3),
@@ -347,6 +348,7 @@ SPECIAL: dict[tuple, tuple] = {
     ("sm_80", "gather_from_x", 128, 128): (16, 8, 1),
     ("sm_80", "gather_from_x", 256, 32): (64, 8, 1),
     ("sm_80", "gather_from_x", 256, 64): (64, 8, 1),
+    ("sm_80", "gather_from_x", 512, 32): (32, 8, 1),
     ("sm_80", "gather_side", 64, 32): (64, 8, 2),
     ("sm_80", "gather_side", 64, 64): (32, 8, 3),
     ("sm_80", "project_distribute_blocks", 64, 64): (64, 8, 3),
@@ -354,12 +356,15 @@ SPECIAL: dict[tuple, tuple] = {
     ("sm_80", "project_distribute_blocks", 64, 256): (32, 8, 2),
     ("sm_89", "gather_from_x", 128, 64): (64, 8, 3),
     ("sm_89", "gather_from_x", 128, 128): (16, 8, 1),
+    ("sm_89", "gather_from_x", 512, 32): (16, 8, 1),
     ("sm_89", "project_distribute", 64, 128): (32, 8, 3),
     ("sm_89", "project_distribute_blocks", 64, 128): (64, 8, 3),
     ("sm_89", "project_distribute_blocks", 64, 256): (32, 8, 3),
     ("sm_89", "project_distribute_blocks", 64, 512): (16, 8, 1),
     ("sm_90", "gather_from_a", 128, 32): (64, 8, 3),
     ("sm_90", "gather_from_x", 256, 32): (64, 8, 3),
+    ("sm_90", "gather_from_x", 512, 32): (32, 8, 1),
+    ("sm_90", "gather_side", 64, 128): (32, 8, 2),
     ("sm_90", "project_distribute", 256, 64): (64, 8, 1),
     ("sm_90", "project_distribute_blocks", 64, 128): (64, 8, 3),
     ("sm_90", "project_distribute_blocks", 64, 256): (32, 8, 1),

