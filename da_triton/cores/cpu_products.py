@@ -4,16 +4,37 @@ Maps are ``(g, l, channels)``: g samples, l positions of each.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-PIECE = 2**20  # elements of x in a piece: it and its maps fit a last-level cache
+SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
 FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
 NARROW = 32  # maps so few that positions, not maps, are kept adjacent in memory
+
+
+def piece_for(cache: int | None) -> int:
+    """Elements of x in a piece, for a last-level cache of so many bytes: an eighth of it.
+
+    The rest is for the maps and what other processes have there. Where it is not known: the least.
+    """
+    return min(max(SMALLEST_PIECE, (cache or 0) // 8 // 4), LARGEST_PIECE)
+
+
+def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
+    """Bytes of the processor's largest cache, as Linux tells them; None elsewhere."""
+    try:
+        sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
+        return max((int(size.removesuffix("K")) * 1024 for size in sizes), default=None)
+    except (OSError, ValueError):
+        return None
+
+
+PIECE = piece_for(last_level_cache())
 
 
 def suits(tensors: list[Tensor]) -> bool:

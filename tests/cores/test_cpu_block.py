@@ -391,3 +391,16 @@ def test_a_wrong_reference_is_rejected():
     wrong = double_attention_block(*given, backend="torch", scale=1.01)
     with pytest.raises(AssertionError):
         check(right, wrong.double(), torch.float32)
+
+
+def test_a_piece_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
+    assert cpu_products.piece_for(None) == cpu_products.piece_for(2**20) == 2**20
+    assert cpu_products.piece_for(64 * 2**20) == 2 * 2**20
+    assert cpu_products.piece_for(480 * 2**20) == 2**22
+    assert cpu_products.last_level_cache(tmp_path) is None
+    for index, size in enumerate(["48K", "64K", "2048K", "32768K"]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert cpu_products.last_level_cache(tmp_path) == 32 * 2**20
+    (tmp_path / "index0" / "size").write_text("what\n")
+    assert cpu_products.last_level_cache(tmp_path) is None
