@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from . import commands
+from .arguments import UsageError
 from .names import UnknownNameError, check
 from .workloads import WORKLOADS, Workload
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None, table: Sequence[Workload] = WORKLOAD
     try:
         check("command", [name], list(commands.COMMANDS))
         return commands.COMMANDS[name](argv, table)
-    except (UnknownNameError, commands.UsageError) as error:
+    except (UnknownNameError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -49,8 +49,8 @@ def measure(
     cache = CPU_CACHE
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-    bandwidth, matrix_rate = rates.values()
-    return Ceilings(bandwidth, matrix_rate, cache), facts
+    bandwidth, products = rates.values()
+    return Ceilings(bandwidth, products, cache), facts
 
 
 def _median(timer, closure):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from .measure import OK
-from .report import COLUMNS, IDENTITY, markdown
+from .report import COLUMNS, IDENTITY
+from .tables import markdown
 
 MARGIN = 0.02
 KEY = [name for name in IDENTITY if name != "device"]

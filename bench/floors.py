@@ -9,7 +9,10 @@ Ceilings of the ``gpu`` command are measured in the same run. ``SHEETS`` has dat
 cards that are not there: what is computed from those is a model and says so.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import pandas as pd
 
 from da_triton.checks import ORDERS
 from da_triton.costs import order_cost
@@ -79,3 +82,18 @@ def floor(work: Workload, batch: int, mode: str, itemsize: int, ceilings: Ceilin
     memory, compute = moved / ceilings.bandwidth, flop / ceilings.matrix_rate
     bound = "memory" if memory >= compute else "compute"
     return Floor(max(memory, compute), bound, moved, flop)
+
+
+def table(workloads: Sequence[Workload], modes: Sequence[str]) -> pd.DataFrame:
+    """A row for each workload, mode and card: modelled, and labelled so."""
+    rows = []
+    for mode in modes:
+        for work in workloads:
+            for card, sheet in SHEETS.items():
+                found = floor(work, work.n, mode, 2, modelled(sheet))
+                rows.append({
+                    "kind": "model", "workload": work.name, "mode": mode, "dtype": "bfloat16",
+                    "MB": found.bytes / 1e6, "GFLOP": found.flop / 1e9, "card": card,
+                    "floor_us": 1e6 * found.seconds, "bound": found.bound,
+                })  # fmt: skip
+    return pd.DataFrame(rows)

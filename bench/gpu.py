@@ -1,20 +1,25 @@
-"""``python -m bench gpu``: tests, ceilings, then every workload for every provider, in a budget.
+"""``python -m bench gpu``: everything on a GPU, in a budget.
 
-No ratio is given unless the tests pass.
+The tests, the ceilings, every workload for every provider; then, in the time that is kept for them,
+first calls, cost against positions and whole networks; at last, if asked for, tiles. No ratio is
+given unless the tests pass.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import ceilings, providers
+from . import ceilings, networks, providers, scaling
 from .environment import ROOT, card, environment
-from .measure import Bench, Budget, CudaTimer, Effort, Timer
-from .providers import Provider
+from .first_call import seconds
+from .measure import OK, Bench, Budget, CudaTimer, Effort, Timer, describe
+from .problems import FORWARD, STEP
+from .providers import EAGER, GRAPH, Provider
 from .report import Report
 from .workloads import Workload
 
@@ -26,9 +31,50 @@ TEST_COMMAND = (
     sys.executable, "-m", "pytest", "-q", "-x", "-n", str(max(1, (os.cpu_count() or 1) - 2)),
     "-p", "no:cacheprovider", "tests", *(f"--ignore=tests/{name}" for name in WITHOUT_A_GPU),
 )  # fmt: skip
-TEST_SHARE = 0.45
+TEST_SHARE = 0.4
+SWEEP_SHARE = 0.75  # of what the tests leave; the rest is for what comes after
 EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
 METRICS = ("time", "ratio", "floor", "memory", "launches")
+
+
+Afterwards = Callable[[Report, Bench, Sequence[Workload]], None]
+
+
+def first_calls(report: Report, bench: Bench, workloads: Sequence[Workload]) -> None:
+    """Of ours and of a compiled eager block, on the first workload, in fresh processes."""
+    for provider in providers.select(
+        ["triton", "compile eager"], EAGER, bench.device, bench.dtype, ["nchw"]
+    ):
+        for row in report.rows:
+            same = (row["workload"], row["provider"], row["launch"], row["layout"]) == (
+                workloads[0].name, provider.name, EAGER, "nchw",
+            )  # fmt: skip
+            if same and row["mode"] == STEP and row["status"] == OK and bench.budget.left > 0:
+                try:
+                    cold, warm = seconds(row["workload"], provider, STEP, bench.dtype, bench.device)
+                except Exception as error:
+                    report.notes.append(f"First call failed: {describe(error)}")
+                else:
+                    row.update(first_call_cold_s=cold, first_call_warm_s=warm)
+    report.add([])
+
+
+def cost_against_positions(report: Report, bench: Bench, workloads: Sequence[Workload]) -> None:
+    """Eager and ours, as CUDA graphs, in a report of its own beside this one."""
+    beside = Report(report.out / "scaling", report.title, ("time", "ratio"))
+    beside.environment, beside.with_ratios = report.environment, report.with_ratios
+    wanted = ["eager", "triton"]
+    sweep = providers.select(wanted, GRAPH, bench.device, bench.dtype, ["nchw"])
+    scaling.run(bench, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
+
+
+def whole_networks(report: Report, bench: Bench, workloads: Sequence[Workload]) -> None:
+    for network in networks.NETWORKS.values():
+        for mode in networks.MODES.values():
+            report.add(networks.measure(bench, network, mode, networks.variants("triton", True)))
+
+
+AFTERWARDS = (first_calls, cost_against_positions, whole_networks)
 
 
 def run_gpu(
@@ -43,6 +89,7 @@ def run_gpu(
     effort: Effort = EFFORT,
     copy_bytes: int | None = None,
     matrix_size: int | None = None,
+    afterwards: Sequence[Afterwards] | None = None,
 ) -> int:
     """Runs everything and prints the short report; 0 if the tests passed, else 1."""
     device = device or torch.device("cuda")
@@ -65,9 +112,15 @@ def run_gpu(
     report.record(ceilings=found)
     report.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))
 
-    bench = Bench(device, torch.bfloat16, timer, effort, budget, report.ceilings)
+    sweep_budget = Budget(SWEEP_SHARE * budget.left, budget.clock)
+    bench = Bench(device, torch.bfloat16, timer, effort, sweep_budget, report.ceilings)
     try:
         bench.run(workloads, providers.gpu_sweeps() if sweeps is None else sweeps, report.add)
+        for part in AFTERWARDS if afterwards is None else afterwards:
+            if budget.left > 0:
+                part(report, dataclasses.replace(bench, budget=budget), workloads)
+            else:
+                report.notes.append(f"Not run for lack of time: {part.__name__}.")
     except KeyboardInterrupt:
         report.notes.append("Interrupted: these are the measurements until then.")
     report.record(card_afterwards=card(), seconds_used=round(budget.seconds - budget.left, 1))

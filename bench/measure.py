@@ -139,10 +139,10 @@ class Bench:
                 continue
             if closure is not None:
                 ready.append((row, provider, closure))
-        self._time_in_turns(ready)
+        self.time_in_turns(ready)
         for row, *_ in ready:
             self._describe(row, workload)
-        _compare(rows, providers)
+        compare(rows, providers)
         return rows
 
     def _ready(self, provider: Provider, problem: Problem, row: Row) -> Closure | None:
@@ -171,7 +171,7 @@ class Bench:
         row["saved_bytes"] = saved() if saved and not provider.compiles else None
         return closure
 
-    def _time_in_turns(self, ready: list[tuple[Row, Provider, Closure]]) -> None:
+    def time_in_turns(self, ready: Sequence[tuple[Row, Any, Closure]]) -> None:
         """Rounds over all closures, each round beginning with the next one: all drift alike."""
         times: list[list[float]] = [[] for _ in ready]
         group = Budget(self.effort.seconds, self.budget.clock)
@@ -233,7 +233,7 @@ class Bench:
         }
 
 
-def _compare(rows: list[Row], providers: Sequence[Provider]) -> None:
+def compare(rows: list[Row], providers: Sequence[Any]) -> None:
     """Ratios to others of the group, which has one launch mode.
 
     To the fastest baseline, to the baseline in the row's own memory format, and to the fastest

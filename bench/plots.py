@@ -114,7 +114,8 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
     """
     dtypes, modes = list(timed["dtype"].unique()), [m for m in MODES if (timed["mode"] == m).any()]
     dtype = dtypes[0]  # the one that the matrix rate was measured in
-    figure = Figure(figsize=(6.2 * len(modes), 5.4), layout="constrained")
+    numbers = {name: str(n + 1) for n, name in enumerate(timed["workload"].unique())}
+    figure = Figure(figsize=(6.2 * len(modes) + 1.6, 5.4), layout="constrained")
     figure.suptitle(f"{title}: roofline, {dtype}", size=11)
     for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         part = timed.query("mode == @mode and dtype == @dtype")
@@ -129,12 +130,11 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
         ):
             reuse = 1e3 * frame["tflop_s"] / frame["gb_s"]
             panel.plot(reuse, frame["tflop_s"], marker, color=colour, label=label, zorder=3)
-        for number, (name, row) in enumerate(ours.sort_values("gb_s").iterrows()):
+        for name, row in ours.iterrows():
             reuse = 1e3 * row["tflop_s"] / row["gb_s"]
-            above = number % 2 == 0
             panel.annotate(
-                name, (reuse, row["tflop_s"]), (3, 6 if above else -12),
-                textcoords="offset points", fontsize=7, color=GREY,
+                numbers[name], (reuse, row["tflop_s"]), (0, 6), textcoords="offset points",
+                fontsize=7, color=GREY, ha="center",
             )  # fmt: skip
             if name in eager.index:
                 ends = [eager["tflop_s"][name], row["tflop_s"]]
@@ -145,6 +145,8 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
         panel.set_xlabel("useful operations a compulsory byte")
         panel.set_ylabel("useful TFLOP/s")
         panel.legend(fontsize=8, loc="lower right", frameon=False)
+    listed = "\n".join(f"{number}  {name}" for name, number in numbers.items())
+    panel.text(1.02, 1.0, listed, transform=panel.transAxes, fontsize=8, va="top", color=GREY)
     return figure
 
 

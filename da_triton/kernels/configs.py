@@ -14,7 +14,7 @@ import torch
 
 from ..costs import Core
 from ..planner import Limits
-from . import fused_tiles
+from . import fused_tiles, measured
 
 
 class Tile(NamedTuple):
@@ -198,7 +198,8 @@ def fused_tile(kernel, x, features, maps):
     blocks = fused_blocks(kernel, features, maps)
     entry = INTERPRETED_TILE
     if x.element_size() == 2:
-        entry = fused_tiles.TILES[(architecture(x.device), kernel, *blocks)]
+        shipped = fused_tiles.TILES[(architecture(x.device), kernel, *blocks)]
+        entry = measured.tile(x.device, kernel, blocks) or shipped
     return Tile(*blocks, *entry, per_processor=1)
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import ceilings, providers
+from bench import ceilings, gpu, networks, providers
 from bench.gpu import run_gpu, run_tests
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.providers import GRAPH
@@ -22,7 +22,9 @@ def run(tmp_path, table, timer):
     plain = providers.plain("torch")
     uncaptured = [dataclasses.replace(p, launch=GRAPH) for p in plain]
 
-    def run(test_command=PASSING, seconds=1e9, sweeps=(uncaptured, plain), clock=None):
+    def run(
+        test_command=PASSING, seconds=1e9, sweeps=(uncaptured, plain), clock=None, afterwards=()
+    ):
         code = run_gpu(
             tmp_path,
             table,
@@ -34,6 +36,7 @@ def run(tmp_path, table, timer):
             effort=Effort(warm_up=1, rounds_min=2, rounds_max=2, seconds=0.0),
             copy_bytes=1024,
             matrix_size=16,
+            afterwards=afterwards,
         )
         return code, pd.read_csv(tmp_path / "results.csv")
 
@@ -91,6 +94,56 @@ def test_used_up_budget_leaves_what_was_measured(run, capsys):
     printed = capsys.readouterr().out
     assert OUT_OF_TIME in printed
     assert "geometric mean" in printed
+
+
+def test_what_comes_after_has_time_of_its_own(run, capsys, timer):
+    """A sweep that would use everything up leaves a quarter; what then has none is named."""
+    late_by = [0]
+
+    def clock():
+        return 10 * len(timer.calls) + late_by[0]
+
+    def early(report, bench, workloads):
+        assert bench.budget.left > 0
+        report.notes.append("the first part ran")
+        late_by[0] += 1e6
+
+    def late(report, bench, workloads):
+        raise AssertionError
+
+    _, frame = run(seconds=1000, clock=clock, afterwards=(early, late))
+    assert OUT_OF_TIME in set(frame["status"])
+    printed = capsys.readouterr().out
+    assert "the first part ran" in printed
+    assert "Not run for lack of time: late." in printed
+
+
+def test_parts_that_come_after(run, tmp_path, monkeypatch, table):
+    """On the CPU, with the torch backend for Triton."""
+    real = providers.select
+
+    def select(names, launch, *rest):
+        return real([n.replace("triton", "torch") for n in names], "eager", *rest)
+
+    monkeypatch.setattr(gpu.providers, "select", select)
+    monkeypatch.setattr(gpu, "seconds", lambda *args: (2.0, 1.0))
+    monkeypatch.setitem(gpu.scaling.AXES, "L", [8, 16, 32])
+    original = networks.variants
+    monkeypatch.setattr(networks, "variants", lambda *_: original("torch", False))
+    network = networks.Network(
+        "net", lambda block: torch.nn.Sequential(*([block(4)] if block else [torch.nn.ReLU()])),
+        lambda net, x: net(x).square().mean(), (1, 4, 5, 5), (1, 4, 5, 5),
+    )  # fmt: skip
+    monkeypatch.setattr(networks, "NETWORKS", {"net": network})
+    _, frame = run(afterwards=gpu.AFTERWARDS)
+    called = frame.dropna(subset="first_call_cold_s")
+    assert set(called["provider"]) == {"torch"}
+    assert set(called["workload"]) == {table[0].name}
+    scaled = pd.read_csv(tmp_path / "scaling" / "scaling.csv")
+    assert set(scaled["size"]) == {8, 16, 32}
+    assert (scaled["status"] == OK).all()
+    nets = frame[frame["workload"] == "net"]
+    assert len(nets) == 2 * 6
 
 
 def test_slow_tests_are_stopped(tmp_path):

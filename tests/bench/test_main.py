@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import commands, first_call, floors, problems, providers, scaling
+from bench import commands, first_call, floors, problems, providers, running, scaling
 from bench.measure import OK, Effort
 from bench.workloads import WORKLOADS
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(commands, "DEFAULT", Effort(0, 2, 2, seconds=0.0))
-    monkeypatch.setattr(commands, "QUICK", Effort(0, 1, 1, seconds=0.0))
-    monkeypatch.setattr(commands.ceilings, "SIZES", {"cpu": (2**16, 16)})
+    monkeypatch.setattr(running, "DEFAULT", Effort(0, 2, 2, seconds=0.0))
+    monkeypatch.setattr(running, "QUICK", Effort(0, 1, 1, seconds=0.0))
+    monkeypatch.setattr(running.ceilings, "SIZES", {"cpu": (2**16, 16)})
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_unknown_workload_exits_with_2(table, tmp_path, capsys):
 
 
 def test_busy_machine_is_told(table, tmp_path, capsys, monkeypatch):
-    facts = commands.environment(torch.device("cpu")) | {"load": 100.0}
-    monkeypatch.setattr(commands, "environment", lambda device: facts)
+    facts = running.environment(torch.device("cpu")) | {"load": 100.0}
+    monkeypatch.setattr(running, "environment", lambda device: facts)
     cli.main(["--quick", "--out", str(tmp_path)], table)
     assert "The machine was busy (load 100.0" in capsys.readouterr().out
 
@@ -98,7 +98,7 @@ def test_gpu_passes_budget_and_all_workloads(table, tmp_path, monkeypatch):
         return 7
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(commands, "run_gpu", run_gpu)
+    monkeypatch.setattr(running, "run_gpu", run_gpu)
     assert cli.main(["gpu", "--budget", "90", "--out", str(tmp_path)], table) == 7
     assert asked == {"out": tmp_path, "workloads": list(table), "seconds": 90}
 
@@ -141,6 +141,9 @@ def test_overview_names_every_command(capsys):
         (["plan", "--shape", "1,2", "--c-m", "2", "--c-n", "2"], "x_shape must be"),
         (["model", "--mode", "backward"], "did you mean 'bwd'"),
         (["gpu"], "needs a CUDA GPU"),
+        (["tune"], "measures on a CUDA GPU"),
+        (["networks", "--network", "resnet5"], "did you mean 'resnet50'"),
+        (["networks", "--mode", "bwd"], "did you mean 'fwd'"),
         (["compare", "a.csv", "b.csv"], "a.csv cannot be read"),
     ],
 )
@@ -191,7 +194,7 @@ def test_one_kind_of_file(table, tmp_path, only):
     ids=lambda c: c[0],
 )
 def test_interrupted_run_keeps_what_it_measured(table, tmp_path, capsys, monkeypatch, command):
-    measure = commands.Bench.measure
+    measure = running.Bench.measure
     calls = []
 
     def interrupted(self, *args):
@@ -200,7 +203,7 @@ def test_interrupted_run_keeps_what_it_measured(table, tmp_path, capsys, monkeyp
             raise KeyboardInterrupt
         return measure(self, *args)
 
-    monkeypatch.setattr(commands.Bench, "measure", interrupted)
+    monkeypatch.setattr(running.Bench, "measure", interrupted)
     monkeypatch.setattr(scaling, "BASE", dataclasses.replace(table[0], heads=1))
     assert cli.main([*command, "--out", str(tmp_path)], table) == 0
     name = "scaling.csv" if command[0] == "scaling" else "results.csv"
@@ -322,7 +325,7 @@ def test_first_calls_in_a_sweep(table, tmp_path, monkeypatch):
             raise RuntimeError("out of memory")
         return 3.0, 1.0
 
-    monkeypatch.setattr(commands, "seconds", seconds)
+    monkeypatch.setattr(running, "seconds", seconds)
     arguments = ["--workload", "tiny", "--provider", "eager,torch", "--mode", "fwd"]
     arguments += ["--metric", "first_call", "--out", str(tmp_path)]
     assert cli.main(["sweep", *arguments], table) == 0

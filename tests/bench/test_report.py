@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
+import da_triton
 from bench import environment as module
 from bench import plots
 from bench.environment import environment
 from bench.floors import Ceilings
-from bench.report import COLUMNS, METRICS, Report, markdown
+from bench.report import COLUMNS, Report
+from bench.tables import METRICS, against_model, markdown
 from support.rows import row
 
 
@@ -111,6 +113,24 @@ def test_page_ties_everything_together(report):
     assert {"bars.png", "roofline.png"} <= {p.name for p in report.out.iterdir()}
     assert "| cpu | A processor |" in page
     assert "| torch | nchw | 2.00 | 1.00 | small |" in page
+
+
+def test_model_stands_beside_what_was_measured_on_a_gpu(report):
+    facts = {"device": "cuda", "dtype": "bfloat16", "n": 16, "c": 256, "positions": "80x80"}
+    facts |= {"c_m": 64, "c_n": 64, "median_ms": 0.1}
+    plan = da_triton.plan((16, 256, 80, 80), 64, 64)
+    for mode, seconds in (
+        ("forward", plan.chosen.seconds),
+        ("backward", plan.chosen.backward_seconds),
+        ("forward+backward", plan.chosen.seconds + plan.chosen.backward_seconds),
+    ):
+        report.rows = [row("triton", mode=mode, **facts), row("torch", **facts), row("triton")]
+        (found,) = against_model(report.timed()).to_dict("records")
+        assert found["modelled us"] == pytest.approx(1e6 * seconds)
+        assert found["measured us"] == pytest.approx(100)
+        assert found["measured / modelled"] == pytest.approx(1e-4 / seconds)
+    report.finish(short=True)
+    assert "## Model against measurement" in (report.out / "report.md").read_text()
 
 
 @pytest.mark.parametrize("with_ratios", [True, False])

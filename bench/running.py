@@ -1,0 +1,277 @@
+"""The commands of ``python -m bench`` that measure."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import arguments, ceilings, names, networks, providers, scaling
+from .arguments import UsageError
+from .environment import environment
+from .first_call import seconds
+from .gpu import run_gpu
+from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
+from .providers import EAGER, LAYOUTS
+from .report import Report
+from .tables import DEFAULT_METRICS, METRICS
+from .workloads import SELECTIONS, Workload, select
+
+DEFAULT = Effort(warm_up=1, rounds_min=5, rounds_max=50, seconds=2.0)
+QUICK = Effort(warm_up=1, rounds_min=3, rounds_max=20, seconds=1.0)
+CPU_NOTE = (
+    "A CPU run: the torch backend in float32, batches reduced. Triton latencies need a GPU; "
+    "measure them with `python -m bench gpu`."
+)
+BUSY_NOTE = (
+    "The machine was busy (load {load:.1f} on {cpus} CPUs) before the run: expect noise and bias."
+)
+INTERRUPTED = "Interrupted: these are the measurements until then."
+METRIC_FLOOR = ("floor", "rate")
+
+
+def report(argv: Sequence[str], table: Sequence[Workload], overview: str = "") -> int:
+    """The report without a command: eager against ours, on the GPU if there is one.
+
+    On a CPU, where there is time to compile, against ``torch.compile`` of eager too.
+    """
+    parser = arguments.parser(
+        "", "Eager PyTorch against ours, on any machine.\n\n" + overview,
+        "\n--quick\n--workload yolo_p3,r50_conv3 --out /tmp/bench\nsweep --help",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    arguments.add_lists(parser, workload="")
+    parser.add_argument("--quick", action="store_true", help="fewest workloads and repetitions")
+    parser.add_argument("--all", action="store_true", help="every workload")
+    options = parser.parse_args(argv)
+    selection = "quick" if options.quick else "all" if options.all else "default"
+    chosen = select(options.workload, selection, table)
+    device, timer = arguments.here()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    made = _started(options.out, device)
+    if device.type == "cpu":
+        made.notes.insert(0, CPU_NOTE)
+    if not options.quick:
+        _add_ceilings(made, timer, device, dtype)
+    effort = QUICK if options.quick else DEFAULT
+    bench = Bench(device, dtype, timer, effort, Budget(math.inf), made.ceilings)
+    if device.type == "cuda":
+        sweep = providers.plain("triton")
+    else:
+        sweep = providers.plain("torch") if options.quick else providers.cpu_sweep()
+    try:
+        bench.run(chosen, [sweep], made.add)
+    except KeyboardInterrupt:
+        made.notes.append(INTERRUPTED)
+    print(made.finish(short=False))
+    return 0
+
+
+def sweep(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "sweep", "Times providers side by side over workloads, modes, dtypes and layouts.",
+        "sweep --workload yolo_p3,ddpm_64 --mode fwd,fwd_bwd\n"
+        "sweep --provider eager,triton,sdpa --launch eager,graph --metric time,ratio,floor\n"
+        "sweep --selection all --dtype bf16,fp16 --csv --out results",
+    )  # fmt: skip
+    arguments.add_lists(
+        parser, workload="", provider="", mode="fwd,fwd_bwd", dtype="", layout=",".join(LAYOUTS),
+        launch=EAGER, metric=",".join(DEFAULT_METRICS),
+    )  # fmt: skip
+    parser.add_argument(
+        "--selection", choices=SELECTIONS, default="default", help="of workloads, without names"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument("--csv", action="store_true", help="only the CSV file, no pictures")
+    parser.add_argument("--png", action="store_true", help="only pictures, no CSV file")
+    parser.add_argument(
+        "--seconds", type=float, default=DEFAULT.seconds, help="for the repetitions of a group"
+    )
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything")
+    options = parser.parse_args(argv)
+    chosen = select(options.workload, options.selection, table)
+    modes = arguments.chosen("mode", options.mode, arguments.MODES)
+    names.check("metric", options.metric, list(METRICS))
+    device, timer = arguments.here()
+    dtypes = arguments.dtypes(options.dtype, device)
+    groups = {dtype: _sweeps(options, dtype, device) for dtype in dtypes}
+    only = options.csv != options.png
+    made = _started(
+        options.out, device, metrics=options.metric, csv=options.csv or not only,
+        png=options.png or not only,
+    )  # fmt: skip
+    if set(METRIC_FLOOR) & set(options.metric):
+        _add_ceilings(made, timer, device, dtypes[0])
+    budget = Budget(options.budget)
+    effort = Effort(DEFAULT.warm_up, DEFAULT.rounds_min, DEFAULT.rounds_max, options.seconds)
+    try:
+        for dtype, groups_of in groups.items():
+            known = made.ceilings if dtype == dtypes[0] else None
+            bench = Bench(device, dtype, timer, effort, budget, known)
+            add: Callable[[list[Row]], None] = made.add
+            if "first_call" in options.metric:
+                add = _adding_first_calls(made.add, groups_of, dtype, device)
+            bench.run(chosen, groups_of, add, modes)
+    except KeyboardInterrupt:
+        made.notes.append(INTERRUPTED)
+    print(made.finish(short=False))
+    return 0
+
+
+def _adding_first_calls(add, groups, dtype, device) -> Callable[[list[Row]], None]:
+    known = {(p.name, p.launch, p.layout): p for group in groups for p in group}
+
+    def adding(rows: list[Row]) -> None:
+        for row in rows:
+            if row["status"] == OK:
+                provider = known[row["provider"], row["launch"], row["layout"]]
+                try:
+                    cold, warm = seconds(row["workload"], provider, row["mode"], dtype, device)
+                except Exception as error:
+                    row["status"] = f"failed: {describe(error)}"
+                else:
+                    row.update(first_call_cold_s=cold, first_call_warm_s=warm)
+        add(rows)
+
+    return adding
+
+
+def scale(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "scaling", "Cost against the number of positions (to 2^21), samples, channels or maps.",
+        "scaling\nscaling --axis c_n --provider eager,torch --mode fwd\n"
+        "scaling --axis L --most 65536",
+    )  # fmt: skip
+    parser.add_argument("--axis", choices=list(scaling.AXES), default="L")
+    parser.add_argument("--most", type=int, help="the largest size; default: 2^21, on a CPU 2^17")
+    arguments.add_lists(
+        parser, provider="", mode="fwd,fwd_bwd", dtype="", layout="nchw", launch=EAGER
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything")
+    options = parser.parse_args(argv)
+    device, timer = arguments.here()
+    (dtype, *more) = arguments.dtypes(options.dtype, device)
+    if more:
+        raise UsageError("scaling takes one dtype: its curves are of one.")
+    options.provider = options.provider or ["eager", "triton" if device.type == "cuda" else "torch"]
+    sweeps = _sweeps(options, dtype, device)
+    most = options.most or (2**17 if device.type == "cpu" and options.axis == "L" else math.inf)
+    sizes = [size for size in scaling.AXES[options.axis] if size <= most]
+    if not sizes:
+        raise UsageError(f"--most {most} is below the least size, {scaling.AXES[options.axis][0]}.")
+    made = _started(options.out, device, metrics=("time", "ratio"))
+    bench = Bench(device, dtype, timer, DEFAULT, Budget(options.budget))
+    modes = arguments.chosen("mode", options.mode, arguments.MODES)
+    print(scaling.run(bench, options.axis, sizes, sweeps, modes, made))
+    return 0
+
+
+def whole_networks(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "networks", "Whole networks with the block, eager block against ours: a training step and "
+        "inference. Needs torchvision and ultralytics.",
+        "networks --network resnet50\nnetworks --mode fwd --compile --out /tmp/networks",
+    )  # fmt: skip
+    parser.add_argument("--network", type=arguments.listed, default=[], metavar="NAME,…")
+    arguments.add_lists(parser, mode="fwd,fwd_bwd", dtype="")
+    parser.add_argument("--compile", action="store_true", help="compiled networks, too")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything")
+    options = parser.parse_args(argv)
+    chosen = options.network or list(networks.NETWORKS)
+    names.check("network", chosen, list(networks.NETWORKS))
+    modes = arguments.chosen("mode", options.mode, networks.MODES)
+    device, timer = arguments.here()
+    made = _started(options.out, device, metrics=("time", "ratio", "added", "memory"), png=False)
+    budget = Budget(options.budget)
+    backend = "triton" if device.type == "cuda" else "torch"
+    groups = [
+        (dtype, networks.NETWORKS[name], mode)
+        for dtype in arguments.dtypes(options.dtype, device)
+        for name in chosen
+        for mode in modes
+    ]
+    try:
+        for dtype, network, mode in progress(groups):
+            bench = Bench(device, dtype, timer, DEFAULT, budget)
+            variants = networks.variants(backend, options.compile)
+            made.add(networks.measure(bench, network, mode, variants))
+    except KeyboardInterrupt:
+        made.notes.append(INTERRUPTED)
+    print(made.finish(short=False))
+    return 0
+
+
+def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "tune", "Measures candidates for the fused kernels' tiles, and writes this GPU's table.",
+        "tune\ntune --workload yolo_p3,volume_128 --budget 300 --out /tmp/tiles.json",
+    )  # fmt: skip
+    arguments.add_lists(parser, workload="")
+    parser.add_argument("--budget", type=float, default=300, help="seconds for everything")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file; without it, the one that the package reads"
+    )
+    options = parser.parse_args(argv)
+    chosen = select(options.workload, "all", table)
+    device, timer = arguments.here()
+    if device.type != "cuda":
+        raise UsageError("`python -m bench tune` measures on a CUDA GPU, and there is none here.")
+    from da_triton.kernels import configs
+
+    from . import tune as tuning
+
+    card = torch.cuda.get_device_name(device)
+    pruned = tuning.compiled_clean(configs.architecture(device))
+    choices = tuning.tune(chosen, device, timer, Budget(options.budget), pruned)
+    path = options.out or tuning.path_of(card)
+    tuning.write(path, card, choices)
+    replaced = sum(c.best != c.present for c in choices)
+    print(f"{len(choices)} tiles measured, {replaced} replaced. Written to {path}.")
+    return 0
+
+
+def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "gpu", "Tests, ceilings, then every workload for every provider, within a time budget.",
+        "gpu --out bench/results/h100\ngpu --budget 900 --workload yolo_p3,r50_conv3",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    arguments.add_lists(parser, workload="")
+    parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
+    options = parser.parse_args(argv)
+    chosen = select(options.workload, "all", table)
+    if not torch.cuda.is_available():
+        raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
+    return run_gpu(options.out, chosen, Budget(options.budget))
+
+
+def _sweeps(options, dtype, device) -> list[list[providers.Provider]]:
+    """What is timed side by side: providers of one launch mode."""
+    launches = arguments.launches(options.launch, device)
+    try:
+        found = [
+            providers.select(options.provider, launch, device, dtype, options.layout)
+            for launch in launches
+        ]
+    except ValueError as error:
+        raise UsageError(error) from None
+    return found
+
+
+def _started(out: Path, device: torch.device, **options) -> Report:
+    """A report with the machine's environment and what it has to warn of."""
+    facts = environment(device)
+    name = (facts.get("card") or {}).get("name", facts["cpu"])
+    report = Report(out, f"Double attention on {name}", **options)
+    report.record(**facts)
+    if device.type == "cpu" and (facts["load"] or 0) > facts["cpus"] / 2:
+        report.notes.append(BUSY_NOTE.format(**facts))
+    return report
+
+
+def _add_ceilings(report: Report, timer: Timer, device: torch.device, dtype: torch.dtype) -> None:
+    report.ceilings, found = ceilings.measure(timer, device, dtype)
+    report.record(ceilings=found)
+    report.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))

@@ -1,0 +1,166 @@
+"""Tables of measurements: columns of a metric, means of ratios, what was not timed, Markdown."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import da_triton
+
+from .measure import OK
+from .problems import BACKWARD, FORWARD
+from .providers import CHANNELS_LAST, OURS
+
+SHOWN = {
+    "workload": "workload", "n": "N", "mode": "mode", "launch": "launch", "provider": "provider",
+    "layout": "layout",
+}  # fmt: skip
+# What --metric may name: columns, with their title and the digits that are printed.
+METRICS: dict[str, dict[str, tuple[str, int]]] = {
+    "time": {"median_ms": ("median ms", 3), "p20_ms": ("p20", 3), "p80_ms": ("p80", 3)},
+    "ratio": {
+        "ratio_to_eager": ("x eager", 2),
+        "ratio_same_format": ("same format", 2),
+        "ratio_to_compiled": ("x compile", 2),
+    },
+    "rate": {"gb_s": ("GB/s", 1), "tflop_s": ("TFLOP/s", 2)},
+    "floor": {"floor_ms": ("floor ms", 3), "share_of_floor": ("of floor", 2)},
+    "memory": {"peak_bytes": ("peak B", 0), "saved_bytes": ("saved B", 0)},
+    "launches": {"launches": ("launches", 0), "cpu_us": ("CPU us", 1)},
+    "added": {"added": ("added time", 2)},
+    "first_call": {"first_call_cold_s": ("cold s", 2), "first_call_warm_s": ("warm s", 2)},
+}
+DEFAULT_METRICS = ("time", "ratio")
+RATIOS = {
+    "ratio_to_eager": "the better of eager NCHW and channels_last",
+    "ratio_same_format": "eager in the same memory format",
+    "ratio_to_compiled": "the best of torch.compile of eager",
+}
+NOISY = 1.5
+MODEL_NOTE = (
+    "Modelled: the planner's time for its route, from counted bytes, operations and launches, with "
+    "stated assumptions. Measured: the median."
+)
+
+
+def shown(timed: pd.DataFrame, metrics: Iterable[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Columns of some metrics that have a value, under their titles, and how to print them."""
+    wanted = {k: v for m in metrics for k, v in METRICS[m].items() if timed[k].notna().any()}
+    several = {k: v for k, v in SHOWN.items() if k != "dtype" or timed[k].nunique() > 1}
+    if timed["dtype"].nunique() > 1:
+        several |= {"dtype": "dtype"}
+    found = timed[[*several, *wanted]].rename(
+        columns=several | {k: title for k, (title, _) in wanted.items()}
+    )
+    formats = {title: f"{{:.{digits}f}}".format for title, digits in wanted.values()}
+    return found, formats
+
+
+def untimed(frame: pd.DataFrame) -> str:
+    """What was not timed, and why, with the number of rows that share a reason."""
+    others = frame[frame["status"] != OK]
+    if others.empty:
+        return ""
+    counts = others.groupby(["provider", "launch", "status"], sort=False)["workload"]
+    lines = [
+        f"  {provider} ({launch} launch), {len(names)}x, first {names.iloc[0]}: {status}"
+        for (provider, launch, status), names in counts
+    ]
+    return "\n".join(["Not timed:", *lines])
+
+
+def means(timed: pd.DataFrame) -> pd.DataFrame:
+    """A row for each ratio and provider of ours: geometric mean, worst case, what loses."""
+    ours = timed[timed["provider"].isin(OURS)]
+    found = []
+    for ratio in RATIOS:
+        keys = ["dtype", "launch", "mode", "provider", "layout"]
+        for key, group in ours.dropna(subset=ratio).groupby(keys, sort=False):
+            values = group.set_index("workload")[ratio].astype(float)
+            losing = values[values < 1].sort_values()
+            found.append(
+                dict(zip(keys, key, strict=True))
+                | {
+                    "against": ratio,
+                    "mean": float(np.exp(np.log(values).mean())),
+                    "worst": values.min(),
+                    "worst_workload": values.idxmin(),
+                    "timed": len(values),
+                    "slower_on": ", ".join(f"{name} {x:.2f}" for name, x in losing.items()),
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def ratios(timed: pd.DataFrame) -> str:
+    """Geometric mean, worst, and the workloads that lose, in text."""
+    lines = []
+    found = means(timed)
+    for ratio, meaning in RATIOS.items():
+        part = found[found["against"] == ratio] if len(found) else found
+        if part.empty:
+            continue
+        lines.append(f"Times as fast as {meaning}, same launch mode:")
+        for row in part.itertuples():
+            lines.append(
+                f"  {row.launch:5}  {row.mode:16}  {row.provider + ' ' + row.layout:28}  "
+                f"geometric mean {row.mean:.2f}, worst {row.worst:.2f} ({row.worst_workload}), "
+                f"{row.timed} timed"
+            )
+            if row.slower_on:
+                lines.append(f"         slower on {row.slower_on}")
+    return "\n".join(lines)
+
+
+def noise(timed: pd.DataFrame) -> str:
+    """A warning where timings vary too much for a ratio to mean anything."""
+    noisy = (timed["p80_ms"] > NOISY * timed["p20_ms"]).sum()
+    text = f"{noisy} of {len(timed)} timings vary: 80th percentile over {NOISY} times the 20th."
+    return f"{text} Their ratios mean little." if noisy else ""
+
+
+def against_model(timed: pd.DataFrame) -> pd.DataFrame:
+    """What the planner's model says of a route beside what was measured of it on a GPU."""
+    rows = []
+    ours = timed[(timed["provider"] == "triton") & (timed["device"] == "cuda")]
+    for row in ours.to_dict("records"):
+        shape = (row["n"], row["c"], *map(int, row["positions"].split("x")))
+        form = torch.contiguous_format
+        if row["layout"] == CHANNELS_LAST:
+            form = torch.channels_last
+        plan = da_triton.plan(
+            shape, row["c_m"], row["c_n"], heads=row["heads"], dtype=getattr(torch, row["dtype"]),
+            memory_format=form,
+        )  # fmt: skip
+        backward = plan.chosen.backward_seconds
+        forward = 0.0 if row["mode"] == BACKWARD else plan.chosen.seconds
+        modelled = 1e6 * (forward + (0.0 if row["mode"] == FORWARD else backward))
+        measured = 1e3 * row["median_ms"]
+        names = ("workload", "mode", "layout", "launch")
+        rows.append(
+            {k: row[k] for k in names}
+            | {"route": str(plan.route), "modelled us": modelled, "measured us": measured}
+            | {"measured / modelled": measured / modelled}
+        )
+    return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
+    """A table in Markdown; ``formats``: of some columns, functions or format strings."""
+
+    def text(name: str, value: Any) -> str:
+        if value is None or (isinstance(value, float) and np.isnan(value)):
+            return ""
+        form = (formats or {}).get(name, str)
+        return form.format(value) if isinstance(form, str) else form(value)
+
+    names = [str(name) for name in frame.columns]
+    numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns]
+    lines = ["| " + " | ".join(names) + " |"]
+    lines.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
+    for values in frame.itertuples(index=False):
+        cells = (text(name, value) for name, value in zip(names, values, strict=True))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""The commands of ``python -m bench`` that measure nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import arguments, floors, names, pages, providers
+from .arguments import UsageError
+from .compare import NotComparableError, compare, read
+from .providers import LAYOUTS
+from .tables import markdown
+from .workloads import Workload, select
+
+
+def plan(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "plan", "What the block would run on a GPU for a shape, and why. Times are a model's.",
+        "plan yolo_p3\nplan --shape 16,256,80,80 --c-m 64 --c-n 64 --heads 4 --dtype fp16",
+    )  # fmt: skip
+    parser.add_argument("workload", nargs="*", help="names of workloads")
+    parser.add_argument("--shape", type=arguments.listed, help="N,C,positions… instead of a name")
+    parser.add_argument("--c-m", type=int)
+    parser.add_argument("--c-n", type=int)
+    parser.add_argument("--heads", type=int, default=1)
+    arguments.add_lists(parser, dtype="bf16", layout="nchw")
+    options = parser.parse_args(argv)
+    from da_triton import plan as planned
+
+    names.check("layout", options.layout, LAYOUTS)
+    shapes = [
+        ((w.n, w.c, *w.positions), w.c_m, w.c_n, w.heads)
+        for w in select(options.workload, "all", table)
+        if options.workload
+    ]
+    if options.shape:
+        if not (options.c_m and options.c_n):
+            raise UsageError("--shape needs --c-m and --c-n.")
+        try:
+            shape = tuple(map(int, options.shape))
+        except ValueError:
+            raise UsageError(f"--shape takes integers, got {','.join(options.shape)}.") from None
+        shapes.append((shape, options.c_m, options.c_n, options.heads))
+    if not shapes:
+        raise UsageError("plan needs the name of a workload, or --shape with --c-m and --c-n.")
+    for shape, c_m, c_n, heads in shapes:
+        for dtype in arguments.chosen("dtype", options.dtype, arguments.DTYPES):
+            for layout in options.layout:
+                form = torch.contiguous_format
+                if layout == providers.CHANNELS_LAST:
+                    form = torch.channels_last
+                try:
+                    found = planned(shape, c_m, c_n, heads=heads, dtype=dtype, memory_format=form)
+                except (ValueError, RuntimeError) as error:
+                    raise UsageError(error) from None
+                print(found, end="\n\n")
+    return 0
+
+
+def model(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "model", "Floors of every workload on cards that are not here: a model, not a measurement.",
+        "model\nmodel --workload yolo_p3 --mode fwd,fwd_bwd --csv floors.csv",
+    )  # fmt: skip
+    arguments.add_lists(parser, workload="", mode="fwd")
+    parser.add_argument("--csv", type=Path, help="a file to write it to")
+    options = parser.parse_args(argv)
+    modes = arguments.chosen("mode", options.mode, arguments.MODES)
+    frame = floors.table(select(options.workload, "all", table), modes)
+    wide = frame.pivot_table(
+        index=["workload", "mode", "MB", "GFLOP"], columns="card", values="floor_us", sort=False
+    )
+    print("Modelled floors in microseconds, bfloat16; none of this was measured.")
+    print(markdown(wide.reset_index(), dict.fromkeys(["MB", "GFLOP", *floors.SHEETS], "{:.1f}")))
+    if options.csv:
+        frame.to_csv(options.csv, index=False)
+        print(f"Written to {options.csv}.")
+    return 0
+
+
+def compare_files(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "compare", "What got slower between two runs, beyond the noise that both measured. Exit "
+        "status 1 if something did.", "compare old/results.csv new/results.csv",
+    )  # fmt: skip
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--across", action="store_true", help="files of different machines, too")
+    options = parser.parse_args(argv)
+    try:
+        found = compare(read(options.old), read(options.new), options.across)
+    except NotComparableError as error:
+        raise UsageError(error) from None
+    print(found)
+    return int(found.regressed)
+
+
+def codegen(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    from .codegen.cli import main
+
+    return main(argv)
+
+
+def readme(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "readme", "Writes the README's figures from the committed results.",
+        "readme\nreadme --check",
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
+    parser.add_argument("--file", type=Path, default=pages.README, help="another README")
+    options = parser.parse_args(argv)
+    before = options.file.read_text(encoding="utf-8")
+    after = pages.filled(before, pages.RESULTS)
+    if options.check:
+        print("up to date" if before == after else "the README differs from the results")
+        return int(before != after)
+    options.file.write_text(after, encoding="utf-8")
+    print(f"Written to {options.file}.")
+    return 0
