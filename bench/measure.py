@@ -267,17 +267,20 @@ def peak_bytes(closure: Closure, device: torch.device) -> int | None:
 
 
 def launches(closure: Closure, device: torch.device) -> int | None:
-    """Kernels, copies and fills that a call starts on the device; None on a CPU."""
+    """Kernels, copies and fills that a call starts on the device; None where nothing can tell."""
     if device.type == "cpu":
         return None
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     prepare(closure)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        closure()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in seen.events())
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            closure()
+            torch.cuda.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in seen.events())
+    except RuntimeError:  # the driver's profiling interface is not to be had everywhere
+        return None
 
 
 def host_microseconds(closure: Closure, device: torch.device, calls: int = 20) -> float | None:

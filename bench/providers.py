@@ -236,6 +236,8 @@ def setup_block(
     autocast: bool = False,
 ) -> Closure:
     """The block ``make`` builds, with the problem's weights, perhaps compiled or captured."""
+    if capture and problem.mode == BACKWARD:
+        raise ValueError("backward alone is not captured: its forward would be replayed with it")
     device, dtype = problem.x.device, problem.x.dtype
     block = make(problem).to(device, torch.float32 if autocast else dtype)
     block.load_state_dict(problem.state)

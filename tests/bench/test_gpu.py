@@ -146,6 +146,20 @@ def test_parts_that_come_after(run, tmp_path, monkeypatch, table):
     assert len(nets) == 2 * 6
 
 
+def test_own_tests_are_run_with_what_is_installed(monkeypatch):
+    everything = gpu.own_tests()
+    assert "-n" in everything
+    assert "--ignore=tests/bench" in everything
+    assert "--ignore=tests/test_functional.py" not in everything
+    for argument in everything:
+        path = argument.removeprefix("--ignore=")
+        assert path == argument or (gpu.ROOT / path).exists()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    bare = gpu.own_tests()
+    assert "-n" not in bare
+    assert "--ignore=tests/test_functional.py" in bare
+
+
 def test_slow_tests_are_stopped(tmp_path):
     log = tmp_path / "tests.txt"
     endless = (sys.executable, "-c", "import time; time.sleep(60)")

@@ -105,6 +105,30 @@ def test_formulations_agree_with_the_definition(bench, table, name, layout):
             assert row["layout"] == layout
 
 
+def test_backward_alone_is_not_captured(tiny):
+    problem = problems.draw(tiny, problems.BACKWARD, torch.float32, CPU).in_format(False)
+    with pytest.raises(ValueError, match="backward alone is not captured"):
+        providers.setup_block(problem, providers.eager_block, capture=True)
+
+
+def test_compiled_forward_is_kept_for_a_later_backward(tiny, monkeypatch):
+    """Two forward passes before either's backward, in a graph that may reuse no buffer."""
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda block, **_: original(block, backend="aot_eager", dynamic=False)
+    )
+    problem = problems.draw(tiny, problems.BACKWARD, torch.float32, CPU).in_format(False)
+    call = providers.setup_block(problem, providers.eager_block, compile_mode="default")
+    problem.show(problem.fresh)
+    call.before()
+    first, call.out = call.out, None
+    call.before()
+    assert max(problem.errors(call())) < 1e-4
+    call.out = first
+    assert max(problem.errors(call())) < 1e-4
+
+
 def test_autocast_keeps_weights_in_float32(tiny):
     problem = problems.draw(tiny, STEP, torch.bfloat16, CPU).in_format(False)
     (chosen,) = providers.select(["eager autocast"], EAGER, CPU, torch.bfloat16, ["nchw"])
