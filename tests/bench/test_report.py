@@ -165,6 +165,13 @@ def test_bars_are_our_better_format_against_eager_and_compile(report):
     assert panel.get_lines()[0].get_ydata()[0] == 1.0
 
 
+def test_ours_is_triton_where_that_was_timed(report):
+    report.add([row("triton", median_ms=3.0, ratio_to_eager=0.7), row("compile triton")])
+    best = plots.best_of_ours(report.timed())
+    assert list(best["provider"]) == ["triton"]
+    assert list(best["ratio_to_eager"]) == [0.7]
+
+
 def test_roofline_shows_both_in_view_under_the_roof(report):
     panel = plots.roofline(report.timed(), Ceilings(1e10, 1e12), "A title").axes[0]
     bottom, top = panel.get_ylim()
