@@ -11,6 +11,8 @@ OVERVIEW = """commands, each with --help:
   sweep     providers, modes, dtypes, layouts and metrics of your choice
   scaling   cost against positions, samples, channels or maps
   networks  a ResNet-50 and a YOLOv8 with the block: training step and inference
+  digits    a small network with and without the block, trained on handwritten digits
+  sizes     parameters and multiply-adds of ResNets with and without the block
   plan      what would run on a GPU for a shape, and why
   model     floors on cards that are not here
   codegen   registers, spills, copies of every kernel, without a GPU
@@ -25,6 +27,8 @@ COMMANDS: dict[str, Command] = {
     "networks": running.whole_networks,
     "gpu": running.gpu,
     "tune": running.tune,
+    "digits": running.train_on_digits,
+    "sizes": telling.network_sizes,
     "plan": telling.plan,
     "model": telling.model,
     "codegen": telling.codegen,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import digits, sizes
 from .environment import ROOT
 from .floors import SHEETS, table
 from .measure import OK
@@ -85,8 +86,28 @@ def model(results: Path) -> str:
     return markdown(wide, dict.fromkeys(SHEETS, "{:.0f}")) + "\n"
 
 
+def network_sizes(results: Path) -> str:
+    return sizes.shown(pd.read_csv(results / sizes.FILE)) + "\n"
+
+
+def training(results: Path) -> str:
+    frame = pd.read_csv(results / digits.FILE)
+    first = frame.iloc[0]
+    lines = [
+        f"{first['machine']}, float32, torch {first['torch']}, {first['date'][:10]}; "
+        f"{first['threads']} threads, {frame['epoch'].max()} epochs, means over "
+        f"{frame['seed'].nunique()} seeds; every epoch in "
+        f"[`{digits.FILE}`](bench/results/{digits.FILE}).",
+        digits.summary(frame),
+        f"![Training loss and test accuracy](bench/results/{digits.PICTURE})",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
 FIGURES: dict[str, Callable[[Path], str]] = {
     "gpu": measured_on(gpu=True),
     "cpu": measured_on(gpu=False),
     "model": model,
+    "sizes": network_sizes,
+    "digits": training,
 }

@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from . import arguments, ceilings, names, networks, providers, scaling
+from . import arguments, ceilings, digits, names, networks, providers, scaling
 from .arguments import UsageError
-from .environment import environment
+from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu
 from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
@@ -200,6 +201,31 @@ def whole_networks(argv: Sequence[str], table: Sequence[Workload]) -> int:
     except KeyboardInterrupt:
         made.notes.append(INTERRUPTED)
     print(made.finish(short=False))
+    return 0
+
+
+def train_on_digits(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "digits", "A small network with and without the block, trained on handwritten digits. On "
+        "the CPU, in about a minute.", "digits\ndigits --seeds 1 --epochs 2 --out /tmp/digits",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=digits.SEEDS, help="how many")
+    parser.add_argument("--epochs", type=int, default=digits.EPOCHS)
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    options = parser.parse_args(argv)
+    if options.seeds < 1 or options.epochs < 1:
+        raise UsageError("digits needs at least one seed and one epoch.")
+    facts = environment(torch.device("cpu"))
+    rows: list[Row] = []
+    for seed in progress(range(options.seeds)):
+        for name in digits.NETWORKS:
+            rows += digits.train(name, seed, options.epochs)[1]
+    frame = pd.DataFrame(rows).assign(**columns(facts), threads=facts["threads"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(options.out / digits.FILE, index=False)
+    digits.curves(frame).savefig(options.out / digits.PICTURE, dpi=100)
+    print(digits.summary(frame))
+    print(f"Written to {options.out}.")
     return 0
 
 

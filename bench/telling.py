@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import arguments, floors, names, pages, providers
+from . import arguments, floors, names, pages, providers, sizes
 from .arguments import UsageError
 from .compare import NotComparableError, compare, read
 from .providers import LAYOUTS
@@ -75,6 +75,25 @@ def model(argv: Sequence[str], table: Sequence[Workload]) -> int:
     if options.csv:
         frame.to_csv(options.csv, index=False)
         print(f"Written to {options.csv}.")
+    return 0
+
+
+def network_sizes(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "sizes", "Parameters and multiply-adds of ResNets with and without the block, beside what "
+        "was published. Needs torchvision.", "sizes\nsizes --csv /tmp/sizes.csv",
+    )  # fmt: skip
+    parser.add_argument(
+        "--csv", type=Path, default=pages.RESULTS / sizes.FILE, help="the file to write"
+    )
+    options = parser.parse_args(argv)
+    try:
+        frame = sizes.table()
+    except ImportError as error:
+        raise UsageError(f"sizes needs torchvision ({error}): pip install torchvision.") from None
+    print(sizes.shown(frame))
+    frame.to_csv(options.csv, index=False)
+    print(f"Written to {options.csv}.")
     return 0
 
 

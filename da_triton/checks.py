@@ -1,19 +1,22 @@
 """Every refusal of the public functions: what was expected, what was given, what to do."""
 
+import itertools
 import numbers
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 BACKENDS = ("auto", "triton", "torch", "eager")
 ORDERS = ("AZ", "XZ", "AH", "XH")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def feature_map(name: str, x: Tensor) -> None:
+def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) -> None:
     """``(N, channels, *positions)`` with one to three position axes, floating, not empty."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        hint = " To trace with torch.fx, make the layer a leaf." if isinstance(x, Proxy) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.{hint}")
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{name} must be (N, channels, *positions) with 1, 2 or 3 position axes, "
@@ -24,7 +27,7 @@ def feature_map(name: str, x: Tensor) -> None:
             f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
             f"Convert it with {name}.float()."
         )
-    if any(size == 0 for size in x.shape[1:]):
+    if 0 in (x.shape[1:2] if may_have_no_positions else x.shape[1:]):
         raise ValueError(
             f"{name} must have at least one channel and one position, got shape {_shape(x)}. "
             "Only the batch may be empty."
@@ -103,8 +106,56 @@ def mask(keep: Tensor, x: Tensor, name: str) -> None:
     one_device(**{name: x, "mask": keep})
 
 
-def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> None:
-    """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the maps' dtype and device."""
+def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
+    """Cumulative offsets ``(S + 1,)`` of packed maps ``(1, channels, total)``, as numbers.
+
+    Offsets on a GPU are read here: the host waits for it.
+    """
+    for name, x in maps.items():
+        if x.dim() != 3 or x.shape[0] != 1:
+            raise ValueError(
+                f"with cu_seqlens, {name} must be (1, channels, total): all sequences behind each "
+                f"other, got shape {_shape(x)}. da_triton.packed.pack makes it from a list."
+            )
+    if not isinstance(offsets, Tensor):
+        raise TypeError(
+            f"cu_seqlens must be a torch.Tensor of int32 or int64, got {type(offsets).__name__}. "
+            "Use torch.tensor(offsets)."
+        )
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cu_seqlens must be int32 or int64, got {offsets.dtype}. Convert it with .long()."
+        )
+    if offsets.dim() != 1 or len(offsets) < 2:
+        raise ValueError(
+            "cu_seqlens must be (S + 1,): where each of S ≥ 1 sequences begins, and the total; got "
+            f"shape {_shape(offsets)}."
+        )
+    if offsets.device.type == "meta":
+        raise RuntimeError("cu_seqlens must hold numbers, and is on meta. Keep it on the CPU.")
+    ends = offsets.tolist()
+    advice = "Lengths become offsets by lengths.cumsum(0) behind a 0."
+    if ends[0] != 0:
+        raise ValueError(f"cu_seqlens must begin with 0, got {ends[0]}. {advice}")
+    for start, end in itertools.pairwise(ends):
+        if end < start:
+            raise ValueError(
+                f"cu_seqlens must rise, or stay for an empty sequence, got {end} after {start}. "
+                f"{advice}"
+            )
+    for name, x in maps.items():
+        if ends[-1] != x.shape[2]:
+            raise ValueError(
+                f"cu_seqlens must end with the {x.shape[2]} positions of {name}, got {ends[-1]}."
+            )
+    return ends
+
+
+def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, batch: int) -> None:
+    """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the maps' dtype and device.
+
+    ``batch``: N, or the number of packed sequences.
+    """
     if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
         raise TypeError(
             "extra must be a pair (extra_a, extra_b) of tensors (1 or N, channels, K), "
@@ -118,12 +169,12 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(token).__name__}.")
         if (
             token.dim() != 3
-            or token.shape[0] not in (1, like.shape[0])
+            or token.shape[0] not in (1, batch)
             or token.shape[1] != like.shape[1]
             or token.shape[2] == 0
         ):
             raise ValueError(
-                f"{name} must be (1 or N, channels, K) with N = {like.shape[0]} and "
+                f"{name} must be (1 or N, channels, K) with N = {batch} and "
                 f"{like.shape[1]} channels, as {like_name} has, and K ≥ 1; "
                 f"got shape {_shape(token)}."
             )
@@ -144,13 +195,21 @@ def number(**values: float) -> None:
             )
 
 
-def descriptors(g: Tensor, v: Tensor) -> None:
-    """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32."""
+def descriptors(g: Tensor, v: Tensor, batch: int) -> None:
+    """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32.
+
+    ``batch``: N, or the number of packed sequences.
+    """
     if not isinstance(g, Tensor):
         raise TypeError(f"g must be a torch.Tensor, got {type(g).__name__}.")
     if g.dim() != 4 or 0 in g.shape[1:]:
         raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
-    same_batch("g", g, "v", v)
+    if batch == v.shape[0]:
+        same_batch("g", g, "v", v)
+    elif g.shape[0] != batch:
+        raise ValueError(
+            f"g must have a sample for each of {batch} packed sequences, got shape {_shape(g)}."
+        )
     if g.shape[1] * g.shape[3] != v.shape[1]:
         raise ValueError(
             f"v must have heads·n = {g.shape[1]}·{g.shape[3]} channels to fit g {_shape(g)}, "
@@ -205,6 +264,27 @@ def recompute(value: bool | str, backend: str) -> None:
         raise ValueError(
             "recompute=True has no effect on backend='eager', which keeps what PyTorch keeps. "
             "Use recompute='auto', or backend='torch'."
+        )
+
+
+def process_group(group, backend: str, order: str = "auto") -> None:
+    """A group of ``torch.distributed`` that this rank is in, and choices that can be split."""
+    available = torch.distributed.is_available()
+    if not available or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, "
+            f"got {type(group).__name__}. For all ranks give torch.distributed.group.WORLD, for a "
+            "DeviceMesh mesh.get_group(); ranks outside the group must not call."
+        )
+    if backend == "eager":
+        raise ValueError(
+            "backend='eager' is the definition on one device, and process_group splits the "
+            "positions. Use backend='torch', 'triton' or 'auto'."
+        )
+    if order not in ("auto", "AZ"):
+        raise ValueError(
+            f"process_group runs the block in the paper's order, 'AZ'; got order={order!r}. "
+            "Use order='auto' or 'AZ'."
         )
 
 

@@ -1,11 +1,12 @@
 """The public functions: checks, autocast, choice of backend and order, shapes in and out."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, cores, eager
+from . import checks, cores, distributed, eager, packed
 
 
 def gather(
@@ -15,7 +16,9 @@ def gather(
     heads: int = 1,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    process_group: Any = None,
 ) -> Tensor:
     r"""Global descriptors ``G = A softmax_positions(logit_scale · B)ᵀ`` (A²-Nets, equation 3).
 
@@ -28,22 +31,32 @@ def gather(
         logit_scale: factor on b before the softmax.
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position takes
             part. A map with no position left gives zeros.
+        cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
+            of S sequences behind each other, ``(1, channels, total)``, and sequence s is those from
+            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. Neighbours of
+            equal length share a launch. The host reads it, and waits for it if it is on a GPU: keep
+            it on the CPU. See :mod:`da_triton.packed`. Not with ``process_group``.
         backend: ``"auto"`` (Triton on a supported GPU, else ``"torch"``), ``"triton"``,
             ``"torch"`` or ``"eager"`` (the definition).
+        process_group: a ``torch.distributed.ProcessGroup``: a, b and mask are this rank's slice of
+            the positions, perhaps empty, and G is that of all ranks, the same bits on each. See
+            :mod:`da_triton.distributed`. Not with ``backend="eager"``.
 
     Returns:
-        ``(N, heads, m, n)`` in the dtype of the maps (under autocast, the autocast dtype).
+        ``(N, heads, m, n)`` in the dtype of the maps (under autocast, the autocast dtype); with
+        ``cu_seqlens``, ``(S, heads, m, n)``.
 
     Raises:
-        ValueError: shapes, heads, backend name.
+        ValueError: shapes, heads, offsets, backend name.
         TypeError: dtypes, or arguments that are no tensors.
         RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask)
+    _check_gather(a, b, heads, logit_scale, mask, process_group, backend)
+    offsets = _offsets(cu_seqlens, process_group, a=a, b=b)
     a, b = _autocast(a, b)
     checks.one_kind(a=a, b=b)
-    core = cores.select(backend, b)
+    core = _select(backend, b, process_group, offsets)
     with _autocast_off(a):
         g = core.gather(
             _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
@@ -58,6 +71,7 @@ def distribute(
     scale: float = 1.0,
     softmax: bool = True,
     logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Each position's mixture ``Z = scale · G softmax_maps(logit_scale · V)`` (A²-Nets, eq. 4).
@@ -68,6 +82,7 @@ def distribute(
         scale: factor on the result.
         softmax: False distributes with ``logit_scale · V`` itself.
         logit_scale: factor on v before the softmax.
+        cu_seqlens: as in :func:`gather`: g is ``(S, heads, m, n)``, v ``(1, heads·n, total)``.
         backend: as in :func:`gather`.
 
     Returns:
@@ -79,9 +94,10 @@ def distribute(
     checks.backend(backend)
     checks.feature_map("v", v)
     checks.number(scale=scale, logit_scale=logit_scale)
+    offsets = _offsets(cu_seqlens, None, v=v)
     (v,) = _autocast(v)
-    checks.descriptors(g, v)
-    core = cores.select(backend, v)
+    checks.descriptors(g, v, v.shape[0] if offsets is None else len(offsets) - 1)
+    core = _select(backend, v, None, offsets)
     with _autocast_off(v):
         z = core.distribute(
             g, _by_head(v, g.shape[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
@@ -101,7 +117,9 @@ def double_attention(
     softmax_v: bool = True,
     mask: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    process_group: Any = None,
 ) -> Tensor:
     r"""Double attention ``Z = scale · [A softmax_L(B)ᵀ] softmax_n(V)`` (A²-Nets, equation 5).
 
@@ -117,7 +135,11 @@ def double_attention(
             takes part in the gather. It does not touch the distribution.
         extra: ``(extra_a, extra_b)``, tokens ``(1 or N, channels, K)`` that join the gather and
             are not distributed to.
+        cu_seqlens: as in :func:`gather`: v is packed as a and b are, and tokens may be
+            ``(S, channels, K)``.
         backend: as in :func:`gather`.
+        process_group: as in :func:`gather`; v, and so the result, is a slice of this rank's too.
+            ``extra`` is the same on every rank and counts once; all of its gradient is on rank 0.
 
     Returns:
         ``(N, heads·m, *positions of v)`` in the maps' dtype and v's memory format. Between the two
@@ -127,8 +149,8 @@ def double_attention(
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask)
-    checks.feature_map("v", v)
+    _check_gather(a, b, heads, logit_scale, mask, process_group, backend)
+    checks.feature_map("v", v, may_have_no_positions=process_group is not None)
     checks.heads(heads, v=v.shape[1])
     checks.same_batch("b", b, "v", v)
     if v.shape[1] != b.shape[1]:
@@ -136,13 +158,15 @@ def double_attention(
             f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
         )
     checks.number(logit_scale_v=logit_scale_v, scale=scale)
+    offsets = _offsets(cu_seqlens, process_group, a=a, b=b, v=v)
+    batch = a.shape[0] if offsets is None else len(offsets) - 1
     if extra is not None:
-        checks.extra(extra, a, b)
+        checks.extra(extra, a, b, batch)
     a, b, v, *tokens = _autocast(a, b, v, *(extra or ()))
     checks.one_kind(a=a, b=b, v=v, **dict(zip(("extra_a", "extra_b"), tokens, strict=False)))
-    core = cores.select(backend, b)
+    core = _select(backend, b, process_group, offsets)
     with _autocast_off(a):
-        tokens = [_by_head(token.expand(a.shape[0], -1, -1), heads) for token in tokens]
+        tokens = [_by_head(token.expand(batch, -1, -1), heads) for token in tokens]
         g = core.gather(
             _by_head(a, heads),
             _by_head(b, heads),
@@ -177,6 +201,7 @@ def double_attention_block(
     order: str = "auto",
     recompute: bool | str = "auto",
     backend: str = "auto",
+    process_group: Any = None,
 ) -> Tensor:
     r"""The whole A²-Nets block: three pointwise convolutions, double attention, one convolution.
 
@@ -201,6 +226,9 @@ def double_attention_block(
             ``torch`` on anything but a CPU's float32 or float64, a graph made with True can be
             differentiated once, not twice, and not by ``torch.func``.
         backend: as :func:`gather`.
+        process_group: as :func:`gather`: x and mask are this rank's slice of the positions. The
+            order is the paper's, and the weights' gradients are this rank's share: see
+            :class:`da_triton.DoubleAttention`. ``recompute=True`` gathers again in backward.
 
     Returns:
         ``(N, C' or c_m, *positions)`` in the input's dtype and memory format; under autocast the
@@ -211,13 +239,15 @@ def double_attention_block(
     """
     checks.backend(backend)
     checks.recompute(recompute, backend)
-    checks.feature_map("x", x)
+    checks.feature_map("x", x, may_have_no_positions=process_group is not None)
     checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
     weights = checks.block_weights(
         x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
     )
     reconstruct = weight_out is not None
     checks.order(order, reconstruct, backend)
+    if process_group is not None:
+        checks.process_group(process_group, backend, order)
     c_m, c_n = weight_a.shape[0], weight_b.shape[0]
     checks.heads(heads, weight_a=c_m, weight_b=c_n)
     if mask is not None:
@@ -226,7 +256,7 @@ def double_attention_block(
     weights = dict(zip(weights, values, strict=True))
     checks.one_kind(x=cast, **weights)
 
-    core = cores.select(backend, cast)
+    core = _select(backend, cast, process_group)
     inputs = cast.flatten(2)
     options = {
         "heads": heads,
@@ -250,14 +280,35 @@ def double_attention_block(
     return _positions_of(out, x)
 
 
-def _check_gather(a, b, heads, logit_scale, mask):
-    checks.feature_map("a", a)
-    checks.feature_map("b", b)
+def _check_gather(a, b, heads, logit_scale, mask, process_group=None, backend="auto"):
+    if process_group is not None:
+        checks.process_group(process_group, backend)
+    checks.feature_map("a", a, may_have_no_positions=process_group is not None)
+    checks.feature_map("b", b, may_have_no_positions=process_group is not None)
     checks.same_positions(a=a, b=b)
     checks.heads(heads, a=a.shape[1], b=b.shape[1])
     checks.number(logit_scale=logit_scale)
     if mask is not None:
         checks.mask(mask, a, "a")
+
+
+def _offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor) -> list[int] | None:
+    if cu_seqlens is None:
+        return None
+    if process_group is not None:
+        raise ValueError(
+            "cu_seqlens and process_group cannot be combined. Give each rank sequences of its own."
+        )
+    return checks.cu_seqlens(cu_seqlens, **maps)
+
+
+def _select(
+    backend: str, x: Tensor, process_group: Any, offsets: list[int] | None = None
+) -> cores.Backend:
+    core = cores.select(backend, x)
+    if offsets is not None:
+        return packed.by_sequence(core, offsets)
+    return core if process_group is None else distributed.split(core, process_group)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
@@ -275,7 +326,7 @@ def _keep(mask: Tensor | None) -> Tensor | None:
 
 def _positions_of(z: Tensor, like: Tensor) -> Tensor:
     """``(N, channels, L)`` with the position axes and the memory format of ``like``."""
-    z = z.unflatten(2, like.shape[2:])
+    z = z.reshape(*z.shape[:2], *like.shape[2:])  # a traced unflatten would fix the sizes
     if like.stride(1) == 1 and like.stride(-1) != 1:
         return z.movedim(1, -1).contiguous().movedim(-1, 1)
     return z.contiguous()

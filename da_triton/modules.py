@@ -1,12 +1,13 @@
 """``DoubleAttention``: the block as a layer, with the parameters of the widely used ones."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import checkpoints, checks, eager
+from . import checkpoints, checks, distributed, eager
 from .functional import double_attention, double_attention_block
 
 
@@ -31,6 +32,12 @@ class DoubleAttention(nn.Module):
             ``c_m == in_channels``.
         bias: biases in all convolutions.
         order, recompute, backend: see :func:`da_triton.double_attention_block`.
+        process_group: x and mask are this rank's slice of the positions, split over the ranks of
+            the group (see :mod:`da_triton.distributed`). The gradients of the parameters are then
+            this rank's share of them, for a loss that is the sum of the ranks' losses: add them up
+            with ``torch.distributed.all_reduce(p.grad, group=process_group)``, or wrap the model in
+            DistributedDataParallel and multiply the loss by the number of ranks, whose mean it
+            takes. A copy of the module shares the group; a pickle of it is refused.
         device, dtype: of the parameters.
 
     The children ``convA``, ``convB``, ``convV`` and ``conv_reconstruct`` are real
@@ -61,6 +68,7 @@ class DoubleAttention(nn.Module):
         order: str = "auto",
         recompute: bool | str = "auto",
         backend: str = "auto",
+        process_group: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,6 +84,8 @@ class DoubleAttention(nn.Module):
         checks.backend(backend)
         checks.order(order, reconstruct, backend)
         checks.recompute(recompute, backend)
+        if process_group is not None:
+            checks.process_group(process_group, backend, order)
         if residual and not reconstruct and c_m != in_channels:
             raise ValueError(
                 "residual=True without reconstruct needs c_m == in_channels, got "
@@ -94,6 +104,7 @@ class DoubleAttention(nn.Module):
         self.order = order
         self.recompute = recompute
         self.backend = backend
+        self.process_group = process_group
 
         kind: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.convA = nn.Conv2d(in_channels, c_m, 1, **kind)
@@ -107,39 +118,21 @@ class DoubleAttention(nn.Module):
         ``mask``: bool, ``(N, *positions)`` or ``(N, 1, *positions)``, True where a position takes
         part in the gather.
         """
-        checks.feature_map("x", x)
+        checks.feature_map("x", x, may_have_no_positions=self.process_group is not None)
         checks.channels(x, self.in_channels)
         convolutions = (self.convA, self.convB, self.convV, self.conv_reconstruct)
-        if all(conv is None or _is_plain(conv) for conv in convolutions):
-            weights: list[Any] = []
-            for conv in convolutions:
-                weights += [None, None] if conv is None else [conv.weight, conv.bias]
-            return double_attention_block(
-                x, *weights, heads=self.heads, logit_scale=self.logit_scale,
-                logit_scale_v=self.logit_scale_v, scale=self.scale, softmax_v=self.softmax_v,
-                residual=self.residual, mask=mask, order=self.order, recompute=self.recompute,
-                backend=self.backend,
-            )  # fmt: skip
-        if mask is not None:
-            checks.mask(mask, x, "x")
-        a, b, v = (_call(conv, x) for conv in (self.convA, self.convB, self.convV))
-        y = double_attention(
-            a, b, v, heads=self.heads, logit_scale=self.logit_scale,
-            logit_scale_v=self.logit_scale_v, scale=self.scale, softmax_v=self.softmax_v,
-            mask=mask, backend=self.backend,
-        )  # fmt: skip
-        if self.conv_reconstruct is not None:
-            y = _call(self.conv_reconstruct, y)
-        return x + y if self.residual else y
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return attend(x, *convolutions, mask=mask, **options)
 
     def attention_maps(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Where each descriptor gathers from, and what each position receives.
 
         Returns the gather maps P (each sums to 1 over positions) and the distribution weights Q
         (with the softmax, they sum to 1 over the maps of a head at each position), both
-        ``(N, heads, n, *positions)``. They exist in memory only because they are asked for.
+        ``(N, heads, n, *positions)``. They exist in memory only because they are asked for. With a
+        process group, P sums to 1 over the positions of all ranks and carries no gradient.
         """
-        checks.feature_map("x", x)
+        checks.feature_map("x", x, may_have_no_positions=self.process_group is not None)
         checks.channels(x, self.in_channels)
         if mask is not None:
             checks.mask(mask, x, "x")
@@ -148,17 +141,39 @@ class DoubleAttention(nn.Module):
             _call(conv, x).flatten(2).unflatten(1, (self.heads, -1))
             for conv in (self.convB, self.convV)
         )
-        p = eager.gather_weights(b, mask, self.logit_scale)
+        if self.process_group is None:
+            p = eager.gather_weights(b, mask, self.logit_scale)
+        else:
+            p = distributed.gather_weights(b, mask, self.logit_scale, self.process_group)
         q = eager.distribution_weights(v, self.softmax_v, self.logit_scale_v)
         return p.unflatten(-1, x.shape[2:]), q.unflatten(-1, x.shape[2:])
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, c_m={self.c_m}, c_n={self.c_n}, reconstruct={self.reconstruct}"
-        for name, default in _DEFAULTS.items():
+        for name, default in OPTIONS.items():
             value = getattr(self, name)
-            if value != default:
+            if name == "process_group" and value is not None:
+                text += f", process_group of {value.size()} ranks"
+            elif value != default:
                 text += f", {name}={value!r}"
         return text
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DoubleAttention":
+        """A copy in the same process group, which cannot be copied."""
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "A DoubleAttention with a process group cannot be pickled: the group belongs to "
+                "this process. Save its state_dict(), or set process_group = None first and give "
+                "the loaded module its group."
+            )
+        return self.__dict__
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         own = {name: p.shape for name, p in self.named_parameters()}
@@ -166,7 +181,32 @@ class DoubleAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_DEFAULTS = {
+def attend(
+    x: Tensor, conv_a: nn.Module, conv_b: nn.Module, conv_v: nn.Module, last: nn.Module | None, *,
+    residual: bool = False, mask: Tensor | None = None, order: str = "auto",
+    recompute: bool | str = "auto", **options: Any,
+) -> Tensor:  # fmt: skip
+    """The block with these convolutions: as one operation, or, where a module has to be called (it
+    carries hooks, say), as modules around the core."""
+    convolutions = (conv_a, conv_b, conv_v, last)
+    if all(conv is None or is_plain(conv) for conv in convolutions):
+        weights: list[Any] = []
+        for conv in convolutions:
+            weights += [None, None] if conv is None else [conv.weight, conv.bias]
+        return double_attention_block(
+            x, *weights, residual=residual, mask=mask, order=order, recompute=recompute, **options
+        )
+    if mask is not None:
+        checks.mask(mask, x, "x")
+    a, b, v = (_call(conv, x) for conv in convolutions[:3])
+    y = double_attention(a, b, v, mask=mask, **options)
+    if last is not None:
+        y = _call(last, y)
+    return x + y if residual else y
+
+
+# Options of the block, kept as attributes of the layer, and their defaults.
+OPTIONS: dict[str, Any] = {
     "heads": 1,
     "logit_scale": 1.0,
     "logit_scale_v": 1.0,
@@ -176,8 +216,10 @@ _DEFAULTS = {
     "order": "auto",
     "recompute": "auto",
     "backend": "auto",
+    "process_group": None,
 }
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -186,24 +228,34 @@ _HOOKS = (
 )
 
 
-def _is_plain(conv: nn.Module) -> bool:
+def is_plain(conv: nn.Module) -> bool:
     """Whether using the weight directly equals calling the module, to everyone who watches it."""
-    if type(conv) is not nn.Conv2d or not _is_pointwise(conv) or "forward" in conv.__dict__:
+    return type(conv) in CONVOLUTIONS and is_pointwise(conv) and is_unobserved(conv)
+
+
+def is_unobserved(module: nn.Module) -> bool:
+    """Whether nothing but the module's own forward runs when it is called."""
+    if "forward" in module.__dict__:
         return False
-    return not any(getattr(conv, h) or getattr(torch_module, f"_global{h}") for h in _HOOKS)
+    return not any(getattr(module, h) or getattr(torch_module, f"_global{h}") for h in _HOOKS)
 
 
-def _is_pointwise(conv: nn.Module) -> bool:
+def is_pointwise(conv: Any) -> bool:
+    """Whether it is a convolution that sees one position at a time."""
     return (
-        isinstance(conv, nn.Conv2d)
-        and conv.kernel_size == conv.stride == (1, 1)
-        and conv.padding in ((0, 0), "valid", "same")
-        and conv.groups == 1
+        isinstance(conv, CONVOLUTIONS)
+        and {*conv.kernel_size, *conv.stride, conv.groups} == {1}
+        and (conv.padding in ("valid", "same") or not any(conv.padding))
     )
 
 
 def _call(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution module on its input; a pointwise Conv2d on any number of position axes."""
-    if x.dim() == 4 or not _is_pointwise(conv):
+    if 0 in x.shape[2:]:  # PyTorch refuses to convolve nothing
+        missing = [p for size in reversed(x.shape[2:]) for p in (0, int(size == 0))]
+        padded = _call(conv, nn.functional.pad(x, missing))
+        inside = (slice(None), slice(None), *map(slice, x.shape[2:]))
+        return padded[inside]
+    if x.dim() == 4 or not (isinstance(conv, nn.Conv2d) and is_pointwise(conv)):
         return conv(x)
     return conv(x.flatten(2).unsqueeze(-1)).flatten(2).unflatten(2, x.shape[2:])

@@ -1,4 +1,4 @@
-"""torch.export and ONNX of the ``torch`` backend: dynamic batch, height and width."""
+"""torch.export and ONNX of the ``torch`` backend: dynamic batch and positions."""
 
 import numpy as np
 import onnxruntime
@@ -20,8 +20,10 @@ class Net(torch.nn.Module):
         return self.block(self.stem(x))
 
 
-def dynamic():
-    return {i: torch.export.Dim(name, min=2, max=512) for i, name in ((0, "n"), (2, "h"), (3, "w"))}
+def dynamic(axes=2):
+    """The batch and the position axes."""
+    names = {0: "n"} | {2 + i: f"positions_{i}" for i in range(axes)}
+    return {i: torch.export.Dim(name, min=2, max=512) for i, name in names.items()}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -54,3 +56,20 @@ def test_a_mask_is_exported():
     program = torch.export.export(block, (x, mask))
     other = torch.rand(2, 5, 6) > 0.5
     torch.testing.assert_close(program.module()(x, other), block(x, other))
+
+
+@pytest.mark.parametrize("positions", [((11,), (40,)), ((3, 5, 6), (2, 7, 4))], ids=["1d", "3d"])
+def test_signals_and_videos(positions, tmp_path):
+    block = DoubleAttention(16, 8, 6, heads=2, residual=True, backend="torch").eval()
+    first, second = (torch.randn(n, 16, *p) for n, p in zip((2, 3), positions, strict=True))
+    shapes = ({**dynamic(len(positions[0]))},)
+    program = torch.export.export(block, (first,), dynamic_shapes=shapes)
+    path = str(tmp_path / "block.onnx")
+    torch.onnx.export(
+        block, (first,), path, dynamo=True, dynamic_shapes=shapes, input_names=["x"], verbose=False
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for x in (first, second):
+        torch.testing.assert_close(program.module()(x), block(x))
+        (out,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(out, block(x).detach().numpy(), rtol=1e-4, atol=1e-5)

@@ -44,6 +44,8 @@ def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **option
 def _order(x, weights, heads):
     c_m, channels = weights["weight_a"].shape
     sizes = channels, c_m, weights["weight_b"].shape[0], heads, x.shape[2], x.element_size()
+    if torch.jit.is_tracing():  # where sizes are tensors
+        sizes = tuple(int(size) for size in sizes)
     reconstruct = weights["weight_out"] is not None
     return planner.choose_order(*sizes, reconstruct, x.device.type == "cpu")
 

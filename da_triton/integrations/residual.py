@@ -1,0 +1,129 @@
+"""The block as a step inside a network: ``x + norm(double attention(x))``, at first x itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import checks
+from ..functional import double_attention_block
+from ..modules import OPTIONS, DoubleAttention, is_plain, is_unobserved
+
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+Norm = str | Callable[[int], nn.Module] | None
+
+
+class ResidualDoubleAttention(nn.Module):
+    """``x + norm(attention(x))``: the double attention block that can join a trained network.
+
+    The paper (Chen et al., NeurIPS 2018, section 3.1) adds the block's result to its input. A
+    normalisation before the sum, initialised with zeros, makes the whole the identity at first.
+    In evaluation a batch normalisation is part of the last convolution, so that the sum costs no
+    further pass over x.
+
+    Args:
+        in_channels: channels C of the input.
+        c_m, c_n: as :class:`da_triton.DoubleAttention`; half of ``in_channels`` by default.
+        norm: ``"batch"``, None, or a function from the number of channels to a module, such as
+            ``functools.partial(nn.GroupNorm, 32)``.
+        zero_init: the normalisation's weight and bias start as zeros (without one, those of
+            ``conv_reconstruct``).
+        position_axes: 1, 2 or 3; which batch normalisation.
+        device, dtype: of the parameters.
+        options: further options of :class:`da_triton.DoubleAttention` (``heads``, ``backend``, …).
+
+    Raises:
+        ValueError: an unknown norm, one without a weight to initialise, ``residual`` or
+            ``reconstruct`` (the sum is part of this module and needs the channels of x).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        c_m: int | None = None,
+        c_n: int | None = None,
+        *,
+        norm: Norm = "batch",
+        zero_init: bool = True,
+        position_axes: int = 2,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if taken := {"residual", "reconstruct"} & set(options):
+            raise ValueError(
+                f"{' and '.join(sorted(taken))} cannot be chosen: this module adds x itself. "
+                "Use DoubleAttention for a block without the sum."
+            )
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attention = DoubleAttention(in_channels, c_m, c_n, **kind, **options)
+        self.norm = _norm(norm, in_channels, position_axes, kind)
+        if zero_init:
+            self.become_identity()
+
+    def become_identity(self) -> None:
+        """Zeros for the weight and bias of the normalisation, or of ``conv_reconstruct``."""
+        last: Any = self.attention.conv_reconstruct if self.norm is None else self.norm
+        if not isinstance(getattr(last, "weight", None), Tensor):
+            raise ValueError(
+                f"zero_init needs a norm with a weight, got {type(last).__name__}. "
+                "Choose zero_init=False, or a norm that is affine."
+            )
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(N, in_channels, *positions)`` to the same shape. ``mask``: see DoubleAttention."""
+        attention, last = self.attention, self._last_convolution()
+        if last is None:
+            y = attention(x) if mask is None else attention(x, mask)
+            return x + (y if self.norm is None else self.norm(y))
+        checks.feature_map("x", x)
+        checks.channels(x, attention.in_channels)
+        first = (attention.convA, attention.convB, attention.convV)
+        weights: list[Any] = [w for conv in first for w in (conv.weight, conv.bias)]
+        options = {name: getattr(attention, name) for name in OPTIONS} | {"residual": True}
+        return double_attention_block(x, *[*weights, *last], mask=mask, **options)
+
+    def _last_convolution(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of ``conv_reconstruct`` followed by the norm, where that is linear."""
+        attention: Any = self.attention
+        norm: Any = self.norm
+        if type(attention) is not DoubleAttention or not is_unobserved(attention):
+            return None
+        if not all(is_plain(conv) for conv in attention.children()):
+            return None
+        conv: Any = attention.conv_reconstruct
+        if norm is None:
+            return conv.weight, conv.bias
+        known = isinstance(norm, _BatchNorm) and type(norm).__module__ == _BatchNorm.__module__
+        if not known or norm.training or norm.running_mean is None or not is_unobserved(norm):
+            return None
+        high = torch.promote_types(conv.weight.dtype, torch.float32)
+        factor = (norm.running_var.to(high) + norm.eps).rsqrt()
+        bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+        if norm.affine:
+            factor = factor * norm.weight
+        bias = bias * factor
+        if norm.affine:
+            bias = bias + norm.bias
+        weight = conv.weight * factor[:, None, None, None]
+        return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def _norm(norm: Norm, channels: int, position_axes: int, kind: dict[str, Any]) -> nn.Module | None:
+    if norm is None:
+        return None
+    if norm == "batch":
+        if position_axes not in BATCH_NORMS:
+            raise ValueError(f"position_axes must be 1, 2 or 3, got {position_axes!r}.")
+        return BATCH_NORMS[position_axes](channels, **kind)
+    if not callable(norm):
+        raise ValueError(
+            f'norm must be "batch", None or a function from channels to a module, got {norm!r}.'
+        )
+    return norm(channels).to(**kind)

@@ -1,0 +1,238 @@
+"""Double attention in ResNets: the paper's five places, pretrained weights and keys untouched.
+
+Each block becomes a child of the residual block that it follows, and a forward hook of that block
+runs it; no other parameter changes its name, and no class is touched. torchvision's, timm's and
+transformers' ResNets are known by the names of their stages; other modules can be named one by one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .residual import Norm, ResidualDoubleAttention
+
+CHILD = "double_attention"
+# Chen et al., NeurIPS 2018, section 4.1: after residual blocks 1, 3 of conv3 and 1, 3, 5 of conv4.
+PAPER = {"conv3": (0, 2), "conv4": (0, 2, 4)}
+# conv3, conv4 and the blocks in them, as libraries name them.
+STAGES = (
+    {"conv3": "layer2", "conv4": "layer3", "blocks": ""},  # torchvision, timm
+    {"conv3": "encoder.stages.1", "conv4": "encoder.stages.2", "blocks": ".layers"},  # transformers
+)
+SHORTCUTS = {"downsample", "shortcut"}
+
+
+def insert_double_attention(
+    model: nn.Module,
+    positions: str | Sequence[str] | Mapping[str, int] = "paper",
+    c_m: int | None = None,
+    c_n: int | None = None,
+    norm: Norm = "batch",
+    zero_init: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Puts a residual double attention block after modules of a network, in place.
+
+    ``out`` of such a module becomes ``out + norm(double attention(out))``, which is ``out`` itself
+    until training moves the normalisation away from its zeros. The block is the module's child
+    ``double_attention``: every key that the network had stays, and ``load_state_dict`` of older
+    weights reports nothing but the new ones as missing.
+
+    Args:
+        model: changed in place.
+        positions: ``"paper"``: after the residual blocks 1 and 3 of conv3 and 1, 3 and 5 of conv4,
+            in a ResNet of torchvision, timm or transformers, by itself or inside a larger model.
+            Or the names of modules, as ``model.named_modules()`` gives them, or a mapping from such
+            names to the channels of their outputs, where these cannot be read off.
+        c_m, c_n: channels of A, and of B and V; half of the module's channels by default.
+        norm, zero_init: see :class:`ResidualDoubleAttention`.
+        options: further options of :class:`da_triton.DoubleAttention`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no ResNet or several in the model, a name that is not there or already has a
+            block, channels that cannot be told. The model is then unchanged.
+
+    Example:
+        >>> from torchvision.models import resnet50
+        >>> model = insert_double_attention(resnet50(weights="DEFAULT"))
+    """
+    names = _paper_places(model) if isinstance(positions, str) else list(positions)
+    if isinstance(positions, str) and positions != "paper":
+        raise ValueError(f'positions must be "paper" or a list of names, got {positions!r}.')
+    if not names:
+        raise ValueError("positions names no module: nothing would be inserted.")
+    modules = dict(model.named_modules())
+    blocks = {}
+    for name in names:
+        if name not in modules:
+            near = [other for other in modules if other.endswith("." + name)]
+            hint = f" Did you mean {near[0]!r}?" if near else " See model.named_modules()."
+            raise ValueError(f"positions names {name!r}, which the model does not have.{hint}")
+        module = modules[name]
+        if CHILD in module._modules or module in blocks:
+            raise ValueError(f"{name!r} has a double attention block already.")
+        channels, axes = _channels_and_axes(name, module)
+        if isinstance(positions, Mapping):
+            channels = positions[name]
+        if channels is None:
+            raise ValueError(
+                f"the output channels of {name!r} ({type(module).__name__}) cannot be told. "
+                f"Give them: positions={{{name!r}: channels}}."
+            )
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
+        blocks[module] = ResidualDoubleAttention(
+            channels, c_m, c_n, norm=norm, zero_init=zero_init, position_axes=axes,
+            device=like.device, dtype=like.dtype, **options,
+        ).train(module.training)  # fmt: skip
+    for module, block in blocks.items():
+        module.add_module(CHILD, block)
+        module.register_forward_hook(_attend)
+    return model
+
+
+def a2_resnet50(**options: Any) -> nn.Module:
+    """torchvision's ResNet-50 with the paper's five blocks: 32.9M parameters, 6.7G multiply-adds.
+
+    ``options``: those of :func:`insert_double_attention` (``c_m``, ``c_n``, ``norm``,
+    ``zero_init``, ``backend``, …), and of ``torchvision.models.resnet50`` (``weights``,
+    ``num_classes``, …), whose pretrained weights load unchanged.
+    """
+    return _a2_resnet("resnet50", options)
+
+
+def a2_resnet101(**options: Any) -> nn.Module:
+    """As :func:`a2_resnet50`, of torchvision's ResNet-101."""
+    return _a2_resnet("resnet101", options)
+
+
+def a2_resnet152(**options: Any) -> nn.Module:
+    """As :func:`a2_resnet50`, of torchvision's ResNet-152."""
+    return _a2_resnet("resnet152", options)
+
+
+def a2_resnet50_video(*, num_classes: int = 400, **options: Any) -> nn.Module:
+    """A ResNet-50 over ``(N, 3, T, H, W)`` clips with the paper's five blocks.
+
+    torchvision's ResNet-50 inflated: every convolution gets a time axis, of length 5 in the stem, 3
+    in the first convolution of every second residual block, and 1 elsewhere. T is kept to the last
+    pooling: a clip of 8 frames of 224×224 gives the blocks 8×28×28 and 8×14×14 positions.
+    Image weights (``weights=``) go to the middle of the time axis: at first, a still clip gets the
+    image's answer. ``options`` as :func:`a2_resnet50`; with ``weights``, ``num_classes`` must be
+    theirs.
+    """
+    return _a2_resnet("resnet50", {"num_classes": num_classes, **options}, video=True)
+
+
+def _a2_resnet(name: str, options: dict[str, Any], video: bool = False) -> nn.Module:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(
+            f"a2_{name} builds on torchvision, which cannot be imported ({error}). "
+            "Install it: pip install torchvision."
+        ) from error
+    theirs = {"weights", "num_classes", "progress", "replace_stride_with_dilation", "norm_layer"}
+    theirs |= {"groups", "width_per_group", "zero_init_residual"}
+    network = getattr(models, name)(**{k: v for k, v in options.items() if k in theirs})
+    if video:
+        _inflate(network)
+    return insert_double_attention(network, **{k: v for k, v in options.items() if k not in theirs})
+
+
+def _attend(module: nn.Module, args: Any, output: Any) -> Tensor:
+    """The hook of a module that has a block."""
+    if isinstance(output, (tuple, list, dict)):
+        raise TypeError(
+            f"a double attention block follows {type(module).__name__}, which must then return one "
+            f"tensor, got {type(output).__name__}. Insert the block after another module."
+        )
+    return getattr(module, CHILD)(output)
+
+
+def _paper_places(model: nn.Module) -> list[str]:
+    modules = dict(model.named_modules())
+    found = []
+    for stages in STAGES:
+        for name in modules:
+            if f".{name}".endswith(f".{stages['conv3']}"):
+                prefix = name.removesuffix(stages["conv3"])
+                if prefix + stages["conv4"] in modules:
+                    found.append((prefix, stages))
+    if len(found) != 1:
+        what = "no ResNet" if not found else f"{len(found)} ResNets"
+        raise ValueError(
+            f'positions="paper" found {what} in {type(model).__name__} (stages named layer2 and '
+            "layer3, or encoder.stages). Give the names of the modules that blocks shall follow."
+        )
+    prefix, stages = found[0]
+    places = [
+        f"{prefix}{stages[stage]}{stages['blocks']}.{place}"
+        for stage, chosen in PAPER.items()
+        for place in chosen
+    ]
+    if missing := [name for name in places if name not in modules]:
+        raise ValueError(
+            f"the paper's places need at least 3 residual blocks in conv3 and 5 in conv4; "
+            f"{type(model).__name__} has no {', '.join(missing)}. Name the places yourself."
+        )
+    return places
+
+
+def _channels_and_axes(name: str, module: nn.Module) -> tuple[int | None, int]:
+    """Output channels and position axes, from the last normalisation or convolution outside
+    shortcuts and channel attention."""
+    channels, axes = None, 2
+    layer: Any
+    for layer in _main_path(module):
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            channels, axes = layer.out_channels, len(layer.kernel_size)
+        elif isinstance(getattr(layer, "num_features", None), int):
+            channels = layer.num_features
+        elif isinstance(layer, nn.GroupNorm):
+            channels = layer.num_channels
+    return channels, axes
+
+
+def _main_path(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules in the order of their registration, shortcuts left out."""
+    yield module
+    for name, child in module.named_children():
+        if name not in SHORTCUTS:
+            yield from _main_path(child)
+
+
+def _inflate(network: nn.Module) -> None:
+    """A time axis for every 2-D layer of torchvision's ResNet, in place."""
+    for name, module in list(network.named_modules()):
+        parent = network.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        if isinstance(module, nn.Conv2d):
+            place = name.split(".")[1] if "." in name else ""
+            time = 5 if name == "conv1" else 3 if child == "conv1" and int(place) % 2 == 0 else 1
+            setattr(parent, child, _inflated(module, time))
+        elif isinstance(module, nn.BatchNorm2d):
+            norm = nn.BatchNorm3d(module.num_features, module.eps, module.momentum)
+            norm.load_state_dict(module.state_dict())
+            setattr(parent, child, norm)
+        elif isinstance(module, nn.MaxPool2d):
+            setattr(parent, child, nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)))
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            setattr(parent, child, nn.AdaptiveAvgPool3d(1))
+
+
+def _inflated(conv: Any, time: int) -> nn.Conv3d:
+    """The convolution over each frame, and zeros for the frames before and after."""
+    (s, _), (p, _), (d, _) = conv.stride, conv.padding, conv.dilation
+    new = nn.Conv3d(
+        conv.in_channels, conv.out_channels, (time, *conv.kernel_size), stride=(1, s, s),
+        padding=(time // 2, p, p), dilation=(1, d, d), groups=conv.groups, bias=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, :, time // 2] = conv.weight
+    return new

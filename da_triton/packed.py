@@ -1,0 +1,153 @@
+"""Samples of different sizes in one batch: masks for padding, and packed positions without any.
+
+Packed, the positions of S samples lie behind each other, ``(1, channels, total)``; sample s has
+those from ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, as in the variable-length interface of
+FlashAttention. A run of neighbours of one length is one launch. They are read where they lie, and
+the parts of a result are joined once. (``torch.compile`` breaks its graph where offsets are read.)
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .cores import Backend
+
+
+def mask_from_sizes(
+    sizes: Sequence[Sequence[int]] | Tensor, shape: Sequence[int], device: Any = None
+) -> Tensor:
+    """``mask (N, *shape)`` for padded samples: True in the first ``sizes[n]`` of each axis.
+
+    Args:
+        sizes: for each sample as many numbers as ``shape`` has, ``(h, w)`` for images; in positions
+            of the feature map, not in pixels. A list or an integer tensor ``(N, axes)``.
+        shape: positions of the padded feature map, one to three axes.
+        device: of the mask. Default: that of ``sizes`` if it is a tensor, else the CPU.
+
+    Raises:
+        ValueError: sizes below 0 or over ``shape``, or of another number of axes.
+        TypeError: sizes that are no integers.
+
+    Example:
+        >>> mask_from_sizes([(1, 2), (2, 1)], (2, 2)).int().tolist()
+        [[[1, 1], [0, 0]], [[1, 0], [1, 0]]]
+    """
+    shape = tuple(shape)
+    given = torch.as_tensor(sizes, device=device)
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"sizes must be integers, got {given.dtype}.")
+    if not 1 <= len(shape) <= 3 or given.dim() != 2 or given.shape[1] != len(shape):
+        raise ValueError(
+            "sizes must be (N, axes) and shape have as many axes, 1 to 3, got sizes of shape "
+            f"{tuple(given.shape)} and shape={shape}."
+        )
+    if bool(((given < 0) | (given > given.new_tensor(shape))).any()):
+        raise ValueError(
+            f"sizes must be from 0 to shape={shape}, got {given.tolist()}. Give the sizes that the "
+            "feature map has behind its strides."
+        )
+    mask = torch.ones((len(given), *shape), dtype=torch.bool, device=given.device)
+    for axis, length in enumerate(shape):
+        inside = torch.arange(length, device=given.device) < given[:, axis, None]
+        mask &= inside.view(-1, *(length if i == axis else 1 for i in range(len(shape))))
+    return mask
+
+
+def pack(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Feature maps ``(C, *positions)`` as ``(1, C, total)``, and cu_seqlens (int64, on the CPU).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no maps, or different channels, dtypes or devices.
+
+    Example:
+        >>> x, cu_seqlens = pack([torch.ones(8, 3, 4), torch.ones(8, 2, 2)])
+        >>> x.shape, cu_seqlens.tolist()
+        (torch.Size([1, 8, 16]), [0, 12, 16])
+    """
+    if isinstance(maps, Tensor) or not maps:
+        raise TypeError(
+            f"maps must be a list of one or more tensors (C, *positions), got {type(maps).__name__}"
+            f" of length {len(maps)}."
+        )
+    for i, x in enumerate(maps):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(x).__name__}.")
+        if x.dim() < 2 or x.shape[0] != maps[0].shape[0]:
+            raise ValueError(
+                f"maps[{i}] must be (C, *positions) with C = {len(maps[0])} as the first has, got "
+                f"shape {tuple(x.shape)}."
+            )
+        checks.one_kind(**{"maps[0]": maps[0], f"maps[{i}]": x})
+    rows = [x.flatten(1) for x in maps]
+    offsets = [0, *itertools.accumulate(x.shape[1] for x in rows)]
+    return torch.cat(rows, 1)[None], torch.tensor(offsets)
+
+
+def unpack(
+    packed: Tensor, cu_seqlens: Tensor, positions: Sequence[Sequence[int]] | None = None
+) -> list[Tensor]:
+    """Views ``(C, length)`` of ``packed (1, C, total)``; ``(C, *positions[s])`` if they are given.
+
+    Raises:
+        TypeError, ValueError: as the public functions with ``cu_seqlens``; ``positions`` of another
+            number of samples, or of other lengths.
+    """
+    offsets = checks.cu_seqlens(cu_seqlens, packed=packed)
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
+    parts = packed[0].split(lengths, 1)
+    if positions is None:
+        return list(parts)
+    if [torch.Size(p).numel() for p in positions] != lengths:
+        raise ValueError(
+            f"positions must have the lengths {lengths}, got {[tuple(p) for p in positions]}."
+        )
+    return [x.unflatten(1, tuple(p)) for x, p in zip(parts, positions, strict=True)]
+
+
+def by_sequence(core: Backend, offsets: list[int]) -> Backend:
+    """The backend with a gather and a distribute that take packed positions.
+
+    Maps are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens have a
+    sample for each sequence. A sequence without positions has G = 0; nothing is distributed to it.
+    """
+    lengths = (end - start for start, end in itertools.pairwise(offsets))
+    runs = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
+    counts = [count for _, count in runs]
+
+    def split(x: Tensor) -> Iterator[Tensor]:
+        """``(1, …, total)`` as views ``(count, …, length)``, one for each run of equal lengths.
+
+        All from one split, whose gradient is one concatenation: that of a slice has the size of x.
+        """
+        parts = x.squeeze(0).split([length * count for length, count in runs], -1)
+        for part, (length, count) in zip(parts, runs, strict=True):
+            yield part.unflatten(-1, (count, length)).movedim(-2, 0)
+
+    def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+        nothing = [None] * len(runs)
+        keeps = nothing if keep is None else split(keep)
+        tokens = nothing if extra is None else zip(*(x.split(counts) for x in extra), strict=True)
+        found = []
+        for a_, b_, keep_, extra_ in zip(split(a), split(b), keeps, tokens, strict=True):
+            if a_.shape[-1]:
+                found.append(core.gather(a_, b_, keep=keep_, extra=extra_, logit_scale=logit_scale))
+            else:
+                found.append(a_.new_zeros(*a_.shape[:3], b_.shape[2]))
+        return torch.cat(found)
+
+    def distribute(g, v, **options):
+        parts: list[Tensor] = []
+        for g_, v_ in zip(g.split(counts), split(v), strict=True):
+            if v_.shape[-1]:
+                z = core.distribute(g_, v_, **options)
+                parts += (z.squeeze(0),) if len(z) == 1 else z.unbind()
+        if v.stride(-1) == 1:
+            return torch.cat(parts, -1)[None]
+        positions_first = [z.permute(2, 0, 1) for z in parts]  # joined as v's memory has them
+        return torch.cat(positions_first).permute(1, 2, 0)[None]
+
+    return core._replace(gather=gather, distribute=distribute)

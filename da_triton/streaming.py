@@ -1,0 +1,398 @@
+r"""Descriptors that grow frame by frame: a video longer than memory, or one that has no end.
+
+The softmax over positions is taken over all frames seen so far. Per map, ``maximum`` is a pivot μ
+near its largest logit, ``total = Σ exp(x − μ)`` and ``weighted = Σ a·exp(x − μ)``, over positions
+with logit x and features a. Two sets of positions merge by rescaling to the larger pivot (the
+online softmax of Milakov and Gimelshein, arXiv 1805.02867), and ``G = weighted / total``:
+
+    μ' = max(μ₁, μ₂)    total' = total₁·exp(μ₁ − μ') + total₂·exp(μ₂ − μ')    weighted' likewise
+
+All frames at once give the same G up to rounding. A state is as large after a million frames as
+after one; a window of W frames holds at most W of them.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, cores
+from .functional import _autocast, _autocast_off, _by_head, _check_gather, _keep, distribute
+from .modules import DoubleAttention, _call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Descriptors:
+    """The gather of the positions seen so far. Immutable: each method gives a new state.
+
+    Sums are float32, and float64 for float64 maps, whatever the dtype of the frames. Gradients flow
+    through ``update``, ``merge`` and ``read`` to every frame seen; :meth:`detach` cuts them off,
+    and without it under gradients memory grows with the frames. Can be pickled.
+
+    Example:
+        >>> state = Descriptors.init(1, 8, 4)
+        >>> for frame in range(3):
+        ...     state = state.update(torch.randn(1, 8, 14, 14), torch.randn(1, 4, 14, 14))
+        >>> state.read().shape
+        torch.Size([1, 1, 8, 4])
+    """
+
+    maximum: Tensor  # (N, heads, n): a constant to autograd, as G does not depend on the pivot
+    total: Tensor  # (N, heads, n)
+    weighted: Tensor  # (N, heads, m, n)
+
+    @staticmethod
+    def init(
+        batch: int,
+        m: int,
+        n: int,
+        *,
+        heads: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> "Descriptors":
+        """No position seen: m features and n maps for each head of each of ``batch`` samples.
+
+        ``dtype``: float32, or float64 for float64 frames.
+        """
+        checks.positive(m=m, n=n, heads=heads)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"dtype must be torch.float32 or torch.float64, got {dtype}. Sums of float16 and "
+                "bfloat16 frames are float32."
+            )
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        return Descriptors(
+            torch.full((batch, heads, n), -torch.inf, **kind),
+            torch.zeros((batch, heads, n), **kind),
+            torch.zeros((batch, heads, m, n), **kind),
+        )
+
+    @staticmethod
+    def of(
+        a: Tensor,
+        b: Tensor,
+        *,
+        heads: int = 1,
+        mask: Tensor | None = None,
+        logit_scale: float = 1.0,
+        backend: str = "auto",
+    ) -> "Descriptors":
+        """The state of one frame alone; arguments as :func:`da_triton.gather`."""
+        checks.backend(backend)
+        _check_gather(a, b, heads, logit_scale, mask)
+        a, b = _autocast(a, b)
+        checks.one_kind(a=a, b=b)
+        core = cores.select(backend, b)
+        with _autocast_off(a):
+            return _of(core, _by_head(a, heads), _by_head(b, heads), _keep(mask), logit_scale)
+
+    def update(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        mask: Tensor | None = None,
+        logit_scale: float = 1.0,
+        backend: str = "auto",
+    ) -> "Descriptors":
+        """With the positions of a frame; arguments and errors as :func:`da_triton.gather`.
+
+        A frame may have positions of any number and shape. A map whose positions are all masked
+        adds nothing; one of ``-inf`` alone, without a mask, gives NaN, as the softmax of that frame
+        does.
+        """
+        options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
+        return self.merge(Descriptors.of(a, b, heads=self.weighted.shape[1], **options))
+
+    def merge(self, other: "Descriptors") -> "Descriptors":
+        """Of the positions of both, which must not overlap.
+
+        Raises:
+            TypeError: ``other`` is no state, or its dtype differs.
+            ValueError: another batch, heads, features or maps.
+            RuntimeError: another device.
+        """
+        _check_merge(self, other)
+        with torch.no_grad():
+            maximum = torch.maximum(self.maximum, other.maximum)
+            pivot = maximum.masked_fill(maximum == -torch.inf, 0)  # −inf − (−inf) would be NaN
+            old, new = (self.maximum - pivot).exp(), (other.maximum - pivot).exp()
+        return Descriptors(
+            maximum,
+            self.total * old + other.total * new,
+            self.weighted * old[:, :, None] + other.weighted * new[:, :, None],
+        )
+
+    def forget(self, decay: float) -> "Descriptors":
+        """Every weight times ``decay`` (0 < decay ≤ 1): logits plus log(decay).
+
+        Before each update, it gives a frame of age t the logits ``x + t·log(decay)``.
+        """
+        _check_decay(decay)
+        with torch.no_grad():
+            # A total below 1 has its magnitude in the pivot, or a peak of long ago would hold the
+            # pivot up while total, and every later frame beneath it, underflows.
+            total = decay * self.total
+            shift = total.log().clamp(max=0).masked_fill(total == 0, 0)
+            factor = decay * (-shift).exp()
+        return Descriptors(
+            self.maximum + shift, self.total * factor, self.weighted * factor[:, :, None]
+        )
+
+    def read(self) -> Tensor:
+        """``G (N, heads, m, n)`` in the dtype of the sums; a map without positions gives zeros."""
+        return self.weighted / self.total.masked_fill(self.total == 0, 1)[:, :, None]
+
+    def emptied(self) -> "Descriptors":
+        """No position seen, in the shapes, dtype and device of this state."""
+        batch, heads, m, n = self.weighted.shape
+        kind: dict[str, Any] = {"dtype": self.weighted.dtype, "device": self.weighted.device}
+        return Descriptors.init(batch, m, n, heads=heads, **kind)
+
+    def to(self, device: Any) -> "Descriptors":
+        """On another device."""
+        return self._map(lambda x: x.to(device))
+
+    def detach(self) -> "Descriptors":
+        """The same without the graph: gradients of what follows end here."""
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Descriptors":
+        return Descriptors(change(self.maximum), change(self.total), change(self.weighted))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window:
+    """The gather of the last ``size`` frames, for three merges a frame however long the window is.
+
+    Nothing is ever subtracted, so a frame that has left leaves no rounding behind, and no NaN. The
+    older half of the window is kept as sums from each of its frames to its end, the newer half as
+    its frames and their sum; when the older half has left, the newer one takes its place. Immutable
+    like :class:`Descriptors`.
+    """
+
+    size: int
+    older: tuple[Descriptors, ...]  # [-1]: the whole older half; [0]: its last frame alone
+    newer: tuple[Descriptors, ...]
+    sum_newer: Descriptors
+
+    @staticmethod
+    def init(size: int, empty: Descriptors) -> "Window":
+        """No frame seen. ``empty``: ``Descriptors.init(…)`` of the frames to come."""
+        checks.positive(size=size)
+        return Window(int(size), (), (), empty.emptied())
+
+    def update(self, a: Tensor, b: Tensor, **options: Any) -> "Window":
+        """With a frame, without the one ``size`` frames before; as :meth:`Descriptors.update`."""
+        heads = self.sum_newer.weighted.shape[1]
+        return self.push(Descriptors.of(a, b, heads=heads, **options))
+
+    def push(self, frame: Descriptors) -> "Window":
+        """The same with the state of a frame (:meth:`Descriptors.of`)."""
+        _check_merge(self.sum_newer, frame)
+        older, newer, sum_newer = self.older, self.newer, self.sum_newer
+        if len(older) + len(newer) == self.size:
+            if not older:
+                older = tuple(itertools.accumulate(reversed(newer), _before))
+                newer, sum_newer = (), sum_newer.emptied()
+            older = older[:-1]
+        return Window(self.size, older, (*newer, frame), sum_newer.merge(frame))
+
+    def merged(self) -> Descriptors:
+        """The window as one state, older frames first."""
+        return self.older[-1].merge(self.sum_newer) if self.older else self.sum_newer
+
+    def read(self) -> Tensor:
+        """``G (N, heads, m, n)`` as :meth:`Descriptors.read`."""
+        return self.merged().read()
+
+    def to(self, device: Any) -> "Window":
+        """On another device."""
+        return self._map(lambda state: state.to(device))
+
+    def detach(self) -> "Window":
+        """The same without the graph."""
+        return self._map(Descriptors.detach)
+
+    def _map(self, change: Callable[[Descriptors], Descriptors]) -> "Window":
+        older, newer = tuple(map(change, self.older)), tuple(map(change, self.newer))
+        return Window(self.size, older, newer, change(self.sum_newer))
+
+
+class StreamingDoubleAttention:
+    """Runs a :class:`da_triton.DoubleAttention` layer on a video frame by frame.
+
+    Causal: ``y = stream(frame)`` for each frame gives every frame what the frames up to it hold.
+    In two passes, ``stream.update(frame)`` for all frames and then ``stream.distribute(frame)`` for
+    each, the result is that of the layer on the whole clip.
+
+    Args:
+        layer: its parameters are used, not copied. Its ``order`` and ``recompute`` are not: frames
+            are gathered from A and distributed to Z, as the paper draws it.
+        window: the last so many frames take part. Default: all.
+        decay: weights of older frames, times this for each frame since (0 < decay ≤ 1).
+
+    ``state`` is None before the first frame, then :class:`Descriptors` or :class:`Window`, which
+    can be kept, pickled and put back. Gradients flow through all frames of the state; for a long
+    video call :meth:`detach` between frames, or update under ``torch.no_grad()``.
+
+    Example:
+        >>> stream = StreamingDoubleAttention(DoubleAttention(64, residual=True), window=16)
+        >>> stream(torch.randn(1, 64, 14, 14)).shape
+        torch.Size([1, 64, 14, 14])
+    """
+
+    def __init__(
+        self, layer: DoubleAttention, window: int | None = None, decay: float | None = None
+    ) -> None:
+        if not isinstance(layer, DoubleAttention):
+            raise TypeError(
+                f"layer must be a DoubleAttention, got {type(layer).__name__}. Of a module that "
+                "holds one, give that: module.attention, say."
+            )
+        if layer.process_group is not None:
+            raise ValueError(
+                "layer has a process_group, and a stream lives on one device. Give each rank a "
+                "layer without one, and merge the ranks' states."
+            )
+        if window is not None and decay is not None:
+            raise ValueError(
+                f"window or decay, not both: got window={window!r} and decay={decay!r}. With a "
+                "decay, old frames fade by themselves."
+            )
+        if window is not None:
+            checks.positive(window=window)
+        if decay is not None:
+            _check_decay(decay)
+        self.layer = layer
+        self.window = window
+        self.decay = decay
+        self.state: Descriptors | Window | None = None
+
+    def __call__(self, frame: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The frame joins the state, and gets its result from it."""
+        self.update(frame, mask)
+        return self.distribute(frame)
+
+    def update(self, frame: Tensor, mask: Tensor | None = None) -> None:
+        """A frame, or several at once, joins the state.
+
+        ``frame (N, in_channels, *positions)``; ``mask`` as in :meth:`DoubleAttention.forward`. The
+        number of positions may change from frame to frame, N may not.
+        """
+        self._check(frame)
+        layer = self.layer
+        if mask is not None:
+            checks.mask(mask, frame, "frame")
+        new = Descriptors.of(
+            _call(layer.convA, frame), _call(layer.convB, frame), heads=layer.heads, mask=mask,
+            logit_scale=layer.logit_scale, backend=layer.backend,
+        )  # fmt: skip
+        state = self.state
+        if state is None and self.window is not None:
+            state = Window.init(self.window, new)
+        if state is None:
+            self.state = new
+        elif isinstance(state, Window):
+            self.state = state.push(new)
+        else:
+            _check_merge(state, new)
+            self.state = (state if self.decay is None else state.forget(self.decay)).merge(new)
+
+    def distribute(self, frame: Tensor) -> Tensor:
+        """What the state holds, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
+        self._check(frame)
+        if self.state is None:
+            raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
+        layer = self.layer
+        y = distribute(
+            self.state.read(), _call(layer.convV, frame), scale=layer.scale,
+            softmax=layer.softmax_v, logit_scale=layer.logit_scale_v, backend=layer.backend,
+        )  # fmt: skip
+        if layer.conv_reconstruct is not None:
+            y = _call(layer.conv_reconstruct, y)
+        return frame + y if layer.residual else y
+
+    def detach(self) -> None:
+        """Gradients of what follows do not reach the frames before."""
+        if self.state is not None:
+            self.state = self.state.detach()
+
+    def reset(self) -> None:
+        """No frame seen: another video."""
+        self.state = None
+
+    def _check(self, frame: Tensor) -> None:
+        checks.feature_map("frame", frame)
+        checks.channels(frame, self.layer.in_channels)
+
+
+def _of(core, a, b, keep, logit_scale) -> Descriptors:
+    """A frame's state from ``a (N, heads, m, L)``, ``b (N, heads, n, L)`` and ``keep (N, L)``."""
+    if core in (cores.TORCH, cores.EAGER):
+        g, lse = core.gather(a, b, keep=keep, logit_scale=logit_scale), None
+    else:
+        from .cores import triton
+
+        g, lse = triton.Gather.apply(a, b, keep, None, None, float(logit_scale))
+    if lse is None or (torch.is_grad_enabled() and b.requires_grad):  # lse has no gradient
+        maximum, total = _exponentials(b, keep, logit_scale)
+    else:
+        maximum, total = _split(lse, g.dtype, keep is not None)
+    return Descriptors(maximum, total, g.to(total.dtype) * total[:, :, None])
+
+
+def _split(lse, dtype, masked):
+    """``lse`` as ``maximum + log(total)``, with all its digits though the pivot is rounded."""
+    if not masked:
+        maximum = lse.to(dtype)
+        return maximum, (lse - maximum).exp().to(dtype)
+    nothing = lse == torch.inf  # how the kernels say that no position was left
+    maximum = lse.to(dtype).masked_fill(nothing, -torch.inf)
+    return maximum, (lse - maximum).exp().masked_fill(nothing, 0).to(dtype)
+
+
+def _exponentials(b, keep, logit_scale):
+    """Pivot and sum of exponentials of the logits that ``eager.gather_weights`` has."""
+    logits = b if logit_scale == 1 else logit_scale * b
+    logits = logits.to(torch.promote_types(b.dtype, torch.float32))
+    if keep is not None:
+        logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+    maximum = logits.detach().amax(-1)
+    pivot = maximum if keep is None else maximum.masked_fill(maximum == -torch.inf, 0)
+    return maximum, (logits - pivot[..., None]).exp().sum(-1)
+
+
+def _before(later: Descriptors, frame: Descriptors) -> Descriptors:
+    return frame.merge(later)
+
+
+def _check_merge(state: Descriptors, other: Descriptors) -> None:
+    if not isinstance(other, Descriptors):
+        raise TypeError(f"Descriptors merge with Descriptors, got {type(other).__name__}.")
+    x, y = state.weighted, other.weighted
+    if x.shape != y.shape:
+        raise ValueError(
+            f"The state is of shape (N, heads, m, n) = {tuple(x.shape)}, and what should join it "
+            f"of {tuple(y.shape)}. Start a new state for another batch, heads, features or maps."
+        )
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"The state is {x.dtype}, and what should join it {y.dtype}. Frames of one video share "
+            "a dtype; float64 frames need a state of dtype=torch.float64."
+        )
+    if x.device != y.device:
+        raise RuntimeError(
+            f"The state is on {x.device}, and what should join it on {y.device}. Move one of them "
+            "with .to(device)."
+        )
+
+
+def _check_decay(decay: float) -> None:
+    checks.number(decay=decay)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be over 0 and at most 1, got {decay!r}.")

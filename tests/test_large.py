@@ -1,0 +1,164 @@
+"""Maps with elements beyond 2^31, and with 2^21 positions.
+
+Memory that is never touched costs nothing on a CPU: the maps lie in a sparse file, a few pages of
+which are real, and their strides spread them so that along one axis the offset exceeds 2^31. They
+begin 2^31 behind its start: an offset that has wrapped around, as in int32, finds a hole.
+"""
+
+import functools
+import pathlib
+import re
+
+import pytest
+import torch
+import triton.language as tl
+
+import da_triton
+from da_triton.kernels import block, distribute, gather, launch
+from da_triton.planner import Route
+from support import launches
+from support.numerics import DEVICE, TOLERANCE, peaky, relative_rms
+
+HALF = torch.float16
+SPREAD = 2**31  # elements between the first and the last of a map, at least
+
+
+class Far:
+    """Makes maps ``(N, …, channels, L)`` that are spread over the memory along one axis."""
+
+    def __init__(self, folder: pathlib.Path, axis: str):
+        size = 5 * SPREAD
+        if DEVICE == "cuda":
+            self.storage = torch.empty(size, dtype=HALF, device=DEVICE)
+        else:
+            path = folder / "sparse"
+            self.storage = torch.from_file(str(path), shared=True, size=size, dtype=HALF)
+            path.unlink()  # the mapping stays
+        self.axis, self.start = axis, SPREAD
+
+    def empty(self, *shape):
+        batch, length = shape[0], shape[-1]
+        channels = torch.Size(shape[1:-1]).numel()
+        steps = {"samples": batch, "channels": shape[-2], "positions": length}[self.axis] - 1
+        step = -(-SPREAD // steps // 64) * 64  # as aligned as rows may be
+        strides = {
+            "samples": (step, length, 1),
+            "channels": (length, step, 1),
+            "positions": (length * step, 1, step),
+        }[self.axis]
+        x = self.storage.as_strided((batch, channels, length), strides, self.start)
+        self.start += 2**17  # maps lie between each other, further apart than steps were rounded
+        return x.unflatten(1, shape[1:-1])
+
+    def copy(self, x):
+        return self.empty(*x.shape).copy_(x)
+
+    def empty_map_like(self, x, channels=None):
+        """In the place of ``launch.empty_map_like``: what kernels write is as far away."""
+        batch, heads, c, length = x.shape
+        return self.empty(batch, heads, c if channels is None else channels, length)
+
+
+@pytest.fixture(params=["samples", "channels", "positions"])
+def far(request, tmp_path):
+    return Far(tmp_path, request.param)
+
+
+LENGTH = 36
+CORE = {"one tile": (2, 5, 9), "all maps": (2, 130, 9), "blocks": (1, 5, 514)}  # heads, m, n
+FUSED = Route("XH", "fused", "fused", "fused", "XH", 2)
+BLOCK = {  # the route; C, c_m, c_n
+    "fused": (FUSED, (20, 6, 4)),
+    "fused from A": (FUSED._replace(order="AH"), (20, 6, 4)),
+    "fused by channel blocks": (Route("XH", "fused", "fused", "split", "AZ", 2), (130, 6, 68)),
+    "split AZ": (Route("AZ", "split", "split", "split", "AZ", 2), (20, 6, 4)),
+    "split XH": (Route("XH", "split", "split", "split", "XH", 2), (20, 6, 4)),
+}
+# These take descriptors, their parts and weights, which lie in contiguous memory.
+WITHOUT_MAPS = {
+    "delta", "descriptors", "descriptors_backward", "gather_combine", "sums", "weight_gradients",
+}  # fmt: skip
+
+
+def core_run(place, case):
+    """Results and gradients of the core with its maps where ``place`` puts them."""
+    torch.manual_seed(0)
+    heads, m, n = CORE[case]
+    a, b, v, dz = (peaky(3, heads, c, LENGTH, dtype=HALF) for c in (m, n, n, m))
+    keep = (torch.rand(3, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
+    a, b, v, dz = map(place, (a, b, v, dz))
+    g, lse = gather.gather_forward([(a, b, keep)], 0.5)
+    z = distribute.distribute_forward(g, v, 1.0, True, 1.0)
+    dg, dv = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
+    return g, z, dg, dv, *gather.gather_backward(dg, a, b, keep, g, lse, 0.5, True, True)
+
+
+def block_run(place, case):
+    """The same of the block, whose maps are X, the upstream gradient and what it writes."""
+    torch.manual_seed(0)
+    route, (channels, c_m, c_n) = BLOCK[case]
+    shapes = (
+        (c_m, channels), (c_m,), (c_n, channels), (c_n, channels), (c_n,), (channels, c_m),
+        (channels,),
+    )  # fmt: skip
+    w = block.Weights(*(torch.randn(s, device=DEVICE).to(HALF) / s[-1] ** 0.5 for s in shapes))
+    x, dout = (place(peaky(2, 1, channels, LENGTH, dtype=HALF)[:, 0]) for _ in range(2))
+    keep = (torch.rand(2, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
+    options = block.Options(2, 0.5, 1.0, 1.0, True, True)
+    out, lse, g, v = block.forward(x, w, keep, options, route, True)
+    return out, g, *block.backward(dout, x, w, keep, lse, g, v, options, route, True)
+
+
+RUNS = [(core_run, case) for case in CORE] + [(block_run, case) for case in BLOCK]
+each_run = pytest.mark.parametrize(("run", "case"), RUNS, ids=[case for _, case in RUNS])
+
+
+@functools.cache
+def beside(run, case, channels_last):
+    """The run with contiguous maps, in the order in which library products find those apart."""
+    return run(lambda x: x.mT.contiguous().mT if channels_last else x, case)
+
+
+def both(run, case, far, monkeypatch):
+    """Results with maps beside each other and apart; what kernels write lies as far away."""
+    near = beside(run, case, far.axis == "positions")
+    monkeypatch.setattr(launch, "empty_map_like", far.empty_map_like)
+    return zip(near, run(far.copy, case), strict=True)
+
+
+@each_run
+def test_offsets_beyond_int32(run, case, far, monkeypatch):
+    for here, there in both(run, case, far, monkeypatch):
+        # Library products take another way where memory does, and round in between.
+        assert relative_rms(there, here) < 2 * TOLERANCE[HALF]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="changes what is interpreted, not kernels on a GPU")
+@each_run
+def test_offsets_in_int32_would_show(run, case, far, monkeypatch):
+    if run is block_run and far.axis == "samples":
+        return  # a stride of 2^31 is int64 by itself
+    widening = tl.tensor.to
+
+    @functools.wraps(widening)
+    def to(x, dtype, *args, **kwargs):
+        same = dtype is tl.int64 and x.dtype is tl.int32
+        return x if same else widening(x, dtype, *args, **kwargs)
+
+    beside(run, case, far.axis == "positions")  # before anything is wrong
+    monkeypatch.setattr(tl.tensor, "to", to)
+    errors = [relative_rms(there, here) for here, there in both(run, case, far, monkeypatch)]
+    assert not all(error < 100 * TOLERANCE[HALF] for error in errors)  # NaN is an error, too
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter, not on a GPU")
+def test_every_kernel_that_takes_maps_is_among_them():
+    folder = pathlib.Path(da_triton.__file__).parent / "kernels"
+    sources = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    defined = {*re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)}
+    with launches.count() as names:
+        for run, case in RUNS:
+            run(lambda x: x, case)
+    assert defined - {f"{name}_kernel" for name in WITHOUT_MAPS} == defined & {*names} - {
+        f"{name}_kernel" for name in WITHOUT_MAPS
+    }
