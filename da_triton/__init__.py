@@ -1,5 +1,6 @@
 """Double attention (A²-Nets, NeurIPS 2018) for PyTorch: Triton kernels, a layer, functions."""
 
+from . import layers
 from ._version import __version__
 from .functional import distribute, double_attention, double_attention_block, gather
 from .modules import DoubleAttention
@@ -12,5 +13,6 @@ __all__ = [
     "double_attention",
     "double_attention_block",
     "gather",
+    "layers",
     "plan",
 ]

@@ -1,4 +1,4 @@
-"""Positions split over gloo ranks, against one process; DTensors sharded over batch and heads."""
+"""Positions split over gloo ranks, against one process."""
 
 import copy
 import pickle
@@ -6,48 +6,26 @@ import pickle
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import da_triton
-from da_triton import DoubleAttention, eager
-from da_triton.distributed import WireBytes, register_sharding, wire_bytes
+from da_triton import DoubleAttention
+from da_triton.distributed import WireBytes, wire_bytes
 from da_triton.distributed import _weights as split_weights
 from da_triton.integrations import ResidualDoubleAttention
 from support import ranks
 from support.numerics import check, relative_rms
+from support.splits import CUTS, LENGTH, block, image, leaves, maps, own, trained
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
 )
-LENGTH = 20
-CUTS = {2: (0, 13, LENGTH), 4: (0, 3, 3, 11, LENGTH)}  # uneven; rank 1 of four has no position
 each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 each_count = pytest.mark.parametrize("count", CUTS)
 
 
-def own(x, rank, cuts):
-    """This rank's slice of the positions."""
-    return x[..., cuts[rank] : cuts[rank + 1]]
-
-
-def leaves(tensors, rank=None, cuts=None):
-    pieces = tensors if rank is None else [own(x, rank, cuts) for x in tensors]
-    return [x.detach().clone().requires_grad_() for x in pieces]
-
-
 # --- the core -------------------------------------------------------------------------------------
-
-
-def maps(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (3 * torch.randn(3, c, LENGTH, generator=generator, dtype=torch.float64)).to(dtype)
-        for c in (6, 8, 8)
-    ]
 
 
 def problems():
@@ -244,34 +222,6 @@ def test_a_second_derivative_is_refused(tmp_path):
 
 
 # --- the block ------------------------------------------------------------------------------------
-
-SHAPE = (2, 8, LENGTH)
-
-
-def block(group=None, backend="torch", **options):
-    torch.manual_seed(5)
-    layer = DoubleAttention(
-        8, 4, 6, heads=2, residual=True, process_group=group, backend=backend,
-        dtype=torch.float64, **options,
-    )  # fmt: skip
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.mul_(3)  # logits that make a difference
-    return layer
-
-
-def image():
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def trained(layer, x, mask=None, call=None):
-    """The result, and the gradients of x and of the parameters."""
-    (x,) = leaves([x])
-    y = (layer if call is None else call)(x, mask)
-    y.square().sum().backward()
-    grads = [p.grad for p in layer.parameters()]
-    layer.zero_grad()
-    return [y.detach(), x.grad, *grads]
 
 
 def block_on_a_rank(rank, cuts, backend):
@@ -470,81 +420,3 @@ def test_bytes_of_a_large_image():
     assert wire_bytes(1, 1, 128, 128, ranks=1) == (0, 0)
     for count, megabytes in ((8, 0.9), (64, 8.3), (512, 67)):  # the table of da_triton.distributed
         assert sum(wire_bytes(1, 1, 128, 128, ranks=count)) == pytest.approx(1e6 * megabytes, 0.03)
-
-
-# --- DTensor --------------------------------------------------------------------------------------
-
-
-def sharded_core(rank, axis, needs):
-    register_sharding()
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    whole = [x[:2].clone().requires_grad_(need) for x, need in zip(maps(), needs, strict=True)]
-    keep = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(8)) > 0.4
-    z = da_triton.double_attention(*whole, heads=2, mask=keep, backend="eager")
-    z.square().sum().backward()
-    shards = [
-        distribute_tensor(x.detach(), mesh, [Shard(axis)]).requires_grad_(need)
-        for x, need in zip(whole, needs, strict=True)
-    ]
-    mask = distribute_tensor(keep, mesh, [Shard(0) if axis == 0 else Replicate()])
-    with CommDebugMode() as sent:
-        ours = da_triton.double_attention(*shards, heads=2, mask=mask, backend="triton")
-        ours.square().sum().backward()
-    assert sent.get_total_counts() == 0
-    assert ours.placements == (Shard(axis),)
-    check(ours.full_tensor(), z, torch.float64)
-    for ours_, expected in zip(shards, whole, strict=True):
-        if expected.grad is None:
-            assert ours_.grad is None
-        else:
-            assert ours_.grad.placements == (Shard(axis),)
-            check(ours_.grad.full_tensor(), expected.grad, torch.float64)
-
-
-def sharded_cores(rank):
-    for axis in (0, 1):
-        # Both in one process: what was found for one choice must not serve another.
-        for needs in ((True, False, True), (True, True, False)):
-            sharded_core(rank, axis, needs)
-    return True
-
-
-def test_the_core_on_shards_of_batch_or_heads(tmp_path):
-    assert all(ranks.run(2, sharded_cores, tmp_path))
-
-
-def sharded_block(rank):
-    register_sharding()
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    x = image()
-    for recompute in (False, True):
-        expected = trained(block(backend="triton", recompute=recompute), x)
-        layer = distribute_module(block(backend="triton", recompute=recompute), mesh)
-        leaf = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
-        with CommDebugMode() as sent:
-            y = layer(leaf)
-            y.square().sum().backward()
-        assert sent.get_total_counts() == 0
-        assert y.placements == leaf.grad.placements == (Shard(0),)
-        for ours, whole in zip(
-            [y, leaf.grad, *(p.grad for p in layer.parameters())], expected, strict=True
-        ):
-            check(ours.full_tensor(), whole, torch.float64)
-    return True
-
-
-def test_the_block_on_shards_of_the_batch(tmp_path):
-    assert all(ranks.run(2, sharded_block, tmp_path))
-
-
-def redistributed(rank):
-    register_sharding()
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    a, b, _ = (distribute_tensor(x, mesh, [Shard(2)]) for x in maps())
-    return da_triton.gather(a, b, heads=2, backend="triton").full_tensor()
-
-
-def test_shards_of_the_positions_are_gathered_first(tmp_path):
-    expected = eager.gather(*(x.unflatten(1, (2, -1)) for x in maps()[:2]))
-    for g in ranks.run(2, redistributed, tmp_path):
-        check(g, expected, torch.float64)

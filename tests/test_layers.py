@@ -14,6 +14,7 @@ from torch import nn
 
 import da_triton
 from da_triton.layers import DoubleAttention
+from support import hub
 from support.numerics import check
 
 ROOT = Path(__file__).parents[1]
@@ -60,14 +61,7 @@ class OverTheBatch(Theirs):
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A published kernel: the package, and beside it what packaging adds."""
-    path = tmp_path_factory.mktemp("kernel")
-    variant = path / "build" / "torch-universal"
-    variant.mkdir(parents=True)
-    (variant / "da_triton").symlink_to(ROOT / "da_triton")
-    (variant / "__init__.py").write_text("from .da_triton import layers\n")
-    metadata = {"id": "_da_triton_of_a_test", "name": "da-triton", "version": 1}
-    metadata |= {"license": "Apache-2.0", "python-depends": [], "backend": {"type": "cpu"}}
-    (variant / "metadata.json").write_text(json.dumps(metadata))
+    path = hub.publish(tmp_path_factory.mktemp("kernel"))
     return LocalLayerRepository(path, layer_name=NAME)
 
 

@@ -108,6 +108,20 @@ def test_per_sample_gradients():
         torch.testing.assert_close(grads[name][1], p.grad)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("backend", ["triton", "torch", "eager"])
+def test_the_result_may_be_changed_in_place(backend, layout):
+    """As ``nn.ReLU(inplace=True)`` and the sums of residual blocks do."""
+    block = make(backend=backend)
+    for size in (5, 16):
+        x = image(size, size).to(memory_format=layout)
+        grads = []
+        for add in (torch.add, torch.Tensor.add_):
+            out = add(block(x), x)
+            grads.append(torch.autograd.grad(out.square().sum(), block.convV.weight)[0])
+        assert torch.equal(*grads)
+
+
 def test_copies_and_pickles():
     block, x = make(heads=2, residual=True, backend="torch", order="XZ"), image()
     expected = block(x)

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import photographs
+from support import hub, yolo
+from support.published import DoubleAttentionCopy
+
+
+class TheirBlock(DoubleAttentionCopy):
+    def __init__(self):
+        super().__init__(16, c_m=8, c_n=4)
+
 
 README = Path(__file__).parents[1] / "README.md"
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -18,6 +25,7 @@ GIVEN = {
     "video": lambda: torch.randn(3, 1, 16, 4, 4),
     "maps": lambda: [torch.randn(16, 3, 4), torch.randn(16, 2, 5)],
     "padded": lambda: torch.randn(2, 16, 4, 6),
+    "TheirBlock": lambda: TheirBlock,
     "rows_of_this_rank": lambda: torch.randn(1, 16, 3, 8),
 }
 
@@ -40,15 +48,15 @@ def test_there_is_one_for_each():
     titles = " ".join(title for title, _ in RECIPES)
     for name in (
         "torchvision", "Ultralytics", "timm", "OpenMMLab", "have such layers", "frame by frame",
-        "different sizes", "over devices", "Export", "looks",
+        "kernels", "different sizes", "over devices", "Export", "looks",
     ):  # fmt: skip
         assert name in titles
 
 
 @pytest.fixture
 def ultralytics(tmp_path):
-    photographs.write(tmp_path)
-    with photographs.quiet_ultralytics(tmp_path):
+    yolo.write_photographs(tmp_path)
+    with yolo.quiet_ultralytics(tmp_path):
         yield
 
 
@@ -70,5 +78,6 @@ def test_recipe(code, tmp_path, monkeypatch, request):
     if "torch.distributed" in code:
         request.getfixturevalue("one_rank")
     monkeypatch.chdir(tmp_path)
-    names = {name: make() for name, make in GIVEN.items() if re.search(rf"\b{name}\b", code)}
+    given = GIVEN | {"path": lambda: hub.publish(tmp_path)}
+    names = {name: make() for name, make in given.items() if re.search(rf"\b{name}\b", code)}
     exec(compile(code, str(README), "exec"), names)

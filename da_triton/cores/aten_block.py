@@ -43,9 +43,10 @@ def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **option
 
 def _order(x, weights, heads):
     c_m, channels = weights["weight_a"].shape
-    sizes = channels, c_m, weights["weight_b"].shape[0], heads, x.shape[2], x.element_size()
+    c_n, length = weights["weight_b"].shape[0], x.shape[2]
     if torch.jit.is_tracing():  # where sizes are tensors
-        sizes = tuple(int(size) for size in sizes)
+        c_m, channels, c_n, length = map(int, (c_m, channels, c_n, length))
+    sizes = channels, c_m, c_n, heads, length, x.element_size()
     reconstruct = weights["weight_out"] is not None
     return planner.choose_order(*sizes, reconstruct, x.device.type == "cpu")
 

@@ -48,7 +48,7 @@ from .cpu_products import (
     times,
     transformed,
 )
-from .operators import differentiable
+from .operators import differentiable, unviewed
 
 
 class Weights(NamedTuple):
@@ -103,7 +103,7 @@ class Block(torch.autograd.Function):
         out, kept = _block(x, Weights(*weights), keep, options, keeping=not options.recompute)
         ctx.plain, ctx.options = plain, options
         ctx.save_for_backward(keep, x, *weights, *kept)
-        return out
+        return unviewed(out)
 
     @staticmethod
     def backward(ctx, grad):

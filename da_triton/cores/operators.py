@@ -8,6 +8,14 @@ def or_empty(gradient, like):
     return like.new_empty(0) if gradient is None else gradient
 
 
+def unviewed(x):
+    """``x`` as a tensor of its own: autograd forbids changing a view in place that a Function made.
+
+    What follows a layer often does: ``nn.ReLU(inplace=True)``, ``y += shortcut``.
+    """
+    return x.new_empty(0).set_(x)
+
+
 def wants_graph():
     """Whether the backward pass is itself to be differentiated (``create_graph=True``)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

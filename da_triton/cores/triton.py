@@ -20,7 +20,7 @@ from ..kernels import distribute as distribute_kernels
 from ..kernels import gather as gather_kernels
 from ..kernels import launch
 from . import aten
-from .operators import differentiable, or_empty, wants_graph
+from .operators import differentiable, or_empty, unviewed, wants_graph
 
 # Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
 # corrects the interpreter says so here.
@@ -172,7 +172,7 @@ class Gather(torch.autograd.Function):
 @torch.library.custom_op("da_triton::distribute", mutates_args=())
 def distribute_op(g: Tensor, v: Tensor, scale: float, softmax: bool, logit_scale: float) -> Tensor:
     """Z; see ``kernels.distribute``."""
-    return distribute_kernels.distribute_forward(g, v, scale, softmax, logit_scale)
+    return unviewed(distribute_kernels.distribute_forward(g, v, scale, softmax, logit_scale))
 
 
 @distribute_op.register_fake

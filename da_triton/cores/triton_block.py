@@ -19,7 +19,7 @@ from ..costs import Shape, order_cost
 from ..kernels import block as kernels
 from ..kernels import configs, launch
 from . import aten_block
-from .operators import differentiable, or_empty, wants_graph
+from .operators import differentiable, or_empty, unviewed, wants_graph
 
 
 def block(x, weights, *, order, recompute, heads, residual, keep, **scalars):
@@ -63,7 +63,8 @@ def block_op(
         return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
     route = _route(x, weights, heads, order, keep_v)
     out, lse, g, v = kernels.forward(x, weights, _bytes(keep), options, route, keep_v)
-    return _in_format_of(x, out), lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
+    out = unviewed(_in_format_of(x, out))
+    return out, lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
 
 
 @block_op.register_fake

@@ -1,7 +1,5 @@
 """The block as a plugin layer of OpenMMLab's backbones, by name in a configuration."""
 
-from typing import Any
-
 from torch import nn
 
 from .residual import ResidualDoubleAttention
@@ -15,17 +13,9 @@ class PluginDoubleAttention(ResidualDoubleAttention):
 
     _abbr_ = "double_attention"
 
-    def __init__(self, *args: Any, zero_init: bool = True, **options: Any) -> None:
-        super().__init__(*args, zero_init=zero_init, **options)
-        self.zero_init = zero_init
-
     def init_weights(self) -> None:
         """Called by a model's own ``init_weights``, before it loads pretrained weights."""
-        if self.zero_init:
-            last: Any = self.attention.conv_reconstruct if self.norm is None else self.norm
-            nn.init.zeros_(last.weight)
-            if last.bias is not None:
-                nn.init.zeros_(last.bias)
+        self.zero_init_last()
 
 
 def register_openmmlab() -> type[nn.Module]:

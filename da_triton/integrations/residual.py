@@ -61,11 +61,14 @@ class ResidualDoubleAttention(nn.Module):
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention = DoubleAttention(in_channels, c_m, c_n, **kind, **options)
         self.norm = _norm(norm, in_channels, position_axes, kind)
-        if zero_init:
-            self.become_identity()
+        self.zero_init = zero_init
+        self.zero_init_last()
 
-    def become_identity(self) -> None:
-        """Zeros for the weight and bias of the normalisation, or of ``conv_reconstruct``."""
+    def zero_init_last(self) -> None:
+        """Zeros at the end of the block, if ``zero_init``. timm calls this once it has initialised
+        every convolution of a network anew."""
+        if not self.zero_init:
+            return
         last: Any = self.attention.conv_reconstruct if self.norm is None else self.norm
         if not isinstance(getattr(last, "weight", None), Tensor):
             raise ValueError(
@@ -82,7 +85,8 @@ class ResidualDoubleAttention(nn.Module):
         if last is None:
             y = attention(x) if mask is None else attention(x, mask)
             return x + (y if self.norm is None else self.norm(y))
-        checks.feature_map("x", x)
+        split = attention.process_group is not None
+        checks.feature_map("x", x, may_have_no_positions=split)
         checks.channels(x, attention.in_channels)
         first = (attention.convA, attention.convB, attention.convV)
         weights: list[Any] = [w for conv in first for w in (conv.weight, conv.bias)]

@@ -51,18 +51,19 @@ def test_a_block_in_every_residual_block(layer, name, expansion):
         assert options == {(8, 12, 2)}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet26"])
-def test_weights_of_the_network_without_blocks_give_its_very_answers(name):
-    """timm initialises every convolution again after it has built the network; the zeros of the
-    normalisation stay."""
+@pytest.mark.parametrize(("name", "norm"), [("resnet18", None), ("resnet26", "batch")])
+def test_weights_of_the_network_without_blocks_give_its_very_answers(name, norm):
+    """timm initialises every convolution again after it has built the network, and then calls
+    ``zero_init_last``."""
     plain = trained(name).eval()
-    model = network(SMALL, name).eval()
+    model = network(partial(SMALL, norm=norm), name).eval()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected
     assert {key.split(".")[2] for key in missing} == {"se"}
     x = image()
     assert torch.equal(model(x), plain(x))
-    nn.init.ones_(blocks(model)[0].norm.weight)
+    first = blocks(model)[0]
+    nn.init.ones_((first.norm or first.attention.conv_reconstruct).weight)
     assert not torch.allclose(model(x), plain(x))
 
 

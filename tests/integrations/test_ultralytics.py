@@ -1,111 +1,28 @@
 """Double attention in Ultralytics' YOLO, from a YAML row to an exported network."""
 
 import copy
-import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import da_triton
 from da_triton.integrations import ultralytics as ours
 from da_triton.integrations.ultralytics import (
     load_ultralytics,
     register_ultralytics,
     ultralytics_config,
 )
-from support import photographs
+from support.yolo import NAMES, awaken, blocks, events, predict
 
-pytestmark = pytest.mark.xdist_group("ultralytics")
+pytestmark = [
+    pytest.mark.xdist_group("ultralytics"),
+    pytest.mark.usefixtures("quiet_ultralytics"),
+]
 
-NAMES = ("DoubleAttention", "ResidualDoubleAttention")
 FILES = sorted(file.name for file in ours.CONFIGS.iterdir())
-QUICK = {
-    "imgsz": 64, "batch": 2, "workers": 0, "device": "cpu", "plots": False, "verbose": False,
-}  # fmt: skip
-# amp would fetch a network to try it with. A step for each batch, at once at the full rate.
-TRAINING = QUICK | {
-    "amp": False, "optimizer": "SGD", "lr0": 0.01, "nbs": 2, "warmup_epochs": 0,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def settings(tmp_path_factory):
-    with photographs.quiet_ultralytics(tmp_path_factory.mktemp("settings")):
-        yield
-
-
-@pytest.fixture
-def tasks(monkeypatch):
-    """The library's namespace and callbacks as they are before a registration."""
-    from ultralytics.nn import tasks
-    from ultralytics.utils import callbacks
-
-    for name in NAMES:
-        monkeypatch.delattr(tasks, name, raising=False)
-    default = [c for c in events(callbacks.default_callbacks) if c is not ours._FOR_WORKERS]
-    monkeypatch.setitem(callbacks.default_callbacks, "on_pretrain_routine_start", default)
-    return tasks
-
-
-def events(callbacks):
-    return callbacks["on_pretrain_routine_start"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return photographs.write(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """YOLOv8n with blocks on its outputs after two epochs."""
-    from ultralytics import YOLO
-
-    register_ultralytics()
-    yolo = YOLO(ultralytics_config("yolov8n", outputs=True))
-    runs = tmp_path_factory.mktemp("runs")
-    yolo.train(data=str(data), epochs=2, project=str(runs), name="first", **TRAINING)
-    return yolo
-
-
-def fresh(code, directory, *arguments, **environment):
-    """Runs a program in a process that has imported nothing of ours."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    path = os.pathsep.join([str(Path(da_triton.__file__).parents[1]), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
-
-
-def awaken(network):
-    """Random weights that matter, in the blocks and in all normalisations."""
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.1)
-            torch.nn.init.normal_(module.running_mean, std=0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return network.eval()
-
-
-def blocks(layers):
-    rows = enumerate(layers)
-    return {i: layer for i, layer in rows if isinstance(layer, ours.ResidualDoubleAttention)}
-
-
-def predict(network, x):
-    """Boxes and scores of all anchors."""
-    with torch.no_grad():
-        out = network(x)
-    return out[0] if isinstance(out, (tuple, list)) else out
-
-
-# Registration
 
 
 def test_names_are_known_once(tasks):
@@ -345,161 +262,6 @@ def _fused(yolo):
 
 
 # Training, and what becomes of a trained network
-
-
-def test_training(trained, data):
-    network = trained.model
-    assert list(blocks(network.model)) == [16, 20, 24]
-    assert all(block.norm.weight.any() for block in blocks(network.model).values())
-    assert all(torch.isfinite(p).all() for p in network.parameters())
-    assert network.names == dict(enumerate(photographs.CLASSES))
-    losses = Path(trained.trainer.save_dir, "results.csv").read_text().splitlines()
-    assert len(losses) == 3  # a header and two epochs
-    metrics = trained.val(data=str(data), **QUICK)
-    assert np.isfinite(list(metrics.results_dict.values())).all()
-
-
-def test_fresh_process(trained, data, tmp_path):
-    """Which knows nothing of the blocks but what the checkpoint brings."""
-    from ultralytics import YOLO
-
-    best, image = trained.trainer.best, data.parent / "images/bus.jpg"
-    x = torch.rand(2, 3, 64, 64)
-    torch.save([x, QUICK, TRAINING], tmp_path / "given.pt")
-    code = """if True:
-        import sys
-        import torch
-        from ultralytics import YOLO
-        best, image, data, runs = sys.argv[1:]
-        torch.set_num_threads(1)
-        x, quick, training = torch.load("given.pt")
-        assert not any(name.startswith("da_triton") for name in sys.modules)
-        yolo = YOLO(best)
-        with torch.no_grad():
-            maps = yolo.model(x)[0]
-        boxes = yolo.predict(image, conf=1e-4, **quick)[0].boxes.data
-        fitness = yolo.val(data=data, **quick).fitness
-        traced = torch.jit.load(yolo.export(format="torchscript", imgsz=64, device="cpu"))(x[:1])
-        yolo.train(data=data, epochs=1, project=runs, name="second", **training)
-        torch.save([maps, boxes, fitness, traced, yolo.model.state_dict()], "found.pt")
-    """
-    done = fresh(code, tmp_path, best, image, data, tmp_path / "runs")
-    assert done.returncode == 0, done.stderr
-    maps, boxes, fitness, traced, after = torch.load(tmp_path / "found.pt", weights_only=False)
-
-    yolo = YOLO(best)
-    before = copy.deepcopy(yolo.model.state_dict())
-    torch.testing.assert_close(predict(yolo.model, x), maps)
-    torch.testing.assert_close(traced, maps[:1], rtol=1e-4, atol=1e-3)
-    here = yolo.predict(image, conf=1e-4, **QUICK)[0].boxes.data
-    assert len(here)
-    torch.testing.assert_close(here, boxes, rtol=1e-4, atol=1e-3)
-    assert fitness == pytest.approx(yolo.val(data=str(data), **QUICK).fitness)
-    assert after.keys() == before.keys()
-    moved = "model.24.norm.weight"
-    assert not torch.equal(after[moved], before[moved])
-    kept = "model.24.attention.convA.weight"  # two small steps do not hide where they began
-    torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0.01)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_onnx(trained, dynamic, tmp_path):
-    import onnxruntime
-    from ultralytics import YOLO
-
-    yolo = YOLO(trained.trainer.best)
-    for block in blocks(yolo.model.model).values():
-        torch.nn.init.uniform_(block.norm.weight, 0.5, 1.5)
-    silent = copy.deepcopy(yolo.model)
-    for block in blocks(silent.model).values():
-        torch.nn.init.zeros_(block.norm.weight)
-    yolo.save(tmp_path / "network.pt")
-    yolo = YOLO(tmp_path / "network.pt")
-    network = copy.deepcopy(yolo.model)
-    options = {"dynamic": dynamic, "simplify": False, "device": "cpu"}
-    file = yolo.export(format="onnx", imgsz=(64, 96), **options)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for shape in [(1, 3, 64, 96), *([(2, 3, 96, 64), (1, 3, 128, 96)] if dynamic else [])]:
-        x = torch.rand(shape)
-        (found,) = map(torch.from_numpy, session.run(None, {"images": x.numpy()}))
-        expected = predict(network, x)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-        assert not torch.allclose(predict(silent, x), expected, rtol=1e-4, atol=1e-3)
-
-
-def trainer_of(path, data, directory):
-    from ultralytics.models.yolo.detect import DetectionTrainer
-
-    # What it sets to be deterministic, only the end of its training would take back.
-    options = {"data": str(data), "epochs": 1, "project": str(directory), "deterministic": False}
-    return DetectionTrainer(overrides={"model": path, **options, **TRAINING})
-
-
-def test_worker_of_distributed_training(data, tmp_path):
-    """The script that the library writes for its workers, run as it is."""
-    from ultralytics.utils import dist
-
-    register_ultralytics()
-    trainer = trainer_of(ultralytics_config("yolo11n"), data, tmp_path)
-    code = Path(dist.generate_ddp_file(trainer)).read_text()
-    assert "da_triton" not in code
-    done = fresh(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert Path(trainer.save_dir, "weights", "last.pt").exists()
-
-
-def test_what_makes_a_worker_know(tasks, data, tmp_path):
-    """The callback, where it is given the path of a YAML file, or a block."""
-    from ultralytics.utils import dist
-    from ultralytics.utils.patches import torch_load
-
-    def state(of):
-        """What a worker reads, once this process has forgotten the names."""
-        file = Path(dist.generate_ddp_file(of)).with_suffix(".pt")
-        for name in NAMES:
-            delattr(tasks, name)
-        return torch_load(file)
-
-    path = ultralytics_config("yolov8n")
-    register_ultralytics()
-    trainer = trainer_of(path, data, tmp_path)
-    assert state(trainer)["model"] == path
-    assert all(hasattr(tasks, name) for name in NAMES)
-    trainer.callbacks = {}
-    state(trainer)
-    assert not any(hasattr(tasks, name) for name in NAMES)
-    with pytest.raises(KeyError, match="ResidualDoubleAttention"):
-        tasks.DetectionModel(path, verbose=False)
-    register_ultralytics()
-    trainer.model = trainer.get_model(cfg=path, verbose=False)
-    network = state(trainer)["model"]
-    tasks.DetectionModel(network.yaml, verbose=False).load(network, verbose=False)
-
-
-def test_restricted_loading(trained, tmp_path):
-    """ULTRALYTICS_SAFE_LOAD imports nothing for a checkpoint; who has registered can load it."""
-    code = """if True:
-        import sys
-        from da_triton.integrations.ultralytics import register_ultralytics
-        assert "ultralytics" not in sys.modules
-        from ultralytics import YOLO
-        from ultralytics.nn.tasks import DetectionModel, _SafeLoad
-        assert _SafeLoad.restricted()
-        try:
-            YOLO(sys.argv[1])
-        except TypeError as error:
-            assert "references types outside" in str(error)
-        else:
-            raise SystemExit("loaded unknown types")
-        register_ultralytics()
-        yolo = YOLO(sys.argv[1])
-        DetectionModel(yolo.model.yaml, verbose=False).load(yolo.model, verbose=False)
-    """
-    done = fresh(code, tmp_path, trained.trainer.best, ULTRALYTICS_SAFE_LOAD="1")
-    assert done.returncode == 0, done.stderr
-
-
-# Precision, memory formats, copies
 
 
 def features(network, x):

@@ -2,11 +2,18 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+
+import da_triton
+from da_triton.integrations import ultralytics as ours
+
+NAMES = ("DoubleAttention", "ResidualDoubleAttention")
 
 # Pixels; the photographs come with scikit-learn and with Ultralytics.
 BOXES = {
@@ -18,7 +25,7 @@ BOXES = {
 CLASSES = ("person", "bus", "flower", "pagoda")
 
 
-def write(root):
+def write_photographs(root):
     """Writes them, small, as the library reads them; gives the path of data.yaml."""
     import cv2
     import sklearn.datasets
@@ -65,3 +72,47 @@ def quiet_ultralytics(home):
         patch.setattr(events.events, "enabled", False)
         yield
     torch.set_num_threads(threads)
+
+
+QUICK = {
+    "imgsz": 64, "batch": 2, "workers": 0, "device": "cpu", "plots": False, "verbose": False,
+}  # fmt: skip
+# amp would fetch a network to try it with. A step for each batch, at once at the full rate.
+TRAINING = QUICK | {
+    "amp": False, "optimizer": "SGD", "lr0": 0.01, "nbs": 2, "warmup_epochs": 0,
+}  # fmt: skip
+
+
+def fresh(code, directory, *arguments, **environment):
+    """Runs a program in a process that has imported nothing of ours."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    path = os.pathsep.join([str(Path(da_triton.__file__).parents[1]), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def awaken(network):
+    """Random weights that matter, in the blocks and in all normalisations."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+def blocks(layers):
+    rows = enumerate(layers)
+    return {i: layer for i, layer in rows if isinstance(layer, ours.ResidualDoubleAttention)}
+
+
+def predict(network, x):
+    """Boxes and scores of all anchors."""
+    with torch.no_grad():
+        out = network(x)
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def events(callbacks):
+    return callbacks["on_pretrain_routine_start"]

@@ -1,0 +1,94 @@
+"""DTensors sharded over batch and heads, on gloo ranks, against whole tensors."""
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import da_triton
+from da_triton import eager
+from da_triton.sharding import register_sharding
+from support import ranks
+from support.numerics import check
+from support.splits import LENGTH, block, image, maps, trained
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
+)
+
+
+def sharded_core(rank, axis, needs):
+    register_sharding()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    whole = [x[:2].clone().requires_grad_(need) for x, need in zip(maps(), needs, strict=True)]
+    keep = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(8)) > 0.4
+    z = da_triton.double_attention(*whole, heads=2, mask=keep, backend="eager")
+    z.square().sum().backward()
+    shards = [
+        distribute_tensor(x.detach(), mesh, [Shard(axis)]).requires_grad_(need)
+        for x, need in zip(whole, needs, strict=True)
+    ]
+    mask = distribute_tensor(keep, mesh, [Shard(0) if axis == 0 else Replicate()])
+    with CommDebugMode() as sent:
+        ours = da_triton.double_attention(*shards, heads=2, mask=mask, backend="triton")
+        ours.square().sum().backward()
+    assert sent.get_total_counts() == 0
+    assert ours.placements == (Shard(axis),)
+    check(ours.full_tensor(), z, torch.float64)
+    for ours_, expected in zip(shards, whole, strict=True):
+        if expected.grad is None:
+            assert ours_.grad is None
+        else:
+            assert ours_.grad.placements == (Shard(axis),)
+            check(ours_.grad.full_tensor(), expected.grad, torch.float64)
+
+
+def sharded_cores(rank):
+    for axis in (0, 1):
+        # Both in one process: what was found for one choice must not serve another.
+        for needs in ((True, False, True), (True, True, False)):
+            sharded_core(rank, axis, needs)
+    return True
+
+
+def test_the_core_on_shards_of_batch_or_heads(tmp_path):
+    assert all(ranks.run(2, sharded_cores, tmp_path))
+
+
+def sharded_block(rank):
+    register_sharding()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    x = image()
+    for recompute in (False, True):
+        expected = trained(block(backend="triton", recompute=recompute), x)
+        layer = distribute_module(block(backend="triton", recompute=recompute), mesh)
+        leaf = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
+        with CommDebugMode() as sent:
+            y = layer(leaf)
+            y.square().sum().backward()
+        assert sent.get_total_counts() == 0
+        assert y.placements == leaf.grad.placements == (Shard(0),)
+        for ours, whole in zip(
+            [y, leaf.grad, *(p.grad for p in layer.parameters())], expected, strict=True
+        ):
+            check(ours.full_tensor(), whole, torch.float64)
+    return True
+
+
+def test_the_block_on_shards_of_the_batch(tmp_path):
+    assert all(ranks.run(2, sharded_block, tmp_path))
+
+
+def redistributed(rank):
+    register_sharding()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    a, b, _ = (distribute_tensor(x, mesh, [Shard(2)]) for x in maps())
+    return da_triton.gather(a, b, heads=2, backend="triton").full_tensor()
+
+
+def test_shards_of_the_positions_are_gathered_first(tmp_path):
+    expected = eager.gather(*(x.unflatten(1, (2, -1)) for x in maps()[:2]))
+    for g in ranks.run(2, redistributed, tmp_path):
+        check(g, expected, torch.float64)
