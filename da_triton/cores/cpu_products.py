@@ -14,6 +14,8 @@ from torch.utils import _python_dispatch
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
 FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
+FEW_ELEMENTS = 2**14  # of a sample: with fewer, copying sample by sample costs more than it saves
+FEW_MAPS = 8  # so few that a softmax over positions is slow where they are adjacent in memory
 NARROW = 32  # maps so few that positions, not maps, are kept adjacent in memory
 
 
@@ -61,8 +63,16 @@ def transformed() -> bool:
 def position_major(x: Tensor) -> Tensor:
     """``(N, C, L)`` as ``(N, L, C)``, copied where products of x as it lies would be slow."""
     tokens = x.transpose(1, 2)
-    long = x.shape[2] >= FEW_POSITIONS and x.stride(2) == 1
-    return tokens if x.stride(1) == 1 or long else dense(tokens)
+    return tokens if x.stride(1) == 1 or _long_rows(x) else dense(tokens)
+
+
+def too_narrow(x: Tensor, maps: int) -> bool:
+    """Whether few maps of ``x (N, C, L)`` would be adjacent in memory."""
+    return maps <= FEW_MAPS and not (_long_rows(x) and x.stride(1) != 1)
+
+
+def _long_rows(x: Tensor) -> bool:
+    return x.shape[2] >= FEW_POSITIONS and x.stride(2) == 1
 
 
 def as_given(y: Tensor, x: Tensor) -> Tensor:
@@ -73,8 +83,8 @@ def as_given(y: Tensor, x: Tensor) -> Tensor:
 
 def dense(x: Tensor) -> Tensor:
     """``x.contiguous()``; matrix by matrix, because only those are transposed block by block."""
-    if x.is_contiguous():
-        return x
+    if x.is_contiguous() or x[0].numel() <= FEW_ELEMENTS:
+        return x.contiguous()
     y = x.new_empty(x.shape)
     for to, given in zip(y, x, strict=True):
         to.copy_(given)

@@ -24,10 +24,16 @@ EVERYTHING = {
 }  # fmt: skip
 WAYS = {
     "samples together": {},
+    "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
     "pieces": {"FEW_POSITIONS": 1, "PIECE": 12 * C, "LEAST_POSITIONS": 1},
     "wide maps": {"FEW_POSITIONS": 1, "NARROW": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def _however_few_maps(monkeypatch):
+    monkeypatch.setattr(cpu_products, "FEW_MAPS", 0)
 
 
 @pytest.fixture(params=WAYS)
@@ -404,3 +410,29 @@ def test_a_piece_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
     assert cpu_products.last_level_cache(tmp_path) == 32 * 2**20
     (tmp_path / "index0" / "size").write_text("what\n")
     assert cpu_products.last_level_cache(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("maps", "length", "channels_last", "ours"),
+    [
+        (8, 64, False, False),  # short: copied, and then maps are adjacent
+        (8, 256, True, False),
+        (8, 256, False, True),
+        (9, 64, False, True),
+        (9, 256, True, True),
+    ],
+)
+def test_few_maps_that_are_adjacent_take_the_other_path(
+    maps, length, channels_last, ours, monkeypatch, calls
+):
+    monkeypatch.setattr(cpu_products, "FEW_MAPS", 8)
+    x = torch.randn(2, 16, 4, length // 4)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    a, b, v = (torch.randn(c, 16) for c in (12, maps, maps))
+    given = (x, a, None, b, None, v, None)
+    out = double_attention_block(*given, backend="torch")
+    assert bool(calls) == ours
+    expected = double_attention_block(
+        *(z if z is None else z.double() for z in given), backend="eager"
+    )
+    check(out, expected, torch.float32)
