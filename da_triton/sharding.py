@@ -74,4 +74,3 @@ def register_sharding() -> None:
             functools.partial(strategy, outputs, axes),
             RuntimeSchemaInfo(options, needs_pytree=True),
         )
-

@@ -33,8 +33,8 @@ def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **option
     order = _order(x, weights, options["heads"]) if order == "auto" else order
     given = [x, *(w for w in weights.values() if w is not None)]
     own_residual = options["residual"] is None or options["residual"] is x
-    narrow = cpu_products.too_narrow(x, len(weights["weight_b"]))
-    if own_residual and not narrow and cpu_products.suits(given):
+    on_a_cpu = own_residual and cpu_products.suits(given)  # a graph is not asked for its sizes
+    if on_a_cpu and not cpu_products.too_narrow(x, len(weights["weight_b"])):
         return _on_a_cpu(x, weights, order=order, recompute=recompute is True, **options)
     composed: Any = functools.partial(compose, order=order, **options)
     if recompute is not True or not torch.is_grad_enabled():

@@ -40,6 +40,16 @@ def dynamic(axes=2, least=2):
     return ({0: Dim("n", min=2, max=64)} | positions,)
 
 
+def exported(model, x, axes=2, least=2):
+    """torch 2.11 cannot prove some conditions that always hold (min(L, 4 L) = L): it asserts them
+    when the program runs. So it does with one of ResNet's own, that H and W are not 1 or 2 modulo 4.
+    """
+    return torch.export.export(
+        model, (x,), dynamic_shapes=dynamic(axes, least),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )  # fmt: skip
+
+
 def onnx(program, path):
     """An exported program as a function, run by onnxruntime."""
     torch.onnx.export(program, (), path, input_names=["x"], verbose=False)
@@ -57,7 +67,7 @@ def test_export(norm, positions):
     axes = len(positions[0])
     block = trained(ResidualDoubleAttention(16, 8, 6, heads=2, norm=norm, position_axes=axes))
     first, second = (torch.randn(n, 16, *p) for n, p in zip((2, 3), positions, strict=True))
-    program = torch.export.export(block, (first,), dynamic_shapes=dynamic(axes))
+    program = exported(block, first, axes)
     for x in (first, second):
         assert not torch.allclose(block(x), x)
         torch.testing.assert_close(program.module()(x), block(x))
@@ -67,7 +77,7 @@ def test_export(norm, positions):
 def test_onnx(norm, tmp_path):
     block = trained(ResidualDoubleAttention(16, 8, 6, heads=2, norm=norm))
     first, second = torch.randn(2, 16, 5, 6), torch.randn(3, 16, 7, 4)
-    program = torch.export.export(block, (first,), dynamic_shapes=dynamic())
+    program = exported(block, first)
     run = onnx(program, str(tmp_path / "block.onnx"))
     for x in (first, second):
         torch.testing.assert_close(run(x), block(x))
@@ -75,8 +85,8 @@ def test_onnx(norm, tmp_path):
 
 def test_a_resnet(tmp_path):
     model = trained(a2_resnet50(num_classes=10))
-    first, second = torch.randn(2, 3, 64, 96), torch.randn(3, 3, 70, 50)
-    program = torch.export.export(model, (first,), dynamic_shapes=dynamic(least=33))
+    first, second = torch.randn(2, 3, 64, 96), torch.randn(3, 3, 72, 52)
+    program = exported(model, first, least=33)
     run = onnx(program, str(tmp_path / "model.onnx"))
     with torch.no_grad():
         for x in (first, second):
@@ -92,7 +102,7 @@ def test_an_aot_inductor_package(tmp_path):
     block = trained(ResidualDoubleAttention(16, 8, 6))
     first, second = torch.randn(2, 16, 8, 10), torch.randn(5, 16, 7, 9)
     with torch.no_grad():
-        program = torch.export.export(block, (first,), dynamic_shapes=dynamic())
+        program = exported(block, first)
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "block.pt2")
         )

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import matplotlib
 import pytest
 import torch
 
@@ -64,7 +66,8 @@ def quiet_ultralytics(home):
 
         directory = home / "Ultralytics"
         directory.mkdir(exist_ok=True)
-        (directory / "Arial.ttf").touch()  # nothing is drawn, but it would be fetched
+        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        shutil.copy(fonts / "DejaVuSans.ttf", directory / "Arial.ttf")  # which it would fetch
         # Another test may have imported the library before.
         patch.setattr(checks, "ONLINE", False)
         patch.setattr(checks, "USER_CONFIG_DIR", directory)
