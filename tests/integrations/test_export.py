@@ -42,7 +42,7 @@ def dynamic(axes=2, least=2):
 
 def exported(model, x, axes=2, least=2):
     """torch 2.11 cannot prove some conditions that always hold (min(L, 4 L) = L): it asserts them
-    when the program runs. So it does with one of ResNet's own, that H and W are not 1 or 2 modulo 4.
+    when the program runs. So it does with one of ResNet's own, on H and W.
     """
     return torch.export.export(
         model, (x,), dynamic_shapes=dynamic(axes, least),
