@@ -19,6 +19,7 @@ OVERVIEW = """commands, each with --help:
   compare   what got slower between two runs
   gpu       everything on a GPU, within a time budget
   tune      measures candidates and writes the tile table of this GPU
+  sanitize  every kernel under compute-sanitizer: memory, races, initialisation
   readme    writes the README's figures from the committed results"""
 COMMANDS: dict[str, Command] = {
     "report": functools.partial(running.report, overview=OVERVIEW),
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "networks": running.whole_networks,
     "gpu": running.gpu,
     "tune": running.tune,
+    "sanitize": running.sanitize,
     "digits": running.train_on_digits,
     "sizes": telling.network_sizes,
     "plan": telling.plan,

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from . import arguments, ceilings, digits, names, networks, providers, scaling
+from . import sanitize as sanitizers
 from .arguments import UsageError
 from .environment import columns, environment
 from .first_call import seconds
@@ -15,7 +16,7 @@ from .gpu import run_gpu
 from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
 from .providers import EAGER, LAYOUTS
 from .report import Report
-from .tables import DEFAULT_METRICS, METRICS
+from .tables import DEFAULT_METRICS, METRICS, markdown
 from .workloads import SELECTIONS, Workload, select
 
 DEFAULT = Effort(warm_up=1, rounds_min=5, rounds_max=50, seconds=2.0)
@@ -271,6 +272,30 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
     if not torch.cuda.is_available():
         raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
     return run_gpu(options.out, chosen, Budget(options.budget))
+
+
+def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "sanitize", "Every kernel under NVIDIA's compute-sanitizer, on small odd shapes. Exit "
+        "status 1 if it found errors.", "sanitize\nsanitize --tool memcheck,racecheck",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tool", type=arguments.listed, default=list(sanitizers.TOOLS), metavar="NAME,…",
+        help=", ".join(sanitizers.TOOLS),
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    names.check("tool", options.tool, sanitizers.TOOLS)
+    if not torch.cuda.is_available() or torch.version.hip:
+        raise UsageError("`python -m bench sanitize` needs an NVIDIA GPU, and there is none here.")
+    tool = sanitizers.find_tool()
+    if tool is None:
+        raise UsageError(
+            "`python -m bench sanitize` needs compute-sanitizer, which is neither on PATH nor in "
+            "CUDA_HOME nor in NVIDIA's wheels. It comes with the CUDA toolkit."
+        )
+    found = sanitizers.check(tool, options.tool, list(sanitizers.GROUPS), print)
+    print(markdown(found))
+    return int((found["errors"] > 0).any() or (found["status"] != "ok").any())
 
 
 def _sweeps(options, dtype, device) -> list[list[providers.Provider]]:

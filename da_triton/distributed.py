@@ -139,8 +139,9 @@ class _Gather(torch.autograd.Function):
             return (None,) * 8
         if wants_graph():
             raise RuntimeError(
-                "Positions split over a process group can be differentiated once, and "
-                "create_graph=True asks for more. Gather all positions on one device for that."
+                "Positions split over a process group can be differentiated once, by autograd; "
+                "create_graph=True and torch.func ask for more. Gather all positions on one device "
+                "for that."
             )
         dg = _of_all_ranks(dg, ctx.group).sum(0)
         grads: list[Any] = [None] * 8

@@ -33,9 +33,9 @@ def gather(
             part. A map with no position left gives zeros.
         cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
             of S sequences behind each other, ``(1, channels, total)``, and sequence s is those from
-            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. Neighbours of
-            equal length share a launch. The host reads it, and waits for it if it is on a GPU: keep
-            it on the CPU. See :mod:`da_triton.packed`. Not with ``process_group``.
+            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros (but total ≥ 1).
+            Neighbours of equal length share a launch. The host reads it, and waits for it if it is
+            on a GPU: keep it on the CPU. See :mod:`da_triton.packed`. Not with ``process_group``.
         backend: ``"auto"`` (Triton on a supported GPU, else ``"torch"``), ``"triton"``,
             ``"torch"`` or ``"eager"`` (the definition).
         process_group: a ``torch.distributed.ProcessGroup``: a, b and mask are this rank's slice of

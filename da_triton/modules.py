@@ -33,11 +33,12 @@ class DoubleAttention(nn.Module):
         bias: biases in all convolutions.
         order, recompute, backend: see :func:`da_triton.double_attention_block`.
         process_group: x and mask are this rank's slice of the positions, split over the ranks of
-            the group (see :mod:`da_triton.distributed`). The gradients of the parameters are then
-            this rank's share of them, for a loss that is the sum of the ranks' losses: add them up
-            with ``torch.distributed.all_reduce(p.grad, group=process_group)``, or wrap the model in
-            DistributedDataParallel and multiply the loss by the number of ranks, whose mean it
-            takes. A copy of the module shares the group; a pickle of it is refused.
+            the group (see :mod:`da_triton.distributed`). ``torch.distributed.group.WORLD`` is None,
+            and splits nothing, before ``init_process_group``. The gradients of the parameters are
+            then this rank's share of them, for a loss that is the sum of the ranks' losses: add
+            them up with ``torch.distributed.all_reduce(p.grad, group=process_group)``, or wrap the
+            model in DistributedDataParallel and multiply the loss by the number of ranks, whose
+            mean it takes. A copy of the module shares the group; a pickle of it is refused.
         device, dtype: of the parameters.
 
     The children ``convA``, ``convB``, ``convV`` and ``conv_reconstruct`` are real
@@ -164,6 +165,11 @@ class DoubleAttention(nn.Module):
             memo[id(self.process_group)] = self.process_group
         copied = memo[id(self)] = self.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __copy__(self) -> "DoubleAttention":
+        copied = self.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

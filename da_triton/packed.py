@@ -45,11 +45,12 @@ def mask_from_sizes(
             "sizes must be (N, axes) and shape have as many axes, 1 to 3, got sizes of shape "
             f"{tuple(given.shape)} and shape={shape}."
         )
-    if bool(((given < 0) | (given > given.new_tensor(shape))).any()):
+    if bool(((given < 0) | (given > torch.tensor(shape, device=given.device))).any()):
         raise ValueError(
             f"sizes must be from 0 to shape={shape}, got {given.tolist()}. Give the sizes that the "
             "feature map has behind its strides."
         )
+    given = given.long()
     mask = torch.ones((len(given), *shape), dtype=torch.bool, device=given.device)
     for axis, length in enumerate(shape):
         inside = torch.arange(length, device=given.device) < given[:, axis, None]
@@ -68,18 +69,16 @@ def pack(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         >>> x.shape, cu_seqlens.tolist()
         (torch.Size([1, 8, 16]), [0, 12, 16])
     """
-    if isinstance(maps, Tensor) or not maps:
-        raise TypeError(
-            f"maps must be a list of one or more tensors (C, *positions), got {type(maps).__name__}"
-            f" of length {len(maps)}."
-        )
+    if not isinstance(maps, (list, tuple)) or not maps:
+        what = "nothing" if isinstance(maps, (list, tuple)) else type(maps).__name__
+        raise TypeError(f"maps must be a list of one or more tensors (C, *positions), got {what}.")
     for i, x in enumerate(maps):
         if not isinstance(x, Tensor):
             raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(x).__name__}.")
         if x.dim() < 2 or x.shape[0] != maps[0].shape[0]:
             raise ValueError(
-                f"maps[{i}] must be (C, *positions) with C = {len(maps[0])} as the first has, got "
-                f"shape {tuple(x.shape)}."
+                f"maps[{i}] must be (C, *positions) with the channels of maps[0], of shape "
+                f"{tuple(maps[0].shape)}; got shape {tuple(x.shape)}."
             )
         checks.one_kind(**{"maps[0]": maps[0], f"maps[{i}]": x})
     rows = [x.flatten(1) for x in maps]
@@ -91,6 +90,8 @@ def unpack(
     packed: Tensor, cu_seqlens: Tensor, positions: Sequence[Sequence[int]] | None = None
 ) -> list[Tensor]:
     """Views ``(C, length)`` of ``packed (1, C, total)``; ``(C, *positions[s])`` if they are given.
+
+    Under autograd they are not to be changed in place: clone one first.
 
     Raises:
         TypeError, ValueError: as the public functions with ``cu_seqlens``; ``positions`` of another

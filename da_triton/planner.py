@@ -350,11 +350,11 @@ def plan(
         TypeError: dtype.
         RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
     """
-    shape = tuple(x_shape)
-    if not 3 <= len(shape) <= 5 or min(shape) < 1:
+    shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()
+    if not 3 <= len(shape) <= 5 or not all(isinstance(n, int) and n >= 1 for n in shape):
         raise ValueError(
             f"x_shape must be (N, C, *positions) with one to three position axes and no size "
-            f"below 1, got {shape}."
+            f"below 1, got {x_shape!r}."
         )
     checks.positive(c_m=c_m, c_n=c_n, heads=heads)
     checks.heads(heads, c_m=c_m, c_n=c_n)

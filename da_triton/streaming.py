@@ -8,7 +8,7 @@ online softmax of Milakov and Gimelshein, arXiv 1805.02867), and ``G = weighted 
     μ' = max(μ₁, μ₂)    total' = total₁·exp(μ₁ − μ') + total₂·exp(μ₂ − μ')    weighted' likewise
 
 All frames at once give the same G up to rounding. A state is as large after a million frames as
-after one; a window of W frames holds at most W of them.
+after one; a window of W frames holds at most W + 1 of them.
 """
 
 import dataclasses
@@ -167,7 +167,8 @@ class Descriptors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Window:
-    """The gather of the last ``size`` frames, for three merges a frame however long the window is.
+    """The gather of the last ``size`` frames, for three merges a frame on average (once in ``size``
+    frames, ``size`` of them), however long the window is.
 
     Nothing is ever subtracted, so a frame that has left leaves no rounding behind, and no NaN. The
     older half of the window is kept as sums from each of its frames to its end, the newer half as
@@ -339,6 +340,7 @@ def _of(core, a, b, keep, logit_scale) -> Descriptors:
         from .cores import triton
 
         g, lse = triton.Gather.apply(a, b, keep, None, None, float(logit_scale))
+        b = b.to(g.dtype)  # the kernels scale logits in it
     if lse is None or (torch.is_grad_enabled() and b.requires_grad):  # lse has no gradient
         maximum, total = _exponentials(b, keep, logit_scale)
     else:

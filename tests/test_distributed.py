@@ -330,6 +330,7 @@ def copied(rank):
     assert twin.process_group is layer.process_group
     assert twin.convA.weight is not layer.convA.weight
     assert torch.equal(twin.convA.weight, layer.convA.weight)
+    assert copy.copy(layer).process_group is layer.process_group
     assert "process_group of 2 ranks" in repr(nn.Sequential(twin))
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(layer)

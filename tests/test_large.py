@@ -5,6 +5,7 @@ which are real, and their strides spread them so that along one axis the offset 
 begin 2^31 behind its start: an offset that has wrapped around, as in int32, finds a hole.
 """
 
+import fcntl
 import functools
 import pathlib
 import re
@@ -14,12 +15,13 @@ import torch
 import triton.language as tl
 
 import da_triton
-from da_triton.kernels import block, distribute, gather, launch
+from da_triton.kernels import block, configs, distribute, gather, launch
 from da_triton.planner import Route
 from support import launches
-from support.numerics import DEVICE, TOLERANCE, peaky, relative_rms
+from support.numerics import DEVICE, TOLERANCE, check, peaky, relative_rms
 
 HALF = torch.float16
+AXES = ("samples", "channels", "positions")
 SPREAD = 2**31  # elements between the first and the last of a map, at least
 
 
@@ -59,8 +61,20 @@ class Far:
         return self.empty(batch, heads, c if channels is None else channels, length)
 
 
-@pytest.fixture(params=["samples", "channels", "positions"])
-def far(request, tmp_path):
+@pytest.fixture
+def memory(tmp_path_factory):
+    """On a GPU, tens of gigabytes: for one worker of pytest-xdist at a time."""
+    if DEVICE == "cpu":
+        yield
+        return
+    with open(tmp_path_factory.getbasetemp().parent / "large", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=AXES)
+def far(request, tmp_path, memory):
     return Far(tmp_path, request.param)
 
 
@@ -134,10 +148,17 @@ def test_offsets_beyond_int32(run, case, far, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="changes what is interpreted, not kernels on a GPU")
-@each_run
+@pytest.mark.parametrize(
+    ("run", "case", "far"),
+    [
+        pytest.param(run, case, axis, id=f"{axis}-{case}")
+        for run, case in RUNS
+        for axis in AXES
+        if run is core_run or axis != "samples"  # of two: a stride of 2^31 is int64 by itself
+    ],
+    indirect=["far"],
+)
 def test_offsets_in_int32_would_show(run, case, far, monkeypatch):
-    if run is block_run and far.axis == "samples":
-        return  # a stride of 2^31 is int64 by itself
     widening = tl.tensor.to
 
     @functools.wraps(widening)
@@ -162,3 +183,74 @@ def test_every_kernel_that_takes_maps_is_among_them():
     assert defined - {f"{name}_kernel" for name in WITHOUT_MAPS} == defined & {*names} - {
         f"{name}_kernel" for name in WITHOUT_MAPS
     }
+
+
+def long_maps(length):
+    """a, b, v and an upstream gradient of few channels, with peaks: without any, G is noise."""
+    a, b, v = (peaky(1, 1, c, length, dtype=HALF) for c in (3, 2, 2))
+    return a[:, 0], b[:, 0], v[:, 0], peaky(1, 1, 3, length, dtype=HALF, deviation=1.0)[:, 0]
+
+
+def compare_with_the_definition(function, inputs, upstream, backend):
+    results = []
+    for kind, name in ((torch.float64, "eager"), (HALF, "eager"), (HALF, backend)):
+        leaves = [x.to(kind).requires_grad_() for x in inputs]
+        out = function(*leaves, backend=name)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream.to(kind))])
+    for expected, own, actual in zip(*results, strict=True):
+        slack = 1.0
+        if backend == "torch":  # it rounds what lies between products, as the definition does
+            slack = max(2.0, relative_rms(own, expected) / TOLERANCE[HALF])
+        check(actual, expected, HALF, own, slack=slack)
+
+
+@pytest.fixture
+def long_tiles(monkeypatch):
+    """Tiles of 4 channels and 2^14 positions: few steps, of no more than is needed."""
+    if DEVICE == "cuda":
+        return
+    for name in ("tile", "fused_tile"):
+        original = getattr(configs, name)
+        monkeypatch.setattr(configs, name, functools.partial(_longer, original))
+
+
+def _longer(tile, *given):
+    return tile(*given)._replace(block_m=4, block_n=4, block_l=2**14)
+
+
+@pytest.mark.usefixtures("long_tiles")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_core_with_two_million_positions(backend):
+    *inputs, upstream = long_maps(2**21)
+    compare_with_the_definition(da_triton.double_attention, inputs, upstream, backend)
+
+
+@pytest.mark.usefixtures("long_tiles")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_block_with_two_million_positions(backend):
+    x, *_, upstream = long_maps(2**21)
+    weights = [torch.randn(s, device=DEVICE).to(HALF) for s in ((2, 3), (2, 3), (2, 3), (3, 2))]
+
+    def function(x, a, b, v, out, backend):
+        return da_triton.double_attention_block(
+            x, a, None, b, None, v, None, out, residual=True, backend=backend
+        )
+
+    compare_with_the_definition(function, [x, *weights], upstream, backend)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: memory that is filled")
+@pytest.mark.usefixtures("memory")
+def test_a_batch_of_more_than_two_billion_numbers():
+    """The last sample of the batch, alone and as the last: it lies beyond 2^31."""
+    x = torch.randn(2**11 + 1, 64, 2**14, device=DEVICE, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    layer = da_triton.DoubleAttention(64, residual=True, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for given in (x, x[-1:]):
+        leaf = given.detach().requires_grad_()
+        out = layer(leaf)
+        out.backward(torch.ones_like(out))
+        results.append((out[-1:].detach(), leaf.grad[-1:]))
+    for whole, alone in zip(*results, strict=True):
+        assert relative_rms(whole, alone) < TOLERANCE[torch.bfloat16]

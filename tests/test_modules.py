@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from da_triton import DoubleAttention, double_attention_block, eager
+from da_triton import DoubleAttention, double_attention, double_attention_block, eager
 from support.numerics import DEVICE, check
 
 
@@ -120,6 +120,16 @@ def test_the_result_may_be_changed_in_place(backend, layout):
             out = add(block(x), x)
             grads.append(torch.autograd.grad(out.square().sum(), block.convV.weight)[0])
         assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "eager"])
+def test_the_result_of_the_core_may_be_changed_in_place(backend):
+    a, b, v = (torch.randn(2, 5, 4, dtype=torch.float64).mT.requires_grad_() for _ in range(3))
+    expected = double_attention(a, b, v, backend=backend).relu()
+    out = double_attention(a, b, v, backend=backend).relu_()
+    assert torch.equal(out, expected)
+    grads = [torch.autograd.grad(y.square().sum(), (a, b, v)) for y in (out, expected)]
+    assert all(map(torch.equal, *grads))
 
 
 def test_copies_and_pickles():

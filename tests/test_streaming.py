@@ -1,6 +1,5 @@
 """Descriptors frame by frame: against the gather of all frames, of a window, and with decay."""
 
-import doctest
 import math
 import pickle
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton import DoubleAttention, eager, streaming
+from da_triton import DoubleAttention, eager
 from da_triton.streaming import Descriptors, StreamingDoubleAttention, Window
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
 
@@ -61,6 +60,16 @@ def test_frame_by_frame_equals_all_at_once(backend, dtype):
     g = run(start(dtype), a, b, logit_scale=0.5, backend=backend).read()
     assert g.dtype == torch.promote_types(dtype, torch.float32)
     check(g, whole(a, b, logit_scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_of_logits_rounds_alike_with_and_without_gradients(dtype):
+    """The kernels scale in float32, whatever the maps are."""
+    a, b = video(3, dtype)
+    for wanted in (False, True):
+        frames = [x.clone().requires_grad_(wanted) for x in b]
+        g = run(start(dtype), a, frames, logit_scale=0.7, backend="triton").read()
+        check(g.detach(), whole(a, b, logit_scale=0.7), dtype)
 
 
 @each_backend
@@ -412,64 +421,3 @@ def test_a_stream_under_autocast(dtype):
     assert y.dtype == expected.dtype == torch.float32
     assert stream.state.read().dtype == torch.float32
     check(y[:, :, -1], expected, dtype)
-
-
-A, B = torch.zeros(2, 6, 5), torch.zeros(2, 8, 5)
-small = Descriptors.init(2, 3, 4, heads=2)
-layer = DoubleAttention(6)
-
-
-def with_group():
-    split = DoubleAttention(6)
-    split.process_group = object()
-    return split
-
-
-REFUSALS = [
-    (lambda: Descriptors.init(2, 0, 4), ValueError, "m must be a positive integer, got 0"),
-    (lambda: Descriptors.init(2, 3, 4, dtype=torch.float16), TypeError, "frames are float32"),
-    (lambda: Descriptors.of(A, B, heads=4), ValueError, "heads must divide"),
-    (lambda: Descriptors.of(A, B, backend="cuda"), ValueError, "backend must be one of"),
-    (lambda: Descriptors.of(A, B.half()), TypeError, "a and b must share one dtype"),
-    (lambda: Descriptors.of(A[:, :, :0], B[:, :, :0]), ValueError, "at least one"),
-    (lambda: small.update(A[:1], B[:1]), ValueError, r"\(2, 2, 3, 4\).*of \(1, 2, 3, 4\)"),
-    (lambda: small.update(B, A), ValueError, "Start a new state for another batch"),
-    (lambda: small.update(A.double(), B.double()), TypeError, "a state of dtype=torch.float64"),
-    (lambda: small.update(A.to("meta"), B.to("meta")), RuntimeError, r"on meta.*\.to\(device\)"),
-    (lambda: small.merge(A), TypeError, "Descriptors merge with Descriptors, got Tensor"),
-    (lambda: small.forget(0), ValueError, "decay must be over 0 and at most 1, got 0"),
-    (lambda: small.forget(1.5), ValueError, "got 1.5"),
-    (lambda: small.forget("1"), TypeError, "decay must be a Python number, got str"),
-    (lambda: Window.init(0, small), ValueError, "size must be a positive integer, got 0"),
-    (lambda: Window.init(2, small).update(B, A), ValueError, "Start a new state"),
-    (lambda: Window.init(2, small).push(A), TypeError, "got Tensor"),
-    (lambda: StreamingDoubleAttention(torch.nn.ReLU()), TypeError, r"got ReLU.*module.attention"),
-    (lambda: StreamingDoubleAttention(layer, window=0), ValueError, "window must be a positive"),
-    (lambda: StreamingDoubleAttention(layer, decay=2), ValueError, "decay must be over 0"),
-    (lambda: StreamingDoubleAttention(layer, window=2, decay=0.5), ValueError, "not both"),
-    (lambda: StreamingDoubleAttention(with_group()), ValueError, "a stream lives on one device"),
-    (lambda: StreamingDoubleAttention(layer).distribute(A), RuntimeError, "update with a frame"),
-    (lambda: StreamingDoubleAttention(layer)(B), ValueError, "must have 6 channels"),
-    (lambda: StreamingDoubleAttention(layer)([A]), TypeError, "frame must be a torch.Tensor"),
-    (lambda: StreamingDoubleAttention(layer)(A, A), TypeError, "mask must be bool"),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REFUSALS)
-def test_refusals(call, error, message):
-    with pytest.raises(error, match=f"(?s){message}"):
-        call()
-
-
-def test_a_stream_refuses_another_batch():
-    stream = StreamingDoubleAttention(layer)
-    stream(A)
-    with pytest.raises(ValueError, match="Start a new state"):
-        stream(A[:1])
-    assert stream.state.read().shape[0] == 2  # as it was
-
-
-def test_the_module_shows_what_it_does():
-    result = doctest.testmod(streaming)
-    assert result.attempted
-    assert not result.failed

@@ -24,10 +24,15 @@ def wants_graph():
 def differentiable(forward, inputs, needs, upstream):
     """Gradients of ``forward`` as a graph that autograd can differentiate again.
 
-    Taken with respect to views: the inputs themselves may depend on each other.
+    Taken with respect to views: the inputs themselves may depend on each other. An input that no
+    longer asks for a gradient (behind ``torch.func.vjp``) gets one of its own.
     """
     with torch.enable_grad():
         inputs = [None if x is None else x.view_as(x) for x in inputs]
+        inputs = [
+            x.detach().requires_grad_() if need and not x.requires_grad else x
+            for x, need in zip(inputs, needs, strict=True)
+        ]
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(forward(*inputs), wanted, upstream, create_graph=True))
     return [next(found) if need else None for need in needs]

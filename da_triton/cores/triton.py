@@ -158,6 +158,8 @@ gather_op.register_autograd(_gather_gradients, setup_context=_gather_setup)
 class Gather(torch.autograd.Function):
     """``gather_op`` with its gradient. Keeps a, b, G and lse; neither P nor anything like it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(a, b, keep, extra_a, extra_b, logit_scale):
         return gather_op(a, b, keep, extra_a, extra_b, logit_scale)
@@ -229,6 +231,8 @@ distribute_op.register_autograd(_distribute_gradients, setup_context=_distribute
 
 class Distribute(torch.autograd.Function):
     """``distribute_op`` with its gradient. Keeps G and v."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(g, v, scale, softmax, logit_scale):

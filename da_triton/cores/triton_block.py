@@ -179,6 +179,8 @@ block_op.register_autograd(_gradients, setup_context=_setup)
 class Block(torch.autograd.Function):
     """``block_op`` with its gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,

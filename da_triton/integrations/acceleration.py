@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..modules import DoubleAttention
 from .families import FAMILIES, Family, Options
-from .proof import EXACT, Call, check_rounding, largest_error, randomised
+from .proof import EXACT, Call, check_rounding, largest_error, randomised, seeded
 
 SHAPES = ((5, 6), (7, 9))
 CLASSES: dict[type[nn.Module], type] = {}
@@ -72,17 +72,15 @@ class Choice:
 
 
 class Accelerated:
-    """What a replaced layer's class has before its own."""
+    """What a replaced layer's class has before its own; ``forward`` is made for each class."""
 
+    _original: type[nn.Module]
     _accelerated: "Choice"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._accelerated(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and has no address to be imported from: name its parts instead.
         made: Any = super().__reduce_ex__(protocol)
-        return _blank, (_original(type(self)),), *made[2:]
+        return _blank, (self._original,), *made[2:]
 
 
 def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "auto") -> Report:
@@ -95,7 +93,9 @@ def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "a
     parameters as the layer itself: in float64 to a relative error of 1e-9, on random inputs with
     random parameters and, with ``example_input``, on what the layer receives in the model; in
     training and in evaluation; and then in the layer's own dtype, where our error against float64
-    may be twice the layer's. What depends on anything else is not seen: give an example.
+    may be twice the layer's. What depends on anything else is not seen: give an example. What a
+    forward does besides (counters, hooks on children that ours need not call) ends, and a result
+    has the memory format of the input.
 
     Args:
         model: any module. Its parameters, keys, hooks and modes stay as they are.
@@ -114,7 +114,8 @@ def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "a
     report = Report()
     for name, module, family in candidates:
         kind = type(module).__name__
-        choice, error, note = _judge(module, family, calls.get(module), backend)
+        with torch.inference_mode(False):
+            choice, error, note = _judge(module, family, calls.get(module, []), backend)
         if choice is not None and example_input is not None and module not in calls:
             note += "; the example does not reach it"
         finding = Finding(name, kind, family.name, error, note)
@@ -124,7 +125,10 @@ def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "a
             _replace(module, choice)
             report.replaced.append(finding)
     if not report.replaced:
-        what = "no layer that looks like double attention" if not candidates else str(report)
+        done = sum(isinstance(module, Accelerated) for module in model.modules())
+        what = str(report) if candidates else "no layer that looks like double attention"
+        if done:
+            what = f"{done} layers are accelerated already; restore the model first"
         warnings.warn(f"accelerate replaced nothing: {what}.", stacklevel=2)
     return report
 
@@ -132,15 +136,25 @@ def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "a
 def restore(model: nn.Module) -> list[str]:
     """Undoes :func:`accelerate`: the layers get their own class back. Returns their names.
 
+    Raises:
+        RuntimeError: a layer's class was changed since. The model is then unchanged.
+
     Warns:
         UserWarning: the model has no accelerated layer.
     """
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, Accelerated):
-            module.__class__ = _original(type(module))
-            del module._accelerated
-            names.append(name)
+    found: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, Accelerated)
+    }
+    for name, module in found.items():
+        if type(module) is not CLASSES[module._original]:
+            raise RuntimeError(
+                f"the class of {name!r} was changed after accelerate, to {type(module).__name__}, "
+                "as parametrisations and sharding do. Undo that first."
+            )
+    for module in found.values():
+        module.__class__ = module._original
+        del module._accelerated
+    names = list(found)
     if not names:
         warnings.warn("restore found no accelerated layer in the model.", stacklevel=2)
     return names
@@ -157,14 +171,13 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Family]
 
 
 def _judge(
-    module: nn.Module, family: type[Family], call: Call | None, backend: str
+    module: nn.Module, family: type[Family], given: list[Call], backend: str
 ) -> tuple[Choice | None, float, str]:
     """The proved formula or None, its error or that of the nearest one, and a sentence."""
     if "forward" in module.__dict__:
         return None, math.nan, "its forward was replaced on the instance: it may do anything"
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded([]):
             calls = [Call(family.inputs(module, shape), {}) for shape in SHAPES]
             twin = randomised(module)
         error, options = _nearest(twin, family, calls[0])
@@ -173,19 +186,22 @@ def _judge(
         choice = Choice(family.__name__, options, backend)
         change = functools.partial(_replace, choice=choice)
         error = max(largest_error(twin, each, change) for each in calls)
-        if call is not None:
-            _check_arguments(module, choice, call)
-            error = max(error, largest_error(module, call, change))
+        if not given:
+            _check_parameters(module, choice)
+        for each in given:
+            _check_arguments(module, choice, each)
+            error = max(error, largest_error(module, each, change))
         if error > EXACT:
             return (
                 None,
                 error,
                 f"its gradients, or its answer to the example, differ by {error:.0e}",
             )
-        check_rounding(module, call or calls[0], change)
+        for each in given or calls[:1]:
+            check_rounding(module, each, change)
     except Exception as problem:
         return None, math.nan, f"the comparison fails: {type(problem).__name__}: {problem}"
-    where = "random inputs" if call is None else "random inputs and on the example"
+    where = "random inputs and on the example" if given else "random inputs"
     return choice, error, f"proved on {where}, relative error {error:.0e}"
 
 
@@ -233,38 +249,58 @@ def _check_arguments(module: nn.Module, choice: Choice, call: Call) -> None:
         ) from None
 
 
-def _calls(model: nn.Module, candidates: list[nn.Module], example: Any) -> dict[nn.Module, Call]:
-    """The first call that each candidate gets when the model runs on the example."""
-    calls: dict[nn.Module, Call] = {}
+def _check_parameters(module: nn.Module, choice: Choice) -> None:
+    """Without an example: ours has every parameter that the layer's forward has."""
+    theirs = list(inspect.signature(type(module).forward).parameters)[2:]  # self, x
+    ours = inspect.signature(FAMILIES[choice.family].forward).parameters
+    if others := [name for name in theirs if name not in ours]:
+        raise TypeError(f"its forward also takes {', '.join(others)}: give an example")
+
+
+def _calls(
+    model: nn.Module, candidates: list[nn.Module], example: Any
+) -> dict[nn.Module, list[Call]]:
+    """Calls that each candidate gets when the model runs on the example, of every form once.
+
+    Parameters, buffers, modes and generators are afterwards as before.
+    """
+    calls: dict[nn.Module, list[Call]] = {}
     if example is None or not candidates:
         return calls
+    forms = set()
 
     def keep(module, args, kwargs):
+        def form(x):
+            return tuple(x.shape[1:]) if isinstance(x, Tensor) else repr(x)
+
         def two(x):  # a batch of two shows as much as one of many
             return x[:2].detach() if isinstance(x, Tensor) and x.dim() > 1 else x
 
-        calls.setdefault(
-            module, Call(tuple(map(two, args)), {name: two(x) for name, x in kwargs.items()})
-        )
+        key = (module, *map(form, args), *((name, form(x)) for name, x in kwargs.items()))
+        if key not in forms:
+            forms.add(key)
+            few = Call(tuple(map(two, args)), {name: two(x) for name, x in kwargs.items()})
+            calls.setdefault(module, []).append(few)
 
     modes = {module: module.training for module in model.modules()}
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in candidates]
-    args = (
-        example
-        if isinstance(example, (tuple, list))
-        else ()
-        if isinstance(example, dict)
-        else (example,)
-    )
+    named = example if isinstance(example, dict) else {}
+    args = example if isinstance(example, tuple) else () if named else (example,)
     try:
         model.eval()
-        with torch.no_grad():
-            model(*args, **(example if isinstance(example, dict) else {}))
+        with torch.no_grad(), seeded(devices):
+            model(*args, **named)
     finally:
         for hook in hooks:
             hook.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
         for module, training in modes.items():
-            module.training = training
+            if module.training != training:  # train() may do more than set a flag
+                module.train(training)
     return calls
 
 
@@ -275,13 +311,15 @@ def _replace(module: Any, choice: Choice) -> None:
 
 def _class(original: type[nn.Module]) -> Any:
     if original not in CLASSES:
+
+        @functools.wraps(original.forward)  # whose signature exporters read
+        def forward(self, *args, **kwargs):
+            return self._accelerated(self, *args, **kwargs)
+
         name = f"Accelerated{original.__name__}"
-        CLASSES[original] = type(name, (Accelerated, original), {})
+        members = {"forward": forward, "_original": original}
+        CLASSES[original] = type(name, (Accelerated, original), members)
     return CLASSES[original]
-
-
-def _original(accelerated: type) -> Any:
-    return accelerated.__mro__[2]
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:

@@ -6,6 +6,7 @@ Nothing here decides that a layer *is* of a family: ``accelerate`` proves it by 
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,11 +175,11 @@ class LinearAttention(Family):
         """``scale_power``: scale = (channels of a head of k) ** power. ``mean``: divided by L."""
         q, k, v = _q_k_v(module, module.norm(x) if norm else x)
         heads = _heads(module)
-        width = k.shape[1] // heads
+        width = int(k.shape[1]) // heads  # a tensor, in a trace
         tokens = getattr(module, "mem_kv", None)
         z = double_attention(
             v, k, q, heads=heads, softmax_v=softmax_v,
-            scale=width**scale_power / (x[0, 0].numel() if mean else 1),
+            scale=width**scale_power / (math.prod(map(int, x.shape[2:])) if mean else 1),
             logit_scale=width**logit_scale_power, logit_scale_v=width**logit_scale_power,
             extra=None if tokens is None else tuple(t.flatten(0, 1)[None] for t in tokens.flip(0)),
             backend=backend,
@@ -214,7 +215,7 @@ class FactorAttention(Family):
         """``(N, 1 + H·W, C)`` tokens, channels of a head beside each other, to the same shape."""
         heads = _heads(module)
         q, k, v = module.qkv(x).transpose(1, 2).chunk(3, dim=1)
-        scale = (q.shape[1] // heads) ** scale_power
+        scale = (int(q.shape[1]) // heads) ** scale_power
         z = double_attention(v, k, q, heads=heads, softmax_v=False, scale=scale, backend=backend)
         by_head = (t.unflatten(1, (heads, -1)).transpose(2, 3) for t in (q, v))
         z = z.transpose(1, 2) + module.crpe(*by_head, size=size).transpose(1, 2).flatten(2)

@@ -3,9 +3,10 @@
 Both forms are deep copies of one module; the module itself is not run, and keeps its state.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,31 @@ class Call:
         return [x for x in values if isinstance(x, Tensor) and x.requires_grad]
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unwatched(module: nn.Module) -> nn.Module:
+    """A deep copy without the hooks of the module itself: whoever watches it does not watch this,
+    and its hooks may hold what cannot be copied."""
+    kept = {name: module.__dict__[name] for name in HOOKS}
+    module.__dict__.update({name: type(hooks)() for name, hooks in kept.items()})
+    try:
+        return copy.deepcopy(module)
+    finally:
+        module.__dict__.update(kept)
+
+
 def randomised(module: nn.Module) -> nn.Module:
-    """A copy with parameters that make logits of deviation about 2.
+    """A copy with parameters that make logits of deviation about 2, and other buffers.
 
     A layer whose last weights are zeros gives zeros whatever it computes: it would prove nothing.
+    Nor would a factor that is still one.
     """
-    twin = copy.deepcopy(module)
+    twin = unwatched(module)
     with torch.no_grad():
+        for b in twin.buffers():
+            if b.is_floating_point():  # variances stay positive
+                b.copy_((b + 0.5) * (1 + torch.rand(b.shape, dtype=torch.float64)).to(b))
         for p in twin.parameters():
             if p.is_floating_point():
                 deviation = 2 / math.sqrt(p[0].numel()) if p.dim() > 1 else 1.0
@@ -94,6 +113,17 @@ def check_rounding(module: nn.Module, call: Call, change: Callable[[nn.Module], 
             )
 
 
+@contextlib.contextmanager
+def seeded(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Generators of the CPU and of these devices begin anew, and go on afterwards as before."""
+    devices = list(devices)
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
+        yield
+
+
 def _results(
     module: nn.Module,
     call: Call,
@@ -104,20 +134,23 @@ def _results(
     gradients: bool = True,
 ) -> list[Tensor]:
     """Output, and gradients of the arguments and parameters, in a fixed order."""
-    twin = copy.deepcopy(module).to(dtype).train(training).requires_grad_(True)
-    for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks):
-        hooks.clear()  # whoever watches the module itself does not watch this
+    twin = unwatched(module).to(dtype).train(training).requires_grad_(True)
     if change is not None:
         change(twin)
     fresh = call.to(dtype)
+    before = {name: b.clone() for name, b in twin.named_buffers(recurse=False)}
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
-        torch.manual_seed(0)  # dropout in both alike
+    with seeded(devices), torch.autocast(device.type, enabled=False):  # dropout in both alike
         with torch.enable_grad():
             out = twin(*fresh.args, **fresh.kwargs)
         if not isinstance(out, Tensor):
             raise ValueError(f"it returns {type(out).__name__}, not one tensor")
+        after = dict(twin.named_buffers(recurse=False))
+        if changed := [name for name in before if not torch.equal(before[name], after[name])]:
+            raise ValueError(f"its forward changes its own state ({', '.join(changed)})")
+        if not out.isfinite().all():
+            raise ValueError("it gives values that are not finite, which compare with nothing")
         if not gradients:
             return [out.detach()]
         upstream = torch.randn(out.shape, dtype=torch.float64).to(out)

@@ -123,7 +123,7 @@ def _norm(norm: Norm, channels: int, position_axes: int, kind: dict[str, Any]) -
     if norm is None:
         return None
     if norm == "batch":
-        if position_axes not in BATCH_NORMS:
+        if not isinstance(position_axes, int) or position_axes not in BATCH_NORMS:
             raise ValueError(f"position_axes must be 1, 2 or 3, got {position_axes!r}.")
         return BATCH_NORMS[position_axes](channels, **kind)
     if not callable(norm):

@@ -21,7 +21,7 @@ STAGES = (
     {"conv3": "layer2", "conv4": "layer3", "blocks": ""},  # torchvision, timm
     {"conv3": "encoder.stages.1", "conv4": "encoder.stages.2", "blocks": ".layers"},  # transformers
 )
-SHORTCUTS = {"downsample", "shortcut"}
+ASIDE = {"downsample", "shortcut", "se"}  # shortcuts; timm's channel attention
 
 
 def insert_double_attention(
@@ -61,8 +61,13 @@ def insert_double_attention(
         >>> from torchvision.models import resnet50
         >>> model = insert_double_attention(resnet50(weights="DEFAULT"))
     """
-    names = _paper_places(model) if isinstance(positions, str) else list(positions)
-    if isinstance(positions, str) and positions != "paper":
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if positions == "paper":
+        names = _paper_places(model)
+    elif isinstance(positions, (Mapping, list, tuple)) and all(type(n) is str for n in positions):
+        names = list(positions)
+    else:
         raise ValueError(f'positions must be "paper" or a list of names, got {positions!r}.')
     if not names:
         raise ValueError("positions names no module: nothing would be inserted.")
@@ -74,6 +79,8 @@ def insert_double_attention(
             hint = f" Did you mean {near[0]!r}?" if near else " See model.named_modules()."
             raise ValueError(f"positions names {name!r}, which the model does not have.{hint}")
         module = modules[name]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(f"{name!r} is a {type(module).__name__}, which is never called.")
         if CHILD in module._modules or module in blocks:
             raise ValueError(f"{name!r} has a double attention block already.")
         channels, axes = _channels_and_axes(name, module)
@@ -91,7 +98,8 @@ def insert_double_attention(
         ).train(module.training)  # fmt: skip
     for module, block in blocks.items():
         module.add_module(CHILD, block)
-        module.register_forward_hook(_attend)
+        if type(module).forward is not nn.Sequential.forward:  # which runs every child
+            module.register_forward_hook(_attend)
     return model
 
 
@@ -140,6 +148,11 @@ def _a2_resnet(name: str, options: dict[str, Any], video: bool = False) -> nn.Mo
     theirs |= {"groups", "width_per_group", "zero_init_residual"}
     network = getattr(models, name)(**{k: v for k, v in options.items() if k in theirs})
     if video:
+        if options.get("norm_layer") not in (None, nn.BatchNorm2d):
+            raise ValueError(
+                f"a video network has nn.BatchNorm3d, got norm_layer={options['norm_layer']!r}. "
+                "Leave norm_layer out."
+            )
         _inflate(network)
     return insert_double_attention(network, **{k: v for k, v in options.items() if k not in theirs})
 
@@ -199,10 +212,10 @@ def _channels_and_axes(name: str, module: nn.Module) -> tuple[int | None, int]:
 
 
 def _main_path(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules in the order of their registration, shortcuts left out."""
+    """Modules in the order of their registration, shortcuts and channel attention left out."""
     yield module
     for name, child in module.named_children():
-        if name not in SHORTCUTS:
+        if name not in ASIDE:
             yield from _main_path(child)
 
 
@@ -216,7 +229,10 @@ def _inflate(network: nn.Module) -> None:
             time = 5 if name == "conv1" else 3 if child == "conv1" and int(place) % 2 == 0 else 1
             setattr(parent, child, _inflated(module, time))
         elif isinstance(module, nn.BatchNorm2d):
-            norm = nn.BatchNorm3d(module.num_features, module.eps, module.momentum)
+            norm = nn.BatchNorm3d(
+                module.num_features, module.eps, module.momentum, module.affine,
+                module.track_running_stats,
+            )  # fmt: skip
             norm.load_state_dict(module.state_dict())
             setattr(parent, child, norm)
         elif isinstance(module, nn.MaxPool2d):

@@ -3,8 +3,8 @@
 Positions are split into chunks, one program each, so that a launch has about one wave of programs.
 """
 
-import contextlib
 import functools
+import threading
 
 import torch
 import triton
@@ -22,6 +22,7 @@ TRITON_DTYPE = {
 # Without a GPU (interpreted kernels) the split over positions is made for this many processors: few
 # enough to keep interpreted launches short, enough to exercise the combination of chunks.
 INTERPRETED_PROCESSORS = 4
+INTERPRETER = threading.RLock()
 
 # Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
 COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
@@ -115,8 +116,11 @@ def add_parts(parts, shape):
 
 
 def device_of(x):
-    """Triton launches on the current device: make it the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device: make it the tensors'.
+
+    The interpreter keeps its state in one place of the process: there, one thread at a time.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else INTERPRETER
 
 
 def options(x, tile, products=True):

@@ -124,6 +124,28 @@ def test_block_follows_the_whole_residual_block():
     assert relative_rms(seen["out"], seen["inside"] + a.norm(a.attention(seen["inside"]))) < 1e-6
 
 
+def test_after_a_sequential_the_block_runs_once():
+    model = insert_double_attention(small_torchvision().eval(), ["layer2"], zero_init=False)
+    calls = []
+    model.layer2.double_attention.register_forward_hook(lambda *_: calls.append(1))
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 3, 64, 64)
+    model(x)
+    assert len(calls) == 1
+    nn.init.zeros_(plain.layer2.double_attention.norm.weight)
+    nn.init.zeros_(plain.layer2.double_attention.norm.bias)
+    assert not torch.allclose(model(x), plain(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize("layer", ["eca", "se", "cbam"])
+def test_channel_attention_does_not_count_as_the_output(layer):
+    model = small_timm(block_args={"attn_layer": layer})
+    plain = copy.deepcopy(model).eval()
+    insert_double_attention(model)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(x), plain(x))
+
+
 def test_sizes_and_options():
     model = insert_double_attention(
         small_torchvision(), c_m=8, c_n=4, norm=None, heads=2, backend="eager"
@@ -187,6 +209,7 @@ def test_resnet_inside_a_larger_model():
         (small_torchvision, ["layer9.0"], "'layer9.0', which the model does not have"),
         (lambda: nn.Sequential(small_torchvision()), ["layer2.0"], "Did you mean '0.layer2.0'"),
         (small_torchvision, ["layer2.0", "layer2.0"], "already"),
+        (lambda: nn.ModuleDict({"a": small_torchvision()}), [""], "ModuleDict, which is never"),
     ],
 )
 def test_refusals_leave_the_model_alone(make, positions, message):
@@ -289,6 +312,11 @@ def test_video_gives_a_still_clip_the_answer_of_its_image():
     clip = x[:, :, None].expand(-1, -1, 3, -1, -1)
     with torch.no_grad():
         assert relative_rms(video(clip), image(x)) < 1e-5
+
+
+def test_video_refuses_norms_that_have_no_time():
+    with pytest.raises(ValueError, match="Leave norm_layer out"):
+        a2_resnet50_video(norm_layer=torchvision.ops.FrozenBatchNorm2d)
 
 
 def test_video_sees_time_and_keeps_it():

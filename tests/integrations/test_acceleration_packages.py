@@ -1,0 +1,71 @@
+"""accelerate() on the real packages."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from da_triton.integrations import accelerate, restore
+from support.numerics import relative_rms
+
+X = (2, 12, 6, 7)
+
+
+def test_denoising_diffusion_unet():
+    from denoising_diffusion_pytorch import Unet
+
+    model = Unet(dim=16, dim_mults=(1, 2, 4), dropout=0.1)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 500])
+    before = model.eval()(x, t)
+    report = accelerate(model, (x, t))
+    assert [f.name for f in report.replaced] == ["downs.0.2", "downs.1.2", "ups.1.2", "ups.2.2"]
+    assert [f.name for f in report.refused] == ["downs.2.2", "ups.0.2", "mid_attn"]
+    assert all("quadratic" in f.note for f in report.refused)
+    assert relative_rms(model(x, t), before) < 1e-5
+    model.train()(x, t).square().mean().backward()
+    assert model.downs[0][2].mem_kv.grad.abs().sum() > 0
+    restore(model)
+    assert torch.equal(model.eval()(x, t), before)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["denoising_diffusion_pytorch_1d", "simple_diffusion", "classifier_free_guidance",
+     "repaint", "guided_diffusion"],
+)  # fmt: skip
+def test_every_linear_attention_of_the_package(module):
+    found = importlib.import_module(f"denoising_diffusion_pytorch.{module}").LinearAttention(16)
+    model = nn.Sequential(found)
+    x = torch.randn(2, 16, *((30,) if module.endswith("1d") else (5, 6)))
+    before = model(x)
+    assert len(accelerate(model, x).replaced) == 1
+    assert relative_rms(model(x), before) < 1e-5
+
+
+def test_coat():
+    import timm
+
+    model = timm.create_model(
+        "coat_tiny", img_size=32, num_classes=5, serial_depths=(1, 1, 1, 1), parallel_depth=1
+    ).eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = model(x)
+    report = accelerate(model, x)
+    assert len(report.replaced) == 7
+    assert not report.refused
+    assert {f.kind for f in report.replaced} == {"FactorAttnConvRelPosEnc"}
+    assert relative_rms(model(x), before) < 1e-5
+
+
+def test_global_context_of_timm():
+    from timm.layers import GlobalContext
+
+    layers = nn.Sequential(GlobalContext(64), GlobalContext(64, fuse_add=True, fuse_scale=False))
+    nn.init.normal_(layers[1].mlp_add.fc2.weight)
+    x = torch.randn(2, 64, 6, 7)
+    before = layers(x)
+    assert len(accelerate(layers, x).replaced) == 2
+    assert relative_rms(layers(x), before) < 1e-5
+    with pytest.warns(UserWarning, match="no layer"):
+        accelerate(nn.Sequential(GlobalContext(12, use_attn=False)))
