@@ -272,6 +272,7 @@ def test_one_argument(name, backend):
     assert min(count.values()) > 20
 
 
+@pytest.mark.long
 @each_backend
 @each_call
 def test_two_arguments(name, backend):

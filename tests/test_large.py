@@ -147,6 +147,7 @@ def test_offsets_beyond_int32(run, case, far, monkeypatch):
         assert relative_rms(there, here) < 2 * TOLERANCE[HALF]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(DEVICE == "cuda", reason="changes what is interpreted, not kernels on a GPU")
 @pytest.mark.parametrize(
     ("run", "case", "far"),
@@ -225,6 +226,7 @@ def test_core_with_two_million_positions(backend):
     compare_with_the_definition(da_triton.double_attention, inputs, upstream, backend)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("long_tiles")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_block_with_two_million_positions(backend):

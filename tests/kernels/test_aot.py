@@ -32,13 +32,18 @@ ACCEPTED = {
 FLOAT64_UNITS = ("sm_80", "sm_90", "gfx942")
 
 
-def each(architectures):
+def each(architectures, long=()):
     """In workers of pytest-xdist, one architecture is one worker's."""
-    groups = [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in architectures]
+    groups = [
+        pytest.param(a, marks=[pytest.mark.xdist_group(a), *[pytest.mark.long] * (a in long)])
+        for a in architectures
+    ]
     return pytest.mark.parametrize("arch", groups)
 
 
 each_architecture = each(ARCHITECTURES)
+# A change of a kernel shows on every one of them.
+each_compiled = each(ARCHITECTURES, long=("sm_89", "sm_100", "gfx942"))
 
 
 TRITON = importlib.metadata.version("triton")
@@ -141,7 +146,7 @@ def test_main_loops_copy_asynchronously():
             assert code["copy_bytes"] >= 8, table.title(code)
 
 
-@each_architecture
+@each_compiled
 def test_table_is_of_the_programs_that_launches_compile(arch):
     """Not one missing, and none that is no longer there."""
     if {row["triton"] for row in kept(arch)} != {TRITON}:
@@ -155,7 +160,7 @@ def test_table_is_of_the_programs_that_launches_compile(arch):
     assert not missing + gone, f"{missing=}\n{gone=}\n{again}"
 
 
-@each_architecture
+@each_compiled
 def test_table_has_the_figures_that_the_compiler_gives(arch):
     """Of one program of each kernel; of another Triton, that it compiles without a spill."""
     listed = {row["digest"]: row for row in kept(arch)}
