@@ -6,6 +6,7 @@ given unless the tests pass.
 """
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -24,16 +25,19 @@ from .providers import EAGER, GRAPH, Provider
 from .report import Report
 from .workloads import Workload
 
-# What needs no GPU is tested elsewhere; compilation of the kernels is what takes time here.
+# What needs no GPU is tested elsewhere: other libraries, and ranks that are processes of a CPU.
 WITHOUT_A_GPU = (
-    "bench", "kernels/test_aot.py", "test_checks.py", "test_export.py", "test_notebooks.py",
+    "bench", "integrations", "kernels/test_aot.py", "test_checks.py", "test_data_parallel.py",
+    "test_distributed.py", "test_export.py", "test_layers.py", "test_notebooks.py",
+    "test_readme.py", "test_sharding.py",
 )  # fmt: skip
-NEEDS = {"hypothesis": "test_functional.py"}  # a bare machine may lack it
+NEEDS = {"hypothesis": ("test_functional.py", "test_properties.py")}  # a bare machine may lack it
 
 
 def own_tests() -> list[str]:
     """The command that runs this package's tests, with what is installed."""
-    left_out = [*WITHOUT_A_GPU, *(name for need, name in NEEDS.items() if not find_spec(need))]
+    lacking = (names for need, names in NEEDS.items() if not find_spec(need))
+    left_out = [*WITHOUT_A_GPU, *itertools.chain(*lacking)]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"]
     if find_spec("xdist"):
         command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from da_triton import DoubleAttention
+from da_triton.integrations.resnet import paper_places
 
 from .measure import OK, OUT_OF_TIME, Bench, Row, compare, describe, peak_bytes
 from .problems import FORWARD, STEP
@@ -28,7 +29,6 @@ WITHOUT = "without block"
 # Relative RMS of the block's effect on outputs: many layers amplify what single layers round.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 MODES = {"fwd": FORWARD, "fwd_bwd": STEP}
-PAPER_STAGES = {"layer2": (0, 2), "layer3": (0, 2, 4)}
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def resnet50(block: Make | None) -> nn.Module:
     network: Any = build(weights=None)
     if block is None:
         return network
-    for name, places in PAPER_STAGES.items():
-        stage = getattr(network, name)
-        for place in places:
-            channels = stage[place].bn3.num_features
-            stage[place] = nn.Sequential(stage[place], NearIdentity(block(channels), channels))
+    for name in paper_places(network):
+        residual = network.get_submodule(name)
+        channels = residual.bn3.num_features
+        both = nn.Sequential(residual, NearIdentity(block(channels), channels))
+        network.set_submodule(name, both)
     return network
 
 

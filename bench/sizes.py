@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from da_triton import integrations
+from da_triton.integrations.resnet import paper_places
 
 from .tables import markdown
 
@@ -70,7 +71,7 @@ def quarter_resnet50(**options: Any) -> nn.Module:
     from torchvision import models
 
     network = models.resnet50()
-    for place in ("layer2.0", "layer2.2", "layer3.0", "layer3.2", "layer3.4"):
+    for place in paper_places(network):
         c = network.get_submodule(place).bn3.num_features // 4
         integrations.insert_double_attention(network, [place], c, c, **options)
     return network

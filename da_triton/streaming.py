@@ -335,16 +335,16 @@ class StreamingDoubleAttention:
 def _of(core, a, b, keep, logit_scale) -> Descriptors:
     """A frame's state from ``a (N, heads, m, L)``, ``b (N, heads, n, L)`` and ``keep (N, L)``."""
     if core in (cores.TORCH, cores.EAGER):
-        g, lse = core.gather(a, b, keep=keep, logit_scale=logit_scale), None
+        g = core.gather(a, b, keep=keep, logit_scale=logit_scale)
+        maximum, total = _exponentials(b, keep, logit_scale)
     else:
         from .cores import triton
 
         g, lse = triton.Gather.apply(a, b, keep, None, None, float(logit_scale))
-        b = b.to(g.dtype)  # the kernels scale logits in it
-    if lse is None or (torch.is_grad_enabled() and b.requires_grad):  # lse has no gradient
-        maximum, total = _exponentials(b, keep, logit_scale)
-    else:
-        maximum, total = _split(lse, g.dtype, keep is not None)
+        if torch.is_grad_enabled() and b.requires_grad:  # lse has no gradient
+            maximum, total = _exponentials(b.to(g.dtype), keep, logit_scale)  # scaled as there
+        else:
+            maximum, total = _split(lse, g.dtype, keep is not None)
     return Descriptors(maximum, total, g.to(total.dtype) * total[:, :, None])
 
 

@@ -186,6 +186,16 @@ def test_autocast(backend, tmp_path):
     check(torch.cat([z for _, z in found], -1), whole, torch.bfloat16, slack=2)
 
 
+def nothing_to_do(rank, cuts):
+    empty = leaves([x[:0] for x in maps()], rank, cuts)
+    return core(*empty, process_group=distributed.group.WORLD)[:2]
+
+
+def test_an_empty_batch(tmp_path):
+    for z, da in ranks.run(2, nothing_to_do, tmp_path, CUTS[2]):
+        assert z.shape[0] == da.shape[0] == 0
+
+
 def two_groups(rank, cuts):
     """Ranks 0 and 1 share the positions of sample 0, ranks 2 and 3 those of sample 1."""
     groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]

@@ -124,7 +124,10 @@ def test_the_result_may_be_changed_in_place(backend, layout):
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "eager"])
 def test_the_result_of_the_core_may_be_changed_in_place(backend):
-    a, b, v = (torch.randn(2, 5, 4, dtype=torch.float64).mT.requires_grad_() for _ in range(3))
+    a, b, v = (
+        torch.randn(2, 5, 4, dtype=torch.float64, device=DEVICE).mT.requires_grad_()
+        for _ in range(3)
+    )
     expected = double_attention(a, b, v, backend=backend).relu()
     out = double_attention(a, b, v, backend=backend).relu_()
     assert torch.equal(out, expected)

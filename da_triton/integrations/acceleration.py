@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..modules import DoubleAttention
 from .families import FAMILIES, Family, Options
-from .proof import EXACT, Call, check_rounding, largest_error, randomised, seeded
+from .proof import EXACT, Call, Reference, check_rounding, randomised, seeded
 
 SHAPES = ((5, 6), (7, 9))
 CLASSES: dict[type[nn.Module], type] = {}
@@ -75,7 +75,7 @@ class Accelerated:
     """What a replaced layer's class has before its own; ``forward`` is made for each class."""
 
     _original: type[nn.Module]
-    _accelerated: "Choice"
+    _accelerated: Choice
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and has no address to be imported from: name its parts instead.
@@ -128,7 +128,7 @@ def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "a
         done = sum(isinstance(module, Accelerated) for module in model.modules())
         what = str(report) if candidates else "no layer that looks like double attention"
         if done:
-            what = f"{done} layers are accelerated already; restore the model first"
+            what += f"; {done} layers are accelerated already: restore the model first"
         warnings.warn(f"accelerate replaced nothing: {what}.", stacklevel=2)
     return report
 
@@ -180,23 +180,21 @@ def _judge(
         with seeded([]):
             calls = [Call(family.inputs(module, shape), {}) for shape in SHAPES]
             twin = randomised(module)
-        error, options = _nearest(twin, family, calls[0])
+        references = [Reference(twin, each) for each in calls]
+        error, options = _nearest(references[0], family)
         if error > EXACT:
-            return None, error, _explained(twin, family, calls[0], error)
+            return None, error, _explained(references[0], family, error)
         choice = Choice(family.__name__, options, backend)
         change = functools.partial(_replace, choice=choice)
-        error = max(largest_error(twin, each, change) for each in calls)
         if not given:
             _check_parameters(module, choice)
         for each in given:
             _check_arguments(module, choice, each)
-            error = max(error, largest_error(module, each, change))
+            references.append(Reference(module, each))
+        error = max(reference.error(change) for reference in references)
         if error > EXACT:
-            return (
-                None,
-                error,
-                f"its gradients, or its answer to the example, differ by {error:.0e}",
-            )
+            why = f"its gradients, or its answer to the example, differ by {error:.0e}"
+            return None, error, why
         for each in given or calls[:1]:
             check_rounding(module, each, change)
     except Exception as problem:
@@ -205,13 +203,13 @@ def _judge(
     return choice, error, f"proved on {where}, relative error {error:.0e}"
 
 
-def _nearest(module: nn.Module, family: type[Family], call: Call) -> tuple[float, Options]:
+def _nearest(reference: Reference, family: type[Family]) -> tuple[float, Options]:
     """The formula whose output is nearest."""
     best: tuple[float, Options] = math.inf, {}
-    for options in family.choices(module):
+    for options in family.choices(reference.module):
         change = functools.partial(_replace, choice=Choice(family.__name__, options, "eager"))
         with contextlib.suppress(*MISFIT):
-            error = largest_error(module, call, change, gradients=False)
+            error = reference.error(change, gradients=False)
             if error < best[0]:
                 best = error, options
             if error <= EXACT:
@@ -219,19 +217,18 @@ def _nearest(module: nn.Module, family: type[Family], call: Call) -> tuple[float
     return best
 
 
-def _explained(module: nn.Module, family: type[Family], call: Call, error: float) -> str:
+def _explained(reference: Reference, family: type[Family], error: float) -> str:
     """Why no formula is the layer's: a known other meaning, or how far the nearest one is."""
-    for meaning, forward in family.other_meanings(module).items():
-        for options in family.choices(module):
+    for meaning, forward in family.other_meanings(reference.module).items():
+        for options in family.choices(reference.module):
 
             def change(twin, forward=forward, options=options):
                 twin.forward = lambda *args: forward(twin, *args, **options)
 
             with contextlib.suppress(*MISFIT):
-                if largest_error(module, call, change, gradients=False) <= EXACT:
+                if reference.error(change, gradients=False) <= EXACT:
                     return meaning
     if error == math.inf:
-        largest_error(module, call, lambda twin: None, gradients=False)  # says what is wrong
         return "no formula of this family fits its children's shapes"
     return f"it computes something else: the nearest formula's relative error is {error:.1e}"
 

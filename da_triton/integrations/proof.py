@@ -76,20 +76,26 @@ def randomised(module: nn.Module) -> nn.Module:
     return twin
 
 
-def largest_error(
-    module: nn.Module, call: Call, change: Callable[[nn.Module], Any], *, gradients: bool = True
-) -> float:
-    """The largest relative error of the changed module in float64, over training and evaluation.
+class Reference:
+    """What a module gives for a call, in float64, in training and in evaluation.
 
     Raises:
-        ValueError: the module itself does not give one tensor, or the changed one fails.
+        ValueError: not one finite tensor, or it changes its own state.
     """
-    worst = 0.0
-    for training in (True, False):
-        expected = _results(module, call, torch.float64, training, gradients=gradients)
-        found = _results(module, call, torch.float64, training, change, gradients=gradients)
-        worst = max(worst, *_errors(found, expected, floor=1e-3))
-    return worst
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        self.module, self.call = module, call
+        self.expected = {t: _results(module, call, torch.float64, t) for t in (True, False)}
+
+    def error(self, change: Callable[[nn.Module], Any], *, gradients: bool = True) -> float:
+        """The largest relative error of the changed module; without gradients, of the output."""
+        worst = 0.0
+        for training, expected in self.expected.items():
+            found = _results(
+                self.module, self.call, torch.float64, training, change, gradients=gradients
+            )
+            worst = max(worst, *_errors(found, expected[: len(found)], floor=1e-3))
+        return worst
 
 
 def check_rounding(module: nn.Module, call: Call, change: Callable[[nn.Module], Any]) -> None:

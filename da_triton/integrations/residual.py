@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import checks
 from ..functional import double_attention_block
 from ..modules import OPTIONS, DoubleAttention, is_plain, is_unobserved
 
@@ -85,9 +84,6 @@ class ResidualDoubleAttention(nn.Module):
         if last is None:
             y = attention(x) if mask is None else attention(x, mask)
             return x + (y if self.norm is None else self.norm(y))
-        split = attention.process_group is not None
-        checks.feature_map("x", x, may_have_no_positions=split)
-        checks.channels(x, attention.in_channels)
         first = (attention.convA, attention.convB, attention.convV)
         weights: list[Any] = [w for conv in first for w in (conv.weight, conv.bias)]
         options = {name: getattr(attention, name) for name in OPTIONS} | {"residual": True}

@@ -5,6 +5,7 @@ runs it; no other parameter changes its name, and no class is touched. torchvisi
 transformers' ResNets are known by the names of their stages; other modules can be named one by one.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def insert_double_attention(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if positions == "paper":
-        names = _paper_places(model)
+        names = paper_places(model)
     elif isinstance(positions, (Mapping, list, tuple)) and all(type(n) is str for n in positions):
         names = list(positions)
     else:
@@ -144,8 +145,7 @@ def _a2_resnet(name: str, options: dict[str, Any], video: bool = False) -> nn.Mo
             f"a2_{name} builds on torchvision, which cannot be imported ({error}). "
             "Install it: pip install torchvision."
         ) from error
-    theirs = {"weights", "num_classes", "progress", "replace_stride_with_dilation", "norm_layer"}
-    theirs |= {"groups", "width_per_group", "zero_init_residual"}
+    theirs = {"weights", "progress", *inspect.signature(models.ResNet).parameters}
     network = getattr(models, name)(**{k: v for k, v in options.items() if k in theirs})
     if video:
         if options.get("norm_layer") not in (None, nn.BatchNorm2d):
@@ -167,7 +167,8 @@ def _attend(module: nn.Module, args: Any, output: Any) -> Tensor:
     return getattr(module, CHILD)(output)
 
 
-def _paper_places(model: nn.Module) -> list[str]:
+def paper_places(model: nn.Module) -> list[str]:
+    """Names of the residual blocks that the paper's five blocks follow."""
     modules = dict(model.named_modules())
     found = []
     for stages in STAGES:
