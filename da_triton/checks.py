@@ -229,9 +229,11 @@ def positive(**values: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
 
-def channels(x: Tensor, expected: int) -> None:
-    if x.shape[1] != expected:
-        raise ValueError(f"x must have {expected} channels (axis 1), got shape {_shape(x)}.")
+def layer_input(name: str, x: Tensor, channels: int, group=None) -> None:
+    """A feature map of the layer's channels; a rank of a process group may have no position."""
+    feature_map(name, x, may_have_no_positions=group is not None)
+    if x.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels (axis 1), got shape {_shape(x)}.")
 
 
 def choice(name: str, value, allowed) -> None:

@@ -119,8 +119,7 @@ class DoubleAttention(nn.Module):
         ``mask``: bool, ``(N, *positions)`` or ``(N, 1, *positions)``, True where a position takes
         part in the gather.
         """
-        checks.feature_map("x", x, may_have_no_positions=self.process_group is not None)
-        checks.channels(x, self.in_channels)
+        checks.layer_input("x", x, self.in_channels, self.process_group)
         convolutions = (self.convA, self.convB, self.convV, self.conv_reconstruct)
         options = {name: getattr(self, name) for name in OPTIONS}
         return attend(x, *convolutions, mask=mask, **options)
@@ -133,8 +132,7 @@ class DoubleAttention(nn.Module):
         ``(N, heads, n, *positions)``. They exist in memory only because they are asked for. With a
         process group, P sums to 1 over the positions of all ranks and carries no gradient.
         """
-        checks.feature_map("x", x, may_have_no_positions=self.process_group is not None)
-        checks.channels(x, self.in_channels)
+        checks.layer_input("x", x, self.in_channels, self.process_group)
         if mask is not None:
             checks.mask(mask, x, "x")
             mask = mask.flatten(1)

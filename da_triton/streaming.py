@@ -328,8 +328,7 @@ class StreamingDoubleAttention:
         self.state = None
 
     def _check(self, frame: Tensor) -> None:
-        checks.feature_map("frame", frame)
-        checks.channels(frame, self.layer.in_channels)
+        checks.layer_input("frame", frame, self.layer.in_channels)
 
 
 def _of(core, a, b, keep, logit_scale) -> Descriptors:

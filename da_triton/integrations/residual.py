@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import checks
 from ..functional import double_attention_block
 from ..modules import OPTIONS, DoubleAttention, is_plain, is_unobserved
 
@@ -84,6 +85,7 @@ class ResidualDoubleAttention(nn.Module):
         if last is None:
             y = attention(x) if mask is None else attention(x, mask)
             return x + (y if self.norm is None else self.norm(y))
+        checks.layer_input("x", x, attention.in_channels, attention.process_group)
         first = (attention.convA, attention.convB, attention.convV)
         weights: list[Any] = [w for conv in first for w in (conv.weight, conv.bias)]
         options = {name: getattr(attention, name) for name in OPTIONS} | {"residual": True}
