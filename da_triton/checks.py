@@ -12,11 +12,23 @@ ORDERS = ("AZ", "XZ", "AH", "XH")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) -> None:
-    """``(N, channels, *positions)`` with one to three position axes, floating, not empty."""
+def tensor(name: str, x: Tensor, kind: str = "") -> None:
+    """A tensor in dense memory."""
     if not isinstance(x, Tensor):
         hint = " To trace with torch.fx, make the layer a leaf." if isinstance(x, Proxy) else ""
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.{hint}")
+        raise TypeError(f"{name} must be a torch.Tensor{kind}, got {type(x).__name__}.{hint}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor. Pack its parts: "
+            f"da_triton.packed.pack({name}.unbind())."
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}. Convert it with {name}.to_dense().")
+
+
+def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) -> None:
+    """``(N, channels, *positions)`` with one to three position axes, floating, not empty."""
+    tensor(name, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{name} must be (N, channels, *positions) with 1, 2 or 3 position axes, "
@@ -90,8 +102,7 @@ def heads(count: int, **channels: int) -> None:
 
 def mask(keep: Tensor, x: Tensor, name: str) -> None:
     """bool, ``(N, *positions)`` or ``(N, 1, *positions)``, on x's device."""
-    if not isinstance(keep, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor of bool, got {type(keep).__name__}.")
+    tensor("mask", keep, " of bool")
     if keep.dtype != torch.bool:
         raise TypeError(
             f"mask must be bool (True where a position takes part), got {keep.dtype}. "
@@ -112,16 +123,13 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
     Offsets on a GPU are read here: the host waits for it.
     """
     for name, x in maps.items():
+        tensor(name, x)
         if x.dim() != 3 or x.shape[0] != 1:
             raise ValueError(
                 f"with cu_seqlens, {name} must be (1, channels, total): all sequences behind each "
                 f"other, got shape {_shape(x)}. da_triton.packed.pack makes it from a list."
             )
-    if not isinstance(offsets, Tensor):
-        raise TypeError(
-            f"cu_seqlens must be a torch.Tensor of int32 or int64, got {type(offsets).__name__}. "
-            "Use torch.tensor(offsets)."
-        )
+    tensor("cu_seqlens", offsets, " of int32 or int64")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"cu_seqlens must be int32 or int64, got {offsets.dtype}. Convert it with .long()."
@@ -165,8 +173,7 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, batch: int) -> No
         ("extra[0]", "a", tokens[0], a),
         ("extra[1]", "b", tokens[1], b),
     ):
-        if not isinstance(token, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(token).__name__}.")
+        tensor(name, token)
         if (
             token.dim() != 3
             or token.shape[0] not in (1, batch)
@@ -188,11 +195,22 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, batch: int) -> No
 def number(**values: float) -> None:
     """Plain numbers: the scales are hyperparameters, not tensors."""
     for name, value in values.items():
-        if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+        whole = isinstance(value, numbers.Integral)
+        if not isinstance(value, numbers.Real) or (
+            isinstance(value, numbers.Rational) and not whole
+        ):
             raise TypeError(
-                f"{name} must be a Python number, got {type(value).__name__}. For a learned scale, "
-                "multiply the tensor it belongs to."
+                f"{name} must be a Python number, int or float, got {type(value).__name__}. For a "
+                "learned scale, multiply the tensor it belongs to."
             )
+        if whole and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must fit 64 bits as an int. Give a float.")
+
+
+def flag(**values: bool) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
 
 
 def descriptors(g: Tensor, v: Tensor, batch: int) -> None:
@@ -200,8 +218,7 @@ def descriptors(g: Tensor, v: Tensor, batch: int) -> None:
 
     ``batch``: N, or the number of packed sequences.
     """
-    if not isinstance(g, Tensor):
-        raise TypeError(f"g must be a torch.Tensor, got {type(g).__name__}.")
+    tensor("g", g)
     if g.dim() != 4 or 0 in g.shape[1:]:
         raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
     if batch == v.shape[0]:
@@ -292,8 +309,7 @@ def process_group(group, backend: str, order: str = "auto") -> None:
 
 def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
     """A pointwise weight as ``(out, in)``, from that or with trailing 1-axes."""
-    if not isinstance(w, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(w).__name__}.")
+    tensor(name, w)
     if w.dim() < 2 or any(size != 1 for size in w.shape[2:]) or 0 in w.shape:
         raise ValueError(
             f"{name} must be (out, in), perhaps with trailing axes of size 1 as a pointwise "
@@ -307,8 +323,7 @@ def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
 def bias(name: str, b: Tensor | None, channels: int) -> None:
     if b is None:
         return
-    if not isinstance(b, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(b).__name__}.")
+    tensor(name, b, " or None")
     if tuple(b.shape) != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {_shape(b)}.")
 

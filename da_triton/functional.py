@@ -94,6 +94,7 @@ def distribute(
     checks.backend(backend)
     checks.feature_map("v", v)
     checks.number(scale=scale, logit_scale=logit_scale)
+    checks.flag(softmax=softmax)
     offsets = _offsets(cu_seqlens, None, v=v)
     (v,) = _autocast(v)
     checks.descriptors(g, v, v.shape[0] if offsets is None else len(offsets) - 1)
@@ -158,6 +159,7 @@ def double_attention(
             f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
         )
     checks.number(logit_scale_v=logit_scale_v, scale=scale)
+    checks.flag(softmax_v=softmax_v)
     offsets = _offsets(cu_seqlens, process_group, a=a, b=b, v=v)
     batch = a.shape[0] if offsets is None else len(offsets) - 1
     if extra is not None:
@@ -241,6 +243,7 @@ def double_attention_block(
     checks.recompute(recompute, backend)
     checks.feature_map("x", x, may_have_no_positions=process_group is not None)
     checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
+    checks.flag(softmax_v=softmax_v, residual=residual)
     weights = checks.block_weights(
         x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
     )

@@ -82,6 +82,7 @@ class DoubleAttention(nn.Module):
         checks.positive(c_m=c_m, c_n=c_n)
         checks.heads(heads, c_m=c_m, c_n=c_n)
         checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
+        checks.flag(reconstruct=reconstruct, softmax_v=softmax_v, residual=residual, bias=bias)
         checks.backend(backend)
         checks.order(order, reconstruct, backend)
         checks.recompute(recompute, backend)

@@ -73,8 +73,7 @@ def pack(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         what = "nothing" if isinstance(maps, (list, tuple)) else type(maps).__name__
         raise TypeError(f"maps must be a list of one or more tensors (C, *positions), got {what}.")
     for i, x in enumerate(maps):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(x).__name__}.")
+        checks.tensor(f"maps[{i}]", x)
         if x.dim() < 2 or x.shape[0] != maps[0].shape[0]:
             raise ValueError(
                 f"maps[{i}] must be (C, *positions) with the channels of maps[0], of shape "

@@ -11,6 +11,7 @@ import itertools
 import random
 import re
 import traceback
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,10 @@ TENSORS = {
         torch.complex(x, x).conj().imag if x.is_floating_point() else x
     ),
     "reversed": lambda x: x.flip(-1),
+    "sparse": lambda x: x.to_sparse(),
+    "of sparse rows": lambda x: x.to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
     "NaN": spoiled(float("nan")),
     "inf": spoiled(float("inf")),
     "-inf": spoiled(float("-inf")),
@@ -97,10 +102,13 @@ TENSORS = {
 VALUES = {"NaN", "inf", "-inf", "huge"}
 NUMBERS = {
     repr(value): lambda x, value=value: value
-    for value in (None, "1", [], 1j, 0, -1, 0.5, 3, True, float("nan"), float("inf"))
+    for value in (
+        None, "1", [], 1j, 0, -1, 0.5, 3, True, float("nan"), float("inf"), 10**30, -(10**400),
+        Fraction(1, 3),
+    )
 } | {
     "a tensor": lambda x: torch.ones(()), "a numpy number": lambda x: np.float32(2.0),
-    "a numpy integer": lambda x: np.int64(2),
+    "a numpy integer": lambda x: np.int64(2), "a numpy bool": lambda x: np.True_,
 }  # fmt: skip
 
 
@@ -132,14 +140,14 @@ def gather():
 
 def distribute():
     given = {"g": normal(2, 2, 2, 3), "v": normal(2, 6, 5), "scale": 2.0, "logit_scale": 0.5}
-    return da_triton.distribute, given
+    return da_triton.distribute, given | {"softmax": True}
 
 
 def double_attention():
     mask = torch.rand(2, 1, 3, 2, device=DEVICE) > 0.5
     given = {
         "a": normal(2, 4, 3, 2), "b": normal(2, 6, 3, 2), "v": normal(2, 6, 5), "heads": 2,
-        "logit_scale": 0.5, "logit_scale_v": 2.0, "scale": 0.7, "mask": mask,
+        "logit_scale": 0.5, "logit_scale_v": 2.0, "scale": 0.7, "mask": mask, "softmax_v": True,
         "extra": (normal(1, 4, 2), normal(2, 6, 2)),
     }  # fmt: skip
     return da_triton.double_attention, given
@@ -152,7 +160,8 @@ def block():
     }  # fmt: skip
     given = {"x": normal(2, 3, 3, 2), **{k: normal(*s) for k, s in shapes.items()}}
     given |= {"mask": torch.rand(2, 3, 2, device=DEVICE) > 0.5, "heads": 2, "scale": 0.7}
-    return da_triton.double_attention_block, given | {"logit_scale": 0.5, "logit_scale_v": 2.0}
+    given |= {"softmax_v": True, "residual": True, "logit_scale": 0.5, "logit_scale_v": 2.0}
+    return da_triton.double_attention_block, given
 
 
 def in_a_layer(layer):
