@@ -40,7 +40,7 @@ def core(device: torch.device, heads: int, m: int, n: int, length: int = 37) -> 
         for softmax in (True, False):
             z = distribute.distribute_forward(g, v, 1.0, softmax, 0.5)
             dg, _ = distribute.distribute_backward(z, g, v, 1.0, softmax, 0.5, True, True)
-        gather.gather_backward(dg, a, b, keep, g, lse, 0.5, True, True)
+        gather.gather_backward(dg, a, b, keep, g, lse, None, 0.5, True, True)
 
 
 def block(

@@ -32,15 +32,16 @@ and use the others for other samples.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import cores, eager
+from . import cores
+from .cores import aten
 from .cores.operators import wants_graph
+from .precision import accumulator, lse_dtype
 from .projection import project
 
 
@@ -52,9 +53,8 @@ def split(core: cores.Backend, group: Any) -> cores.Backend:
     """
 
     def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
-        local = _local(core)
         extra_a, extra_b = (None, None) if extra is None else extra
-        return _Gather.apply(a, b, keep, extra_a, extra_b, float(logit_scale), group, local)[0]
+        return _Gather.apply(a, b, keep, extra_a, extra_b, float(logit_scale), group, core)[0]
 
     def distribute(g, v, **options):
         # A product of no positions, which still hands backward's collective a gradient.
@@ -66,7 +66,7 @@ def split(core: cores.Backend, group: Any) -> cores.Backend:
             return composed(x, **weights)
         return checkpoint(composed, x, **weights, use_reentrant=False, preserve_rng_state=False)
 
-    return cores.Backend(gather, distribute, block)
+    return core._replace(gather=gather, distribute=distribute, block=block)
 
 
 def gather_weights(b: Tensor, keep: Tensor | None, logit_scale: float, group: Any) -> Tensor:
@@ -76,8 +76,9 @@ def gather_weights(b: Tensor, keep: Tensor | None, logit_scale: float, group: An
     """
     b = b.detach()
     nothing = b.new_empty((*b.shape[:2], 0, b.shape[3]))  # features: only lse is wanted
-    _, lse = _merged(_part(_ATEN, nothing, b, keep, None, None, logit_scale), group)
-    return _weights(_logits(b, keep, logit_scale), lse).to(b.dtype)
+    _, lse = _merged(_part(cores.TORCH, nothing, b, keep, None, None, logit_scale), group)
+    logits = aten.scaled_logits(b, keep, logit_scale)
+    return aten.weights_from_lse(logits, lse).to(b.dtype)
 
 
 class WireBytes(NamedTuple):
@@ -96,38 +97,23 @@ def wire_bytes(
     float64 maps), lse in float64 (float32 for float16 and bfloat16 maps); the number of positions
     does not matter.
     """
-    sums, statistics = _dtypes(dtype)
+    sums, statistics = accumulator(dtype).itemsize, lse_dtype(dtype).itemsize
     maps = (ranks - 1) * batch * heads * n
-    return WireBytes(maps * (m * sums.itemsize + statistics.itemsize), maps * m * sums.itemsize)
-
-
-class _Local(NamedTuple):
-    """One rank's share: the slice's ``(G_r, lse_r)``, and its gradients from the whole's."""
-
-    forward: Callable  # (a, b, keep, extra_a, extra_b, logit_scale) -> G_r, lse_r
-    backward: Callable  # (dg, a, b, keep, g, lse, logit_scale, need_a, need_b) -> dA, dB
-
-
-def _local(core: cores.Backend) -> _Local:
-    if core is cores.TORCH:
-        return _ATEN
-    from .cores import triton
-
-    return _Local(triton.gather_op, triton.gather_backward_op)
+    return WireBytes(maps * (m * sums + statistics), maps * m * sums)
 
 
 class _Gather(torch.autograd.Function):
     """G and lse of all ranks' positions. Keeps a, b, G and lse, as on one device."""
 
     @staticmethod
-    def forward(a, b, keep, extra_a, extra_b, logit_scale, group, local):
+    def forward(a, b, keep, extra_a, extra_b, logit_scale, group, core):
         if group.rank() != 0:
             extra_a = extra_b = None
-        return _merged(_part(local, a, b, keep, extra_a, extra_b, logit_scale), group)
+        return _merged(_part(core, a, b, keep, extra_a, extra_b, logit_scale), group)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.logit_scale, ctx.group, ctx.local = inputs
+        *tensors, ctx.logit_scale, ctx.group, ctx.core = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
@@ -152,8 +138,8 @@ class _Gather(torch.autograd.Function):
             if not any(needs):
                 continue
             if here and maps.shape[-1]:
-                found = ctx.local.backward(
-                    dg, features, maps, mask, g, lse, ctx.logit_scale, *needs
+                found = ctx.core.gather_backward(
+                    dg, features, maps, mask, g, lse, None, ctx.logit_scale, *needs
                 )
             else:
                 found = torch.zeros_like(features), torch.zeros_like(maps)
@@ -161,18 +147,18 @@ class _Gather(torch.autograd.Function):
         return tuple(grads)
 
 
-def _part(local, a, b, keep, extra_a, extra_b, logit_scale):
+def _part(core, a, b, keep, extra_a, extra_b, logit_scale):
     """``(G_r, lse_r)`` of this rank's positions and tokens; 0 and +inf where it has neither."""
     sources = [(a, b, _kept(keep, b))]
     if extra_b is not None:
         sources.append((extra_a, extra_b, _kept(None, extra_b)))
     sources = [source for source in sources if source[1].shape[-1]]
     if not sources:
-        sums, statistics = _dtypes(a.dtype)
-        lse = b.new_full(b.shape[:3], torch.inf, dtype=statistics)
-        return a.new_zeros((*a.shape[:3], b.shape[2]), dtype=sums), lse
-    tokens = sources[1][:2] if len(sources) > 1 else (None, None)
-    return local.forward(*sources[0], *tokens, logit_scale)
+        lse = b.new_full(b.shape[:3], torch.inf, dtype=lse_dtype(b.dtype))
+        return a.new_zeros((*a.shape[:3], b.shape[2]), dtype=accumulator(a.dtype)), lse
+    (a, b, keep), *tokens = sources
+    extra = tokens[0][:2] if tokens else None
+    return core.gather_part(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
 
 
 def _kept(keep, b):
@@ -210,60 +196,6 @@ def _of_all_ranks(x, group):
         x.contiguous().flatten(), size, group.group_name
     )
     return torch.ops._c10d_functional.wait_tensor(flat).view(size, *x.shape)
-
-
-def _dtypes(dtype):
-    """Of sums and of log-sum-exps, as in ``kernels.launch``, which needs Triton."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    return sums, torch.float32 if half else torch.float64
-
-
-# --- the share of a rank in ATen operations -------------------------------------------------------
-
-
-def _aten_forward(a, b, keep, extra_a, extra_b, logit_scale):
-    if extra_a is not None:
-        a, b, keep = eager.join_extra(a, b, keep, (extra_a, extra_b))
-    sums, statistics = _dtypes(a.dtype)
-    logits = _logits(b, keep, logit_scale)
-    most = logits.amax(-1, keepdim=True)
-    pivot = most.masked_fill(most == -torch.inf, 0)
-    weights = (logits - pivot).exp()
-    total = weights.sum(-1)
-    lse = pivot.squeeze(-1).to(statistics) + total.to(statistics).log()
-    g = _features(a, keep).to(sums) @ weights.mT / total.masked_fill(total == 0, 1).unsqueeze(-2)
-    return g, lse.masked_fill(total == 0, torch.inf)
-
-
-def _aten_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
-    weights = _weights(_logits(b, keep, logit_scale), lse)
-    da = (dg @ weights).to(a.dtype) if need_a else None
-    if not need_b:
-        return da, None
-    delta = (dg * g).sum(-2).unsqueeze(-1)
-    db = weights * (dg.mT @ _features(a, keep).to(dg.dtype) - delta)
-    return da, (logit_scale * db).to(b.dtype)
-
-
-def _logits(b, keep, logit_scale):
-    logits = logit_scale * b.to(_dtypes(b.dtype)[0])
-    return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
-
-
-def _features(a, keep):
-    """A masked position may hold anything."""
-    return a if keep is None else a.masked_fill(~keep[:, None, None, :], 0)
-
-
-def _weights(logits, lse):
-    """``P = exp(logits − lse)``: lse is taken away in two parts, as ``kernels.tiles`` does."""
-    pivot = lse.to(logits.dtype)
-    rest = (pivot - lse).nan_to_num(0).to(logits.dtype)  # inf − inf, where nothing is left to weigh
-    return (logits - pivot.unsqueeze(-1)).exp() * rest.exp().unsqueeze(-1)
-
-
-_ATEN = _Local(_aten_forward, _aten_backward)
 
 
 # --- the block ------------------------------------------------------------------------------------

@@ -64,6 +64,31 @@ def gather(
     return g.to(a.dtype)
 
 
+def gather_part(
+    a: Tensor,
+    b: Tensor,
+    *,
+    heads: int = 1,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """G of positions that others will join, and its log-sum-exp: see :mod:`da_triton.streaming`.
+
+    Arguments and errors as :func:`gather`. Returns ``G (N, heads, m, n)`` in the dtype of sums and
+    ``lse (N, heads, n)``, +inf where a map has no position left; both are differentiable.
+    """
+    checks.backend(backend)
+    _check_gather(a, b, heads, logit_scale, mask)
+    a, b = _autocast(a, b)
+    checks.one_kind(a=a, b=b)
+    core = cores.select(backend, b)
+    with _autocast_off(a):
+        return core.gather_part(
+            _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
+        )
+
+
 def distribute(
     g: Tensor,
     v: Tensor,

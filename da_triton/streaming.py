@@ -13,14 +13,15 @@ after one; a window of W frames holds at most W + 1 of them.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, cores
-from .functional import _autocast, _autocast_off, _by_head, _check_gather, _keep, distribute
+from . import checks
+from .functional import distribute, gather_part
 from .modules import DoubleAttention, _call
 
 
@@ -82,13 +83,10 @@ class Descriptors:
         backend: str = "auto",
     ) -> "Descriptors":
         """The state of one frame alone; arguments as :func:`da_triton.gather`."""
-        checks.backend(backend)
-        _check_gather(a, b, heads, logit_scale, mask)
-        a, b = _autocast(a, b)
-        checks.one_kind(a=a, b=b)
-        core = cores.select(backend, b)
-        with _autocast_off(a):
-            return _of(core, _by_head(a, heads), _by_head(b, heads), _keep(mask), logit_scale)
+        options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
+        g, lse = gather_part(a, b, heads=heads, **options)
+        maximum, total = _split(lse, mask is not None, g.dtype)
+        return Descriptors(maximum, total, g * total[:, :, None])
 
     def update(
         self,
@@ -136,9 +134,9 @@ class Descriptors:
         with torch.no_grad():
             # A total below 1 has its magnitude in the pivot, or a peak of long ago would hold the
             # pivot up while total, and every later frame beneath it, underflows.
-            total = decay * self.total
-            shift = total.log().clamp(max=0).masked_fill(total == 0, 0)
-            factor = decay * (-shift).exp()
+            shift = (self.total.log() + math.log(decay)).clamp(max=0)
+            shift = shift.masked_fill(self.total == 0, 0)
+            factor = torch.where(shift < 0, 1 / self.total, decay)
         return Descriptors(
             self.maximum + shift, self.total * factor, self.weighted * factor[:, :, None]
         )
@@ -331,41 +329,16 @@ class StreamingDoubleAttention:
         checks.layer_input("frame", frame, self.layer.in_channels)
 
 
-def _of(core, a, b, keep, logit_scale) -> Descriptors:
-    """A frame's state from ``a (N, heads, m, L)``, ``b (N, heads, n, L)`` and ``keep (N, L)``."""
-    if core in (cores.TORCH, cores.EAGER):
-        g = core.gather(a, b, keep=keep, logit_scale=logit_scale)
-        maximum, total = _exponentials(b, keep, logit_scale)
-    else:
-        from .cores import triton
-
-        g, lse = triton.Gather.apply(a, b, keep, None, None, float(logit_scale))
-        if torch.is_grad_enabled() and b.requires_grad:  # lse has no gradient
-            maximum, total = _exponentials(b.to(g.dtype), keep, logit_scale)  # scaled as there
-        else:
-            maximum, total = _split(lse, g.dtype, keep is not None)
-    return Descriptors(maximum, total, g.to(total.dtype) * total[:, :, None])
-
-
-def _split(lse, dtype, masked):
+def _split(lse: Tensor, masked: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``lse`` as ``maximum + log(total)``, with all its digits though the pivot is rounded."""
     if not masked:
-        maximum = lse.to(dtype)
+        maximum = lse.detach().to(dtype)
         return maximum, (lse - maximum).exp().to(dtype)
-    nothing = lse == torch.inf  # how the kernels say that no position was left
-    maximum = lse.to(dtype).masked_fill(nothing, -torch.inf)
-    return maximum, (lse - maximum).exp().masked_fill(nothing, 0).to(dtype)
-
-
-def _exponentials(b, keep, logit_scale):
-    """Pivot and sum of exponentials of the logits that ``eager.gather_weights`` has."""
-    logits = b if logit_scale == 1 else logit_scale * b
-    logits = logits.to(torch.promote_types(b.dtype, torch.float32))
-    if keep is not None:
-        logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
-    maximum = logits.detach().amax(-1)
-    pivot = maximum if keep is None else maximum.masked_fill(maximum == -torch.inf, 0)
-    return maximum, (logits - pivot[..., None]).exp().sum(-1)
+    nothing = lse == torch.inf  # no position was left
+    lse = lse.masked_fill(nothing, 0)
+    maximum = lse.detach().to(dtype)
+    total = (lse - maximum).exp().masked_fill(nothing, 0).to(dtype)
+    return maximum.masked_fill(nothing, -torch.inf), total
 
 
 def _before(later: Descriptors, frame: Descriptors) -> Descriptors:

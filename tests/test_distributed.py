@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import da_triton
 from da_triton import DoubleAttention
+from da_triton.cores import aten
 from da_triton.distributed import WireBytes, wire_bytes
-from da_triton.distributed import _weights as split_weights
 from da_triton.integrations import ResidualDoubleAttention
 from support import ranks
 from support.numerics import check, relative_rms
@@ -108,9 +108,11 @@ def test_a_softmax_over_each_slice_alone_is_rejected():
 def test_weights_far_from_zero_keep_their_digits():
     logits = 300 + 3 * torch.randn(4, 50)
     lse = logits.double().logsumexp(-1)
-    check(split_weights(logits, lse), logits.double().softmax(-1), torch.float32)
+    check(aten.weights_from_lse(logits, lse), logits.double().softmax(-1), torch.float32)
     with pytest.raises(AssertionError):
-        check(split_weights(logits, lse.float()), logits.double().softmax(-1), torch.float32)
+        check(
+            aten.weights_from_lse(logits, lse.float()), logits.double().softmax(-1), torch.float32
+        )
 
 
 def bits(rank, cuts):

@@ -104,7 +104,7 @@ def core_run(place, case):
     g, lse = gather.gather_forward([(a, b, keep)], 0.5)
     z = distribute.distribute_forward(g, v, 1.0, True, 1.0)
     dg, dv = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-    return g, z, dg, dv, *gather.gather_backward(dg, a, b, keep, g, lse, 0.5, True, True)
+    return g, z, dg, dv, *gather.gather_backward(dg, a, b, keep, g, lse, None, 0.5, True, True)
 
 
 def block_run(place, case):

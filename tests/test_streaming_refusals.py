@@ -33,7 +33,7 @@ REFUSALS = [
     (lambda: small.merge(A), TypeError, "Descriptors merge with Descriptors, got Tensor"),
     (lambda: small.forget(0), ValueError, "decay must be over 0 and at most 1, got 0"),
     (lambda: small.forget(1.5), ValueError, "got 1.5"),
-    (lambda: small.forget("1"), TypeError, "decay must be a Python number, got str"),
+    (lambda: small.forget("1"), TypeError, "decay must be a Python number, int or float, got str"),
     (lambda: Window.init(0, small), ValueError, "size must be a positive integer, got 0"),
     (lambda: Window.init(2, small).update(B, A), ValueError, "Start a new state"),
     (lambda: Window.init(2, small).push(A), TypeError, "got Tensor"),

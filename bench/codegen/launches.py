@@ -72,7 +72,7 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[compiler.Launch]:
         g, lse = gather.gather_forward(sources, 1.0)
         distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
         dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
-        gather.gather_backward(dg, a, b, keep, g, lse, 1.0, True, True)
+        gather.gather_backward(dg, a, b, keep, g, lse, None, 1.0, True, True)
     return launches
 
 

@@ -1,4 +1,4 @@
-"""Backends: the same three functions in different operations.
+"""Backends: the same functions in different operations.
 
 One for each backend. (A folder named backends, in a package whose name ends in triton, would be
 skipped by torch.compile, which leaves out every path that contains "triton/backends".)
@@ -17,15 +17,22 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Backend(NamedTuple):
-    """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``."""
+    """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
+
+    ``gather_part`` and ``gather_backward`` (see ``aten``) are for positions of which there are more
+    on other ranks, or in other frames.
+    """
 
     gather: Callable
     distribute: Callable
     block: Callable
+    gather_part: Callable
+    gather_backward: Callable
 
 
-EAGER = Backend(eager.gather, eager.distribute, eager.block)
-TORCH = Backend(aten.gather, aten.distribute, aten_block.block)
+PARTS = aten.gather_part, aten.gather_backward
+EAGER = Backend(eager.gather, eager.distribute, eager.block, *PARTS)
+TORCH = Backend(aten.gather, aten.distribute, aten_block.block, *PARTS)
 
 
 def select(name: str, x: torch.Tensor) -> Backend:
@@ -44,7 +51,10 @@ def select(name: str, x: torch.Tensor) -> Backend:
     if obstacle is None:
         from . import triton, triton_block
 
-        return Backend(triton.gather, triton.distribute, triton_block.block)
+        return Backend(
+            triton.gather, triton.distribute, triton_block.block,
+            triton.gather_part, triton.gather_backward_op,
+        )  # fmt: skip
     if name == "auto":
         return TORCH
     raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")

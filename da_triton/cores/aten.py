@@ -1,19 +1,23 @@
 """The core in ATen operations: any device, differentiable twice, exportable.
 
-Same arguments and results as ``eager``; the differences are those that save time: A is not copied
-for extra tokens, scales are folded into the small matrix G, products are laid out so that the
-result already has v's memory format. G has the maps' dtype.
+``gather`` and ``distribute`` have the arguments and results of ``eager``; the differences are those
+that save time: A is not copied for extra tokens, scales are folded into the small matrix G,
+products are laid out so that the result already has v's memory format. G has the maps' dtype.
+
+``gather_part`` and ``gather_backward`` are for positions that are not all there are, and so work as
+the kernels do: logits are scaled in the dtype of sums, and G comes with the log-sum-exp it needs to
+be joined with others.
 """
 
 import torch
 
-from ..eager import distribution_weights, gather_weights
+from ..eager import distribution_weights, gather_weights, join_extra
+from ..precision import accumulator, lse_dtype
 
 
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)`` in the input's dtype."""
-    if keep is not None:
-        a = a.masked_fill(~keep[:, None, None, :], 0)
+    a = _kept_features(a, keep)
     if extra is None:
         return a @ gather_weights(b, keep, logit_scale).transpose(-1, -2)
     extra_a, extra_b = extra
@@ -32,3 +36,54 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     if v.stride(-2) == 1 and v.shape[1] == 1:
         return (q.transpose(-1, -2) @ g.transpose(-1, -2)).transpose(-1, -2)
     return g @ q
+
+
+def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """``G (N, heads, m, n)`` in the dtype of sums, and ``lse (N, heads, n)``; both differentiable.
+
+    Where no position is left, G is 0 and lse +inf.
+    """
+    if extra is not None:
+        a, b, keep = join_extra(a, b, keep, extra)
+    logits = scaled_logits(b, keep, logit_scale)
+    pivot = logits.detach().amax(-1)
+    if keep is not None:
+        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
+    weights = (logits - pivot[..., None]).exp()
+    total = weights.sum(-1)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)
+    g = _kept_features(a, keep).to(weights.dtype) @ weights.mT / total[:, :, None]
+    statistics = lse_dtype(b.dtype)
+    return g, (pivot.to(statistics) + total.to(statistics).log()).masked_fill(nothing, torch.inf)
+
+
+def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+    """dA and dB of some positions from the G and lse of all; None where not needed."""
+    weights = weights_from_lse(scaled_logits(b, keep, logit_scale), lse)
+    da = (dg @ weights).to(a.dtype) if need_a else None
+    if not need_b:
+        return da, None
+    delta = (dg * g).sum(-2)
+    if dlse is not None:
+        delta = delta - dlse.to(delta.dtype)
+    db = weights * (dg.mT @ _kept_features(a, keep).to(dg.dtype) - delta[..., None])
+    return da, (logit_scale * db).to(b.dtype)
+
+
+def scaled_logits(b, keep, logit_scale):
+    """The gather's logits in the dtype of sums, −inf where a position is masked."""
+    logits = logit_scale * b.to(accumulator(b.dtype))
+    return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+
+
+def weights_from_lse(logits, lse):
+    """``P = exp(logits − lse)``: lse is taken away in two parts, as ``kernels.tiles`` does."""
+    pivot = lse.to(logits.dtype)
+    rest = (pivot - lse).nan_to_num(0).to(logits.dtype)  # inf − inf, where nothing is left to weigh
+    return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
+
+
+def _kept_features(a, keep):
+    """A masked position may hold anything."""
+    return a if keep is None else a.masked_fill(~keep[:, None, None, :], 0)

@@ -19,6 +19,7 @@ from ..checks import DTYPES
 from ..kernels import distribute as distribute_kernels
 from ..kernels import gather as gather_kernels
 from ..kernels import launch
+from ..precision import accumulator, lse_dtype
 from . import aten
 from .operators import differentiable, or_empty, unviewed, wants_graph
 
@@ -63,6 +64,12 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
     return Gather.apply(a, b, keep, extra_a, extra_b, float(logit_scale))[0]
 
 
+def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """``G`` as :func:`gather`, and lse, both differentiable; as ``aten.gather_part``."""
+    extra_a, extra_b = (None, None) if extra is None else extra
+    return GatherPart.apply(a, b, keep, extra_a, extra_b, float(logit_scale))
+
+
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z (N, heads, m, L)`` in v's dtype and memory format."""
     return Distribute.apply(g, v, float(scale), softmax, float(logit_scale))
@@ -90,8 +97,8 @@ def gather_op(
 @gather_op.register_fake
 def _(a, b, keep, extra_a, extra_b, logit_scale):
     batch, heads, c_m, _ = a.shape
-    g = a.new_empty((batch, heads, c_m, b.shape[2]), dtype=launch.accumulator(a.dtype))
-    return g, a.new_empty((batch, heads, b.shape[2]), dtype=launch.lse_dtype(a.dtype))
+    g = a.new_empty((batch, heads, c_m, b.shape[2]), dtype=accumulator(a.dtype))
+    return g, a.new_empty((batch, heads, b.shape[2]), dtype=lse_dtype(a.dtype))
 
 
 @torch.library.custom_op("da_triton::gather_backward", mutates_args=())
@@ -102,51 +109,60 @@ def gather_backward_op(
     keep: Tensor | None,
     g: Tensor,
     lse: Tensor,
+    dlse: Tensor | None,
     logit_scale: float,
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
     """dA and dB; empty where not needed."""
     keep = None if keep is None else keep.view(torch.uint8)
-    da, db = gather_kernels.gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b)
+    da, db = gather_kernels.gather_backward(
+        dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b
+    )
     return or_empty(da, a), or_empty(db, b)
 
 
 @gather_backward_op.register_fake
-def _(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
+def _(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
     return or_empty(da, a), or_empty(db, b)
 
 
-def _gather_setup(ctx, inputs, output):
-    a, b, keep, extra_a, extra_b, ctx.logit_scale = inputs
-    g, lse = output
-    ctx.mark_non_differentiable(lse)
+def _part_setup(ctx, inputs, output):
+    *tensors, ctx.logit_scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, keep, extra_a, extra_b, g, lse)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _gather_gradients(ctx, dg, _):
+def _gather_setup(ctx, inputs, output):
+    _part_setup(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gather_gradients(ctx, dg, dlse):
     a, b, keep, extra_a, extra_b, g, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
-    if dg is None:
+    if dg is None and dlse is None:
         return (None,) * 6
+    dg = torch.zeros_like(g) if dg is None else dg
     if wants_graph():
+        upstream = dg if dlse is None else (dg, dlse)
 
         def forward(a, b, keep, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
-            return aten.gather(a, b, keep=keep, extra=extra, logit_scale=ctx.logit_scale).to(
-                dg.dtype
-            )
+            options = {"keep": keep, "extra": extra, "logit_scale": ctx.logit_scale}
+            if dlse is not None:
+                return aten.gather_part(a, b, **options)
+            return aten.gather(a, b, **options).to(dg.dtype)
 
-        return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, dg), None
+        return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, upstream), None
     grads = [None, None, None, None, None, None]
     for i, (features, maps, mask) in {0: (a, b, keep), 3: (extra_a, extra_b, None)}.items():
         j = i + 1
         if needs[i] or needs[j]:
             da, db = gather_backward_op(
-                dg, features, maps, mask, g, lse, ctx.logit_scale, needs[i], needs[j]
+                dg, features, maps, mask, g, lse, dlse, ctx.logit_scale, needs[i], needs[j]
             )
             grads[i], grads[j] = (da if needs[i] else None), (db if needs[j] else None)
     return tuple(grads)
@@ -166,6 +182,12 @@ class Gather(torch.autograd.Function):
 
     setup_context = staticmethod(_gather_setup)
     backward = staticmethod(_gather_gradients)
+
+
+class GatherPart(Gather):
+    """The same, whose lse has a gradient too."""
+
+    setup_context = staticmethod(_part_setup)
 
 
 # --- distribute -----------------------------------------------------------------------------------
@@ -202,7 +224,7 @@ def distribute_backward_op(
 
 @distribute_backward_op.register_fake
 def _(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
-    dg = g.new_empty(g.shape, dtype=launch.accumulator(v.dtype)) if need_g else None
+    dg = g.new_empty(g.shape, dtype=accumulator(v.dtype)) if need_g else None
     dv = launch.empty_map_like(v) if need_v else None
     return or_empty(dg, g), or_empty(dv, v)
 
@@ -254,7 +276,7 @@ def gather_flops(a, b, keep, extra_a, extra_b, logit_scale, **_):
 
 
 @register_flop_formula(torch.ops.da_triton.gather_backward)
-def gather_backward_flops(dg, a, b, keep, g, lse, logit_scale, need_a, need_b, **_):
+def gather_backward_flops(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b, **_):
     return 2 * _elements(*a, b[2]) * (need_a + need_b)
 
 

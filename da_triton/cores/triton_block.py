@@ -18,6 +18,7 @@ from .. import planner
 from ..costs import Shape, order_cost
 from ..kernels import block as kernels
 from ..kernels import configs, launch
+from ..precision import accumulator, lse_dtype
 from . import aten_block
 from .operators import differentiable, or_empty, unviewed, wants_graph
 
@@ -78,8 +79,8 @@ def _(
 def _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v):
     batch, c_m, maps = x.shape[0], weight_a.shape[0], weight_b.shape[0]
     out = launch.empty_rows_like(x, c_m if weight_out is None else weight_out.shape[0])
-    lse = x.new_empty((batch, maps), dtype=launch.lse_dtype(x.dtype))
-    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=launch.accumulator(x.dtype))
+    lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
     return out, lse, g, launch.empty_rows_like(x, maps) if keep_v else x.new_empty(0)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import accumulator
 from ..projection import add_project, project
 from . import (
     block_backward,
@@ -172,7 +173,7 @@ def _distribute(x, v, bias, d, start, w, o, through_h):
         return z.add_(x) if o.residual else z
     h = d.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
     y = core_distribute.distribute_forward(h, v, 1.0, o.softmax_v, o.logit_scale_v, bias)
-    y = y.squeeze(1) if o.heads == 1 else y.sum(1, dtype=launch.accumulator(x.dtype))
+    y = y.squeeze(1) if o.heads == 1 else y.sum(1, dtype=accumulator(x.dtype))
     if w.bias_out is not None:
         y = y + w.bias_out[:, None]
     return (y + x if o.residual else y).to(x.dtype)
@@ -211,5 +212,5 @@ def _fused_backward(dout, x, w, keep, v, o, need_x):
         both, x, dh, g, dg, m, w.a, scale=o.scale
     )
     if not o.softmax_v:
-        dbo = dout.sum((0, 2), dtype=launch.accumulator(x.dtype)).to(x.dtype)
+        dbo = dout.sum((0, 2), dtype=accumulator(x.dtype)).to(x.dtype)
     return Gradients(dx, dwa, dba, dwb, dwv, dbv, dwo, dbo)

@@ -13,6 +13,7 @@ written in parts and merged by ``descriptors``.
 import triton
 import triton.language as tl
 
+from ..precision import accumulator
 from . import configs, fused_tiles, launch
 from .project_distribute import rows_of_lanes, softmax_heads
 from .tiles import dot, exp_minus, load_keep, load_map, load_matrix, scalar
@@ -226,7 +227,7 @@ def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, 
     if v is not None:
         tile = fused_tiles.special(tile, "distribute_side", x, configs.architecture(x.device))
     chunk, splits = launch.chunks(batch, length, tile, x.device)
-    parts = x.new_empty((batch, splits, maps, c_out), dtype=launch.accumulator(x.dtype))
+    parts = x.new_empty((batch, splits, maps, c_out), dtype=accumulator(x.dtype))
     v_ = x if v is None else v
     align = launch.alignment(x, dout, v_, dv)
     with launch.device_of(x):

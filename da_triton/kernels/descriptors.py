@@ -16,6 +16,7 @@ are float32 (float64 for float64).
 import triton
 import triton.language as tl
 
+from ..precision import accumulator, lse_dtype
 from . import configs, launch
 from .tiles import dot_wide, exp, load_matrix, log_sum, scalar
 
@@ -218,8 +219,8 @@ def descriptors_backward_kernel(
 def empty(x, weights, heads):
     """Uninitialised lse and G of a batch like x."""
     batch, c_m, maps = x.shape[0], len(weights.a), len(weights.b)
-    lse = x.new_empty((batch, maps), dtype=launch.lse_dtype(x.dtype))
-    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=launch.accumulator(x.dtype))
+    lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
     return lse, g
 
 

@@ -13,6 +13,7 @@ Tensors are ``(N, heads, channels, positions)`` in any strides.
 import triton
 import triton.language as tl
 
+from ..precision import accumulator
 from . import all_maps, configs, launch, tiled
 from .tiles import dot, load_map, load_matrix, scalar, softmax_maps, store_map
 
@@ -199,7 +200,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     dv = launch.empty_map_like(v) if need_v else None
     if batch == 0 or not (need_g or need_v):
         shape = batch, heads, g.shape[2], c_n
-        return g.new_zeros(shape, dtype=launch.accumulator(v.dtype)) if need_g else None, dv
+        return g.new_zeros(shape, dtype=accumulator(v.dtype)) if need_g else None, dv
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if configs.one_tile(v, g.shape[2], c_n):
         parts = _backward_in_one(dz, g, v, dv, need_g, **scalars)
@@ -246,7 +247,7 @@ def _backward_in_one(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     need_v = dv is not None
     tile = configs.tile("distribute_backward", v, c_m, c_n)
     chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
-    acc = launch.accumulator(v.dtype)
+    acc = accumulator(v.dtype)
     partial = v.new_empty((batch * heads, splits, c_m, c_n), dtype=acc) if need_g else v
     dv_ = v if dv is None else dv
     align = launch.alignment(dz, v, dv_)

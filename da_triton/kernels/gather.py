@@ -21,6 +21,7 @@ Tensors are ``(N, heads, channels, positions)`` in any strides.
 import triton
 import triton.language as tl
 
+from ..precision import accumulator, lse_dtype
 from . import all_maps, configs, delta, launch, tiled
 from .tiles import (
     dot,
@@ -310,9 +311,9 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     if g is None:
-        g = a.new_empty((batch, heads, c_m, c_n), dtype=launch.accumulator(a.dtype))
+        g = a.new_empty((batch, heads, c_m, c_n), dtype=accumulator(a.dtype))
     if lse is None:
-        lse = a.new_empty((batch, heads, c_n), dtype=launch.lse_dtype(a.dtype))
+        lse = a.new_empty((batch, heads, c_n), dtype=lse_dtype(a.dtype))
     if batch == 0:
         return g, lse
     if sum(splits for _, splits in _chunks(sources)) == 1:
@@ -336,7 +337,7 @@ def gather_parts(sources, logit_scale):
     a, b, _ = sources[0]
     batch, heads, c_m, _ = a.shape
     slots, maps = sum(splits for _, splits in _chunks(sources)), heads * b.shape[2]
-    dtype = launch.accumulator(a.dtype)
+    dtype = accumulator(a.dtype)
     parts = (
         a.new_empty((batch, slots, maps, c_m), dtype=dtype),
         *(a.new_empty((batch, slots, maps), dtype=dtype) for _ in range(2)),
@@ -378,12 +379,17 @@ def _gather(sources, logit_scale, results, bias, rounded, final):
         slot += splits
 
 
-def gather_backward(dg, a, b, keep, g, lse, logit_scale, need_a, need_b):
-    """dA and dB (None where not needed) from ``dG``, the inputs, ``G`` and ``lse``."""
+def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+    """dA and dB (None where not needed) from dG and dlse (or None), the inputs, ``G`` and ``lse``.
+
+    A map's P is the gradient of its lse: dlse is subtracted from δ.
+    """
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
     if a.shape[0] and (need_a or need_b):
         dg, correction = delta.rounded_and_delta(dg[:, :, None], g, a.dtype)
+        if dlse is not None:
+            correction = correction - dlse.reshape(correction.shape).to(correction.dtype)
         backward(dg, correction, a, b, keep, lse, da, db, logit_scale)
     return da, db
 

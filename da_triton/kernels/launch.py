@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..precision import accumulator
+
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -26,16 +28,6 @@ INTERPRETER = threading.RLock()
 
 # Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
 COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
-
-
-def accumulator(dtype):
-    """Dtype of sums and statistics: float32, and float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def lse_dtype(dtype):
-    """Dtype of a log-sum-exp: one more than the weights need that are recomputed from it."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
 def p_scale(dtype):

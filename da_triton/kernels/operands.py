@@ -8,6 +8,7 @@ rounded    G in the dtype of the maps
 import triton
 import triton.language as tl
 
+from ..precision import accumulator
 from . import launch
 from .tiles import load_map, store_map
 
@@ -116,7 +117,7 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
                 *sizes, channels, length // align,
                 *launch.strides(x_, align), *launch.strides(map_, align),
                 START=start is not None, HAS_X=x is not None, HAS_BIAS=bias is not None,
-                ALIGN=align, ACC=launch.TRITON_DTYPE[launch.accumulator(w.dtype)],
+                ALIGN=align, ACC=launch.TRITON_DTYPE[accumulator(w.dtype)],
                 BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
     return [stacked] if together else weights, rounded

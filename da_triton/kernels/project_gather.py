@@ -17,6 +17,7 @@ Both write partial results of a chunk of positions, which ``descriptors`` merges
 import triton
 import triton.language as tl
 
+from ..precision import accumulator
 from . import configs, fused_tiles, launch
 from .tiles import dot, load_keep, load_map, load_matrix, online_softmax, scalar
 
@@ -208,7 +209,7 @@ def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
 
 
 def _parts(x, splits, maps, features):
-    dtype = launch.accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     acc = x.new_empty((x.shape[0], splits, maps, features), dtype=dtype)
     statistics = [x.new_empty((x.shape[0], splits, maps), dtype=dtype) for _ in range(2)]
     return acc, *statistics

@@ -17,6 +17,7 @@ innermost loop, where loads are pipelined.
 import triton
 import triton.language as tl
 
+from ..precision import accumulator, lse_dtype
 from . import configs, launch
 from .tiles import dot, exp, exp_minus, load_keep, load_map, load_matrix, log_sum, scalar, store_map
 
@@ -312,7 +313,7 @@ def descriptor_gradient_kernel(
 def position_lse(x, logit_scale):
     """Log-sum-exp over maps of each position, ``(N·heads, L)``."""
     batch, heads, c_n, length = x.shape
-    lse = x.new_empty((batch * heads, length), dtype=launch.lse_dtype(x.dtype))
+    lse = x.new_empty((batch * heads, length), dtype=lse_dtype(x.dtype))
     tile = configs.tile("position_lse", x, 1, c_n)
     align = launch.alignment(x)
     with launch.device_of(x):
@@ -334,7 +335,7 @@ def mix_product(w, x, y, *, scale, logit_scale, lse):
     batch, heads, c_n, length = x.shape
     tile = configs.tile("mix", x, w.shape[2], c_n)
     blocks = triton.cdiv(w.shape[2], tile.block_m)
-    r = x.new_empty((batch * heads, blocks, length), dtype=launch.accumulator(x.dtype))
+    r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
     _mix(w, x, y, r, scale, logit_scale, lse, False, None)
     return r
 
@@ -393,7 +394,7 @@ def descriptor_gradient(y, x, scale, logit_scale, lse):
     tile = configs.tile("descriptor_gradient", x, c_m, c_n)
     tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
     chunk, splits = launch.chunks(batch * heads * tiles, length, tile, x.device)
-    partial = x.new_empty((batch * heads, splits, c_m, c_n), dtype=launch.accumulator(x.dtype))
+    partial = x.new_empty((batch * heads, splits, c_m, c_n), dtype=accumulator(x.dtype))
     align = launch.alignment(y, x)
     with launch.device_of(x):
         descriptor_gradient_kernel[(batch * heads * splits * tiles,)](

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..precision import accumulator
 from . import configs, launch
 from .tiles import dot, load_map, load_matrix, scalar
 
@@ -263,7 +264,7 @@ def outer(t, x):
     # A part weighs as much as its tiles of t and x together at a few blocks of positions.
     chunk = max(chunk, LEAST_BLOCKS)
     chunks = triton.cdiv(padded * batch // tile.block_l, chunk)
-    dtype = launch.accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     parts = x.new_empty((chunks, rows, channels), dtype=dtype)
     sums = x.new_empty((chunks, rows), dtype=dtype)
     align = launch.alignment(x, t)
@@ -331,7 +332,7 @@ def products(t, x, *rows):
 
 def _library_product(t, x):
     """The same without a kernel: in channels-last memory one product of all positions."""
-    acc = launch.accumulator(x.dtype)
+    acc = accumulator(x.dtype)
     if x.stride(1) == t.stride(1) == 1 and x.shape[1] > 1 < t.shape[1]:
         rows, columns = (y.transpose(1, 2).flatten(0, 1) for y in (t, x))
         weight = rows.t() @ columns

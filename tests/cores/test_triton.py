@@ -33,8 +33,9 @@ def test_opcheck_gather(masked, channels_last):
     g, lse = (x.detach() for x in core.gather_op(*args))
     dg = peaky(*g.shape[:2], g.shape[3], g.shape[2], dtype=g.dtype).mT
     for needs in ((True, True), (True, False), (False, True)):
-        args = (dg, a.detach(), b.detach(), keep, g, lse, 0.7, *needs)
-        torch.library.opcheck(core.gather_backward_op, args)
+        for dlse in (None, torch.ones_like(lse)):
+            args = (dg, a.detach(), b.detach(), keep, g, lse, dlse, 0.7, *needs)
+            torch.library.opcheck(core.gather_backward_op, args)
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS, ids=["nchw", "nhwc"])
@@ -59,7 +60,7 @@ def test_fakes_have_the_true_strides(case, channels_last):
     g, lse = core.gather_op(a, b, None, None, None, 1.0)
     z = core.distribute_op(g, v, 1.0, True, 1.0)
     dg, dv = core.distribute_backward_op(z, g, v, 1.0, True, 1.0, True, True)
-    da, db = core.gather_backward_op(dg, a, b, None, g, lse, 1.0, True, True)
+    da, db = core.gather_backward_op(dg, a, b, None, g, lse, None, 1.0, True, True)
     real = (g, lse, z, dg, dv, da, db)
 
     mode = torch._subclasses.FakeTensorMode()
@@ -68,7 +69,7 @@ def test_fakes_have_the_true_strides(case, channels_last):
         g, lse = core.gather_op(a, b, None, None, None, 1.0)
         z = core.distribute_op(g, v, 1.0, True, 1.0)
         dg, dv = core.distribute_backward_op(z, g, v, 1.0, True, 1.0, True, True)
-        da, db = core.gather_backward_op(dg, a, b, None, g, lse, 1.0, True, True)
+        da, db = core.gather_backward_op(dg, a, b, None, g, lse, None, 1.0, True, True)
     for x, fake in zip(real, (g, lse, z, dg, dv, da, db), strict=True):
         assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
 

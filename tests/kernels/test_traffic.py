@@ -77,7 +77,7 @@ def _measure(work, monkeypatch):
         distribute.distribute_forward(g, v, 1.0, True, 1.0)
     with traffic.count() as backward:
         dg, _ = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-        gather.gather_backward(dg, a, b, None, g, lse, 1.0, True, True)
+        gather.gather_backward(dg, a, b, None, g, lse, None, 1.0, True, True)
     element = 2 * work.heads * work.length
     return {
         "forward": forward,

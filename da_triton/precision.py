@@ -1,0 +1,13 @@
+"""The dtypes of what is summed over positions, in every backend."""
+
+import torch
+
+
+def accumulator(dtype):
+    """Dtype of sums and statistics: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lse_dtype(dtype):
+    """Dtype of a log-sum-exp: one more than the weights need that are recomputed from it."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
