@@ -15,7 +15,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def tensor(name: str, x: Tensor, kind: str = "") -> None:
     """A tensor in dense memory."""
     if not isinstance(x, Tensor):
-        hint = " To trace with torch.fx, make the layer a leaf." if isinstance(x, Proxy) else ""
+        hint = ""
+        if isinstance(x, Proxy):
+            hint = " To trace with torch.fx, make the layer a leaf."
+        elif isinstance(x, (list, tuple)):
+            hint = f" Use torch.tensor({name})."
         raise TypeError(f"{name} must be a torch.Tensor{kind}, got {type(x).__name__}.{hint}")
     if x.is_nested:
         raise TypeError(

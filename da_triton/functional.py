@@ -33,7 +33,7 @@ def gather(
             part. A map with no position left gives zeros.
         cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
             of S sequences behind each other, ``(1, channels, total)``, and sequence s is those from
-            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros (but total ≥ 1).
+            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros.
             Neighbours of equal length share a launch. The host reads it, and waits for it if it is
             on a GPU: keep it on the CPU. See :mod:`da_triton.packed`. Not with ``process_group``.
         backend: ``"auto"`` (Triton on a supported GPU, else ``"torch"``), ``"triton"``,
@@ -52,7 +52,7 @@ def gather(
         RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask, process_group, backend)
+    _check_gather(a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
     offsets = _offsets(cu_seqlens, process_group, a=a, b=b)
     a, b = _autocast(a, b)
     checks.one_kind(a=a, b=b)
@@ -117,7 +117,7 @@ def distribute(
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
     checks.backend(backend)
-    checks.feature_map("v", v)
+    checks.feature_map("v", v, may_have_no_positions=cu_seqlens is not None)
     checks.number(scale=scale, logit_scale=logit_scale)
     checks.flag(softmax=softmax)
     offsets = _offsets(cu_seqlens, None, v=v)
@@ -175,8 +175,9 @@ def double_attention(
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask, process_group, backend)
-    checks.feature_map("v", v, may_have_no_positions=process_group is not None)
+    _check_gather(a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
+    some = process_group is not None or cu_seqlens is not None
+    checks.feature_map("v", v, may_have_no_positions=some)
     checks.heads(heads, v=v.shape[1])
     checks.same_batch("b", b, "v", v)
     if v.shape[1] != b.shape[1]:
@@ -308,11 +309,14 @@ def double_attention_block(
     return _positions_of(out, x)
 
 
-def _check_gather(a, b, heads, logit_scale, mask, process_group=None, backend="auto"):
+def _check_gather(
+    a, b, heads, logit_scale, mask, process_group=None, backend="auto", cu_seqlens=None
+):
     if process_group is not None:
         checks.process_group(process_group, backend)
-    checks.feature_map("a", a, may_have_no_positions=process_group is not None)
-    checks.feature_map("b", b, may_have_no_positions=process_group is not None)
+    some = process_group is not None or cu_seqlens is not None
+    checks.feature_map("a", a, may_have_no_positions=some)
+    checks.feature_map("b", b, may_have_no_positions=some)
     checks.same_positions(a=a, b=b)
     checks.heads(heads, a=a.shape[1], b=b.shape[1])
     checks.number(logit_scale=logit_scale)

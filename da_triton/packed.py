@@ -136,15 +136,14 @@ def by_sequence(core: Backend, offsets: list[int]) -> Backend:
             if a_.shape[-1]:
                 found.append(core.gather(a_, b_, keep=keep_, extra=extra_, logit_scale=logit_scale))
             else:
-                found.append(a_.new_zeros(*a_.shape[:3], b_.shape[2]))
+                found.append(a_ @ b_.mT)  # zeros that still have gradients
         return torch.cat(found)
 
     def distribute(g, v, **options):
         parts: list[Tensor] = []
         for g_, v_ in zip(g.split(counts), split(v), strict=True):
-            if v_.shape[-1]:
-                z = core.distribute(g_, v_, **options)
-                parts += (z.squeeze(0),) if len(z) == 1 else z.unbind()
+            z = core.distribute(g_, v_, **options) if v_.shape[-1] else g_.to(v.dtype) @ v_
+            parts += (z.squeeze(0),) if len(z) == 1 else z.unbind()
         if v.stride(-1) == 1:
             return torch.cat(parts, -1)[None]
         positions_first = [z.permute(2, 0, 1) for z in parts]  # joined as v's memory has them

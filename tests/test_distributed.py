@@ -426,6 +426,21 @@ def test_bytes_on_the_wire_do_not_depend_on_positions(dtype, backend, tmp_path):
             assert received == list(expected)
 
 
+def counted_in_a_block(rank, cuts, recompute):
+    layer, x = block(distributed.group.WORLD, recompute=recompute), own(image(), rank, cuts)
+    with Received() as forward:
+        y = layer(x)
+    with Received() as backward:
+        y.sum().backward()
+    return len(forward.bytes), len(backward.bytes)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_gathers_again_only_if_it_recomputes(recompute, tmp_path):
+    for found in ranks.run(2, counted_in_a_block, tmp_path, CUTS[2], recompute):
+        assert found == (1, 2 if recompute else 1)
+
+
 def test_bytes_of_a_large_image():
     """128 features, 128 maps; x of 256 channels at 2²⁴ positions, in float32."""
     assert wire_bytes(1, 1, 128, 128, ranks=4) == WireBytes(199_680, 196_608)

@@ -162,6 +162,19 @@ def test_tokens_of_a_sequence_without_positions(backend):
     assert not torch.autograd.grad(z.sum(), extra[0])[0][1].any()
 
 
+@each_backend
+def test_nothing_packed(backend):
+    """A batch whose sequences are all empty: zeros, and a training step goes through."""
+    tensors = [torch.zeros(1, HEADS * c, 0, device=DEVICE, requires_grad=True) for c in (M, N, N)]
+    options = {"cu_seqlens": torch.zeros(4, dtype=torch.int32), "backend": backend}
+    g = da_triton.gather(*tensors[:2], heads=HEADS, **options)
+    assert torch.equal(g, torch.zeros(3, HEADS, M, N, device=DEVICE))
+    z = da_triton.double_attention(*tensors, heads=HEADS, **options)
+    assert z.shape == (1, HEADS * M, 0)
+    (z.sum() + da_triton.distribute(g, tensors[2], **options).sum()).backward()
+    assert all(x.grad.shape == x.shape for x in tensors)
+
+
 class Operations(TorchDispatchMode):
     """The names of all that runs, in order."""
 
@@ -297,7 +310,7 @@ def distribute(g=G, v=V):
 
 
 REFUSALS = [
-    (gather([0, 4, 9]), TypeError, r"int32 or int64, got list. Use torch.tensor\(offsets\)"),
+    (gather([0, 4, 9]), TypeError, r"int32 or int64, got list. Use torch.tensor\(cu_seqlens\)"),
     (gather(GOOD.float()), TypeError, r"got torch.float32. Convert it with .long\(\)"),
     (gather(GOOD.bool()), TypeError, "got torch.bool"),
     (gather(GOOD[None]), ValueError, r"must be \(S \+ 1,\).*got shape \(1, 3\)"),

@@ -245,6 +245,14 @@ def test_a_peak_of_long_ago_does_not_hide_the_frames_after_it():
             check(state.read(), whole(a[: i + 1], aged(b[: i + 1], 0.5)), torch.float32)
 
 
+@pytest.mark.parametrize("decay", [1e-30, 1e-44, 5e-324])
+def test_what_is_as_good_as_forgotten_leaves_the_newest_frame(decay):
+    a, b = video(3, torch.float32)
+    state = run_decayed(start(torch.float32), a, b, decay)
+    check(state.read(), whole(a[-1:], b[-1:]), torch.float32)
+    check(state.forget(decay).read(), whole(a[-1:], b[-1:]), torch.float32)
+
+
 def gradients(g, *frames):
     weights = torch.linspace(-1, 1, g.numel(), dtype=g.dtype, device=g.device).view(g.shape)
     return torch.autograd.grad((weights * g).sum(), [x for f in frames for x in f])
