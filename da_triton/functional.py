@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, cores, distributed, eager, packed
+from .tracing import constant
 
 
 def gather(
@@ -382,7 +383,7 @@ def _autocast_off(x: Tensor):
     return torch.autocast(kind, enabled=False)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+@constant  # torch 2.11 cannot trace the question
 def _autocast_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 

@@ -14,10 +14,9 @@ import functools
 import importlib.util
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import checks
 from .checks import ORDERS
@@ -32,6 +31,7 @@ from .costs import (
     order_cost,
     split_backward_steps,
 )
+from .tracing import constant
 
 # Rates of an H200 with measured or data-sheet ceilings; only their proportions matter here, and
 # only to rank the orders.
@@ -83,7 +83,7 @@ def intervals(
     return tuple(zip(starts, [*starts[1:], math.inf], best, strict=True))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _known_intervals(*shape):
     """``intervals``, which depends on nothing that varies from call to call of a model."""
     return intervals(*shape)
@@ -100,13 +100,14 @@ def choose_order(
     cpu: bool = False,
 ) -> str:
     """The order with the least modelled time for ``length`` positions."""
+    known: Any = bool
+    if torch.compiler.is_compiling() or isinstance(length, torch.SymInt):  # slow to import
+        from torch.fx.experimental.symbolic_shapes import statically_known_true as known
     chosen = "AZ"
     for start, end, order in _known_intervals(
         channels, c_m, c_n, heads, itemsize, reconstruct, cpu
     ):
-        if statically_known_true(length >= start) and (
-            end == math.inf or statically_known_true(length < end)
-        ):
+        if known(length >= start) and (end == math.inf or known(length < end)):
             chosen = order
     return chosen
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import da_triton
+from da_triton.tracing import constant
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +55,21 @@ def test_import_without_triton():
 def test_import_does_not_import_triton():
     result = python("import da_triton, sys; print('da_triton.kernels.gather' in sys.modules)")
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_import_does_not_import_the_compiler():
+    """They take seconds, and most processes never compile."""
+    heavy = {"torch._dynamo", "torch._inductor", "sympy", "triton"}
+    before = python(f"import torch, sys; print(sorted({heavy} & set(sys.modules)))")
+    after = python(f"import da_triton, sys; print(sorted({heavy} & set(sys.modules)))")
+    assert after.stdout == before.stdout, after.stderr
+
+
+def test_what_the_compiler_is_told_is_what_pytorch_says():
+    ours, theirs = (
+        mark(lambda: None) for mark in (constant, torch.compiler.assume_constant_result)
+    )
+    assert vars(ours) == vars(theirs) != {}
 
 
 def test_the_interpreter_is_refused_bfloat16_without_the_correction():

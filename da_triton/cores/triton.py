@@ -20,6 +20,7 @@ from ..kernels import distribute as distribute_kernels
 from ..kernels import gather as gather_kernels
 from ..kernels import launch
 from ..precision import accumulator, lse_dtype
+from ..tracing import constant
 from . import aten
 from .operators import differentiable, or_empty, unviewed, wants_graph
 
@@ -48,7 +49,7 @@ def obstacle(x: Tensor) -> str | None:
     return _gpu_obstacle(x.device)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _gpu_obstacle(device: torch.device) -> str | None:
     if torch.version.hip:
         return None
