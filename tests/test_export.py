@@ -63,7 +63,10 @@ def test_signals_and_videos(positions, tmp_path):
     block = DoubleAttention(16, 8, 6, heads=2, residual=True, backend="torch").eval()
     first, second = (torch.randn(n, 16, *p) for n, p in zip((2, 3), positions, strict=True))
     shapes = ({**dynamic(len(positions[0]))},)
-    program = torch.export.export(block, (first,), dynamic_shapes=shapes)
+    # torch 2.11 cannot prove that min(L, 4 L) = L: it asserts that when the program runs.
+    program = torch.export.export(
+        block, (first,), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+    )
     path = str(tmp_path / "block.onnx")
     torch.onnx.export(
         block, (first,), path, dynamo=True, dynamic_shapes=shapes, input_names=["x"], verbose=False

@@ -28,6 +28,10 @@ ACCEPTED = {
     ("sm_89", "weight_gradients", 19): 2,
     ("sm_90", "gather_side", 128): 12,
 }
+# The same where the oldest Triton that is supported compiles.
+ACCEPTED_OF = {
+    "3.6.0": {("sm_80", "delta", 32): 3, ("sm_90", "weight_gradients", 19): 16},
+}
 # Matrix units of the core's kernels in full precision: none for float32 on NVIDIA.
 FLOAT64_UNITS = ("sm_80", "sm_90", "gfx942")
 
@@ -164,6 +168,7 @@ def test_table_is_of_the_programs_that_launches_compile(arch):
 def test_table_has_the_figures_that_the_compiler_gives(arch):
     """Of one program of each kernel; of another Triton, that it compiles without a spill."""
     listed = {row["digest"]: row for row in kept(arch)}
+    accepted = ACCEPTED_OF.get(TRITON, {})
     compiled = [row for row in sample(arch) if "registers" in row]
     assert len(compiled) == len({row["kernel"] for row in sample(arch)})
     for row in compiled:
@@ -171,4 +176,5 @@ def test_table_has_the_figures_that_the_compiler_gives(arch):
         if fresh["digest"] in listed:
             assert fresh == listed[fresh["digest"]]
         else:
-            assert fresh["L"] == table.ODD or not fresh["spills"], table.title(fresh)
+            most = accepted.get((arch, fresh["kernel"], fresh["n"]), 0)
+            assert fresh["L"] == table.ODD or fresh["spills"] <= most, table.title(fresh)
