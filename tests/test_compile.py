@@ -25,8 +25,10 @@ def step(function, x, *args):
     return out.detach(), grad
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("order", ["auto", "AZ", "XZ", "AH", "XH"])
+@pytest.mark.parametrize(
+    ("order", "recompute"),
+    [("auto", False), ("auto", True), ("AZ", False), ("XZ", True), ("AH", False), ("XH", True)],
+)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_new_size_is_not_a_new_compilation(backend, order, recompute):
     block = DoubleAttention(
@@ -34,7 +36,7 @@ def test_a_new_size_is_not_a_new_compilation(backend, order, recompute):
     ).to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, backend=counter, fullgraph=True)
-    for batch, height, width in ((2, 5, 6), (3, 7, 4), (2, 9, 8), (4, 3, 11)):
+    for batch, height, width in ((2, 5, 6), (3, 7, 4), (4, 3, 11)):
         x = torch.randn(batch, 16, height, width, device=DEVICE)
         exact = step(copy.deepcopy(block).double(), x.double())
         for ours, uncompiled, expected in zip(
@@ -56,8 +58,8 @@ def test_inductor(backend):
         results = zip(step(compiled, x), step(block.double(), x.double()), strict=True)
         for ours, expected in results:
             check(ours, expected, torch.float32)
+            assert ours.is_contiguous(memory_format=memory_format)
         block.float()
-        assert compiled(x).is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
