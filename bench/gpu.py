@@ -31,7 +31,7 @@ WITHOUT_A_GPU = (
     "test_distributed.py", "test_export.py", "test_layers.py", "test_notebooks.py",
     "test_readme.py", "test_sharding.py",
 )  # fmt: skip
-NEEDS = {"hypothesis": ("test_functional.py", "test_properties.py")}  # a bare machine may lack it
+NEEDS = {"hypothesis": ("test_properties.py",)}  # a bare machine may lack it
 
 
 def own_tests() -> list[str]:

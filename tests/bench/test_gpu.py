@@ -151,14 +151,14 @@ def test_own_tests_are_run_with_what_is_installed(monkeypatch):
     everything = gpu.own_tests()
     assert "-n" in everything
     assert "--ignore=tests/bench" in everything
-    assert "--ignore=tests/test_functional.py" not in everything
+    assert "--ignore=tests/test_properties.py" not in everything
     for argument in everything:
         path = argument.removeprefix("--ignore=")
         assert path == argument or (gpu.ROOT / path).exists()
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     bare = gpu.own_tests()
     assert "-n" not in bare
-    assert "--ignore=tests/test_functional.py" in bare
+    assert "--ignore=tests/test_properties.py" in bare
 
 
 def test_own_tests_import_only_what_a_bare_machine_has(monkeypatch):

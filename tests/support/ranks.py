@@ -1,4 +1,4 @@
-"""Runs a function in several processes, the ranks of a gloo group on the CPU."""
+"""Runs a function in several processes, the ranks of a group: gloo on the CPU, or another."""
 
 import faulthandler
 import multiprocessing
@@ -21,7 +21,7 @@ PRELOADED = [
 ]
 
 
-def run(count, function, folder, *args, limit_s=300):
+def run(count, function, folder, *args, group="gloo", limit_s=300):
     """What ``function(rank, *args)`` returns on each rank, in order.
 
     ``function`` belongs to a module that a new process can import. The ranks meet through a file in
@@ -32,10 +32,8 @@ def run(count, function, folder, *args, limit_s=300):
     context.set_forkserver_preload(PRELOADED)
     folder = pathlib.Path(folder) / str(time.monotonic_ns())
     folder.mkdir()
-    processes = [
-        context.Process(target=_rank, args=(rank, count, function, folder, args), daemon=True)
-        for rank in range(count)
-    ]
+    calls = [(rank, count, group, function, folder, args) for rank in range(count)]
+    processes = [context.Process(target=_rank, args=call, daemon=True) for call in calls]
     for process in processes:
         process.start()
     deadline = time.monotonic() + limit_s
@@ -53,7 +51,7 @@ def run(count, function, folder, *args, limit_s=300):
             process.join()
 
 
-def _rank(rank, count, function, folder, args):
+def _rank(rank, count, group, function, folder, args):
     from support import interpreter
 
     if not torch.cuda.is_available():
@@ -65,7 +63,7 @@ def _rank(rank, count, function, folder, args):
         store = (folder / "meeting").as_uri()
         try:
             torch.distributed.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=count
+                group, init_method=store, rank=rank, world_size=count
             )
             torch.manual_seed(0)
             torch.save(function(rank, *args), folder / f"{rank}.pt")
