@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import da_triton
 from da_triton import DoubleAttention
@@ -139,6 +140,45 @@ def test_vmap(function, backend):
         many[0], *given[1:]
     )
     assert relative_rms(shared[0], expected[0]) < 1e-6
+
+
+class Launches(TorchDispatchMode):
+    """Operators of this package that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "da_triton":
+            self.names.append(op._opname)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("of_weights", [False, True])
+@pytest.mark.parametrize("function", [core, block])
+def test_vmap_joins_the_batch(function, of_weights):
+    """One run for all; of weights that differ, and of gradients of weights, one for each."""
+    many = [torch.stack([x, 2 * x, -x]) for x in inputs()]
+    here = (0,) * 7 if of_weights else (0,) * 3 + (None,) * 4
+    given = [x if dim == 0 else x[0] for x, dim in zip(many, here, strict=True)]
+    leaves = [given[i].requires_grad_() for i in used(function, inputs())]
+    with Launches() as forward:
+        out = torch.vmap(lambda *x: function(x, "triton"), here)(*given)
+    with Launches() as backward:
+        found = torch.autograd.grad(out.square().sum(), leaves)
+    expected = torch.vmap(lambda *x: function(x, "eager"), here)(*given)
+    for ours, truth in zip(
+        found, torch.autograd.grad(expected.square().sum(), leaves), strict=True
+    ):
+        check(ours, truth, torch.float32, slack=2)
+    if function is core:
+        assert forward.names == ["gather", "distribute"]
+        assert backward.names == ["distribute_backward", "gather_backward"]
+    else:
+        assert forward.names == ["block"] * (3 if of_weights else 1)
+        assert backward.names == ["block_backward"] * 3
 
 
 @each_backend

@@ -22,7 +22,7 @@ from ..kernels import launch
 from ..precision import accumulator, lse_dtype
 from ..tracing import constant
 from . import aten
-from .operators import differentiable, or_empty, unviewed, wants_graph
+from .operators import differentiable, or_empty, unviewed, vectorise, wants_graph
 
 # Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
 # corrects the interpreter says so here.
@@ -263,6 +263,10 @@ class Distribute(torch.autograd.Function):
 
     setup_context = staticmethod(_distribute_setup)
     backward = staticmethod(_distribute_gradients)
+
+
+for _op in (gather_op, gather_backward_op, distribute_op, distribute_backward_op):
+    vectorise(_op)
 
 
 def _elements(*shape):

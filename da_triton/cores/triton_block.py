@@ -20,7 +20,9 @@ from ..kernels import block as kernels
 from ..kernels import configs, launch
 from ..precision import accumulator, lse_dtype
 from . import aten_block
-from .operators import differentiable, or_empty, unviewed, wants_graph
+from .operators import differentiable, or_empty, unviewed, vectorise, wants_graph
+
+WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
 
 
 def block(x, weights, *, order, recompute, heads, residual, keep, **scalars):
@@ -174,6 +176,8 @@ def _composition(ctx, keep):
     return forward
 
 
+vectorise(block_op, shared=WEIGHTS)
+vectorise(block_backward_op, joined=False)
 block_op.register_autograd(_gradients, setup_context=_setup)
 
 
