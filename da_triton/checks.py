@@ -248,6 +248,8 @@ def positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if value >= 2**31:
+            raise ValueError(f"{name} must be below 2³¹.")
 
 
 def layer_input(name: str, x: Tensor, channels: int, group=None) -> None:

@@ -361,7 +361,10 @@ def plan(
     checks.heads(heads, c_m=c_m, c_n=c_n)
     checks.order(order, reconstruct, "auto")
     checks.recompute(recompute, "auto")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise type(error)(f"device must be a CUDA device, got {device!r}. {error}") from error
     if device.type != "cuda":
         raise RuntimeError(
             f"plan() shows the kernels' plan, which needs a CUDA device; got {str(device)!r}. "

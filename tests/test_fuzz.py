@@ -294,9 +294,10 @@ def test_two_arguments(name, backend):
 
 
 LAYER = {"in_channels": 8, "c_m": 4, "c_n": 6, "heads": 2, "logit_scale": 1.0, "logit_scale_v": 1.0,
-         "scale": 1.0, "order": "AZ", "recompute": False, "backend": "torch"}  # fmt: skip
+         "scale": 1.0, "softmax_v": True, "bias": True, "order": "AZ", "recompute": False,
+         "backend": "torch"}  # fmt: skip
 MADE = {
-    "DoubleAttention": (DoubleAttention, LAYER),
+    "DoubleAttention": (DoubleAttention, LAYER | {"reconstruct": True, "residual": True}),
     "ResidualDoubleAttention": (
         integrations.ResidualDoubleAttention, LAYER | {"norm": "batch", "position_axes": 2}
     ),
@@ -316,7 +317,7 @@ OTHERS = (
     None, 0, -1, 3, 2.5, True, "x", "", "AZ", "auto", [], [1], (), ("0",), ("1",), {}, {"0": 0},
     {"0": "x"}, {"nowhere": 3}, torch.int32, torch.float16, float("nan"), 1j, object(), nn.ReLU,
     nn.BatchNorm2d, torch.zeros(2), (0, 8, 5), (2, 8), (2, 8, -5), (2, 8, "5"), "cpu",
-    "meta",
+    "meta", 10**30, -(10**400),
 )  # fmt: skip
 
 
