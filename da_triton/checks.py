@@ -12,19 +12,15 @@ ORDERS = ("AZ", "XZ", "AH", "XH")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def tensor(name: str, x: Tensor, kind: str = "") -> None:
+def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
     """A tensor in dense memory."""
     if not isinstance(x, Tensor):
-        hint = ""
         if isinstance(x, Proxy):
             hint = " To trace with torch.fx, make the layer a leaf."
-        elif isinstance(x, (list, tuple)):
-            hint = f" Use torch.tensor({name})."
         raise TypeError(f"{name} must be a torch.Tensor{kind}, got {type(x).__name__}.{hint}")
     if x.is_nested:
         raise TypeError(
-            f"{name} must not be a nested tensor. Pack its parts: "
-            f"da_triton.packed.pack({name}.unbind())."
+            f"{name} must not be a nested tensor. da_triton.packed joins maps of several sizes."
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}. Convert it with {name}.to_dense().")
@@ -44,9 +40,10 @@ def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) ->
             f"Convert it with {name}.float()."
         )
     if 0 in (x.shape[1:2] if may_have_no_positions else x.shape[1:]):
+        what = "" if may_have_no_positions else " and one position"
+        hint = "" if may_have_no_positions else " Only the batch may be empty."
         raise ValueError(
-            f"{name} must have at least one channel and one position, got shape {_shape(x)}. "
-            "Only the batch may be empty."
+            f"{name} must have at least one channel{what}, got shape {_shape(x)}.{hint}"
         )
 
 
@@ -133,7 +130,7 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
                 f"with cu_seqlens, {name} must be (1, channels, total): all sequences behind each "
                 f"other, got shape {_shape(x)}. da_triton.packed.pack makes it from a list."
             )
-    tensor("cu_seqlens", offsets, " of int32 or int64")
+    tensor("cu_seqlens", offsets, " of int32 or int64", " Use torch.tensor(cu_seqlens).")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"cu_seqlens must be int32 or int64, got {offsets.dtype}. Convert it with .long()."
@@ -213,7 +210,8 @@ def number(**values: float) -> None:
 
 def flag(**values: bool) -> None:
     for name, value in values.items():
-        if not isinstance(value, bool):
+        known = isinstance(value, (bool, torch.SymBool))
+        if not known and type(value).__module__ != "numpy":  # numpy's bool has had two names
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
 
 

@@ -8,6 +8,8 @@ The core works on ``(N, heads, channels, positions)``; the block on ``(N, channe
 
 import torch
 
+from .precision import accumulator
+
 
 def gather_weights(b, keep=None, logit_scale=1.0):
     """``P = softmax over positions (logit_scale · B)``.
@@ -44,6 +46,30 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
     if keep is not None:
         a = a.masked_fill(~keep[:, None, None, :], 0)  # whatever it holds: it takes no part
     return a @ gather_weights(b, keep, logit_scale).transpose(-1, -2)
+
+
+def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """G of positions that others will join, a pivot μ and ``Σ exp(logit − μ)`` of each map.
+
+    ``G (N, heads, m, n)`` in the dtype of sums, the other two ``(N, heads, n)``; a map without
+    positions has G = 0, μ = −inf and sum 0. G and the sum are differentiable, for a constant μ.
+    """
+    g = gather(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
+    if extra is not None:
+        a, b, keep = join_extra(a, b, keep, extra)
+    logits = (logit_scale * b).to(accumulator(b.dtype))
+    if keep is not None:
+        logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+    pivot, _, total = exponentials(logits, keep is not None)
+    return g.to(total.dtype), pivot, total
+
+
+def exponentials(logits, masked):
+    """``max``, ``exp(logit − max)``, its sum over positions; of a masked map −inf and zeros."""
+    largest = logits.detach().amax(-1)
+    pivot = largest.masked_fill(largest == -torch.inf, 0) if masked else largest
+    weights = (logits - pivot[..., None]).exp()
+    return largest, weights, weights.sum(-1)
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):

@@ -73,11 +73,10 @@ def gather_part(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """G of positions that others will join, and its log-sum-exp: see :mod:`da_triton.streaming`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :mod:`da_triton.streaming` keeps of a frame: see ``eager.gather_part``.
 
-    Arguments and errors as :func:`gather`. Returns ``G (N, heads, m, n)`` in the dtype of sums and
-    ``lse (N, heads, n)``, +inf where a map has no position left; both are differentiable.
+    Arguments and errors as :func:`gather`.
     """
     checks.backend(backend)
     _check_gather(a, b, heads, logit_scale, mask)

@@ -204,6 +204,7 @@ def attend(
     if mask is not None:
         checks.mask(mask, x, "x")
     a, b, v = (_call(conv, x) for conv in convolutions[:3])
+    checks.flag(residual=residual)
     y = double_attention(a, b, v, mask=mask, **options)
     if last is not None:
         y = _call(last, y)

@@ -348,7 +348,7 @@ def plan(
 
     Raises:
         ValueError: shape, channels, heads, order, recompute.
-        TypeError: dtype.
+        TypeError: dtype, or ``reconstruct`` that is no bool.
         RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
     """
     shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()
@@ -359,6 +359,7 @@ def plan(
         )
     checks.positive(c_m=c_m, c_n=c_n, heads=heads)
     checks.heads(heads, c_m=c_m, c_n=c_n)
+    checks.flag(reconstruct=reconstruct)
     checks.order(order, reconstruct, "auto")
     checks.recompute(recompute, "auto")
     try:

@@ -1,9 +1,9 @@
 r"""Descriptors that grow frame by frame: a video longer than memory, or one that has no end.
 
 The softmax over positions is taken over all frames seen so far. Per map, ``maximum`` is a pivot μ
-near its largest logit, ``total = Σ exp(x − μ)`` and ``weighted = Σ a·exp(x − μ)``, over positions
-with logit x and features a. Two sets of positions merge by rescaling to the larger pivot (the
-online softmax of Milakov and Gimelshein, arXiv 1805.02867), and ``G = weighted / total``:
+(its largest logit, or its log-sum-exp), ``total = Σ exp(x − μ)`` and ``weighted = Σ a·exp(x − μ)``,
+over positions with logit x and features a. Two sets of positions merge by rescaling to the larger
+pivot (the online softmax of Milakov and Gimelshein, arXiv 1805.02867), ``G = weighted / total``:
 
     μ' = max(μ₁, μ₂)    total' = total₁·exp(μ₁ − μ') + total₂·exp(μ₂ − μ')    weighted' likewise
 
@@ -84,8 +84,7 @@ class Descriptors:
     ) -> "Descriptors":
         """The state of one frame alone; arguments as :func:`da_triton.gather`."""
         options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
-        g, lse = gather_part(a, b, heads=heads, **options)
-        maximum, total = _split(lse, mask is not None, g.dtype)
+        g, maximum, total = gather_part(a, b, heads=heads, **options)
         return Descriptors(maximum, total, g * total[:, :, None])
 
     def update(
@@ -327,18 +326,6 @@ class StreamingDoubleAttention:
 
     def _check(self, frame: Tensor) -> None:
         checks.layer_input("frame", frame, self.layer.in_channels)
-
-
-def _split(lse: Tensor, masked: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``lse`` as ``maximum + log(total)``, with all its digits though the pivot is rounded."""
-    if not masked:
-        maximum = lse.detach().to(dtype)
-        return maximum, (lse - maximum).exp().to(dtype)
-    nothing = lse == torch.inf  # no position was left
-    lse = lse.masked_fill(nothing, 0)
-    maximum = lse.detach().to(dtype)
-    total = (lse - maximum).exp().masked_fill(nothing, 0).to(dtype)
-    return maximum.masked_fill(nothing, -torch.inf), total
 
 
 def _before(later: Descriptors, frame: Descriptors) -> Descriptors:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import da_triton
 from da_triton import DoubleAttention
@@ -134,3 +135,18 @@ def test_cuda_graphs(mode):
     for _ in range(3):
         x = torch.randn(2, 64, 14, 14, device=DEVICE)
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_symbolic_trace_asks_nothing_of_the_positions():
+    """Outside the compiler, too: the trace for "auto" has the guards of an order that is named."""
+
+    def traced(order):
+        block = DoubleAttention(16, 8, 6, order=order, backend="torch", device=DEVICE)
+        block.requires_grad_(False)
+        options = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
+        return block, make_fx(lambda x: block(x), **options)(torch.randn(2, 16, 5, 7).to(DEVICE))
+
+    block, free = traced("auto")
+    assert len(free.shape_env.guards) == len(traced("AZ")[1].shape_env.guards)
+    other = torch.randn(3, 16, 9, 40, device=DEVICE)
+    torch.testing.assert_close(free(other), block(other))

@@ -299,7 +299,8 @@ LAYER = {"in_channels": 8, "c_m": 4, "c_n": 6, "heads": 2, "logit_scale": 1.0, "
 MADE = {
     "DoubleAttention": (DoubleAttention, LAYER | {"reconstruct": True, "residual": True}),
     "ResidualDoubleAttention": (
-        integrations.ResidualDoubleAttention, LAYER | {"norm": "batch", "position_axes": 2}
+        integrations.ResidualDoubleAttention,
+        LAYER | {"norm": "batch", "position_axes": 2, "zero_init": True},
     ),
     "insert_double_attention": (
         lambda **given: integrations.insert_double_attention(
@@ -310,7 +311,7 @@ MADE = {
     "plan": (
         da_triton.plan,
         {"x_shape": (2, 8, 5, 5), "c_m": 4, "c_n": 6, "heads": 2, "dtype": torch.float16,
-         "device": "cuda", "order": "AZ", "recompute": False},
+         "device": "cuda", "order": "AZ", "recompute": False, "reconstruct": True},
     ),
 }  # fmt: skip
 OTHERS = (

@@ -133,10 +133,12 @@ def test_nothing_seen_gives_zeros_with_zero_gradients(backend, needs_gradient):
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@pytest.mark.parametrize("offset", [0, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_thousand_frames(dtype):
+def test_a_thousand_frames(dtype, offset):
     """Nothing is rounded to half precision on the way."""
     a, b = video(1000, dtype, lengths=(8,), batch=1)
+    b = [y + offset for y in b]
     state = run(start(dtype, batch=1), a, b, backend="torch")
     check(state.read(), whole(a, b), torch.promote_types(dtype, torch.float32))
 

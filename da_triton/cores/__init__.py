@@ -6,7 +6,7 @@ skipped by torch.compile, which leaves out every path that contains "triton/back
 
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,20 +19,21 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 class Backend(NamedTuple):
     """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
 
-    ``gather_part`` and ``gather_backward`` (see ``aten``) are for positions of which there are more
-    on other ranks, or in other frames.
+    ``gather_part`` (see ``eager``) is for positions of which there are more, in other frames or on
+    other ranks; ``gather_backward`` (see ``aten``) has their gradients from the G and lse of all.
     """
 
     gather: Callable
     distribute: Callable
     block: Callable
     gather_part: Callable
-    gather_backward: Callable
+    gather_backward: Any = None  # the definition has only autograd's
 
 
-PARTS = aten.gather_part, aten.gather_backward
-EAGER = Backend(eager.gather, eager.distribute, eager.block, *PARTS)
-TORCH = Backend(aten.gather, aten.distribute, aten_block.block, *PARTS)
+EAGER = Backend(eager.gather, eager.distribute, eager.block, eager.gather_part)
+TORCH = Backend(
+    aten.gather, aten.distribute, aten_block.block, aten.gather_part, aten.gather_backward
+)
 
 
 def select(name: str, x: torch.Tensor) -> Backend:

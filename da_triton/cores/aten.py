@@ -4,15 +4,14 @@
 that save time: A is not copied for extra tokens, scales are folded into the small matrix G,
 products are laid out so that the result already has v's memory format. G has the maps' dtype.
 
-``gather_part`` and ``gather_backward`` are for positions that are not all there are, and so work as
-the kernels do: logits are scaled in the dtype of sums, and G comes with the log-sum-exp it needs to
-be joined with others.
+``gather_part`` and ``gather_backward`` are for positions that are not all there are, and work in
+the dtype of sums, as the kernels do.
 """
 
 import torch
 
-from ..eager import distribution_weights, gather_weights, join_extra
-from ..precision import accumulator, lse_dtype
+from ..eager import distribution_weights, exponentials, gather_weights, join_extra
+from ..precision import accumulator
 
 
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -39,23 +38,13 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
 
 
 def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
-    """``G (N, heads, m, n)`` in the dtype of sums, and ``lse (N, heads, n)``; both differentiable.
-
-    Where no position is left, G is 0 and lse +inf.
-    """
+    """``eager.gather_part``; nothing is rounded to the maps' dtype on the way."""
     if extra is not None:
         a, b, keep = join_extra(a, b, keep, extra)
     logits = scaled_logits(b, keep, logit_scale)
-    pivot = logits.detach().amax(-1)
-    if keep is not None:
-        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
-    weights = (logits - pivot[..., None]).exp()
-    total = weights.sum(-1)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1)
-    g = _kept_features(a, keep).to(weights.dtype) @ weights.mT / total[:, :, None]
-    statistics = lse_dtype(b.dtype)
-    return g, (pivot.to(statistics) + total.to(statistics).log()).masked_fill(nothing, torch.inf)
+    pivot, weights, total = exponentials(logits, keep is not None)
+    g = _kept_features(a, keep).to(weights.dtype) @ weights.mT
+    return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
 
 
 def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
@@ -73,7 +62,8 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
 
 def scaled_logits(b, keep, logit_scale):
     """The gather's logits in the dtype of sums, −inf where a position is masked."""
-    logits = logit_scale * b.to(accumulator(b.dtype))
+    logits = b.to(accumulator(b.dtype))
+    logits = logits if logit_scale == 1 else logit_scale * logits
     return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
 
 

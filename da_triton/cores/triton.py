@@ -3,8 +3,8 @@
 ``torch.ops.da_triton.gather``, ``gather_backward``, ``distribute`` and ``distribute_backward`` are
 opaque to the compiler: the tile and the split over positions are chosen inside, so a compiled model
 is not compiled again for another size. Each has a fake implementation with true strides and a FLOP
-formula; the forward operators have gradients. ``gather`` and ``distribute`` below wrap them in
-``torch.autograd.Function``, which ``torch.func`` can differentiate too.
+formula; the forward operators have gradients. ``gather``, ``gather_part`` and ``distribute`` below
+wrap them in ``torch.autograd.Function``, which ``torch.func`` can differentiate too.
 
 Second derivatives are taken through the ``torch`` backend.
 """
@@ -66,9 +66,18 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
 
 
 def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
-    """``G`` as :func:`gather`, and lse, both differentiable; as ``aten.gather_part``."""
+    """As ``eager.gather_part``. The pivot is lse as the dtype of sums has it, and the sum the rest:
+    together they have all digits of lse."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return GatherPart.apply(a, b, keep, extra_a, extra_b, float(logit_scale))
+    g, lse = GatherPart.apply(a, b, keep, extra_a, extra_b, float(logit_scale))
+    if keep is None:
+        pivot = lse.detach().to(g.dtype)
+        return g, pivot, (lse - pivot).exp().to(g.dtype)
+    nothing = lse == torch.inf
+    lse = lse.masked_fill(nothing, 0)
+    pivot = lse.detach().to(g.dtype)
+    total = (lse - pivot).exp().masked_fill(nothing, 0).to(g.dtype)
+    return g, pivot.masked_fill(nothing, -torch.inf), total
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
@@ -154,7 +163,9 @@ def _gather_gradients(ctx, dg, dlse):
             extra = None if extra_a is None else (extra_a, extra_b)
             options = {"keep": keep, "extra": extra, "logit_scale": ctx.logit_scale}
             if dlse is not None:
-                return aten.gather_part(a, b, **options)
+                g, pivot, total = aten.gather_part(a, b, **options)
+                lse = pivot + total.masked_fill(total == 0, 1).log()
+                return g, lse.to(dlse.dtype)
             return aten.gather(a, b, **options).to(dg.dtype)
 
         return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, upstream), None

@@ -53,6 +53,7 @@ class ResidualDoubleAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        checks.flag(zero_init=zero_init)
         if taken := {"residual", "reconstruct"} & set(options):
             raise ValueError(
                 f"{' and '.join(sorted(taken))} cannot be chosen: this module adds x itself. "
