@@ -210,9 +210,10 @@ def number(**values: float) -> None:
 
 def flag(**values: bool) -> None:
     for name, value in values.items():
-        known = isinstance(value, (bool, torch.SymBool))
-        if not known and type(value).__module__ != "numpy":  # numpy's bool has had two names
-            raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
+        kind = type(value)
+        numpys = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+        if not isinstance(value, (bool, torch.SymBool)) and not numpys:
+            raise TypeError(f"{name} must be True or False, got {kind.__name__}.")
 
 
 def descriptors(g: Tensor, v: Tensor, batch: int) -> None:

@@ -158,10 +158,7 @@ def _part(core, a, b, keep, extra_a, extra_b, logit_scale):
         return a.new_zeros((*a.shape[:3], b.shape[2]), dtype=accumulator(a.dtype)), lse
     (a, b, keep), *tokens = sources
     extra = tokens[0][:2] if tokens else None
-    g, pivot, total = core.gather_part(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
-    statistics = lse_dtype(b.dtype)
-    lse = pivot.to(statistics) + total.to(statistics).log()
-    return g, lse.masked_fill(total == 0, torch.inf)
+    return core.gather_lse(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
 
 
 def _kept(keep, b):

@@ -9,5 +9,6 @@ def accumulator(dtype):
 
 
 def lse_dtype(dtype):
-    """Dtype of a log-sum-exp: one more than the weights need that are recomputed from it."""
+    """Dtype of a log-sum-exp: float32 beside half-precision maps, else float64, as one float32 does
+    not hold it to the precision of the float32 weights that are recomputed from it."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64

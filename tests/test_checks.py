@@ -1,5 +1,6 @@
 """Every refusal: its type and what it says."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,8 @@ REFUSALS = [
     (core(v=torch.zeros(3, 6, 5)), ValueError, "b and v must have the same batch"),
     (core(v=x6[0]), ValueError, r"v must be \(N, channels, \*positions\)"),
     (core(softmax_v=1), TypeError, "softmax_v must be True or False, got int"),
+    (core(softmax_v=np.ones(2)), TypeError, "True or False, got ndarray"),
+    (core(softmax_v=np.float64(1)), TypeError, "True or False, got float64"),
     (core(scale=torch.ones(1)), TypeError, "multiply the tensor it belongs to"),
     (core(extra=x4), TypeError, r"pair \(extra_a, extra_b\).*got Tensor"),
     (core(extra=(x4[:1], None)), TypeError, r"extra\[1\] must be a torch.Tensor, got NoneType"),

@@ -19,21 +19,23 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 class Backend(NamedTuple):
     """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
 
-    ``gather_part`` (see ``eager``) is for positions of which there are more, in other frames or on
-    other ranks; ``gather_backward`` (see ``aten``) has their gradients from the G and lse of all.
+    Of positions that are not all there are, ``gather_part`` (see ``eager``) is for other frames to
+    join; ``gather_lse`` and ``gather_backward`` (see ``aten``) for those of other ranks.
     """
 
     gather: Callable
     distribute: Callable
     block: Callable
     gather_part: Callable
-    gather_backward: Any = None  # the definition has only autograd's
+    gather_lse: Any = None  # the definition has not these two
+    gather_backward: Any = None
 
 
 EAGER = Backend(eager.gather, eager.distribute, eager.block, eager.gather_part)
 TORCH = Backend(
-    aten.gather, aten.distribute, aten_block.block, aten.gather_part, aten.gather_backward
-)
+    aten.gather, aten.distribute, aten_block.block,
+    aten.gather_part, aten.gather_lse, aten.gather_backward,
+)  # fmt: skip
 
 
 def select(name: str, x: torch.Tensor) -> Backend:
@@ -54,7 +56,7 @@ def select(name: str, x: torch.Tensor) -> Backend:
 
         return Backend(
             triton.gather, triton.distribute, triton_block.block,
-            triton.gather_part, triton.gather_backward_op,
+            triton.gather_part, triton.gather_lse, triton.gather_backward_op,
         )  # fmt: skip
     if name == "auto":
         return TORCH

@@ -4,14 +4,14 @@
 that save time: A is not copied for extra tokens, scales are folded into the small matrix G,
 products are laid out so that the result already has v's memory format. G has the maps' dtype.
 
-``gather_part`` and ``gather_backward`` are for positions that are not all there are, and work in
-the dtype of sums, as the kernels do.
+``gather_part``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
+are, and work in the dtype of sums, as the kernels do.
 """
 
 import torch
 
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
-from ..precision import accumulator
+from ..precision import accumulator, lse_dtype
 
 
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -45,6 +45,14 @@ def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
     pivot, weights, total = exponentials(logits, keep is not None)
     g = _kept_features(a, keep).to(weights.dtype) @ weights.mT
     return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
+
+
+def gather_lse(a, b, **options):
+    """``G (N, heads, m, n)`` and log-sum-exp ``(N, heads, n)``, +inf where no position is left."""
+    g, pivot, total = gather_part(a, b, **options)
+    statistics, nothing = lse_dtype(b.dtype), total == 0
+    lse = pivot.to(statistics) + total.masked_fill(nothing, 1).to(statistics).log()
+    return g, lse.masked_fill(nothing, torch.inf)
 
 
 def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):

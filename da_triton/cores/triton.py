@@ -3,7 +3,7 @@
 ``torch.ops.da_triton.gather``, ``gather_backward``, ``distribute`` and ``distribute_backward`` are
 opaque to the compiler: the tile and the split over positions are chosen inside, so a compiled model
 is not compiled again for another size. Each has a fake implementation with true strides and a FLOP
-formula; the forward operators have gradients. ``gather``, ``gather_part`` and ``distribute`` below
+formula; the forward operators have gradients. ``gather``, ``gather_lse`` and ``distribute`` below
 wrap them in ``torch.autograd.Function``, which ``torch.func`` can differentiate too.
 
 Second derivatives are taken through the ``torch`` backend.
@@ -68,8 +68,7 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
 def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """As ``eager.gather_part``. The pivot is lse as the dtype of sums has it, and the sum the rest:
     together they have all digits of lse."""
-    extra_a, extra_b = (None, None) if extra is None else extra
-    g, lse = GatherPart.apply(a, b, keep, extra_a, extra_b, float(logit_scale))
+    g, lse = gather_lse(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
     if keep is None:
         pivot = lse.detach().to(g.dtype)
         return g, pivot, (lse - pivot).exp().to(g.dtype)
@@ -78,6 +77,12 @@ def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
     pivot = lse.detach().to(g.dtype)
     total = (lse - pivot).exp().masked_fill(nothing, 0).to(g.dtype)
     return g, pivot.masked_fill(nothing, -torch.inf), total
+
+
+def gather_lse(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """As ``aten.gather_lse``: what the kernels give."""
+    extra_a, extra_b = (None, None) if extra is None else extra
+    return GatherLse.apply(a, b, keep, extra_a, extra_b, float(logit_scale))
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
@@ -139,14 +144,14 @@ def _(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
     return or_empty(da, a), or_empty(db, b)
 
 
-def _part_setup(ctx, inputs, output):
+def _lse_setup(ctx, inputs, output):
     *tensors, ctx.logit_scale = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _gather_setup(ctx, inputs, output):
-    _part_setup(ctx, inputs, output)
+    _lse_setup(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -163,9 +168,7 @@ def _gather_gradients(ctx, dg, dlse):
             extra = None if extra_a is None else (extra_a, extra_b)
             options = {"keep": keep, "extra": extra, "logit_scale": ctx.logit_scale}
             if dlse is not None:
-                g, pivot, total = aten.gather_part(a, b, **options)
-                lse = pivot + total.masked_fill(total == 0, 1).log()
-                return g, lse.to(dlse.dtype)
+                return aten.gather_lse(a, b, **options)
             return aten.gather(a, b, **options).to(dg.dtype)
 
         return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, upstream), None
@@ -196,10 +199,10 @@ class Gather(torch.autograd.Function):
     backward = staticmethod(_gather_gradients)
 
 
-class GatherPart(Gather):
+class GatherLse(Gather):
     """The same, whose lse has a gradient too."""
 
-    setup_context = staticmethod(_part_setup)
+    setup_context = staticmethod(_lse_setup)
 
 
 # --- distribute -----------------------------------------------------------------------------------

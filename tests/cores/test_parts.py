@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from da_triton import cores, eager
 from support.numerics import DEVICE, check, peaky
@@ -58,6 +59,19 @@ def part(backend):
     return gather_part
 
 
+class Operations(TorchDispatchMode):
+    """All that is computed, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.name() != "aten::detach":
+            self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
 def loss(g, lse):
     weights = torch.linspace(-1, 2, lse.numel(), dtype=lse.dtype, device=DEVICE).view(lse.shape)
     return g.double().sin().sum() + (weights * lse.masked_fill(lse == torch.inf, 0)).sum()
@@ -77,6 +91,22 @@ def test_g_and_lse_and_their_gradients(backend, options, dtype):
     grads = torch.autograd.grad(loss(*found), leaves)
     for x, y in zip(grads, torch.autograd.grad(loss(*expected), leaves), strict=True):
         check(x, y, dtype, slack=slack)
+
+
+@each_kind
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_lse(backend, options):
+    leaves, given = problem(**options)
+    a, b, *extra = (x.detach() for x in leaves)
+    with Operations() as seen:
+        g, lse = cores.select(backend, a).gather_lse(a, b, extra=extra or None, **given)
+    if backend == "triton":  # as the kernels give it
+        assert seen.names == ["da_triton::gather"]
+    expected = definition(*leaves, **given)
+    check(g, expected[0], torch.float64)
+    finite = expected[1] != torch.inf
+    assert torch.equal(lse != torch.inf, finite)
+    check(lse[finite], expected[1][finite], torch.float64)
 
 
 @each_backend
