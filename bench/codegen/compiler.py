@@ -165,7 +165,32 @@ def compile_launch(launch: Launch, arch: str) -> Code:
     return Code(shared=shared, **read(compiled.asm))
 
 
-@contextlib.contextmanager
+def representation(launch: Launch, arch: str, before: str) -> str:
+    """What the compiler has of a launch ``before`` a stage: "ttgir" (no layouts yet) or "llir"."""
+    source, options = specialized(launch, arch)
+
+    def stopped(stage):
+        def run(program, metadata):
+            raise _StoppedError(str(program))
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder  # what is in the cache passes through no stage
+        try:
+            with _stage(stopped, before):
+                triton.compile(source, target=TARGETS[arch], options=options)
+        except _StoppedError as reached:
+            return reached.text
+    raise RuntimeError(f"{launch.name} was compiled for {arch} without its stages")
+
+
+class _StoppedError(Exception):
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+
 def _cut_short(limit):
     """Stops a compilation when it is known to need too much shared memory."""
 
@@ -177,11 +202,18 @@ def _cut_short(limit):
 
         return run
 
+    return _stage(checked, "ptx", "amdgcn")
+
+
+@contextlib.contextmanager
+def _stage(replace, *names):
+    """Replaces the first of the named stages that a compilation has."""
+
     def hook(backend=None, stages=None, options=None, language=None, capability=None):
         if stages is None:
             return "", ""  # no part of the key of Triton's cache
-        name = "ptx" if "ptx" in stages else "amdgcn"
-        stages[name] = checked(stages[name])
+        name = next(name for name in names if name in stages)
+        stages[name] = replace(stages[name])
 
     knobs.runtime.add_stages_inspection_hook = hook
     try:

@@ -26,7 +26,7 @@ BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
     "project_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
     "project_distribute_blocks": {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)},
     "outer": {(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)},
-    "weight_gradients": {(32, n): (256, 64, n) for n in (32, 64)},
+    "weight_gradients": {(32, 32): (256, 64, 64)},
     "gather_from_a": {
         (m, n): (4 * m * n // 64, m, n) for m in (32, 64, 128) for n in (32, 64, 128)
     },

@@ -29,6 +29,7 @@ class Variant:
     keep_v: bool = False  # forward writes V, backward reads it
     softmax: bool = True
     extra: bool = False  # gather tokens beside the positions; of the core
+    tf32: bool = False  # PyTorch's switch; of the core
     heads: int = 1  # of the block
 
     @property
@@ -39,7 +40,7 @@ class Variant:
     @property
     def flags(self) -> str:
         """The switches that are not as in a plain call, by name."""
-        names = [name for name in ("masked", "keep_v", "extra") if getattr(self, name)]
+        names = [name for name in ("masked", "keep_v", "extra", "tf32") if getattr(self, name)]
         names += [] if self.softmax else ["no_softmax"]
         names += [f"heads={self.heads}"] if self.heads > 1 else []
         return " ".join(names)
@@ -68,7 +69,7 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[compiler.Launch]:
     sources = [(a, b, keep)]
     if v.extra:
         sources.append((a[..., :4], b[..., :4], None))
-    with compiler.record() as launches:
+    with _tf32(v.tf32), compiler.record() as launches:
         g, lse = gather.gather_forward(sources, 1.0)
         distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
         dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
@@ -92,6 +93,16 @@ def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list
         _, lse, g, kept = block.forward(x, w, keep, options, route, v.keep_v)
         block.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route, True)
     return launches
+
+
+@contextlib.contextmanager
+def _tf32(allowed):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _empty(v, *shape):

@@ -68,9 +68,7 @@ def _distinct(arch):
     """Launches with their digests, one of each."""
     same, digests = set(), set()
     with launches.on(arch):
-        found = [*_core(), *_all_maps(arch), *_fused(arch)]
-        found += _workloads(arch, {launch.name for launch, *_ in found})
-        for launch, variant, sizes in found:
+        for launch, variant, sizes in found(arch):
             key = compiler.identity(launch, arch)
             if key in same:
                 continue
@@ -79,6 +77,12 @@ def _distinct(arch):
             if digest not in digests:
                 digests.add(digest)
                 yield launch, variant, sizes, digest
+
+
+def found(arch: str) -> list[Found]:
+    """Launches of every kernel with every tile; to be called where ``launches.on(arch)`` is."""
+    known = [*_core(), *_all_maps(arch), *_fused(arch)]
+    return known + list(_workloads(arch, {launch.name for launch, *_ in known}))
 
 
 def describe(

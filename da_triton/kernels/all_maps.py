@@ -204,5 +204,5 @@ def _launch(
             GRADIENT=gradient, ALIGN=align,
             E_SCALE=1.0 if lse is None else launch.p_scale(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
+            **launch.options(x, tile, again=True),
         )  # fmt: skip

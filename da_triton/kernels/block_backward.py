@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import configs, fused_tiles, launch
+from . import configs, fused_tiles, guard, launch
 from .project_distribute import rows_of_lanes, softmax_heads
 from .tiles import dot, exp_minus, load_keep, load_map, load_matrix, scalar
 
@@ -54,6 +54,7 @@ def distribute_side_kernel(
     PROJECT: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,7 +62,11 @@ def distribute_side_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N."""
+    """One program: a chunk of positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
+
+    CHANNELS_FIRST: dH is summed with channels as rows, so that no accumulator is transposed, which
+    Triton before 3.7.1 makes wrong code of for Hopper.
+    """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % SPLITS
@@ -82,7 +87,10 @@ def distribute_side_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows_n, mask=rows_n < maps, other=0.0).to(ACC)
     h = load_matrix(h_ptr + n * C_OUT * maps, rows_c, rows_n, C_OUT, maps, maps, 1, dtype)
-    dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
+    if CHANNELS_FIRST:
+        dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
+    else:
+        dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
     start = split * CHUNK_BLOCKS * BLOCK_L
     for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
@@ -107,10 +115,19 @@ def distribute_side_kernel(
                 dq = q * (dq - tl.reshape(r, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
         ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
         tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < maps)[None, :])
-        dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
+        if CHANNELS_FIRST:
+            dh = dot(tl.trans(do), q.to(dtype), dh, PRECISION)
+        else:
+            dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
 
-    ptrs = dh_ptr + ((n * SPLITS + split) * maps + rows_n)[:, None] * C_OUT + rows_c[None, :]
-    tl.store(ptrs, dh, mask=(rows_n < maps)[:, None] & (rows_c < C_OUT)[None, :])
+    parts = dh_ptr + ((n * SPLITS + split) * maps + rows_n) * C_OUT
+    inside_n, inside_c = rows_n < maps, rows_c < C_OUT
+    if CHANNELS_FIRST:
+        ptrs = parts[None, :] + rows_c[:, None]
+        tl.store(ptrs, dh, mask=inside_n[None, :] & inside_c[:, None])
+    else:
+        ptrs = parts[:, None] + rows_c[None, :]
+        tl.store(ptrs, dh, mask=inside_n[:, None] & inside_c[None, :])
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -149,6 +166,7 @@ def gather_side_kernel(
     HAS_MASK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WRITE_X: tl.constexpr,
+    CHAINED: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -208,16 +226,22 @@ def gather_side_kernel(
                 dm = load_matrix(dm_base, rows_n, rows_c, MAPS, C, 1, MAPS, dtype)
                 wb = load_matrix(wb_ptr, rows_n, rows_c, MAPS, C, C, 1, dtype)
                 wv = load_matrix(wv_ptr, rows_n, rows_c, MAPS, C, C, 1, dtype)
+                inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
                 dx = dot(p, dm, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION) / P_SCALE
-                dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
+                if CHAINED:
+                    dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
+                else:  # the selects keep Triton from chaining the products again
+                    zero = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+                    dx += tl.where(inside_x, dot(db, wb, zero, PRECISION), 0.0)
+                    dx += tl.where(inside_x, dot(dv, wv, zero, PRECISION), 0.0)
                 if RESIDUAL:
                     do = load_map(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
                     dx += do.to(ACC)
                 x_offs = cols[:, None] * stride_dx_l + rows_c[None, :] * stride_dx_c * ALIGN
-                inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
                 tl.store(dx_base + x_offs, dx.to(dtype), mask=inside_x)
 
 
+@guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
 def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the parts of dH, ``(N, splits, maps, C')``."""
     batch, channels, length = x.shape
@@ -238,13 +262,27 @@ def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, 
             *launch.strides(v_, align), *launch.strides(dv, align),
             HEAD_BLOCK=head_block, PACKED=configs.packed(heads, maps // heads, block_n),
             PROJECT=v is None, SOFTMAX=softmax,
-            HAS_BIAS=v is None and bias_v is not None, ALIGN=align,
+            HAS_BIAS=v is None and bias_v is not None,
+            CHANNELS_FIRST=configs.reads_shared_operands(x.device), ALIGN=align,
             BLOCK_N=block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
             **launch.options(x, tile),
         )  # fmt: skip
     return parts
 
 
+@guard.proved(
+    {
+        "x": "N-L",
+        "dout": "N-L",
+        "dm": "N--",
+        "lse": "N",
+        "delta": "N-",
+        "keep": "NL",
+        "dv": "N-L",
+        "db": "N-L",
+    },
+    writes=("db",),
+)
 def gather_side(
     x, dout, weight_b, weight_v, dm, lse, delta, keep, dv, db, *, logit_scale, residual, need_x
 ):
@@ -265,9 +303,10 @@ def gather_side(
             *launch.strides(x, align), *launch.strides(dout_, align),
             *launch.strides(dv, align), *launch.strides(dx, align),
             *((0, 0) if keep is None else keep.stride()),
-            HAS_MASK=keep is not None, RESIDUAL=residual, WRITE_X=need_x, ALIGN=align,
+            HAS_MASK=keep is not None, RESIDUAL=residual, WRITE_X=need_x,
+            CHAINED=configs.chains_products(x.device), ALIGN=align,
             P_SCALE=launch.p_scale(x.dtype),
             BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
+            **launch.options(x, tile, again=True),
         )  # fmt: skip
     return dx if need_x else None

@@ -148,7 +148,7 @@ ALL_MAPS: dict[tuple, tuple] = {
     ("gfx942", False, 64): (64, 128, 4, 2),
     ("gfx942", False, 32): (64, 128, 4, 2),
     ("sm_89", True, 512): (32, 32, 8, 3),
-    ("sm_89", True, 256): (64, 64, 8, 2),
+    ("sm_89", True, 256): (64, 32, 8, 3),
     ("sm_89", True, 128): (64, 64, 8, 3),
     ("sm_89", True, 64): (64, 128, 8, 3),
     ("sm_89", True, 32): (64, 128, 4, 2),
@@ -180,7 +180,7 @@ def fused_blocks(kernel, features, maps):
     if kernel.startswith("descriptors"):
         return _block(features, 32), 16
     if kernel == "weight_gradients":
-        return 32, min(_block(maps, 32), 64)
+        return 32, 32
     if kernel == "gather_from_a":
         return _block(features, 32), _block(maps, 32)
     if kernel == "outer":
@@ -332,4 +332,20 @@ def architecture(device):
     if torch.version.hip:
         return "gfx942"
     capability = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get(capability, "sm_89")
+    if capability[0] in (9, 10):
+        return {9: "sm_90", 10: "sm_100"}[capability[0]]
+    return "sm_80" if capability == (8, 0) else "sm_89"
+
+
+def reads_shared_operands(device):
+    """Whether the matrix unit takes both operands from shared memory, transposed or not."""
+    return architecture(device) in ("sm_90", "sm_100")
+
+
+def chains_products(device):
+    """Whether several products in a loop may add to one accumulator.
+
+    Triton 3.6 to 3.8 make wrong code of them for Blackwell's tensor memory:
+    triton-lang/triton#10821.
+    """
+    return architecture(device) != "sm_100"

@@ -72,13 +72,13 @@ def delta_kernel(
 
 
 def rounded_and_delta(parts, g, dtype, *, bias=None, lse=None):
-    """dG in ``dtype``, ``(N, heads, m, n)``, and δ, ``(N·heads, n)`` in the dtype of G.
+    """dG in ``dtype``, ``(N, heads, m, n)``, and δ, ``(N, heads, n)`` in the dtype of G.
 
     ``parts``: ``(N, heads, slots, m, n)`` in any strides, added in order. ``g``, ``(N, heads, m,
     n)``, and ``lse``, ``(N, heads·n)``, of maps that may be masked, are contiguous.
     """
     batch, heads, slots, c_m, c_n = parts.shape
-    delta = g.new_empty((batch * heads, c_n))
+    delta = g.new_empty((batch, heads, c_n))
     rounded = g.new_empty((batch, heads, c_m, c_n), dtype=dtype)
     tile = configs.tile("delta", delta, c_m, c_n)
     with launch.device_of(g):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator, lse_dtype
-from . import configs, launch
+from . import configs, guard, launch
 from .tiles import dot_wide, exp, load_matrix, log_sum, scalar
 
 
@@ -224,6 +224,11 @@ def empty(x, weights, heads):
     return lse, g
 
 
+@guard.proved(
+    {"parts": ("NS--", "NS-", "NS-"), "lse": "N", "g": "N---"},
+    writes=("lse", "g"),
+    roles={"parts": ("", "", "positive")},
+)
 def from_parts(parts, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True):
     """Writes lse and G from the parts that pass 1 left; returns ``(M or None, H or None)``.
 
@@ -238,6 +243,7 @@ def from_parts(parts, weights, lse, g, *, heads, scale, mask, from_x, want_m=Fal
     )  # fmt: skip
 
 
+@guard.proved({"g": "N---"})
 def reconstructing(g, weights, *, heads, scale):
     """``H = scale · Wo G`` alone, ``(N, C', maps)`` in the dtype of the weights."""
     return _descriptors(
@@ -271,6 +277,7 @@ def _descriptors(
     return m, h
 
 
+@guard.proved({"parts": "NS--", "lse": "N", "m": "N--"})
 def backward(parts, lse, m, weights, *, heads, scale):
     """``(dH, dG, dM, δ)`` from the parts of dH, ``(N, SLOTS, maps, C')``."""
     batch, slots, maps, c_out = parts.shape

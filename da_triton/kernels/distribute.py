@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import all_maps, configs, launch, tiled
+from . import all_maps, configs, guard, launch, tiled
 from .tiles import dot, load_map, load_matrix, scalar, softmax_maps, store_map
 
 
@@ -160,6 +160,7 @@ def distribute_backward_kernel(
         tl.store(dg_ptr + slot + offs, dg * scale, mask=inside)
 
 
+@guard.proved({"g": "N---", "v": "N--L"})
 def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     """``Z (N, heads, m, L)`` in v's dtype and memory format, from ``G (N, heads, m, n)`` and v.
 
@@ -194,6 +195,7 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     return z
 
 
+@guard.proved({"dz": "N--L", "g": "N---", "v": "N--L"})
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     """dG (float32, float64 for float64 maps) and dV (None where not needed)."""
     batch, heads, c_n, _ = v.shape
@@ -215,6 +217,10 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     return (launch.add_parts(parts, g.shape) if need_g else None), dv
 
 
+@guard.proved(
+    {"dz": "N--L", "g": "N---", "v": "N--L", "dv": "N--L", "z": "N--L", "q": "N--L"},
+    writes=("dv", "z"),
+)
 def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     """Writes dV, and Z unless None; returns parts of dG, ``(N, heads, slots, m, n)``.
 

@@ -71,8 +71,7 @@ TILES: dict[tuple, tuple] = {
     ("gfx942", "project_distribute_blocks", 64, 64): (64, 8, 1),
     ("gfx942", "project_distribute_blocks", 64, 128): (64, 8, 1),  # 14 spills at odd L
     ("gfx942", "project_distribute_blocks", 64, 256): (16, 4, 1),
-    ("gfx942", "weight_gradients", 32, 32): (64, 4, 2),
-    ("gfx942", "weight_gradients", 32, 64): (64, 8, 2),
+    ("gfx942", "weight_gradients", 32, 32): (64, 4, 1),
     ("sm_100", "descriptors", 32, 16): (64, 4, 3),
     ("sm_100", "descriptors", 64, 16): (64, 4, 3),
     ("sm_100", "descriptors", 128, 16): (64, 4, 3),
@@ -111,7 +110,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_100", "gather_from_x", 256, 64): (64, 8, 1),
     ("sm_100", "gather_from_x", 512, 32): (32, 8, 3),  # spills at odd L
     ("sm_100", "gather_side", 64, 32): (128, 8, 1),
-    ("sm_100", "gather_side", 64, 64): (64, 8, 1),
+    ("sm_100", "gather_side", 64, 64): (64, 8, 2),  # 48 spills at odd L
     ("sm_100", "gather_side", 64, 128): (32, 8, 2),
     ("sm_100", "gather_side", 64, 256): (16, 8, 1),
     ("sm_100", "outer", 64, 64): (64, 8, 3),
@@ -132,8 +131,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_100", "project_distribute_blocks", 64, 128): (64, 8, 3),
     ("sm_100", "project_distribute_blocks", 64, 256): (64, 8, 1),
     ("sm_100", "project_distribute_blocks", 64, 512): (16, 8, 1),  # 74 spills at odd L
-    ("sm_100", "weight_gradients", 32, 32): (64, 4, 3),
-    ("sm_100", "weight_gradients", 32, 64): (64, 4, 3),
+    ("sm_100", "weight_gradients", 32, 32): (64, 8, 3),
     ("sm_80", "descriptors", 32, 16): (64, 4, 3),
     ("sm_80", "descriptors", 64, 16): (64, 4, 3),
     ("sm_80", "descriptors", 128, 16): (64, 4, 3),
@@ -191,7 +189,6 @@ TILES: dict[tuple, tuple] = {
     ("sm_80", "project_distribute_blocks", 64, 128): (128, 8, 3),
     ("sm_80", "project_distribute_blocks", 64, 256): (64, 8, 1),
     ("sm_80", "weight_gradients", 32, 32): (64, 4, 2),
-    ("sm_80", "weight_gradients", 32, 64): (64, 4, 3),
     ("sm_89", "descriptors", 32, 16): (64, 4, 3),
     ("sm_89", "descriptors", 64, 16): (64, 4, 3),
     ("sm_89", "descriptors", 128, 16): (64, 4, 3),
@@ -249,7 +246,6 @@ TILES: dict[tuple, tuple] = {
     ("sm_89", "project_distribute_blocks", 64, 256): (64, 8, 1),
     ("sm_89", "project_distribute_blocks", 64, 512): (32, 8, 1),
     ("sm_89", "weight_gradients", 32, 32): (64, 4, 2),
-    ("sm_89", "weight_gradients", 32, 64): (64, 8, 3),
     ("sm_90", "descriptors", 32, 16): (64, 4, 3),
     ("sm_90", "descriptors", 64, 16): (64, 4, 3),
     ("sm_90", "descriptors", 128, 16): (64, 4, 3),
@@ -268,7 +264,7 @@ TILES: dict[tuple, tuple] = {
     ("sm_90", "distribute_side", 128, 128): (32, 8, 3),
     ("sm_90", "distribute_side", 256, 32): (32, 8, 3),
     ("sm_90", "distribute_side", 256, 64): (32, 8, 3),
-    ("sm_90", "distribute_side", 512, 32): (32, 8, 3),
+    ("sm_90", "distribute_side", 512, 32): (64, 8, 1),  # 1300 spills at odd L
     ("sm_90", "gather_from_a", 32, 32): (128, 8, 3),
     ("sm_90", "gather_from_a", 32, 64): (128, 8, 3),
     ("sm_90", "gather_from_a", 32, 128): (64, 8, 3),
@@ -310,7 +306,6 @@ TILES: dict[tuple, tuple] = {
     ("sm_90", "project_distribute_blocks", 64, 256): (64, 8, 1),
     ("sm_90", "project_distribute_blocks", 64, 512): (32, 8, 1),
     ("sm_90", "weight_gradients", 32, 32): (64, 8, 2),
-    ("sm_90", "weight_gradients", 32, 64): (64, 4, 3),
 }
 
 # Where such a launch would spill with the tile above.
@@ -345,7 +340,7 @@ SPECIAL: dict[tuple, tuple] = {
     ("sm_80", "gather_from_a", 128, 64): (64, 8, 1),
     ("sm_80", "gather_from_a", 128, 128): (32, 8, 1),
     ("sm_80", "gather_from_x", 128, 64): (64, 8, 3),
-    ("sm_80", "gather_from_x", 128, 128): (16, 8, 1),
+    ("sm_80", "gather_from_x", 128, 128): (64, 8, 1),
     ("sm_80", "gather_from_x", 256, 32): (64, 8, 1),
     ("sm_80", "gather_from_x", 256, 64): (64, 8, 1),
     ("sm_80", "gather_from_x", 512, 32): (32, 8, 1),

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator, lse_dtype
-from . import all_maps, configs, delta, launch, tiled
+from . import all_maps, configs, delta, guard, launch, tiled
 from .tiles import (
     dot,
     exp,
@@ -35,6 +35,8 @@ from .tiles import (
     scalar,
     store_map,
 )  # fmt: skip
+
+SOURCE = ("N--L", "N--L", "NL")
 
 
 @triton.jit
@@ -298,6 +300,11 @@ def gather_backward_kernel(
             store_map(db_base, rows_n, cols, C_N, L, stride_db_c * ALIGN, stride_db_l, db)
 
 
+@guard.proved(
+    {"sources": SOURCE, "rounded": "N---", "g": "N---", "lse": "N"},
+    writes=("rounded", "g", "lse"),
+    splits=lambda sources, **_: min(2, sum(splits for _, splits in _chunks(sources))),
+)
 def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the map itself, extra tokens).
 
@@ -319,7 +326,7 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
     if sum(splits for _, splits in _chunks(sources)) == 1:
         _gather(sources, logit_scale, (g, lse, lse), bias, rounded, final=True)
         return g, lse
-    parts = gather_parts(sources, logit_scale)
+    parts = _parts(sources, logit_scale)
     tile = configs.tile("gather_combine", a, c_m, c_n)
     tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
     with launch.device_of(a):
@@ -332,8 +339,13 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
     return g, lse
 
 
+@guard.proved({"sources": SOURCE})
 def gather_parts(sources, logit_scale):
     """Partial ``(acc, max, sum)``: ``(N, slots, heads·n, m)``, ``(N, slots, heads·n)`` twice."""
+    return _parts(sources, logit_scale)
+
+
+def _parts(sources, logit_scale):
     a, b, _ = sources[0]
     batch, heads, c_m, _ = a.shape
     slots, maps = sum(splits for _, splits in _chunks(sources)), heads * b.shape[2]
@@ -394,6 +406,19 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
     return da, db
 
 
+@guard.proved(
+    {
+        "dg": "N---",
+        "correction": "N",
+        "a": "N--L",
+        "b": "N--L",
+        "keep": "NL",
+        "lse": "N",
+        "da": "N--L",
+        "db": "N--L",
+    },
+    writes=("da", "db"),
+)
 def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
     """Writes dA and dB, unless None, from dG in the dtype of the maps and δ (see ``delta``)."""
     batch, heads, c_m, length = a.shape
@@ -424,5 +449,5 @@ def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
             HAS_MASK=keep is not None, NEED_A=need_a, NEED_B=need_b,
             ALIGN=align, P_SCALE=launch.p_scale(a.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(a, tile),
+            **launch.options(a, tile, again=True),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 Positions are split into chunks, one program each, so that a launch has about one wave of programs.
 """
 
+import contextlib
 import functools
 import threading
 
@@ -69,13 +70,41 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Trial(threading.local):
+    splits = None  # programs that share the positions, instead of as many as the GPU has room for
+    tiles = None  # what launches take is noted here
+
+
+_trial = _Trial()
+
+
+@contextlib.contextmanager
+def in_splits(splits):
+    """Positions of this thread's launches are split over ``splits`` programs, blocks permitting."""
+    before, _trial.splits = _trial.splits, splits
+    try:
+        yield
+    finally:
+        _trial.splits = before
+
+
+@contextlib.contextmanager
+def traced(tiles):
+    """Adds the tile of every launch of this thread to a list, in words."""
+    before, _trial.tiles = _trial.tiles, tiles
+    try:
+        yield
+    finally:
+        _trial.tiles = before
+
+
 def chunks(programs, length, tile, device):
     """(blocks of positions in a chunk, number of chunks) that fill the GPU about once.
 
     ``programs``: how many programs there are without splitting positions.
     """
     blocks = triton.cdiv(length, tile.block_l)
-    wanted = max(1, processors(device) * tile.per_processor // programs)
+    wanted = _trial.splits or max(1, processors(device) * tile.per_processor // programs)
     blocks_per_chunk = triton.cdiv(blocks, min(wanted, blocks))
     return blocks_per_chunk, triton.cdiv(blocks, blocks_per_chunk)
 
@@ -115,13 +144,21 @@ def device_of(x):
     return torch.cuda.device(x.device) if x.is_cuda else INTERPRETER
 
 
-def options(x, tile, products=True):
-    """Dtypes and compiler options of a launch; the float32 switch is PyTorch's own."""
+def options(x, tile, products=True, again=False):
+    """Dtypes and compiler options of a launch; the float32 switch is PyTorch's own.
+
+    ``again``: the kernel makes softmax weights once more, from a log-sum-exp. Contracted into one
+    FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
+    where a select stands between the two, and ``exp`` of the difference overflows.
+    """
+    if _trial.tiles is not None:
+        blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
+        _trial.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
     chosen = {
         "ACC": TRITON_DTYPE[accumulator(x.dtype)],
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": not again,
     }
     if products:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"

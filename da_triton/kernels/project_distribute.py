@@ -11,7 +11,7 @@ X, V and the result are ``(N, channels, L)`` in any strides.
 import triton
 import triton.language as tl
 
-from . import configs, fused_tiles, launch
+from . import configs, fused_tiles, guard, launch
 from .tiles import dot, exp, load_map, load_matrix, scalar
 
 
@@ -157,6 +157,7 @@ def project_distribute_kernel(
                 tl.store(ptrs, y.to(dtype), mask=(cols < L)[:, None] & (rows < C_OUT)[None, :])
 
 
+@guard.proved({"x": "N-L", "h": "N--", "out": "N-L", "v": "N-L"}, writes=("out", "v"))
 def project_distribute(
     x, weight_v, bias_v, h, bias_out, out, v, *, heads, logit_scale, softmax, residual
 ):

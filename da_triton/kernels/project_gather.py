@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import configs, fused_tiles, launch
+from . import configs, fused_tiles, guard, launch
 from .tiles import dot, load_keep, load_map, load_matrix, online_softmax, scalar
 
 
@@ -108,6 +108,7 @@ def gather_from_a_kernel(
     stride_keep_n,
     stride_keep_l,
     HAS_MASK: tl.constexpr,
+    POSITIONS_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,7 +117,11 @@ def gather_from_a_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a head, a chunk of positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N."""
+    """One program: a head, a chunk of positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N.
+
+    POSITIONS_FIRST: A is projected with positions as rows, so that no accumulator is transposed,
+    which Triton before 3.7.1 makes wrong code of for Hopper.
+    """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     head = pid % HEADS
@@ -140,20 +145,28 @@ def gather_from_a_kernel(
         if HAS_MASK:
             taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
         z = tl.zeros((BLOCK_N, BLOCK_L), ACC)
-        a = tl.zeros((BLOCK_M, BLOCK_L), ACC)
+        if POSITIONS_FIRST:
+            a = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+        else:
+            a = tl.zeros((BLOCK_M, BLOCK_L), ACC)
         for c0 in range(0, C, BLOCK_C):
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
             x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
             wb = load_matrix(wb_base, rows_n, rows_c, C_N, C, C, 1, dtype)
             wa = load_matrix(wa_base, rows_m, rows_c, C_M, C, C, 1, dtype)
             z = dot(wb, x, z, PRECISION)
-            a = dot(wa, x, a, PRECISION)
+            if POSITIONS_FIRST:
+                a = dot(tl.trans(x), tl.trans(wa), a, PRECISION)
+            else:
+                a = dot(wa, x, a, PRECISION)
+        if not POSITIONS_FIRST:
+            a = tl.trans(a)
         if HAS_MASK:
-            a = tl.where(taking_part[None, :], a, 0.0)
+            a = tl.where(taking_part[:, None], a, 0.0)
         z = z.to(dtype).to(ACC)  # as backward finds B, so that its P sums to 1 with this lse
         z = tl.where(taking_part[None, :], z * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(z, mx, total)
-        acc = dot(p.to(dtype), tl.trans(a.to(dtype)), acc * rescale[:, None], PRECISION)
+        acc = dot(p.to(dtype), a.to(dtype), acc * rescale[:, None], PRECISION)
 
     slot = (n * SPLITS + split) * HEADS * C_N + head * C_N
     inside_n = rows_n < C_N
@@ -163,6 +176,7 @@ def gather_from_a_kernel(
     tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
+@guard.proved({"x": "N-L", "keep": "NL"})
 def gather_from_x(x, weight_b, keep, logit_scale):
     """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for all maps of all heads."""
     batch, channels, length = x.shape
@@ -186,6 +200,7 @@ def gather_from_x(x, weight_b, keep, logit_scale):
     return parts
 
 
+@guard.proved({"x": "N-L", "keep": "NL"})
 def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
     """Partial ``(acc, max, sum)`` of ``G − ba = (Wa X) Pᵀ``."""
     batch, channels, length = x.shape
@@ -201,7 +216,8 @@ def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
             x, weight_a, weight_b, x if keep is None else keep, *parts,
             logit_scale, heads, channels, c_m, c_n, length // align, chunk, splits,
             *launch.strides(x, align), *((0, 0) if keep is None else keep.stride()),
-            HAS_MASK=keep is not None, ALIGN=align,
+            HAS_MASK=keep is not None,
+            POSITIONS_FIRST=configs.reads_shared_operands(x.device), ALIGN=align,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=configs.BLOCK_C,
             BLOCK_L=tile.block_l, **launch.options(x, tile),
         )  # fmt: skip

@@ -356,7 +356,7 @@ def _mix(w, x, y, r, scale, logit_scale, lse, per_map, keep):
             PRODUCT=r is not None, ALIGN=align,
             E_SCALE=launch.p_scale(x.dtype) if per_map else 1.0,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
+            **launch.options(x, tile, again=True),
         )  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def map_gradient(
             *((0, 0) if keep is None else keep.stride()), *launch.strides(dx, align),
             SOFTMAX=softmax, PER_MAP=per_map, HAS_MASK=keep is not None, ALIGN=align,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
+            **launch.options(x, tile, again=True),
         )  # fmt: skip
 
 
@@ -403,6 +403,6 @@ def descriptor_gradient(y, x, scale, logit_scale, lse):
             *launch.strides(y, align), *launch.strides(x, align),
             SOFTMAX=lse is not None, ALIGN=align,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
+            **launch.options(x, tile, again=True),
         )  # fmt: skip
     return partial

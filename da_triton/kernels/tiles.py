@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# |x − high| is at most 2^-9 |x| in bfloat16 and 2^-11 |x| in float16, so the product fits.
+LOW_SCALE = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -27,9 +29,25 @@ def dot_wide(w, x, acc, PRECISION: tl.constexpr):
     """
     if w.dtype == x.dtype:
         return dot(w, x, acc, PRECISION)
-    high = x.to(w.dtype)
-    low = (x - high.to(x.dtype)).to(w.dtype)
-    return dot(w, high, dot(w, low, acc, PRECISION), PRECISION)
+    high, low = split(x, w.dtype)
+    return dot(w, high, acc, PRECISION) + dot_low(w, low, acc, PRECISION)
+
+
+@triton.jit
+def split(x, DTYPE: tl.constexpr):
+    """``x`` as ``high + low / LOW_SCALE`` in half precision, the scale clear of subnormals."""
+    high = x.to(DTYPE)
+    return high, ((x - high.to(x.dtype)) * LOW_SCALE).to(DTYPE)
+
+
+@triton.jit
+def dot_low(x, y, acc, PRECISION: tl.constexpr):
+    """``x @ y / LOW_SCALE``, one of the two a low part of ``split``; shape and dtype of acc.
+
+    In an accumulator of its own: compilers for Blackwell make wrong code of products that are
+    chained through one in a loop. The factor keeps Triton from chaining them again.
+    """
+    return dot(x, y, tl.zeros_like(acc), PRECISION) * (1.0 / LOW_SCALE)
 
 
 @triton.jit
@@ -106,8 +124,14 @@ def load_matrix(base, rows, cols, R, C, stride_r, stride_c, DTYPE: tl.constexpr)
 
 @triton.jit
 def load_keep(base, cols, L, stride_l):
-    """Which positions take part: those inside the map that the mask keeps."""
-    return tl.load(base + cols * stride_l, mask=cols < L, other=0) != 0
+    """Which positions take part: those inside the map that the mask keeps.
+
+    The maximum over an axis of size 1 ends what Triton sees behind a masked matrix operand.
+    Otherwise it takes the operand for one that was widened from int8, because of this load, and
+    lays it out for more columns than the tile may have: triton-lang/triton#11632 and #11691.
+    """
+    keep = tl.load(base + cols * stride_l, mask=cols < L, other=0).to(tl.int32)
+    return tl.max(keep[None, :], 0) != 0
 
 
 @triton.jit

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import configs, launch
-from .tiles import dot, load_map, load_matrix, scalar
+from . import configs, guard, launch
+from .tiles import LOW_SCALE, dot, load_map, load_matrix, scalar, split
 
 LEAST_BLOCKS = 4  # of positions in a chunk
 
@@ -103,6 +103,8 @@ def _product_of_descriptors(
     rows = ((tile // tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = ((tile % tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
+    low_a = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
+    low_b = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
     total = tl.zeros((BLOCK_R,), acc_dtype)
     for _ in range(0, N):
         for k0 in range(0, K, BLOCK_K):
@@ -113,14 +115,14 @@ def _product_of_descriptors(
             if acc_dtype == DTYPE:
                 acc = dot(a, b, acc, PRECISION)
             else:
-                a_high, b_high = a.to(DTYPE), b.to(DTYPE)
-                a_low = (a - a_high.to(acc_dtype)).to(DTYPE)
-                b_low = (b - b_high.to(acc_dtype)).to(DTYPE)
-                acc = dot(a_low, b_high, acc, PRECISION)
-                acc = dot(a_high, b_low, acc, PRECISION)
+                a_high, a_low = split(a, DTYPE)
+                b_high, b_low = split(b, DTYPE)
                 acc = dot(a_high, b_high, acc, PRECISION)
+                low_a = dot(a_low, b_high, low_a, PRECISION)
+                low_b = dot(a_high, b_low, low_b, PRECISION)
         a_base += stride_a_n
         b_base += stride_b_n
+    acc += (low_a + low_b) * (1.0 / LOW_SCALE)
     ptrs = out_base + rows[:, None] * stride_out_r + cols[None, :]
     out_dtype: tl.constexpr = out_base.dtype.element_ty
     tl.store(ptrs, (acc * scale).to(out_dtype), mask=(rows < R)[:, None] & (cols < COLS)[None, :])
@@ -250,6 +252,7 @@ class Gradient(NamedTuple):
     bias: torch.Tensor
 
 
+@guard.proved({"t": "N-L", "x": "N-L"})
 def outer(t, x):
     """Parts of ``Σ_N Σ_L t xᵀ``, ``(chunks, rows, C)``, and of ``Σ_N Σ_L t``, ``(chunks, rows)``.
 
@@ -278,6 +281,7 @@ def outer(t, x):
     return parts, sums
 
 
+@guard.proved({"t": "N-L", "x": "N-L", "dh": "N--", "g": "N---", "dg": "N---", "m": "N--"})
 def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     """dWa, dba, dWb, dWv, dbv, dWo, dbo, in the dtype of ``like``, a weight.
 

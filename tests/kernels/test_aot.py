@@ -25,7 +25,6 @@ SHARED_LIMIT = {
 # tried spills, and with 128 maps, where a tile that does not is half as long.
 ACCEPTED = {
     ("gfx942", "gather_side", 19): 8,
-    ("sm_89", "weight_gradients", 19): 2,
     ("sm_90", "gather_side", 128): 12,
 }
 # The same where the oldest Triton that is supported compiles.

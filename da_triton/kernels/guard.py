@@ -1,0 +1,256 @@
+"""Kernels are proved on their first use where compilers are known to make wrong code.
+
+There (``compilers``), a launcher's first call with new channels, dtypes or flags also runs a few
+times on a small random input, with the same tile, alignment and flags (``trials``). The results
+must agree with those of its stand-in (``stand_ins``, in float64) within the rounding of the dtype,
+and with each other bit for bit. The verdict is remembered (``verdicts``). A kernel that fails is
+not used: its stand-in takes over, with one warning.
+
+Elsewhere, and for dtypes without matrix units, launchers run as they are. Nothing is proved while a
+CUDA graph is captured: there, a kernel that nothing is known of yet runs as it is.
+
+Two environment variables, the first read once:
+
+    DA_TRITON_PROVE      0: prove nothing; 1: prove on every GPU, in half precision and TF32
+    DA_TRITON_CACHE_DIR  the folder of verdicts; ~/.cache/da_triton without ($XDG_CACHE_HOME if set)
+"""
+
+import contextlib
+import functools
+import inspect
+import threading
+from typing import Any
+
+import torch
+
+from . import compilers, launch, stand_ins, verdicts
+from .trials import HALF, exact, fill, like, map_tensors, random, tensors, words
+from .verdicts import Verdict
+
+ALLOWED = {
+    torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-11,
+}  # fmt: skip
+ALLOWED_TF32 = 5e-3
+SCALARS = {"logit_scale": 0.7, "scale": 1.3}
+# Launchers that return sums in parts: the axis of the parts, and how many of the results have one.
+SUMMED = {"distribute_side": (1, 1), "backward_parts": (2, 1), "outer": (0, 2)}
+
+
+class _State(threading.local):
+    verdicts: list[Verdict] | None = None  # of an examination that is under way
+    repetitions = 4
+    proving = False
+
+
+LAUNCHERS: dict[str, Any] = {}  # every guarded launcher, by the name of its stand-in
+_state = _State()
+_lock = threading.RLock()
+_known: dict[Any, bool] = {}  # exact arguments -> whether the kernel may be used
+_verdicts: dict[str, Verdict] = {}  # a case -> what was found in this process
+
+
+def proved(axes: dict[str, Any], *, writes=(), roles=None, splits=lambda **_: 2):
+    """Decorates a launcher that has a stand-in of the same name, or of ``backward`` of a module.
+
+    ``axes``: of tensors with a batch (N), positions (L) or partial results (S), a letter per axis,
+    "-" for others, which may be left out at the end; a tuple for tensors in tuples. ``writes``:
+    arguments that are results. ``roles``: "positive" for tensors with positive elements.
+    ``splits``: how many programs share the positions, where the code depends on that.
+    """
+
+    def decorate(launcher):
+        name = launcher.__name__
+        name = f"{launcher.__module__.rsplit('.', 1)[1]}_backward" if name == "backward" else name
+        spec = LAUNCHERS[name] = _Spec(name, launcher, axes, writes, roles or {}, splits)
+
+        @functools.wraps(launcher)
+        def call(*args, **kwargs):
+            idle = _state.verdicts is None and not watched()
+            if idle or _use(spec, args, kwargs):
+                return launcher(*args, **kwargs)
+            with torch.no_grad():
+                return spec.stand_in(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+class _Spec:
+    """A launcher and how to make small arguments for it."""
+
+    def __init__(self, name, launcher, axes, writes, roles, splits):
+        self.name, self.launcher, self.axes = name, launcher, axes
+        self.writes, self.roles, self.splits = writes, roles, splits
+        self.stand_in = getattr(stand_ins, name)
+        self.signature = inspect.signature(launcher)
+
+    def bound(self, args, kwargs):
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    def case(self, given):
+        """Channels, dtypes, layouts and flags: what the generated code depends on."""
+        found = {name: words(value, self.axes.get(name)) for name, value in given.items()}
+        found["splits"] = str(self.splits(**given))
+        return " ".join(f"{name}={word}" for name, word in found.items() if word)
+
+    def small(self, given):
+        """Random arguments with the same channels and alignment, few samples and positions."""
+        generator = torch.Generator(next(tensors(given)).device).manual_seed(0)
+        return {
+            name: SCALARS.get(name, value)
+            if isinstance(value, float)
+            else random(value, self.axes.get(name), self._role(name), generator)
+            for name, value in given.items()
+        }
+
+    def _role(self, name):
+        return "written" if name in self.writes else self.roles.get(name, name)
+
+    def results(self, returned, arguments):
+        """What a call returned and wrote; partial results, whose number is free, put together."""
+        found = [*tensors(returned), *(t for n in self.writes for t in tensors(arguments[n]))]
+        if self.name in ("gather_parts", "gather_from_x", "gather_from_a"):
+            acc, mx, total = stand_ins.merged(*(t.double() for t in found))
+            return [acc / total[..., None], mx + total.log()]
+        if self.name in SUMMED:
+            axis, count = SUMMED[self.name]
+            found[:count] = [t.sum(axis, dtype=torch.float64) for t in found[:count]]
+        return found
+
+
+def _use(spec, args, kwargs):
+    """Whether a kernel may be used with these arguments; proves it where nothing is known."""
+    if _state.proving or next(tensors(args)).shape[0] == 0:
+        return True
+    if _state.verdicts is not None:
+        return _examined(spec, spec.bound(args, kwargs)).right
+    key = exact(spec.name, args, kwargs)
+    known = _known.get(key)
+    if known is None:
+        if not _concerns(args):
+            known = True
+        elif _capturing():
+            return True
+        else:
+            with _lock:
+                verdict = _verdict(spec, spec.bound(args, kwargs))
+            if verdict is None:
+                return True
+            known = verdict.right
+        if len(_known) >= 4096:
+            _known.clear()
+        _known[key] = known
+    return known
+
+
+def _examined(spec, given):
+    """The verdict on a case of this examination."""
+    case = spec.case(given)
+    for verdict in _state.verdicts:
+        if (verdict.kernel, verdict.case) == (spec.name, case):
+            return verdict
+    _state.verdicts.append(_prove(spec, given, case))
+    return _state.verdicts[-1]
+
+
+def _verdict(spec, given):
+    """What is known of a case, or what a proof finds; None if there was no memory for one."""
+    device = next(tensors(given)).device
+    case = spec.case(given)
+    key = f"{spec.name} {device} {case} {verdicts.allows_tf32()}"
+    if key not in _verdicts:
+        found = verdicts.remembered(device, spec.name, case)
+        if found is None:
+            try:
+                found = _prove(spec, given, case)
+            except torch.OutOfMemoryError:
+                return None
+            verdicts.remember(device, found)
+        _verdicts[key] = found
+        if not found.right:
+            verdicts.warn(found, device)
+    return _verdicts[key]
+
+
+def _prove(spec, given, case):
+    """Runs a launcher a few times on a small input, and its stand-in in float64."""
+    dtype = min((t.dtype for t in tensors(given) if t.is_floating_point()), key=_size)
+    allowed = ALLOWED_TF32 if dtype == torch.float32 and verdicts.allows_tf32() else ALLOWED[dtype]
+    tiles: list[str] = []
+    error, reason = float("inf"), ""
+    _state.proving = True
+    try:
+        with torch.no_grad(), launch.traced(tiles), launch.in_splits(spec.splits(**given)):
+            small = spec.small(given)
+            wide = map_tensors(small, lambda t: t.double() if t.is_floating_point() else t)
+            runs = [_run(spec, spec.launcher, small) for _ in range(_state.repetitions)]
+            truth = _run(spec, spec.stand_in, wide)
+            error = max(map(_error, runs[0], truth))
+            if not error <= allowed:
+                reason = "wrong results"
+            elif any(
+                not torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)
+            ):
+                reason = "different results on the same input"
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # the kernel is not known to be wrong, or nothing can run any more
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+    finally:
+        _state.proving = False
+    return Verdict(spec.name, case, ", ".join(dict.fromkeys(tiles)), error, allowed, reason)
+
+
+def _run(spec, function, small):
+    arguments = map_tensors(small, lambda t: fill(like(t, t.shape), t))
+    bound = inspect.BoundArguments(spec.signature, arguments)
+    return spec.results(function(*bound.args, **bound.kwargs), arguments)
+
+
+def _error(found, true):
+    found, true = found.double(), true.double()
+    scale = true.square().mean().sqrt() + true.abs()
+    error = ((found - true).abs() / scale.clamp(min=1e-30)).max().item()
+    return error if error == error else float("inf")
+
+
+@contextlib.contextmanager
+def examine(repetitions=4):
+    """Proves every launch that is made inside, on any device and in any dtype.
+
+    Gives a list that the verdicts are added to. Nothing is remembered.
+    """
+    before = _state.verdicts, _state.repetitions
+    _state.verdicts, _state.repetitions = [], repetitions
+    try:
+        yield _state.verdicts
+    finally:
+        _state.verdicts, _state.repetitions = before
+
+
+@functools.cache
+def watched():
+    """Whether anything has to be proved on any GPU of this process."""
+    return any(
+        compilers.affected(torch.device("cuda", i)) for i in range(torch.cuda.device_count())
+    )
+
+
+def _concerns(args):
+    """Whether a launch is to be proved, by the device and dtypes of its tensors."""
+    x = next(tensors(args))
+    if not compilers.affected(x.device):
+        return False
+    half = any(t.dtype in HALF for t in tensors(args))
+    return half or (x.dtype == torch.float32 and verdicts.allows_tf32())
+
+
+def _size(dtype):
+    return dtype.itemsize
+
+
+def _capturing():
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,143 @@
+"""Arguments of a launch: what its code depends on, and small random ones like them."""
+
+import torch
+
+from . import verdicts
+
+HALF = (torch.float16, torch.bfloat16)
+LONGEST = 1024  # positions of an input to prove with
+
+
+def tensors(tree):
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from tensors(value)
+    elif isinstance(tree, dict):
+        yield from tensors(list(tree.values()))
+
+
+def map_tensors(tree, function):
+    """The same tree with a function of every tensor; tensors that occur twice stay one."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def walk(value):
+        if isinstance(value, torch.Tensor):
+            if id(value) not in seen:
+                seen[id(value)] = function(value)
+            return seen[id(value)]
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            items = [walk(v) for v in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    return walk(tree)
+
+
+def exact(name, args, kwargs):
+    """Everything a launch depends on but the numbers in its tensors, quickly."""
+    found, half = [name], False
+    stack = [*args, *kwargs.values()]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            found += (value.shape, value.stride(), value.dtype)
+            half = half or value.dtype in HALF
+            device = value.device
+        elif isinstance(value, (tuple, list)):
+            stack += value
+        elif not isinstance(value, float):
+            found.append(value)
+    return (*found, device, half or verdicts.allows_tf32())
+
+
+def words(value, axes):
+    """A tensor as its dtype, sizes and what its strides are divisible by; a flag as its value."""
+    if isinstance(value, torch.Tensor):
+        letters = (axes or "").ljust(value.dim(), "-")
+        sizes = (
+            letter if letter != "-" else str(size)
+            for letter, size in zip(letters, value.shape, strict=True)
+        )
+        innermost = "".join(str(i) for i, s in enumerate(value.stride()) if s == 1)
+        rows = [s for letter, s in zip(letters, value.shape, strict=True) if letter == "L"]
+        unit = min(s & -s for s in (128, *rows, *value.stride()) if s > 1)
+        return f"{str(value.dtype)[6:]}[{'×'.join(sizes)}]/{innermost}/{unit}"
+    if isinstance(value, (tuple, list)):
+        inner = _inner(value, axes)
+        return "(" + ",".join(words(v, a) for v, a in zip(value, inner, strict=True)) + ")"
+    if value is None or isinstance(value, float):
+        return ""
+    return str(value)
+
+
+def _inner(value, axes):
+    """Axes of the elements of a sequence: given by element, or the same for each of a list."""
+    if axes is None:
+        return [None] * len(value)
+    return [axes] * len(value) if isinstance(value, list) else axes
+
+
+def random(value, axes, role, generator):
+    """Random tensors like those of a tree, with few samples, positions and partial results."""
+    if isinstance(value, (tuple, list)):
+        roles = role if isinstance(role, tuple) else [role] * len(value)
+        items = [
+            random(v, a, r, generator)
+            for v, a, r in zip(value, _inner(value, axes), roles, strict=True)
+        ]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if not isinstance(value, torch.Tensor):
+        return value
+    letters = (axes or "").ljust(value.dim(), "-")
+    sizes = [few(letter, size) for letter, size in zip(letters, value.shape, strict=True)]
+    x = like(value, sizes)
+    if value.dtype == torch.uint8:
+        return fill(x, torch.rand(x.shape, generator=generator, device=x.device) < 0.7)
+    if role == "written":
+        return fill(x, torch.full(x.shape, torch.nan, device=x.device))
+    numbers = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    if role == "lse":  # above every logit, as a log-sum-exp is: P stays below 1
+        numbers = 7 + 0.1 * numbers
+    elif role == "positive":
+        numbers = numbers.abs() + 0.1
+    elif axes is None:  # weights
+        numbers *= 1.5 * value.shape[-1] ** -0.5
+    return fill(x, numbers)
+
+
+def fill(x, numbers):
+    """x with these numbers; along expanded axes, the first of them."""
+    target = x
+    for axis, stride in enumerate(x.stride()):
+        if stride == 0 and x.shape[axis] > 1:
+            target, numbers = target.narrow(axis, 0, 1), numbers.narrow(axis, 0, 1)
+    target.copy_(numbers)
+    return x
+
+
+def few(letter, size):
+    if letter == "N":
+        return min(size, 2)
+    if letter == "S":
+        return min(size, 3)
+    if letter == "L" and size > LONGEST:
+        return LONGEST - 128 + size % 128
+    return size
+
+
+def like(value, sizes):
+    """Memory for a tensor with these sizes; strides in the order of ``value``'s, and equal to them
+    but for multiples of 128, so that the same loads are wide."""
+    strides, packed = [0] * value.dim(), 1
+    for axis in sorted(range(value.dim()), key=lambda i: (value.stride(i), -i)):
+        if value.stride(axis) == 0 and value.shape[axis] > 1:
+            continue  # expanded
+        strides[axis] = packed + (value.stride(axis) - packed) % 128
+        packed = strides[axis] * sizes[axis]
+    offset = value.data_ptr() % 16 // value.element_size()
+    memory = value.new_empty(packed + offset)
+    return memory[offset:].as_strided(sizes, strides, offset)

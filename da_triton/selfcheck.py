@@ -1,0 +1,272 @@
+"""Whether the kernels are right on this machine: ``check`` and ``python -m da_triton.check``."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HALF, FLOAT32, TF32 = (torch.bfloat16, torch.float16), "float32", "TF32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A block: channels, features and maps of all heads, positions, and its memory."""
+
+    channels: int
+    c_m: int
+    c_n: int
+    heads: int = 1
+    length: int = 784
+    channels_last: bool = False
+
+
+CASES = (Case(256, 128, 128), Case(512, 256, 32), Case(64, 19, 19))
+THOROUGH = (
+    *CASES,
+    Case(128, 128, 128, heads=4),
+    *(Case(c, c // 2, n) for c in (256, 512) for n in (64, 128, 256, 512)),
+    *(Case(c, c // 2, 64, channels_last=True) for c in (256, 512)),
+    *(Case(c, c // 2, 64, length=length) for c in (256, 512) for length in (196, 49)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What ``check`` found. ``verdicts``: one per launcher, dtypes, channels and flags, each with
+    ``kernel``, ``case``, ``tiles``, ``error``, ``allowed``, ``reason`` and ``right``."""
+
+    facts: dict[str, Any]  # of the machine and the compiler
+    verdicts: tuple[Any, ...]
+    obstacle: str = ""  # why nothing could be checked
+
+    @property
+    def right(self) -> bool:
+        """Every kernel was checked and is right."""
+        return not self.obstacle and all(v.right for v in self.verdicts)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {value}" for name, value in self.facts.items() if value]
+        if self.obstacle:
+            return "\n".join([*lines, f"The kernels were not checked: {self.obstacle}"])
+        rows = [("kernel", "dtype", "cases", "largest error", "allowed", "")]
+        for (kernel, allowed), group in _groups(self.verdicts).items():
+            failed = sum(not v.right for v in group)
+            worst = max(v.error for v in group)
+            dtype = _dtypes(group[0])
+            state = f"{failed} WRONG" if failed else "right"
+            rows.append((kernel, dtype, str(len(group)), f"{worst:.1e}", f"{allowed:.0e}", state))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), ""]
+        wrong = [v for v in self.verdicts if not v.right]
+        lines += [f"{v.kernel}: {v.reason} (tiles {v.tiles}; {v.case})" for v in wrong]
+        if wrong:
+            lines.append(
+                f"{len(wrong)} of {len(self.verdicts)} cases are wrong. A newer Triton, or a newer "
+                "ptxas named in TRITON_PTXAS_PATH, may compile them right; backend='torch' needs "
+                "neither."
+            )
+        else:
+            lines.append(f"All {len(self.verdicts)} cases are right.")
+        return "\n".join(lines)
+
+
+def check(
+    device: torch.device | str | int | None = None,
+    *,
+    thorough: bool = False,
+    cases: Iterable[Case] | None = None,
+) -> Check:
+    """Runs every kernel on a GPU against PyTorch operations in float64, and prints what it found.
+
+    Each launch of a few blocks, forward and backward on every route the planner has for them, in
+    half precision, float32 and TF32, masked and not, is repeated on a random input. The results
+    must be within the rounding of their dtype, element by element, and the same each time.
+
+    Args:
+        device: the GPU, by default the current one. Without a GPU, the kernels are checked in
+            Triton's interpreter if TRITON_INTERPRET=1 is set, which is slow.
+        thorough: more channels, memory formats and lengths, and 20 repetitions instead of 4.
+        cases: blocks to check instead.
+
+    Returns:
+        A :class:`Check`. ``right`` says whether everything was; ``str`` gives what is printed:
+        GPU, driver, versions of PyTorch, Triton and ptxas, known faults of this pair of GPU and
+        compiler, the largest error of each kernel, and each case that is wrong. Where the kernels
+        cannot run, ``obstacle`` says why.
+
+    Raises:
+        RuntimeError, ValueError: ``device`` is not a device of this machine.
+    """
+    found = _check(device, thorough, cases)
+    print(found)
+    return found
+
+
+def _check(device, thorough, cases):
+    if importlib.util.find_spec("triton") is None:
+        return Check(_versions(), (), "Triton is not installed; backend='torch' needs none.")
+    from .cores import triton as core
+    from .kernels import guard
+
+    x = torch.empty(0, device=_device(device))
+    facts = _versions() | _gpu(x.device)
+    if obstacle := core.obstacle(x):
+        return Check(facts, (), obstacle)
+    with guard.examine(20 if thorough else 4) as verdicts:
+        for case in cases or (THOROUGH if thorough else CASES):
+            for dtype in (*HALF, FLOAT32, TF32) if x.is_cuda else HALF[1:]:
+                for masked in (False, True):
+                    _run(case, dtype, masked, x.device, thorough)
+    return Check(facts, tuple(verdicts))
+
+
+def _device(device):
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def _run(case, dtype, masked, device, every=False):
+    """A training step of a block on routes that the planner has for it."""
+    from .kernels import block
+
+    precision = "tf32" if dtype == TF32 else "ieee"
+    dtype = torch.float32 if isinstance(dtype, str) else dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x = normal(2, case.channels, case.length)
+    x = x.mT.contiguous().mT if case.channels_last else x
+    sizes = ((case.c_m, case.channels), (case.c_n, case.channels), (case.channels, case.c_m))
+    a, b, out = (normal(*size) * size[1] ** -0.5 for size in sizes)
+    weights = block.Weights(
+        a, normal(case.c_m), b, b.flip(0), normal(case.c_n), out, normal(case.channels)
+    )
+    keep = None
+    if masked:
+        keep = (torch.rand(2, case.length, generator=generator) < 0.7).to(device, torch.uint8)
+    options = block.Options(case.heads, 1.0, 1.0, 1.0, True, True)
+    with torch.no_grad(), _precision(precision):
+        for route, keep_v in _routes(x, case, every):
+            _, lse, g, v = block.forward(x, weights, keep, options, route, keep_v)
+            block.backward(x, x, weights, keep, lse, g, v, options, route, True)
+
+
+def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
+    """Routes of the planner, with each backward pass; V kept or projected again.
+
+    ``every``: all orders of unfused passes too, which differ in sizes only.
+    """
+    from . import planner
+    from .costs import Shape
+    from .kernels import configs, launch
+
+    size = x.element_size()
+    s = Shape(
+        2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
+    )
+    arch, processors = configs.architecture(x.device), launch.processors(x.device)
+    limits = configs.limits(s, case.channels, arch, processors)
+    fused = ("fused", "XH")
+    options = list(planner.options(s, limits))
+    if not every:
+        parts = [(o.route.gather, o.route.distribute, o.route.order[0]) for o in options]
+        options = [o for i, o in enumerate(options) if parts.index(parts[i]) == i]
+    for option in options:
+        unfused = ("split", option.route.order)
+        for kind, order in (unfused, fused) if limits.backward else (unfused,):
+            route = option.route._replace(backward=kind, backward_order=order)
+            yield route, route.gather == "fused"
+
+
+@contextlib.contextmanager
+def _precision(wanted):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _versions() -> dict[str, Any]:
+    from ._version import __version__
+
+    triton = importlib.util.find_spec("triton")
+    return {
+        "da_triton": __version__,
+        "PyTorch": torch.__version__,
+        "Triton": importlib.metadata.version("triton") if triton else "not installed",
+    }
+
+
+def _gpu(device) -> dict[str, Any]:
+    from .kernels import compilers
+
+    if device.type != "cuda":
+        return {"device": f"{device}, in Triton's interpreter"}
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip:
+        return {"GPU": name, "ROCm": torch.version.hip}
+    capability = torch.cuda.get_device_capability(device)
+    version, path = compilers.ptxas(capability)
+    faults = compilers.faults(compilers.compiler(device))
+    return {
+        "GPU": f"{name}, compute capability {capability[0]}.{capability[1]}",
+        "driver": _driver() or f"CUDA {compilers.driver()}",
+        "ptxas": f"{version} ({path})",
+        "known faults": "; ".join(f"{f.what} ({f.report})" for f in faults) or "none",
+    }
+
+
+def _driver():
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    ended = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    return ended.stdout.splitlines()[0].strip() if ended.returncode == 0 else ""
+
+
+def _groups(verdicts):
+    groups: dict[tuple[str, str, float], list[Any]] = {}
+    for v in verdicts:
+        groups.setdefault((v.kernel, _dtypes(v), v.allowed), []).append(v)
+    return {(kernel, allowed): group for (kernel, _, allowed), group in groups.items()}
+
+
+def _dtypes(verdict):
+    return next((name for name in ("bfloat16", "float16") if name in verdict.case), "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m da_triton.check``: 0 if all kernels are right, 1 if not, 2 if none could run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m da_triton.check",
+        description="Checks every kernel on a GPU against PyTorch operations in float64.",
+        epilog="Exit status: 0 all are right, 1 some are wrong, 2 none could be checked.",
+    )
+    parser.add_argument("--device", help="such as cuda:1; the current GPU by default")
+    parser.add_argument("--thorough", action="store_true", help="more shapes, 20 repetitions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all cases to a file")
+    arguments = parser.parse_args(argv)
+    try:
+        found = check(arguments.device, thorough=arguments.thorough)
+    except (RuntimeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if arguments.json:
+        verdicts = [{**v._asdict(), "right": v.right} for v in found.verdicts]
+        text = json.dumps({"facts": found.facts, "obstacle": found.obstacle, "verdicts": verdicts})
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 2 if found.obstacle else int(not found.right)

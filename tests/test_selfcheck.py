@@ -1,0 +1,131 @@
+"""``da_triton.check``: what it says of right kernels, wrong ones, and machines without a GPU."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import da_triton
+from da_triton import selfcheck
+from da_triton.cores import triton as core
+from da_triton.kernels import compilers, project_gather
+from da_triton.selfcheck import Case
+
+ROOT = Path(__file__).parents[1]
+SMALL = [Case(32, 16, 16, length=33)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One block, on one fused route and one that is not."""
+    routes = selfcheck._routes
+
+    def few(x, case, every):
+        found = list(routes(x, case, every))
+        fused = next(r for r, _ in found if r.gather == r.distribute == r.backward == "fused")
+        split = next(r for r, _ in found if "fused" not in r)
+        return [(fused, True), (split, False)]
+
+    monkeypatch.setattr(selfcheck, "_routes", few)
+    monkeypatch.setattr(selfcheck, "CASES", SMALL)
+    monkeypatch.setattr(selfcheck, "HALF", (torch.bfloat16, torch.float16))
+
+
+def lie(monkeypatch):
+    kernel = project_gather.gather_from_x_kernel
+
+    class Lying:
+        def __getitem__(self, grid):
+            def launch(x, w, keep, acc, *args, **kwargs):
+                kernel[grid](x, w, keep, acc, *args, **kwargs)
+                acc[0, 0, 0, :8] += 1
+
+            return launch
+
+    monkeypatch.setattr(project_gather, "gather_from_x_kernel", Lying())
+
+
+def test_right_kernels(small, capsys):
+    found = da_triton.check()
+    assert found.right
+    kernels = {v.kernel for v in found.verdicts}
+    assert {"gather_from_x", "project_distribute", "gather_side", "gather_backward"} <= kernels
+    text = capsys.readouterr().out
+    assert str(found) in text
+    assert f"All {len(found.verdicts)} cases are right." in text
+    assert torch.__version__ in text
+    masked = [v for v in found.verdicts if "keep=uint8" in v.case]
+    assert masked
+    assert len(masked) < len(found.verdicts)
+
+
+def test_wrong_kernels(small, monkeypatch, capsys, tmp_path):
+    lie(monkeypatch)
+    file = tmp_path / "check.json"
+    assert selfcheck.main(["--json", str(file)]) == 1
+    text = capsys.readouterr().out
+    assert "WRONG" in text
+    assert "gather_from_x: wrong results (tiles " in text
+    assert "TRITON_PTXAS_PATH" in text
+    written = json.loads(file.read_text())
+    wrong = {v["kernel"] for v in written["verdicts"] if not v["right"]}
+    assert wrong == {"gather_from_x"}
+    assert written["facts"]["PyTorch"] == torch.__version__
+    assert not written["obstacle"]
+
+
+def test_nothing_can_be_checked_without_the_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(core, "obstacle", lambda x: "there is no GPU.")
+    assert selfcheck.main([]) == 2
+    assert "not checked: there is no GPU." in capsys.readouterr().out
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    found = da_triton.check()
+    assert not found.right
+    assert "Triton is not installed" in found.obstacle
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there(device, capsys):
+    with pytest.raises(SystemExit) as ended:
+        selfcheck.main(["--device", device])
+    assert ended.value.code == 2
+    assert "python -m da_triton.check: " in capsys.readouterr().err
+
+
+def test_the_command_without_a_gpu():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "da_triton.check"]
+    ended = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "need a GPU" in ended.stdout
+    assert not ended.stderr
+
+
+def test_importing_the_command_leaves_the_function():
+    function = da_triton.check
+    assert importlib.import_module("da_triton.check") is function
+    assert da_triton.check is function
+
+
+def test_what_is_said_of_a_gpu(monkeypatch):
+    made_by = compilers.Compiler((9, 0), (3, 6, 0), (12, 8, 93))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compilers, "compiler", lambda device: made_by)
+    monkeypatch.setattr(compilers, "ptxas", lambda capability: ("12.8.93", "somewhere/ptxas"))
+    monkeypatch.setattr(selfcheck, "_driver", lambda: "580.65")
+    facts = selfcheck._gpu(torch.device("cuda"))
+    assert facts["GPU"] == "NVIDIA H100, compute capability 9.0"
+    assert facts["driver"] == "580.65"
+    assert facts["ptxas"] == "12.8.93 (somewhere/ptxas)"
+    assert "triton-lang/triton#11781" in facts["known faults"]
