@@ -17,7 +17,8 @@ OVERVIEW = """commands, each with --help:
   model     floors on cards that are not here
   codegen   registers, spills, copies of every kernel, without a GPU
   compare   what got slower between two runs
-  gpu       everything on a GPU, within a time budget
+  gpu       everything on a GPU, in stages with time budgets
+  warm      fills Triton's compile cache for a GPU, without one
   tune      measures candidates and writes the tile table of this GPU
   sanitize  every kernel under compute-sanitizer: memory, races, initialisation
   readme    writes the README's figures from the committed results"""
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "plan": telling.plan,
     "model": telling.model,
     "codegen": telling.codegen,
+    "warm": telling.warm,
     "compare": telling.compare_files,
     "readme": telling.readme,
 }

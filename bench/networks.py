@@ -179,18 +179,18 @@ def _first(output: Any) -> Tensor:
 
 def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]) -> list[Row]:
     """Rows of all variants, timed in turns; what disagrees with the eager block is not timed."""
-    rows = [_row(bench, network, mode, v) for v in chosen]
+    rows = [row(bench, network, mode, v) for v in chosen]
     ready = []
     expected: Tensor | None = None
     x = torch.randn(network.input_shape(bench.device), generator=torch.Generator().manual_seed(0))
-    x = x.to(bench.device, bench.dtype)
     state: dict[str, Tensor] | None = None
     torch.compiler.reset()
-    for row, variant in zip(rows, chosen, strict=True):
+    for found, variant in zip(rows, chosen, strict=True):
         if bench.budget.left <= 0:
-            row["status"] = OUT_OF_TIME
+            found["status"] = OUT_OF_TIME
             continue
         try:
+            x = x.to(bench.device, bench.dtype)
             torch.manual_seed(0)
             built = network.make(variant.block).to(bench.device)
             if variant.block is not None:
@@ -200,15 +200,15 @@ def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]
             (result,) = run()
             if variant.block is not None:
                 expected = result if expected is None else expected
-                row["error"] = error = _distance(result, expected)
+                found["error"] = error = _distance(result, expected)
                 if not error <= TOLERANCE[bench.dtype]:
-                    row["status"] = f"disagrees: relative RMS {error:.1e} to the eager block"
+                    found["status"] = f"disagrees: relative RMS {error:.1e} to the eager block"
                     continue
-            row["peak_bytes"] = peak_bytes(run, bench.device)
+            found["peak_bytes"] = peak_bytes(run, bench.device)
         except Exception as error:
-            row["status"] = f"failed: {describe(error)}"
+            found["status"] = f"failed: {describe(error)}"
             continue
-        ready.append((row, _Launched, run))
+        ready.append((found, _Launched, run))
     bench.time_in_turns(ready)
     compare(rows, [_Compared(v) for v in chosen])
     _add_shares(rows)
@@ -250,7 +250,8 @@ def _add_shares(rows: list[Row]) -> None:
                 row["added"] = (row["median_ms"] - bare) / (eager - bare)
 
 
-def _row(bench, network, mode, variant):
+def row(bench: Bench, network: Network, mode: str, variant: Variant) -> Row:
+    """The row of a variant that was not timed yet."""
     batch, channels, *positions = network.input_shape(bench.device)
     return {
         "workload": network.name, "n": batch, "c": channels,

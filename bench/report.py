@@ -65,7 +65,7 @@ class Report:
 
     def frame(self) -> pd.DataFrame:
         machine = columns(self.environment)
-        frame = pd.DataFrame([row | machine for row in self.rows], columns=list(COLUMNS))
+        frame = pd.DataFrame([machine | row for row in self.rows], columns=list(COLUMNS))
         if not self.with_ratios:
             frame[[*tables.RATIOS, "share_of_floor"]] = np.nan
         return frame

@@ -1,6 +1,7 @@
 """The commands of ``python -m bench`` that measure."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .gpu import run_gpu
 from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
 from .providers import EAGER, LAYOUTS
 from .report import Report
+from .scaling import INTERRUPTED
+from .stages import STAGES, Settings
 from .tables import DEFAULT_METRICS, METRICS, markdown
 from .workloads import SELECTIONS, Workload, select
 
@@ -28,7 +31,6 @@ CPU_NOTE = (
 BUSY_NOTE = (
     "The machine was busy (load {load:.1f} on {cpus} CPUs) before the run: expect noise and bias."
 )
-INTERRUPTED = "Interrupted: these are the measurements until then."
 METRIC_FLOOR = ("floor", "rate")
 
 
@@ -260,18 +262,40 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
 
 
 def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    known = [stage.name for stage in STAGES]
+    lines = "\n".join(f"  {s.name:9} {s.seconds:4.0f} s  {s.title}" for s in STAGES)
     parser = arguments.parser(
-        "gpu", "Tests, ceilings, then every workload for every provider, within a time budget.",
-        "gpu --out bench/results/h100\ngpu --budget 900 --workload yolo_p3,r50_conv3",
+        "gpu", f"Everything on a GPU, in stages:\n\n{lines}\n\nEvery stage runs in processes of "
+        "its own, and leaves what it measured whatever they do. Results of a folder are joined: "
+        "stages may run one by one.",
+        "gpu --out bench/results/h100\ngpu --stage smoke,tests --ptxas /opt/cuda-13.3/bin/ptxas\n"
+        "gpu --stage eager --budget 120 --workload yolo_p3,r50_conv3",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument(
+        "--stage", type=arguments.listed, action="extend", default=[], metavar="NAME,…",
+        help="repeatable; without it, all in order",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/out"), help="folder for results (%(default)s)"
+    )
     arguments.add_lists(parser, workload="")
-    parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for all chosen stages; default: the sum of theirs"
+    )
+    parser.add_argument(
+        "--ptxas", action="append", default=[], help="another assembler for the smoke check"
+    )
     options = parser.parse_args(argv)
+    names.check("stage", options.stage, known)
+    stages = [stage for stage in STAGES if not options.stage or stage.name in options.stage]
     chosen = select(options.workload, "all", table)
+    for path in options.ptxas:
+        if not os.access(path, os.X_OK):
+            raise UsageError(f"--ptxas {path} is not an executable file.")
     if not torch.cuda.is_available():
         raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
-    return run_gpu(options.out, chosen, Budget(options.budget))
+    budget = Budget(sum(s.seconds for s in stages) if options.budget is None else options.budget)
+    return run_gpu(options.out, chosen, budget, stages, Settings(ptxas=options.ptxas))
 
 
 def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:
@@ -280,8 +304,8 @@ def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:
         "status 1 if it found errors.", "sanitize\nsanitize --tool memcheck,racecheck",
     )  # fmt: skip
     parser.add_argument(
-        "--tool", type=arguments.listed, default=list(sanitizers.TOOLS), metavar="NAME,…",
-        help=", ".join(sanitizers.TOOLS),
+        "--tool", type=arguments.listed, default=list(sanitizers.DEFAULT), metavar="NAME,…",
+        help=f"{', '.join(sanitizers.TOOLS)}; default {', '.join(sanitizers.DEFAULT)}",
     )  # fmt: skip
     options = parser.parse_args(argv)
     names.check("tool", options.tool, sanitizers.TOOLS)

@@ -125,6 +125,7 @@ def against_model(timed: pd.DataFrame) -> pd.DataFrame:
     """What the planner's model says of a route beside what was measured of it on a GPU."""
     rows = []
     ours = timed[(timed["provider"] == "triton") & (timed["device"] == "cuda")]
+    ours = ours.dropna(subset="c_m").astype({"c_m": int, "c_n": int, "heads": int})  # no networks
     for row in ours.to_dict("records"):
         shape = (row["n"], row["c"], *map(int, row["positions"].split("x")))
         form = torch.contiguous_format

@@ -1,12 +1,15 @@
 """The commands of ``python -m bench`` that measure nothing."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from . import arguments, floors, names, pages, providers, sizes
+from . import warm as warming
 from .arguments import UsageError
+from .codegen.cli import cannot_compile
 from .compare import NotComparableError, compare, read
 from .providers import LAYOUTS
 from .tables import markdown
@@ -112,6 +115,47 @@ def compare_files(argv: Sequence[str], table: Sequence[Workload]) -> int:
         raise UsageError(error) from None
     print(found)
     return int(found.regressed)
+
+
+def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "warm", "Fills Triton's compile cache for a GPU that is not there: what the block launches "
+        "on the planned routes, forward and backward, in both memory formats.",
+        "warm --arch sm_90 --out /tmp/cache\nwarm --out /tmp/cache --check",
+    )  # fmt: skip
+    parser.add_argument("--arch", choices=list(warming.TARGETS), default="sm_90")
+    parser.add_argument(
+        "--out", type=Path, default=os.environ.get("TRITON_CACHE_DIR"),
+        help="the cache's folder; default: TRITON_CACHE_DIR",
+    )  # fmt: skip
+    arguments.add_lists(parser, workload="")
+    parser.add_argument(
+        "--check", action="store_true",
+        help="compile nothing: print the key, make a folder that was carried here usable, and exit "
+        "with 1 if it was made with another Triton, ptxas or other kernels",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    chosen = select(options.workload, "all", table)
+    if reason := cannot_compile("warm"):
+        raise UsageError(reason)
+    if options.out is None and not options.check:
+        raise UsageError("warm needs --out or TRITON_CACHE_DIR: a folder for the cache.")
+    if not options.check:
+        found = warming.warm(options.arch, chosen, options.out)
+        print(
+            f"{found.kernels} kernels, {found.compiled} of them compiled in {found.seconds:.1f} s, "
+            f"{found.bytes / 1e6:.1f} MB in {options.out}"
+        )
+    for name, value in warming.key(options.arch).items():
+        print(f"{name}: {value}")
+    if options.check and options.out is not None:
+        if not (options.out / warming.FILE).exists():
+            raise UsageError(f"{options.out} has no {warming.FILE}: `warm` did not fill it.")
+        print(f"{warming.relocate(options.out)} entries adjusted to the folder's place")
+        differing = warming.differences(options.out)
+        print(*(differing or ["the cache is of this Triton and these kernels"]), sep="\n")
+        return int(bool(differing))
+    return 0
 
 
 def codegen(argv: Sequence[str], table: Sequence[Workload]) -> int:

@@ -1,0 +1,327 @@
+"""Groups of providers, measured in a worker: whatever one of them does costs its own row only.
+
+The worker announces each provider before its setup. Where the process then crashes, hangs or loses
+its CUDA context, that provider's row says so and the others are measured again, in a new process.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import ceilings, networks
+from .floors import Ceilings
+from .isolation import SILENCE, Worker
+from .measure import OUT_OF_TIME, Bench, Budget, Effort, Row, Timer, progress
+from .networks import Network, Variant
+from .problems import FORWARD, STEP
+from .providers import Closure, Provider
+from .workloads import Workload
+
+ATTEMPTS = 3  # of a group, each without the provider that ended the one before
+SETUP_SHARE = 0.8  # of the silence that kills a worker, after which a setup is interrupted
+MARGIN = 3.0  # seconds that a group has to end in after its budget, before it is killed
+
+
+def synchronize() -> None:
+    """Raises if the CUDA context is lost: such errors stay until the process ends."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What all groups of a run share. Everything in it is picklable."""
+
+    device: torch.device
+    dtype: torch.dtype
+    make_timer: Callable[[], Timer]
+    effort: Effort
+    check: Callable[[], None] = synchronize
+    silence: float = SILENCE  # seconds without a result after which a worker is killed
+
+
+class Using(NamedTuple):
+    """The provider that is set up next, by its place in the group; None while timing."""
+
+    place: int | None
+
+
+@dataclasses.dataclass
+class Spent:
+    """Seconds by what they went into; ``imports`` includes starting processes."""
+
+    imports: float = 0.0
+    compilation: float = 0.0  # setups and first calls
+    checking: float = 0.0  # inputs, the definition in float64, warm-up, memory
+    timing: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Spent(*(a + b for a, b in pairs))
+
+
+# --- in the worker --------------------------------------------------------------------------------
+
+
+class LostContextError(BaseException):
+    """Not an ``Exception``, so that a run over providers does not carry on."""
+
+
+class Watch:
+    """Announces setups, ends those that take too long, and adds up the seconds in them and in the
+    timer."""
+
+    def __init__(self, send: Callable[[Any], None], where: Where, budget: Budget) -> None:
+        self.send, self.where, self.budget = send, where, budget
+        self.start = time.perf_counter()
+        self.spent = Spent()
+        self.index_of: dict[int, int] = {}
+        self.using: int | None = None
+        self.heard = self.start
+
+    def watched(self, provider: Provider, index: int) -> Provider:
+        """The provider, whose setup includes the first call."""
+
+        def setup(problem):
+            self._check()  # what the provider before this one left behind
+            self._announce(index)
+            start = time.perf_counter()
+            try:
+                with _alarm(min(SETUP_SHARE * self.where.silence, self.budget.left)):
+                    closure = provider.setup(problem)
+                    closure()
+                    self.where.check()
+            except Exception:
+                self._check()
+                raise
+            finally:
+                self.spent.compilation += time.perf_counter() - start
+            self.index_of[id(closure)] = index
+            return closure
+
+        return dataclasses.replace(provider, setup=setup)
+
+    def timer(self) -> Timer:
+        timer = _timer(self.where.make_timer)
+
+        def watched(closure: Closure, **options) -> float:
+            start = time.perf_counter()
+            if self.using is not None:  # the first round
+                self._check()
+            if self.using is not None or start - self.heard > 1:
+                self._announce(None)
+            try:
+                return timer(closure, **options)
+            except Exception:
+                self._announce(self.index_of.get(id(closure)))
+                self._check()
+                raise
+            finally:
+                self.spent.timing += time.perf_counter() - start
+
+        return watched
+
+    def end(self) -> None:
+        """Sends what was spent, and raises if the context is lost."""
+        s = self.spent
+        s.checking = time.perf_counter() - self.start - s.compilation - s.timing
+        self.send(s)
+        self.where.check()
+
+    def _check(self) -> None:
+        try:
+            self.where.check()
+        except Exception as error:
+            raise LostContextError(*str(error).splitlines()[:1]) from error
+
+    def _announce(self, index: int | None) -> None:
+        self.using, self.heard = index, time.perf_counter()
+        self.send(Using(index))
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after a number of seconds, if it runs Python then.
+
+    It is gentler than what the parent does: the other providers stay as they are.
+    """
+
+    def late(number, frame):
+        raise TimeoutError(f"setup and first call took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.cache
+def _timer(make: Callable[[], Timer]) -> Timer:
+    return make()  # with one buffer for the whole process
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Something that a worker measures within a number of seconds."""
+
+    where: Where
+    ceilings: Ceilings | None
+    seconds: float
+
+    def __call__(self, send: Callable[[Any], None]) -> None:
+        budget = Budget(self.seconds)
+        watch = Watch(send, self.where, budget)
+        bench = Bench(
+            device=self.where.device, dtype=self.where.dtype, timer=watch.timer(),
+            effort=self.where.effort, budget=budget, ceilings=self.ceilings,
+        )  # fmt: skip
+        try:
+            self.measure(bench, watch)
+        finally:
+            gc.collect()
+        if self.where.device.type == "cuda":
+            torch.cuda.empty_cache()
+        watch.end()
+
+    def measure(self, bench: Bench, watch: Watch) -> None:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Group(Job):
+    workload: Workload
+    mode: str
+    providers: Sequence[Provider]
+
+    def measure(self, bench, watch):
+        watched = [watch.watched(p, i) for i, p in enumerate(self.providers)]
+        bench.run([self.workload], [watched], watch.send, [self.mode])
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkGroup(Job):
+    network: Network
+    mode: str
+    variants: Sequence[Variant]
+
+    def measure(self, bench, watch):
+        watch.send(networks.measure(bench, self.network, self.mode, self.variants))
+
+
+@dataclasses.dataclass(frozen=True)
+class CeilingsJob(Job):
+    copy_bytes: int | None
+    matrix_size: int | None
+
+    def measure(self, bench, watch):
+        sizes = self.copy_bytes, self.matrix_size
+        watch.send(ceilings.measure(bench.timer, bench.device, bench.dtype, *sizes))
+
+
+# --- in the parent --------------------------------------------------------------------------------
+
+
+class Sweeper:
+    """Measures within a budget, in a worker; ``run`` is called like ``Bench.run``."""
+
+    def __init__(
+        self, worker: Worker, where: Where, budget: Budget, ceilings: Ceilings | None = None
+    ) -> None:
+        self.worker, self.where, self.budget = worker, where, budget
+        self.ceilings = ceilings
+        self.spent = Spent()
+
+    def run(
+        self,
+        workloads: Sequence[Workload],
+        sweeps: Sequence[Sequence[Provider]],
+        add: Callable[[list[Row]], None],
+        modes: Sequence[str] = (FORWARD, STEP),
+    ) -> None:
+        groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
+        for group in progress(groups):
+            add(self.group(*group))
+
+    def group(self, workload: Workload, mode: str, providers: Sequence[Provider]) -> list[Row]:
+        """The rows of a group, one for each provider."""
+        rows: dict[int, Row] = {}
+        left = list(range(len(providers)))
+        job = Group(self.where, self.ceilings, 0.0, workload, mode, providers)
+        status = OUT_OF_TIME
+        for _ in range(ATTEMPTS):
+            if self.budget.left <= 0:
+                status = OUT_OF_TIME
+                break
+            chosen = [providers[i] for i in left]
+            found, failure, using = self._measured(dataclasses.replace(job, providers=chosen))
+            if failure and using is not None:
+                culprit = left.pop(using)
+                rows[culprit] = found[using] if found else self._row(job, culprit, failure)
+                status = f"not measured: {failure}"
+            else:
+                found = found or [self._row(job, i, failure) for i in left]
+                rows.update(zip(left, found, strict=True))
+                left = []
+            if not left:
+                break
+        rows.update((i, self._row(job, i, status)) for i in left)
+        return [rows[i] for i in range(len(providers))]
+
+    def network(self, network: Network, mode: str, variants: Sequence[Variant]) -> list[Row]:
+        job = NetworkGroup(self.where, self.ceilings, 0.0, network, mode, variants)
+        found, failure, _ = self._measured(job) if self.budget.left > 0 else ([], OUT_OF_TIME, None)
+        row = functools.partial(networks.row, self._bench(), network, mode)
+        return found or [row(v) | {"status": failure} for v in variants]
+
+    def measure_ceilings(self, copy_bytes: int | None, size: int | None) -> dict[str, Any]:
+        """Measures the ceilings that later groups are compared with; the facts to be recorded."""
+        job = CeilingsJob(self.where, None, 0.0, copy_bytes, size)
+        found, failure, _ = self._measured(job)
+        self.ceilings, facts = found or (None, {"ceilings": failure})
+        return facts
+
+    def _measured(self, job: Job) -> tuple[Any, str, int | None]:
+        """Results (empty if none came), what went wrong, and with which provider if one did."""
+        found: Any = []
+        using: int | None = None
+
+        def receive(value):
+            nonlocal found, using
+            if isinstance(value, Using):
+                using = value.place
+            elif isinstance(value, Spent):
+                self.spent += value
+            else:
+                found = value
+
+        seconds, before = self.budget.left, self.worker.imports
+        job = dataclasses.replace(job, seconds=max(0.8 * seconds, seconds - MARGIN))
+        failure = self.worker.run(job, seconds, receive, self.where.silence)
+        self.spent.imports += self.worker.imports - before
+        return found, failure, using
+
+    def _row(self, job: Group, place: int, status: str) -> Row:
+        row = self._bench()._row(job.workload, job.mode, job.providers[place])
+        return row | {"status": status}
+
+    def _bench(self) -> Bench:
+        """Only for what it knows of rows: this process measures nothing."""
+        where = self.where
+        return Bench(
+            device=where.device, dtype=where.dtype, timer=_no_timer, effort=where.effort,
+            budget=self.budget,
+        )  # fmt: skip
+
+
+def _no_timer(closure: Closure, *, launches_count: bool) -> float:
+    raise RuntimeError("groups are measured in a worker")

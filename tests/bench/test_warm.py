@@ -1,0 +1,127 @@
+"""A compile cache made without a GPU, in processes where kernels are not interpreted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import warm
+from bench.environment import ROOT
+from bench.workloads import Workload
+
+TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test")
+WARM = "import sys; from bench import __main__ as cli; from bench.workloads import Workload\n"
+WARM += f"sys.exit(cli.main(['warm', *sys.argv[1:]], ({TINY!r},)))"
+# What a GPU's JIT would do in front of a launch: look the kernel up, compile it if it is missing.
+MISSED = """
+import sys
+from triton import knobs
+from triton.runtime import driver
+from bench import warm
+compiled = []
+knobs.compilation.listener = lambda src, cache_hit, **_: compiled.append((src.name, cache_hit))
+with warm._compiling_only("sm_90"):
+    from bench.workloads import Workload
+    import torch
+    warm.step(WORKLOAD, False, torch.bfloat16)
+print(len(compiled), sum(hit for _, hit in compiled))
+"""
+
+
+def python(code, *arguments, **variables):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    env |= {"PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("cache")
+    ran = python(WARM, "--out", str(folder))
+    assert ran.returncode == 0, ran.stderr
+    return folder, ran.stdout
+
+
+def test_what_it_says(made):
+    folder, printed = made
+    kernels = [*folder.glob("*/*.cubin")]
+    assert len(kernels) > 10
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert printed.startswith(f"{len(kernels)} kernels, {len(kernels)} of them compiled in ")
+    assert f" s, {size / 1e6:.1f} MB in {folder}" in printed
+    names = [line.split(":")[0] for line in printed.splitlines()[1:]]
+    assert names == [*json.loads((folder / warm.FILE).read_text())]
+    assert {"triton_key", "ptxas", "kernels"} <= {*names}
+    assert not [*folder.glob("*/*.ptx")]  # binaries only
+
+
+def test_a_second_run_compiles_nothing(made):
+    folder, _ = made
+    before = sorted(folder.rglob("*"))
+    ran = python(WARM, "--out", str(folder))
+    assert " kernels, 0 of them compiled in " in ran.stdout
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_cache_is_used_elsewhere(made, tmp_path):
+    """Triton writes absolute paths into it. The keys do not depend on what ``warm`` sets."""
+    folder, _ = made
+    code = MISSED.replace("WORKLOAD", repr(TINY))
+    moved = folder.rename(tmp_path / "moved")
+    try:
+        ran = python(WARM, "--out", str(moved), "--check")
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert "the cache is of this Triton and these kernels" in ran.stdout
+        ran = python(code, TRITON_CACHE_DIR=str(moved))
+        found, hits = map(int, ran.stdout.split())
+        assert found == hits > 5
+    finally:
+        moved.rename(folder)
+        warm.relocate(folder)
+
+
+def test_a_cache_of_another_triton(made, tmp_path):
+    folder, _ = made
+    facts = json.loads((folder / warm.FILE).read_text())
+    (tmp_path / warm.FILE).write_text(json.dumps(facts | {"ptxas": "V1.0"}))
+    ran = python(WARM, "--out", str(tmp_path), "--check")
+    assert ran.returncode == 1
+    assert f"ptxas: {facts['ptxas']} here, V1.0 in the cache" in ran.stdout
+    (tmp_path / warm.FILE).unlink()
+    ran = python(WARM, "--out", str(tmp_path), "--check")
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "has no warm.json" in ran.stderr
+
+
+def test_key_alone(made):
+    folder, _ = made
+    facts = json.loads((folder / warm.FILE).read_text())
+    printed = python(WARM, "--check").stdout
+    assert printed == "".join(f"{name}: {value}\n" for name, value in facts.items())
+
+
+def test_without_a_folder():
+    ran = python(WARM)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "needs --out or TRITON_CACHE_DIR" in ran.stderr
+
+
+def test_every_architecture_is_one_that_tiles_are_known_for():
+    from da_triton.kernels import fused_tiles
+
+    assert {arch for arch, *_ in fused_tiles.TILES} >= {*warm.TARGETS}
+
+
+def test_relocated_entries(tmp_path):
+    group = tmp_path / "KEY" / "__grp__a.json"
+    group.parent.mkdir()
+    group.write_text(json.dumps({"child_paths": {"a.cubin": "/elsewhere/KEY/a.cubin"}}))
+    assert warm.relocate(tmp_path) == 1
+    paths = json.loads(group.read_text())["child_paths"]
+    assert {Path(path) for path in paths.values()} == {group.parent / "a.cubin"}
+    assert warm.relocate(tmp_path) == 0

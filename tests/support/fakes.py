@@ -1,0 +1,140 @@
+"""A timer, providers and jobs for tests of the benchmark, in a module that its workers can import.
+
+Some of them do to their process what a wrong kernel does.
+"""
+
+import functools
+import os
+import signal
+import sys
+import time
+
+from torch import nn
+
+from bench import providers
+from bench.measure import prepare
+
+poisoned = False  # what a lost CUDA context is to ``check``
+
+
+class ScriptedTimer:
+    """Runs the closure and answers with scripted milliseconds, the same for every closure."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.milliseconds = milliseconds or (3.0, 1.0, 2.0)
+        self.calls: list[tuple[providers.Closure, bool]] = []
+
+    def __call__(self, closure, *, launches_count):
+        prepare(closure)
+        closure()
+        self.calls.append((closure, launches_count))
+        seen = sum(called is closure for called, _ in self.calls)
+        return self.milliseconds[(seen - 1) % len(self.milliseconds)]
+
+
+def check():
+    """``groups.synchronize`` for a context that ``poisons`` can lose."""
+    if poisoned:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+# --- setups of providers --------------------------------------------------------------------------
+
+
+def crashes(problem):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def exits(problem):
+    print("the driver said why", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+def hangs(problem):
+    """As in a compiler that no Python code runs in."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    time.sleep(120)
+
+
+def compiles_for_ever(problem):
+    while True:
+        time.sleep(0.01)
+
+
+def fails(problem):
+    raise RuntimeError("out of memory")
+
+
+def poisons(problem):
+    global poisoned
+    poisoned = True
+    check()
+
+
+def poisons_later(problem, calls=3):
+    """Right in its setup and in the check; wrong while it is timed."""
+    return _nth_call(problem, calls, poisons)
+
+
+def crashes_later(problem, calls=3):
+    return _nth_call(problem, calls, crashes)
+
+
+def _nth_call(problem, calls, then):
+    block = providers.setup_block(problem, providers.eager_block)
+    left = iter([None] * calls)
+
+    def call():
+        if next(left, 0) == 0:
+            then(problem)
+        return block()
+
+    return call
+
+
+def slow(problem, seconds=0.3):
+    """A setup that takes a while, and so does the first call."""
+    time.sleep(seconds)
+    block = providers.setup_block(problem, providers.eager_block)
+    left = iter([None])
+
+    def call():
+        if next(left, 0) is None:
+            time.sleep(seconds)
+        return block()
+
+    return call
+
+
+def crashing_timer():
+    crashes(None)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def small_network(block):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *([block(8)] if block else []), nn.Conv2d(8, 2, 3))
+
+
+def crashing_network(block):
+    crashes(None)
+
+
+def loss(network, x):
+    return network(x).square().mean()
+
+
+# --- jobs of workers ------------------------------------------------------------------------------
+
+
+def send_pid(send):
+    send(os.getpid())
+
+
+def call(function, send):
+    function(None)
+
+
+def job_that(function):
+    return functools.partial(call, function)
