@@ -6,17 +6,14 @@ given unless the tests pass.
 """
 
 import dataclasses
-import itertools
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from . import ceilings, networks, providers, scaling
+from . import ceilings, networks, providers, scaling, suite
 from .environment import ROOT, card, environment
 from .first_call import seconds
 from .measure import OK, Bench, Budget, CudaTimer, Effort, Timer, describe
@@ -24,25 +21,6 @@ from .problems import FORWARD, STEP
 from .providers import EAGER, GRAPH, Provider
 from .report import Report
 from .workloads import Workload
-
-# What needs no GPU is tested elsewhere: other libraries, and ranks that are processes of a CPU.
-WITHOUT_A_GPU = (
-    "bench", "integrations", "kernels/test_aot.py", "test_checks.py", "test_data_parallel.py",
-    "test_distributed.py", "test_export.py", "test_layers.py", "test_notebooks.py",
-    "test_readme.py", "test_sharding.py",
-)  # fmt: skip
-NEEDS = {"hypothesis": ("test_properties.py",)}  # a bare machine may lack it
-
-
-def own_tests() -> list[str]:
-    """The command that runs this package's tests, with what is installed."""
-    lacking = (names for need, names in NEEDS.items() if not find_spec(need))
-    left_out = [*WITHOUT_A_GPU, *itertools.chain(*lacking)]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"]
-    if find_spec("xdist"):
-        command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
-    return command + [f"--ignore=tests/{name}" for name in left_out]
-
 
 TEST_SHARE = 0.4
 SWEEP_SHARE = 0.75  # of what the tests leave; the rest is for what comes after
@@ -111,7 +89,9 @@ def run_gpu(
     report = Report(out, f"Double attention on {name}, bfloat16", METRICS)
     report.record(**facts, budget_seconds=budget.seconds)
 
-    outcome = run_tests(test_command or own_tests(), TEST_SHARE * budget.left, out / "tests.txt")
+    outcome = run_tests(
+        test_command or suite.command(), TEST_SHARE * budget.left, out / "tests.txt"
+    )
     report.record(tests=outcome)
     passed = outcome.startswith("passed")
     if not passed:
@@ -146,8 +126,9 @@ def run_tests(command: Sequence[str], limit: float, log: Path) -> str:
     with log.open("w", encoding="utf-8") as file:
         try:
             ended = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            )
+                command, cwd=ROOT, env=os.environ | suite.ENVIRONMENT,
+                stdout=file, stderr=subprocess.STDOUT, timeout=limit,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"stopped after {limit:.0f} s"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]

@@ -1,4 +1,3 @@
-import ast
 import dataclasses
 import json
 import sys
@@ -145,48 +144,6 @@ def test_parts_that_come_after(run, tmp_path, monkeypatch, table):
     assert (scaled["status"] == OK).all()
     nets = frame[frame["workload"] == "net"]
     assert len(nets) == 2 * 6
-
-
-def test_own_tests_are_run_with_what_is_installed(monkeypatch):
-    everything = gpu.own_tests()
-    assert "-n" in everything
-    assert "--ignore=tests/bench" in everything
-    assert "--ignore=tests/test_properties.py" not in everything
-    for argument in everything:
-        path = argument.removeprefix("--ignore=")
-        assert path == argument or (gpu.ROOT / path).exists()
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    bare = gpu.own_tests()
-    assert "-n" not in bare
-    assert "--ignore=tests/test_properties.py" in bare
-
-
-def test_own_tests_import_only_what_a_bare_machine_has(monkeypatch):
-    """Or the first file that cannot be imported stops them all, and no ratio is given."""
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    tests = gpu.ROOT / "tests"
-    ignored = [gpu.ROOT / a.removeprefix("--ignore=") for a in gpu.own_tests() if "--ignore" in a]
-    there = {
-        *sys.stdlib_module_names,
-        "bench",
-        "da_triton",
-        "numpy",
-        "pytest",
-        "support",
-        "torch",
-        "triton",
-    }
-    run = [
-        file
-        for file in (*tests.rglob("test_*.py"), tests / "conftest.py")
-        if not any(file.is_relative_to(path) for path in ignored)
-    ]
-    assert len(run) > 20
-    for file in run:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert {name.split(".")[0] for name in names} <= there, file
 
 
 def test_slow_tests_are_stopped(tmp_path):
