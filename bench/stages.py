@@ -6,21 +6,18 @@ groups have ended when the next stage begins.
 """
 
 import dataclasses
-import itertools
 import json
-import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 
-from . import networks, providers, sanitize, scaling, tune
+from . import networks, providers, sanitize, scaling, suite
 from .first_call import seconds
 from .groups import Spent, Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
@@ -31,24 +28,6 @@ from .problems import FORWARD, STEP
 from .providers import EAGER, GRAPH, NCHW, Provider
 from .report import Report
 from .workloads import Workload
-
-# What needs no GPU is tested elsewhere: other libraries, and ranks that are processes of a CPU.
-WITHOUT_A_GPU = (
-    "bench", "integrations", "kernels/test_aot.py", "test_checks.py", "test_data_parallel.py",
-    "test_distributed.py", "test_export.py", "test_layers.py", "test_notebooks.py",
-    "test_readme.py", "test_sharding.py",
-)  # fmt: skip
-NEEDS = {"hypothesis": ("test_properties.py",)}  # a bare machine may lack it
-
-
-def own_tests() -> list[str]:
-    """The command that runs this package's tests, with what is installed."""
-    lacking = (names for need, names in NEEDS.items() if not find_spec(need))
-    left_out = [*WITHOUT_A_GPU, *itertools.chain(*lacking)]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"]
-    if find_spec("xdist"):
-        command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
-    return command + [f"--ignore=tests/{name}" for name in left_out]
 
 
 def sweeps(stage: str) -> list[list[Provider]]:
@@ -72,8 +51,7 @@ class Settings:
     where: Where = Where(torch.device("cuda"), torch.bfloat16, CudaTimer, EFFORT)  # noqa: RUF009
     sweeps: Callable[[str], Sequence[Sequence[Provider]]] = sweeps
     check_command: Sequence[str] = (sys.executable, "-m", "da_triton.check")
-    test_command: Sequence[str] | None = None  # None: own_tests()
-    test_environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    test_command: Sequence[str] | None = None  # None: the suite's
     tune_command: Sequence[str] = (sys.executable, "-m", "bench", "tune")
     ptxas: Sequence[str] = ()  # assemblers that the smoke check also uses
     copy_bytes: int | None = None
@@ -137,8 +115,8 @@ CHECKED: dict[int | None, str] = {0: "all right", 1: "WRONG RESULTS", 2: "could 
 
 def tests(run: Run, budget: Budget) -> str:
     """The package's own tests. No ratio is given unless they pass."""
-    command = run.settings.test_command or own_tests()
-    ended = isolated(command, budget.left, run.logs / "tests.txt", run.settings.test_environment)
+    command = run.settings.test_command or suite.command()
+    ended = isolated(command, budget.left, run.logs / "tests.txt", suite.ENVIRONMENT)
     outcome = outcome_of(ended)
     commit = {name: run.report.environment.get(name) for name in COMMIT_FACTS}
     run.report.record(tests=outcome, tested=commit)
@@ -195,8 +173,9 @@ def tuning(run: Run, budget: Budget) -> str:
     ended = isolated([*command, "--out", str(path)], budget.left, run.logs / "tune.txt")
     said = f"{names}: {ended}"
     if path.exists():
-        card = json.loads(path.read_text(encoding="utf-8"))["card"]
-        target = tune.path_of(card)
+        from . import tune  # which needs Triton
+
+        target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["card"])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         said += f"\nIn use from now on: {target.name}"

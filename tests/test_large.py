@@ -5,7 +5,6 @@ which are real, and their strides spread them so that along one axis the offset 
 begin 2^31 behind its start: an offset that has wrapped around, as in int32, finds a hole.
 """
 
-import fcntl
 import functools
 import pathlib
 import re
@@ -28,15 +27,8 @@ SPREAD = 2**31  # elements between the first and the last of a map, at least
 class Far:
     """Makes maps ``(N, …, channels, L)`` that are spread over the memory along one axis."""
 
-    def __init__(self, folder: pathlib.Path, axis: str):
-        size = 5 * SPREAD
-        if DEVICE == "cuda":
-            self.storage = torch.empty(size, dtype=HALF, device=DEVICE)
-        else:
-            path = folder / "sparse"
-            self.storage = torch.from_file(str(path), shared=True, size=size, dtype=HALF)
-            path.unlink()  # the mapping stays
-        self.axis, self.start = axis, SPREAD
+    def __init__(self, storage: torch.Tensor, axis: str):
+        self.storage, self.axis, self.start = storage, axis, SPREAD
 
     def empty(self, *shape):
         batch, length = shape[0], shape[-1]
@@ -60,22 +52,34 @@ class Far:
         batch, heads, c, length = x.shape
         return self.empty(batch, heads, c if channels is None else channels, length)
 
-
-@pytest.fixture
-def memory(tmp_path_factory):
-    """On a GPU, tens of gigabytes: for one worker of pytest-xdist at a time."""
-    if DEVICE == "cpu":
-        yield
-        return
-    with open(tmp_path_factory.getbasetemp().parent / "large", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        torch.cuda.empty_cache()
+    def free(self):
+        """Gives a GPU's memory back, whoever still holds views of it."""
+        memory, self.storage = self.storage.untyped_storage(), None
+        if memory.resizable():
+            memory.resize_(0)
 
 
 @pytest.fixture(params=AXES)
 def far(request, tmp_path, memory):
-    return Far(tmp_path, request.param)
+    size = 5 * SPREAD
+    if DEVICE == "cuda":
+        storage = torch.empty(size, dtype=HALF, device=DEVICE)
+    else:
+        path = tmp_path / "sparse"
+        storage = torch.from_file(str(path), shared=True, size=size, dtype=HALF)
+        path.unlink()  # the mapping stays
+    maps = Far(storage, request.param)
+    del storage
+    yield maps
+    maps.free()  # before ``memory`` lets the next worker in
+
+
+def test_memory_is_given_back_while_there_are_views():
+    """Such as those that the traceback of a failed test holds."""
+    storage = torch.empty(64, dtype=HALF, device=DEVICE)
+    view = storage[:3]
+    Far(storage, "samples").free()
+    assert view.untyped_storage().nbytes() == 0
 
 
 LENGTH = 36

@@ -1,6 +1,5 @@
 """The stages of ``bench gpu`` on a CPU: fake commands, fake times, and providers that crash."""
 
-import ast
 import dataclasses
 import json
 import signal
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from bench import ceilings, networks, providers, sanitize, stages
-from bench.environment import COMMIT, ROOT, commit
+from bench.environment import COMMIT, commit
 from bench.gpu import run_gpu
 from bench.groups import Where
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
@@ -63,7 +62,7 @@ def settings(monkeypatch, children, tmp_path):
     monkeypatch.setattr(stages.scaling, "BASE", base)
     monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
     monkeypatch.setattr(sanitize, "find_tool", lambda: None)
-    monkeypatch.setattr(stages.tune, "path_of", lambda card: tmp_path / "data" / f"{card}.json")
+    monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     plain = [p for p in providers.plain("torch") if not p.channels_last]
     network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
@@ -383,48 +382,6 @@ def test_compiled_stage_begins_with_what_matters(monkeypatch):
     found = [work.name for work in stages.compiled(run, Budget(1))]
     assert tuple(found[:7]) == stages.COMPILED_FIRST
     assert sorted(found) == sorted(work.name for work in WORKLOADS)
-
-
-def test_own_tests_are_run_with_what_is_installed(monkeypatch):
-    everything = stages.own_tests()
-    assert "-n" in everything
-    assert "--ignore=tests/bench" in everything
-    assert "--ignore=tests/test_properties.py" not in everything
-    for argument in everything:
-        path = argument.removeprefix("--ignore=")
-        assert path == argument or (ROOT / path).exists()
-    monkeypatch.setattr(stages, "find_spec", lambda name: None)
-    bare = stages.own_tests()
-    assert "-n" not in bare
-    assert "--ignore=tests/test_properties.py" in bare
-
-
-def test_own_tests_import_only_what_a_bare_machine_has(monkeypatch):
-    """Or the first file that cannot be imported stops them all, and no ratio is given."""
-    monkeypatch.setattr(stages, "find_spec", lambda name: None)
-    tests = ROOT / "tests"
-    ignored = [ROOT / a.removeprefix("--ignore=") for a in stages.own_tests() if "--ignore" in a]
-    there = {
-        *sys.stdlib_module_names,
-        "bench",
-        "da_triton",
-        "numpy",
-        "pytest",
-        "support",
-        "torch",
-        "triton",
-    }
-    run = [
-        file
-        for file in (*tests.rglob("test_*.py"), tests / "conftest.py")
-        if not any(file.is_relative_to(path) for path in ignored)
-    ]
-    assert len(run) > 20
-    for file in run:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert {name.split(".")[0] for name in names} <= there, file
 
 
 def test_ceiling_that_fails_is_told():

@@ -1,9 +1,15 @@
 """The one tolerance table, and the comparisons every numerical test uses."""
 
+import os
+
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]
+# Fused kernels have tiles for half precision only; interpreted, they take any. With the variable
+# set, interpreted tests choose dtypes and sizes as they do on a GPU.
+AS_ON_A_GPU = DEVICE == "cuda" or "DA_TRITON_AS_ON_A_GPU" in os.environ
 
 # Relative RMS against the definition in float64. Averages over many positions hide errors from an
 # element-wise tolerance; a root mean square relative to the true answer does not forgive them.
@@ -19,6 +25,12 @@ TOLERANCE = {
 # it where it keeps P in memory: its roundings then cancel in dP − Σ P∘dP, which no recomputation
 # can have.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+
+
+def route_dtype(route):
+    """float32; in half precision on a GPU where a step of the route is fused."""
+    fused = "fused" in (route.gather, route.distribute, route.backward)
+    return torch.bfloat16 if fused and AS_ON_A_GPU else torch.float32
 
 
 def relative_rms(actual, expected):

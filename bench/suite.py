@@ -1,0 +1,61 @@
+"""The test suite on a GPU: which files it runs, the command that runs them, and its environment."""
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from .environment import ROOT
+
+TESTS = ROOT / "tests"
+# Files that a GPU adds nothing to, by what they test.
+LEFT_OUT = (
+    # the benchmark, other libraries, notebooks and documents
+    "bench", "integrations", "test_export.py", "test_layers.py", "test_notebooks.py",
+    "test_readme.py",
+    # code of CPUs, and ranks that are CPU processes
+    "cores/test_cpu_block.py", "test_data_parallel.py", "test_distributed.py", "test_sharding.py",
+    # host code: checks, tables, names, parameters, the reference implementation
+    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "test_checkpoints.py",
+    "test_checks.py", "test_eager.py", "test_package.py", "test_streaming_refusals.py",
+    # ahead-of-time compilation, and what only the interpreter can count
+    "kernels/test_aot.py", "kernels/test_block_launches.py", "kernels/test_block_traffic.py",
+    "kernels/test_traffic.py",
+)  # fmt: skip
+NEEDS = {"test_properties.py": "hypothesis"}  # which a bare machine may lack
+# A worker takes one test at a time, so whatever takes longest starts first.
+FIRST = ("test_properties.py", "test_large.py", "kernels/test_gather.py")
+ENVIRONMENT = {
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
+    "DA_TRITON_EXAMPLES": "8",  # each is a new shape: kernels to compile, one after the other
+}
+
+
+def files() -> list[Path]:
+    """The files that run on a GPU with the installed packages, in the order they start in."""
+    first = [TESTS / name for name in FIRST]
+    found = sorted(set(TESTS.rglob("test_*.py")) - set(_left_out()))
+    return [f for f in first if f in found] + [f for f in found if f not in first]
+
+
+def _left_out() -> Iterator[Path]:
+    missing = [name for name, package in NEEDS.items() if not find_spec(package)]
+    for name in (*LEFT_OUT, *missing):
+        path = TESTS / name
+        yield from path.rglob("test_*.py") if path.is_dir() else [path]
+
+
+def command() -> list[str]:
+    """The command that runs the suite on a GPU, to be run in ``environment.ROOT``.
+
+    Failures do not end the run before there are a hundred: a GPU that is there for minutes should
+    show all of them. Groups of tests that fill the GPU's memory stay in one worker.
+    """
+    found = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=100", "-rfE",
+        "--durations=15",
+    ]  # fmt: skip
+    if find_spec("xdist"):
+        found += ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "loadgroup"]
+    return found + [str(file.relative_to(ROOT)) for file in files()]
