@@ -63,7 +63,7 @@ def main(workload: str, name: str, launch: str, layout: str, mode: str, dtype: s
     device, dtype_ = torch.device(where), getattr(torch, dtype)
     (work,) = select([workload], "all")
     (provider,) = providers.select([name], launch, device, dtype_, [layout])
-    problem = problems.draw(work, mode, dtype_, device).in_format(provider.channels_last)
+    problem = provider.problem(problems.draw(work, mode, dtype_, device))
     start = time.perf_counter()
     provider.setup(problem)()
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from da_triton import DoubleAttention
 from da_triton.integrations.resnet import paper_places
 
-from .measure import OK, OUT_OF_TIME, Bench, Row, compare, describe, peak_bytes
+from .measure import OK, OUT_OF_TIME, Bench, Row, compare, cudnn_benchmark, describe, peak_bytes
 from .problems import FORWARD, STEP
 from .providers import CHANNELS_LAST, NCHW, EagerDoubleAttention
 
@@ -177,6 +177,7 @@ def _first(output: Any) -> Tensor:
     return output
 
 
+@cudnn_benchmark()
 def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]) -> list[Row]:
     """Rows of all variants, timed in turns; what disagrees with the eager block is not timed."""
     rows = [row(bench, network, mode, v) for v in chosen]
@@ -210,22 +211,13 @@ def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]
             continue
         ready.append((found, _Launched, run))
     bench.time_in_turns(ready)
-    compare(rows, [_Compared(v) for v in chosen])
+    compare(rows)
     _add_shares(rows)
     return rows
 
 
 class _Launched:
     launch = "eager"
-
-
-class _Compared:
-    """A variant as what ratios refer to."""
-
-    def __init__(self, variant: Variant) -> None:
-        self.channels_last = variant.channels_last
-        self.baseline = variant.name == "eager"
-        self.compiled_baseline = variant.name == "compile eager"
 
 
 def _distance(result: Tensor, expected: Tensor) -> float:

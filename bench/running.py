@@ -247,13 +247,10 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
     device, timer = arguments.here()
     if device.type != "cuda":
         raise UsageError("`python -m bench tune` measures on a CUDA GPU, and there is none here.")
-    from da_triton.kernels import configs
-
     from . import tune as tuning
 
     card = torch.cuda.get_device_name(device)
-    pruned = tuning.compiled_clean(configs.architecture(device))
-    choices = tuning.tune(chosen, device, timer, Budget(options.budget), pruned)
+    choices = tuning.tune(chosen, device, timer, Budget(options.budget))
     path = options.out or tuning.path_of(card)
     tuning.write(path, card, choices)
     replaced = sum(c.best != c.present for c in choices)

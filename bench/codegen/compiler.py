@@ -24,8 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-knobs.compilation.disable_line_info = True  # a quarter of the time, and nothing of the code
-
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 TARGETS = {
@@ -156,13 +154,25 @@ def compile_launch(launch: Launch, arch: str) -> Code:
     """
     target = TARGETS[arch]
     source, options = specialized(launch, arch)
-    with _cut_short(SHARED_LIMIT[arch]):
+    with _cut_short(SHARED_LIMIT[arch]), _without_line_info():
         compiled = triton.compile(source, target=target, options=options)
     shared = compiled.metadata.shared
     if shared > SHARED_LIMIT[arch]:  # the cache had it
         raise OutOfSharedMemoryError(shared)
     read = _read_cuda if target.backend == "cuda" else read_hip
     return Code(shared=shared, **read(compiled.asm))
+
+
+@contextlib.contextmanager
+def _without_line_info():
+    """Saves a quarter of the time and changes nothing of the code.
+
+    Only during a compilation: the switch is an environment variable and part of the key of
+    Triton's cache, so child processes would inherit it and compile everything again.
+    """
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True
+        yield
 
 
 @contextlib.contextmanager
