@@ -1,13 +1,15 @@
 """Groups of providers, measured in a worker: whatever one of them does costs its own row only.
 
-The worker announces each provider before its setup. Where the process then crashes, hangs or loses
-its CUDA context, that provider's row says so and the others are measured again, in a new process.
+The worker announces each provider before its setup. Where the process then crashes or hangs, or
+CUDA becomes unusable in it, that provider's row says so and the others are measured again, in a new
+process. Launches are counted at the end, in a process of their own: a profiler slows what follows.
 """
 
 import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +17,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import ceilings, networks
+from . import ceilings, measure, networks
 from .floors import Ceilings
 from .isolation import SILENCE, Worker
-from .measure import OUT_OF_TIME, Bench, Budget, Effort, Row, Timer, progress
+from .measure import (
+    CONTEXT_LOST,
+    OK,
+    OUT_OF_TIME,
+    Bench,
+    Budget,
+    Effort,
+    Row,
+    Timer,
+    on_gpu,
+    progress,
+)
 from .networks import Network, Variant
 from .problems import FORWARD, STEP
-from .providers import Closure, Provider
+from .providers import GRAPH, Closure, Provider
 from .workloads import Workload
 
 ATTEMPTS = 3  # of a group, each without the provider that ended the one before
 SETUP_SHARE = 0.8  # of the silence that kills a worker, after which a setup is interrupted
 MARGIN = 3.0  # seconds that a group has to end in after its budget, before it is killed
-
-
-def synchronize() -> None:
-    """Raises if the CUDA context is lost: such errors stay until the process ends."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +50,6 @@ class Where:
     dtype: torch.dtype
     make_timer: Callable[[], Timer]
     effort: Effort
-    check: Callable[[], None] = synchronize
     silence: float = SILENCE  # seconds without a result after which a worker is killed
 
 
@@ -70,10 +76,6 @@ class Spent:
 # --- in the worker --------------------------------------------------------------------------------
 
 
-class LostContextError(BaseException):
-    """Not an ``Exception``, so that a run over providers does not carry on."""
-
-
 class Watch:
     """Announces setups, ends those that take too long, and adds up the seconds in them and in the
     timer."""
@@ -82,7 +84,6 @@ class Watch:
         self.send, self.where, self.budget = send, where, budget
         self.start = time.perf_counter()
         self.spent = Spent()
-        self.index_of: dict[int, int] = {}
         self.using: int | None = None
         self.heard = self.start
 
@@ -90,20 +91,16 @@ class Watch:
         """The provider, whose setup includes the first call."""
 
         def setup(problem):
-            self._check()  # what the provider before this one left behind
             self._announce(index)
             start = time.perf_counter()
             try:
                 with _alarm(min(SETUP_SHARE * self.where.silence, self.budget.left)):
                     closure = provider.setup(problem)
                     closure()
-                    self.where.check()
-            except Exception:
-                self._check()
-                raise
+                    if on_gpu(self.where.device):
+                        torch.cuda.synchronize()
             finally:
                 self.spent.compilation += time.perf_counter() - start
-            self.index_of[id(closure)] = index
             return closure
 
         return dataclasses.replace(provider, setup=setup)
@@ -113,33 +110,26 @@ class Watch:
 
         def watched(closure: Closure, **options) -> float:
             start = time.perf_counter()
-            if self.using is not None:  # the first round
-                self._check()
             if self.using is not None or start - self.heard > 1:
                 self._announce(None)
             try:
                 return timer(closure, **options)
-            except Exception:
-                self._announce(self.index_of.get(id(closure)))
-                self._check()
-                raise
             finally:
                 self.spent.timing += time.perf_counter() - start
 
         return watched
 
     def end(self) -> None:
-        """Sends what was spent, and raises if the context is lost."""
+        """Sends what was spent.
+
+        Raises:
+            RuntimeError: no other job can run in this process.
+        """
         s = self.spent
         s.checking = time.perf_counter() - self.start - s.compilation - s.timing
         self.send(s)
-        self.where.check()
-
-    def _check(self) -> None:
-        try:
-            self.where.check()
-        except Exception as error:
-            raise LostContextError(*str(error).splitlines()[:1]) from error
+        if not measure.usable(self.where.device):
+            raise RuntimeError("CUDA became unusable in this process")
 
     def _announce(self, index: int | None) -> None:
         self.using, self.heard = index, time.perf_counter()
@@ -189,8 +179,6 @@ class Job:
             self.measure(bench, watch)
         finally:
             gc.collect()
-        if self.where.device.type == "cuda":
-            torch.cuda.empty_cache()
         watch.end()
 
     def measure(self, bench: Bench, watch: Watch) -> None:
@@ -205,7 +193,21 @@ class Group(Job):
 
     def measure(self, bench, watch):
         watched = [watch.watched(p, i) for i, p in enumerate(self.providers)]
-        bench.run([self.workload], [watched], watch.send, [self.mode])
+        watch.send(bench.measure(self.workload, self.mode, watched))
+
+
+Timed = tuple[Row, Workload, str, Provider]
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchCount(Job):
+    """The numbers of launches of timed rows, in their order; None where they cannot be counted."""
+
+    timed: Sequence[Timed]
+
+    def measure(self, bench, watch):
+        bench.count_launches(self.timed)
+        watch.send([row.get("launches") for row, *_ in self.timed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +250,38 @@ class Sweeper:
         add: Callable[[list[Row]], None],
         modes: Sequence[str] = (FORWARD, STEP),
     ) -> None:
-        groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
-        for group in progress(groups):
-            add(self.group(*group))
+        groups = [
+            (w, m, p, place) for place, p in enumerate(sweeps) for m in modes for w in workloads
+        ]
+        timed: list[Timed] = []
+        for workload, mode, providers, place in progress(groups):
+            rows = self.group(workload, mode, providers)
+            for row in rows:
+                row["group"] = str(place)
+            add(rows)
+            timed += [
+                (row, workload, mode, provider)
+                for row, provider in zip(rows, providers, strict=True)
+                if row["status"] == OK and provider.launch != GRAPH
+            ]
+        if on_gpu(self.where.device):
+            self._count_launches(timed)
+            add([])
+
+    def _count_launches(self, timed: Sequence[Timed]) -> None:
+        """Completes rows in place, one workload after the other, while there is time."""
+        worker, self.worker = self.worker, Worker(self.worker.log)
+        try:
+            for _, part in itertools.groupby(timed, key=lambda one: one[1:3]):
+                if self.budget.left > 0:
+                    items = list(part)
+                    job = LaunchCount(self.where, None, 0.0, items)
+                    found, _, _ = self._measured(job)
+                    for (row, *_), count in zip(items, found, strict=False):
+                        row["launches"] = count
+        finally:
+            self.worker.close()
+            self.worker = worker
 
     def group(self, workload: Workload, mode: str, providers: Sequence[Provider]) -> list[Row]:
         """The rows of a group, one for each provider."""
@@ -264,17 +295,22 @@ class Sweeper:
                 break
             chosen = [providers[i] for i in left]
             found, failure, using = self._measured(dataclasses.replace(job, providers=chosen))
-            if failure and using is not None:
-                culprit = left.pop(using)
-                rows[culprit] = found[using] if found else self._row(job, culprit, failure)
-                status = f"not measured: {failure}"
-            else:
-                found = found or [self._row(job, i, failure) for i in left]
+            if found:
                 rows.update(zip(left, found, strict=True))
-                left = []
+                if not any(row["status"] == CONTEXT_LOST for row in found):
+                    break
+                left = [i for i in left if rows[i]["status"] in (OK, CONTEXT_LOST)]
+            elif using is not None:
+                culprit = left.pop(using)
+                rows[culprit] = self._row(job, culprit, failure)
+                status = f"not measured: {failure}"
+            else:  # it died while all were timed
+                rows.update((i, self._row(job, i, failure)) for i in left)
+                break
             if not left:
                 break
-        rows.update((i, self._row(job, i, status)) for i in left)
+        for i in range(len(providers)):
+            rows.setdefault(i, self._row(job, i, status))
         return [rows[i] for i in range(len(providers))]
 
     def network(self, network: Network, mode: str, variants: Sequence[Variant]) -> list[Row]:

@@ -118,4 +118,5 @@ class JoinedReport(Report):
 
 
 def _identity(row: Row) -> tuple:
-    return tuple(row.get(name) for name in IDENTITY)
+    """A measurement is repeated in each group that compares with it."""
+    return tuple(row.get(name) for name in (*IDENTITY, "group"))

@@ -178,6 +178,7 @@ def _first(output: Any) -> Tensor:
 
 
 @cudnn_benchmark()
+@cudnn_benchmark()
 def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]) -> list[Row]:
     """Rows of all variants, timed in turns; what disagrees with the eager block is not timed."""
     rows = [row(bench, network, mode, v) for v in chosen]

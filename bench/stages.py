@@ -29,12 +29,6 @@ from .providers import EAGER, GRAPH, NCHW, Provider
 from .report import Report
 from .workloads import Workload
 
-
-def sweeps(stage: str) -> list[list[Provider]]:
-    found = providers.gpu_sweeps()
-    return found[:2] if stage == "eager" else found[2:]
-
-
 EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
 # Compiled baselines take the longest: the workloads that matter most to their users come first.
 COMPILED_FIRST = (
@@ -49,7 +43,7 @@ class Settings:
     """What runs where; the defaults are those of a GPU."""
 
     where: Where = Where(torch.device("cuda"), torch.bfloat16, CudaTimer, EFFORT)  # noqa: RUF009
-    sweeps: Callable[[str], Sequence[Sequence[Provider]]] = sweeps
+    sweeps: Callable[[str], Sequence[Sequence[Provider]]] = providers.gpu_sweeps
     check_command: Sequence[str] = (sys.executable, "-m", "da_triton.check")
     test_command: Sequence[str] | None = None  # None: the suite's
     tune_command: Sequence[str] = (sys.executable, "-m", "bench", "tune")
@@ -148,6 +142,8 @@ def _sweep(run: Run, budget: Budget, stage: str, workloads: Sequence[Workload]) 
     sweeper, rows = run.with_ceilings(budget), []
 
     def add(found):
+        for row in found:
+            row["group"] = f"{stage} {row['group']}"
         rows.extend(found)
         run.report.add(found)
 
@@ -217,18 +213,19 @@ def first_calls(run: Run, budget: Budget) -> str:
     for provider in providers.select(names, EAGER, where.device, where.dtype, [NCHW]):
         wanted = (workload, provider.name, EAGER, NCHW, STEP, OK)
         keys = ("workload", "provider", "launch", "layout", "mode", "status")
-        for row in [r for r in run.report.rows if tuple(r[k] for k in keys) == wanted]:
-            try:
-                cold, warm = seconds(
-                    workload, provider, STEP, where.dtype, where.device, budget.left
-                )
-            except Exception as error:
-                said.append(f"{provider.name} failed: {describe(error)}")
-            else:
-                row.update(first_call_cold_s=cold, first_call_warm_s=warm)
-                said.append(f"{provider.name} {cold:.1f} s, with a warm cache {warm:.1f} s")
+        row = next((r for r in run.report.rows if tuple(r[k] for k in keys) == wanted), None)
+        if row is None:
+            said.append(f"{provider.name} has no step of {workload} that was timed")
+            continue
+        try:
+            cold, warm = seconds(workload, provider, STEP, where.dtype, where.device, budget.left)
+        except Exception as error:
+            said.append(f"{provider.name} failed: {describe(error)}")
+        else:
+            row.update(first_call_cold_s=cold, first_call_warm_s=warm)
+            said.append(f"{provider.name} {cold:.1f} s, with a warm cache {warm:.1f} s")
     run.report.add([])
-    return "; ".join(said) or f"no step of {workload} was timed"
+    return "; ".join(said)
 
 
 def cost_against_positions(run: Run, budget: Budget) -> str:

@@ -17,6 +17,7 @@ from bench.environment import COMMIT, commit
 from bench.gpu import run_gpu
 from bench.groups import Where
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
+from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
 from bench.stages import STAGES, Settings
 from bench.workloads import WORKLOADS
@@ -47,7 +48,7 @@ table = {"card": "a fake", "workloads": arguments["--workload"]}
 pathlib.Path(arguments["--out"]).write_text(json.dumps(table))
 print("1 tile measured")
 """
-WHERE = Where(CPU, torch.bfloat16, fakes.ScriptedTimer, Effort(1, 2, 2, 0.0), fakes.check, 20.0)
+WHERE = Where(CPU, torch.bfloat16, fakes.ScriptedTimer, Effort(1, 2, 2, 0.0), 20.0)
 
 
 def uncaptured(found):
@@ -111,12 +112,17 @@ def test_everything(run, out, table, tmp_path, capsys):
     assert (frame["status"] == OK).all()
     blocks = frame[frame["workload"] != "net"]
     groups = blocks.groupby(["workload", "mode", "launch"])
-    assert groups.size().eq(2).all()
-    assert len(groups) == 2 * 2 * 2
+    assert groups.size().to_dict() == {
+        (work.name, mode, launch): 4 if launch == "eager" else 2  # in two groups of providers
+        for work in table
+        for mode in (FORWARD, STEP)
+        for launch in ("eager", "graph")
+    }
     assert len(frame) == len(blocks) + 2 * 6
     assert frame["dtype"].eq("bfloat16").all()
     assert frame["ratio_to_eager"].notna().all()
-    assert {*frame.dropna(subset="first_call_cold_s")["workload"]} == {table[0].name}
+    (called,) = frame.dropna(subset="first_call_cold_s").to_dict("records")
+    assert (called["workload"], called["provider"]) == (table[0].name, "torch")
     assert {*pd.read_csv(out / "scaling.csv")["size"]} == {8, 16, 32}
     found = facts(out)
     assert found["tests"] == "passed: 3 passed in 1s"

@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from bench import networks, providers
+from bench import groups, networks, providers
 from bench.groups import Spent, Sweeper, Where
 from bench.isolation import Worker
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.problems import FORWARD, STEP
+from bench.providers import GRAPH
 from support import fakes
 
 WHERE = Where(
-    torch.device("cpu"), torch.float32, fakes.ScriptedTimer, Effort(1, 3, 3, 0.0), fakes.check,
-    silence=10.0,
+    torch.device("cpu"), torch.float32, fakes.ScriptedTimer, Effort(1, 3, 3, 0.0), silence=10.0
 )  # fmt: skip
 DIED = "the process died with signal 11 (SIGSEGV)"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
@@ -37,6 +37,7 @@ def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
     found = []
     sweeper.run([tiny], [plain], found.append, [STEP])
     (rows,) = found
+    assert {row.pop("group") for row in rows} == {"0"}
     expected = bench.measure(tiny, STEP, plain)
     assert [row["status"] for row in rows] == [OK] * 4
     for row in (*rows, *expected):  # another number of threads rounds differently
@@ -50,8 +51,8 @@ def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
         (fakes.crashes, DIED),
         (fakes.exits, "the process died with exit status 3: the driver said why"),
         (fakes.hangs, "killed after 3 s without a result"),
-        (fakes.poisons, f"failed: LostContextError: {ILLEGAL}"),
-        (fakes.poisons_later, f"failed: LostContextError: {ILLEGAL}"),
+        (fakes.poisons, f"failed: RuntimeError: {ILLEGAL}"),
+        (fakes.poisons_later, f"failed: RuntimeError: {ILLEGAL}"),
     ],
 )
 def test_a_provider_costs_its_own_row_only(sweeper, tiny, plain, variant, setup, told):
@@ -111,6 +112,19 @@ def test_a_slow_setup_is_interrupted(sweeper, tiny, plain, variant, limit):
     took = f"setup and first call took longer than {seconds} s"
     assert (good["status"], bad["status"]) == (OK, f"failed: TimeoutError: {took}")
     assert sweeper.worker._process.pid == before
+
+
+def test_launches_are_counted_last_in_another_process(sweeper, tiny, plain, variant, monkeypatch):
+    monkeypatch.setattr(groups, "on_gpu", lambda device: True)
+    found = []
+    replayed = dataclasses.replace(plain[0], launch=GRAPH)
+    group = [variant("counted", fakes.counted), plain[0]]
+    sweeper.run([tiny], [[replayed], group], found.append, [FORWARD])
+    assert found.pop() == []  # rows were completed in place
+    (graph,), (one, other) = found
+    assert "launches" not in graph
+    assert one["launches"] == other["launches"] != sweeper.worker._process.pid
+    assert {row["status"] for row in (graph, one, other)} == {OK}
 
 
 def test_used_up_budget(sweeper, tiny, plain):

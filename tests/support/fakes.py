@@ -11,10 +11,8 @@ import time
 
 from torch import nn
 
-from bench import providers
+from bench import measure, providers
 from bench.measure import prepare
-
-poisoned = False  # what a lost CUDA context is to ``check``
 
 
 class ScriptedTimer:
@@ -30,12 +28,6 @@ class ScriptedTimer:
         self.calls.append((closure, launches_count))
         seen = sum(called is closure for called, _ in self.calls)
         return self.milliseconds[(seen - 1) % len(self.milliseconds)]
-
-
-def check():
-    """``groups.synchronize`` for a context that ``poisons`` can lose."""
-    if poisoned:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 # --- setups of providers --------------------------------------------------------------------------
@@ -66,9 +58,15 @@ def fails(problem):
 
 
 def poisons(problem):
-    global poisoned
-    poisoned = True
-    check()
+    """As an illegal memory access does: no CUDA call of this process succeeds any more."""
+    measure.usable = lambda device: False
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def counted(problem):
+    """Says in the profiler's place which process counts."""
+    measure.launches = lambda closure, device: os.getpid()
+    return providers.setup_block(problem, providers.eager_block)
 
 
 def poisons_later(problem, calls=3):
