@@ -342,13 +342,13 @@ class Bench:
         }
 
 
-# What the rows of a group are compared with: of those for which this holds, the fastest.
+# Each ratio refers to the fastest row of the group for which its condition holds.
 REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
     "ratio_to_eager": lambda row, other: other["baseline"],
     "ratio_same_format": lambda row, other: other["baseline"] and other["layout"] == row["layout"],
     "ratio_to_compiled": lambda row, other: other["provider"] == "compile eager",
     "ratio_to_max_autotune": lambda row, other: other["provider"] == "compile eager max-autotune",
-    # With an error: checked to be the block. Networks have rows without it.
+    # Only rows that were checked to be the block; a network without it has no error.
     "ratio_to_rivals": lambda row, other: "error" in other and other["provider"] not in OURS,
 }
 

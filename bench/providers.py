@@ -384,6 +384,7 @@ def catalogue(launch: str = EAGER) -> list[Provider]:
         ("eager mm", " max-autotune", eager, {"gpu": True}),
         ("absorbed unbiased", "", absorbed, {**rows, "unbiased": True}),
         ("absorbed flex", "", flex, {**rows, "gpu": True}),
+        ("absorbed flex", " max-autotune", flex, {**rows, "gpu": True}),
     ]
     capture = launch == GRAPH
     found = []
@@ -459,7 +460,7 @@ def cpu_sweep() -> list[Provider]:
     return in_layouts((p for p in catalogue() if p.name in wanted), LAYOUTS)
 
 
-SIDES = ("eager", "triton")  # in every group: what ratios refer to, and what they are of
+SIDES = ("eager", "triton")  # the baseline and da_triton, in every group
 ONE_FORMAT = ("torch", "eager autocast", "einsum", "fla", "compile triton")  # NCHW suffices
 STAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "eager": (
@@ -478,6 +479,7 @@ STAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
                 "compile absorbed unbiased",
                 "compile absorbed flex",
                 "compile eager mm max-autotune",
+                "compile absorbed flex max-autotune",
             ),
         ),
         (EAGER, ("compile eager", "compile triton")),

@@ -42,7 +42,7 @@ RATIOS = {
     "ratio_to_max_autotune": (
         "torch.compile of eager in mode max-autotune, the better of NCHW and channels_last"
     ),
-    "ratio_to_rivals": "the fastest of everything else that was timed",
+    "ratio_to_rivals": "the fastest of all other implementations",
 }
 NOISY = 1.5
 MODEL_NOTE = (
@@ -78,9 +78,9 @@ def untimed(frame: pd.DataFrame) -> str:
 
 
 def merged(timed: pd.DataFrame) -> pd.DataFrame:
-    """One row for what several groups have timed: the first, with the least of each ratio.
+    """One row per provider and problem: the first measurement, with the least of each ratio.
 
-    Each group times da_triton again beside what it is compared with.
+    Every group times eager and da_triton again, next to what it compares them with.
     """
     keys = ["workload", "dtype", "mode", "layout", "launch", "provider"]
     found = timed.drop_duplicates(keys).copy()

@@ -109,7 +109,7 @@ def test_stages_of_the_gpu_sweep():
         assert formats >= {(name, layout) for layout in providers.LAYOUTS}
     assert names_of(rivals) == {
         "eager", "triton", "compile eager mm", "compile eager mm max-autotune",
-        "compile absorbed unbiased", "compile absorbed flex",
+        "compile absorbed unbiased", "compile absorbed flex", "compile absorbed flex max-autotune",
     }  # fmt: skip
     assert names_of(launched) == {"eager", "triton", "compile eager", "compile triton"}
     for sweep in (compiled, rivals, launched):
