@@ -10,16 +10,18 @@ import dataclasses
 import functools
 import gc
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import ceilings, measure, networks
+from . import ceilings, measure, networks, warm
 from .floors import Ceilings
-from .isolation import SILENCE, Worker
+from .isolation import SILENCE, Worker, in_parallel
 from .measure import (
     CONTEXT_LOST,
     OK,
@@ -39,6 +41,8 @@ from .workloads import Workload
 
 ATTEMPTS = 3  # of a group, each without the provider that ended the one before
 SETUP_SHARE = 0.8  # of the silence that kills a worker, after which a setup is interrupted
+AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))  # processes that compile
+WARMING_SHARE = 0.2  # of a stage's seconds at most
 MARGIN = 3.0  # seconds that a group has to end in after its budget, before it is killed
 
 
@@ -211,6 +215,20 @@ class LaunchCount(Job):
 
 
 @dataclasses.dataclass(frozen=True)
+class Warming(Job):
+    """Calls that compile da_triton's kernels and their launchers, in the cache of all processes."""
+
+    workloads: Sequence[Workload]
+
+    def measure(self, bench, watch):
+        for work in self.workloads:
+            for channels_last in (False, True):
+                if bench.budget.left > 0:
+                    warm.step(work, channels_last, bench.dtype, bench.device)
+                    watch.send(work.name)
+
+
+@dataclasses.dataclass(frozen=True)
 class NetworkGroup(Job):
     network: Network
     mode: str
@@ -234,7 +252,7 @@ class CeilingsJob(Job):
 
 
 class Sweeper:
-    """Measures within a budget, in a worker; ``run`` is called like ``Bench.run``."""
+    """Measures within a budget, in a worker; ``run`` takes what ``Bench.run`` takes."""
 
     def __init__(
         self, worker: Worker, where: Where, budget: Budget, ceilings: Ceilings | None = None
@@ -250,8 +268,9 @@ class Sweeper:
         add: Callable[[list[Row]], None],
         modes: Sequence[str] = (FORWARD, STEP),
     ) -> None:
+        # Both modes of a workload, before the next: a run that ends early has whole workloads.
         groups = [
-            (w, m, p, place) for place, p in enumerate(sweeps) for m in modes for w in workloads
+            (w, m, p, place) for place, p in enumerate(sweeps) for w in workloads for m in modes
         ]
         timed: list[Timed] = []
         for workload, mode, providers, place in progress(groups):
@@ -325,6 +344,20 @@ class Sweeper:
         found, failure, _ = self._measured(job)
         self.ceilings, facts = found or (None, {"ceilings": failure})
         return facts
+
+    def warm(self, workloads: Sequence[Workload], log: Path) -> list[str]:
+        """Compiles da_triton's kernels for workloads in parallel processes, before any timing.
+
+        Returns what went wrong; the measurements will show it again.
+        """
+        start, count = time.perf_counter(), min(AT_ONCE, len(workloads))
+        jobs = [
+            Warming(self.where, None, WARMING_SHARE * self.budget.left, list(workloads[i::count]))
+            for i in range(count)
+        ]
+        failures = in_parallel(jobs, WARMING_SHARE * self.budget.left + MARGIN, log)
+        self.spent.compilation += time.perf_counter() - start
+        return failures
 
     def _measured(self, job: Job) -> tuple[Any, str, int | None]:
         """Results (empty if none came), what went wrong, and with which provider if one did."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import arguments, ceilings, digits, names, networks, providers, scaling
+from . import arguments, ceilings, digits, estimate, names, networks, providers, scaling
 from . import sanitize as sanitizers
 from .arguments import UsageError
 from .environment import columns, environment
@@ -266,7 +266,7 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
         "its own, and leaves what it measured whatever they do. Results of a folder are joined: "
         "stages may run one by one.",
         "gpu --out bench/results/h100\ngpu --stage smoke,tests --ptxas /opt/cuda-13.3/bin/ptxas\n"
-        "gpu --stage eager --budget 120 --workload yolo_p3,r50_conv3",
+        "gpu --stage eager --budget 120 --workload yolo_p3,r50_conv3\ngpu --estimate",
     )  # fmt: skip
     parser.add_argument(
         "--stage", type=arguments.listed, action="extend", default=[], metavar="NAME,…",
@@ -282,6 +282,10 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
     parser.add_argument(
         "--ptxas", action="append", default=[], help="another assembler for the smoke check"
     )
+    parser.add_argument(
+        "--estimate", action="store_true",
+        help="measure nothing: say where the seconds would go, on any machine",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     names.check("stage", options.stage, known)
     stages = [stage for stage in STAGES if not options.stage or stage.name in options.stage]
@@ -289,10 +293,13 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
     for path in options.ptxas:
         if not os.access(path, os.X_OK):
             raise UsageError(f"--ptxas {path} is not an executable file.")
+    seconds = sum(s.seconds for s in stages) if options.budget is None else options.budget
+    if options.estimate:
+        print(estimate.text([s.name for s in stages], chosen, seconds))
+        return 0
     if not torch.cuda.is_available():
         raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
-    budget = Budget(sum(s.seconds for s in stages) if options.budget is None else options.budget)
-    return run_gpu(options.out, chosen, budget, stages, Settings(ptxas=options.ptxas))
+    return run_gpu(options.out, chosen, Budget(seconds), stages, Settings(ptxas=options.ptxas))
 
 
 def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:

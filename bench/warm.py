@@ -29,6 +29,7 @@ from .environment import ROOT
 from .report import replace
 from .workloads import Workload
 
+META = torch.device("meta")
 FILE = "warm.json"  # the key, beside Triton's entries
 
 
@@ -78,22 +79,26 @@ def warm(arch: str, workloads: Sequence[Workload], folder: Path, dtype=torch.bfl
     return found
 
 
-def step(work: Workload, channels_last: bool, dtype: torch.dtype) -> None:
-    """The launches of the block's forward and backward operators, on meta tensors."""
+def step(
+    work: Workload,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: torch.device = META,
+) -> None:
+    """The launches of the block's forward and backward operators; values do not matter."""
     from da_triton import planner
     from da_triton.cores import triton_block
 
-    meta = torch.device("meta")
     form = torch.contiguous_format
     if channels_last:
         form = problems.memory_format(len(work.positions))
     shape = (work.n, work.c, *work.positions)
-    x = torch.empty(shape, dtype=dtype, device=meta).to(memory_format=form).flatten(2)
+    x = torch.empty(shape, dtype=dtype, device=device).to(memory_format=form).flatten(2)
     sizes = (
         (work.c_m, work.c), (work.c_m,), (work.c_n, work.c), (work.c_n, work.c), (work.c_n,),
         (work.c, work.c_m), (work.c,),
     )  # fmt: skip
-    weights = [torch.empty(size, dtype=dtype, device=meta) for size in sizes]
+    weights = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
     keep_v = planner.keeps_v(work.c, work.c_m, work.c_n, work.heads, "auto")
     options = work.heads, 1.0, 1.0, 1.0, True, True, "auto"
     forward, backward = (

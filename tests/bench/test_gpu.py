@@ -15,7 +15,8 @@ import torch
 from bench import ceilings, networks, providers, sanitize, stages
 from bench.environment import COMMIT, commit
 from bench.gpu import run_gpu
-from bench.groups import Where
+from bench.groups import Sweeper, Where
+from bench.isolation import Worker
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
@@ -305,6 +306,32 @@ def test_a_budget_holds_whatever_hangs(run, tiny, variant):
     assert time.monotonic() - start < 10
     assert (frame["status"] != OK).any()
     assert OUT_OF_TIME in {*frame["status"]}
+
+
+def test_kernels_are_compiled_before_anything_is_timed(run, out, tiny, monkeypatch, capsys):
+    """Once per invocation, in other processes; what fails there is reported and goes on."""
+    asked = []
+
+    def warm(self, workloads, log):
+        asked.append(([work.name for work in workloads], self.budget.left > 0))
+        return ["the process died with signal 11 (SIGSEGV)"]
+
+    monkeypatch.setattr("bench.groups.Sweeper.warm", warm)
+    where = dataclasses.replace(WHERE, device=torch.device("cpu"))
+    code, frame = run("eager", "compiled", ours="triton", workloads=[tiny], where=where)
+    assert code == 0
+    assert asked == [(["tiny"], True)]
+    assert (frame["status"] == OK).all()
+    assert "Compiling kernels beforehand: the process died" in capsys.readouterr().out
+
+
+def test_kernels_are_compiled_in_processes_that_may_fail(tmp_path, children, tiny, monkeypatch):
+    sweeper = Sweeper(Worker(tmp_path / "log"), WHERE, Budget(60))
+    assert sweeper.warm([tiny], tmp_path / "log") == []  # interpreted
+    assert sweeper.spent.compilation > 0
+    monkeypatch.delenv("TRITON_INTERPRET")
+    (failure,) = sweeper.warm([tiny], tmp_path / "log")  # compiled, and there is no GPU
+    assert failure.startswith("failed: ")
 
 
 TERMINATED = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.isolation import Worker, isolated
+from bench.isolation import Worker, in_parallel, isolated
 from support import fakes
 
 # Starts a process, says its id, and then ends or does not.
@@ -108,6 +108,13 @@ def test_worker_that_hangs(worker, tmp_path):
     assert worker.run(hang, 1.0, print) == "killed after 1 s, when its time was up"
     assert time.monotonic() - start < 15
     assert "in hangs" in (tmp_path / "worker.txt").read_text()  # where it hung
+
+
+def test_jobs_in_parallel(tmp_path, children):
+    """A job that waits for another one's file ends only if both run at once."""
+    meet = [fakes.meets(tmp_path, i, 1 - i) for i in (0, 1)]
+    failures = in_parallel([*meet, fakes.job_that(fakes.crashes)], 30, tmp_path / "log")
+    assert failures == ["the process died with signal 11 (SIGSEGV)"]
 
 
 def test_interruption_ends_the_worker(worker):

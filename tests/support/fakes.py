@@ -136,3 +136,13 @@ def call(function, send):
 
 def job_that(function):
     return functools.partial(call, function)
+
+
+def _meet(folder, mine, other, send):
+    (folder / str(mine)).touch()
+    while not (folder / str(other)).exists():
+        time.sleep(0.01)
+
+
+def meets(folder, mine, other):
+    return functools.partial(_meet, folder, mine, other)
