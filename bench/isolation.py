@@ -34,15 +34,21 @@ Job = Callable[[Callable[[Any], None]], None]
 
 
 class Ended(NamedTuple):
-    """``status`` is the exit status, negative for a signal, or None where the limit ended it."""
+    """``status`` is the exit status, negative for a signal, or None if the process was killed.
+
+    ``interrupted``: it was asked to end because its time was nearly up.
+    """
 
     status: int | None
     seconds: float
     output: str
+    interrupted: bool = False
 
     def __str__(self) -> str:
         if self.status is None:
             return f"killed after {self.seconds:.0f} s"
+        if self.interrupted:
+            return f"stopped after {self.seconds:.0f} s: {last_line(self.output)}"
         return f"{ending(self.status)}: {last_line(self.output)}"
 
 
@@ -51,24 +57,37 @@ def isolated(
     limit: float,
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    grace: float = 0.0,
 ) -> Ended:
     """Runs a command in the repository's root for at most ``limit`` seconds.
 
     ``log`` receives stdout and stderr while the command runs; ``environment`` is added to this
-    process's.
+    process's. With a ``grace``, the command is interrupted that many seconds before its limit, to
+    say what it has so far.
     """
     start = time.monotonic()
     with log.open("w+b") if log else tempfile.TemporaryFile() as file:
         process = _start(command, file, environment)
-        status: int | None = None
+        interrupted = False
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(max(limit, 0.0))
+            status = _wait(process, limit - grace)
+            if status is None and grace:
+                interrupted = True
+                os.killpg(process.pid, signal.SIGINT)  # all, as Ctrl-C in a terminal does
+                status = _wait(process, grace)
         finally:
             _kill_group(process)
         file.seek(0)
         output = file.read().decode(errors="replace")
-    return Ended(status, time.monotonic() - start, output)
+    return Ended(status, time.monotonic() - start, output, interrupted)
+
+
+def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    """The exit status, or None if the process still runs then."""
+    try:
+        return process.wait(max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 class Worker:

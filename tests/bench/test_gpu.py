@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -201,6 +202,27 @@ def test_no_ratio_without_tests_of_this_commit(run, tiny, monkeypatch):
     monkeypatch.setattr("bench.environment.commit", lambda: another)
     _, frame = run("smoke")
     assert frame["ratio_to_eager"].isna().all()
+
+
+SLOW_TESTS = """
+import time
+def test_a(): assert 1 == 2
+def test_b(): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
+def test_tests_that_take_too_long_say_what_failed(run, out, tmp_path, capsys, workers):
+    path = tmp_path / "test_slow.py"
+    path.write_text(SLOW_TESTS)
+    options = ["-q", "-rf", "-p", "no:cacheprovider", *workers, "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, str(path)]
+    start = time.monotonic()
+    code, _ = run("tests", seconds=12, test_command=command)
+    assert code == 1
+    assert time.monotonic() - start < 15
+    assert facts(out)["tests"].startswith("stopped after ")
+    assert "test_slow.py::test_a - assert 1 == 2" in capsys.readouterr().out
 
 
 def test_smoke_of_every_assembler(run, out, tiny, capsys, monkeypatch):

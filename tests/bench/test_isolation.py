@@ -56,6 +56,17 @@ def test_processes_that_a_command_started_end_with_it(seconds):
     assert not alive(int(ended.output))
 
 
+def test_command_that_is_interrupted_first():
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far')"
+    ended = isolated(python(code), 8, grace=6.5)
+    assert (ended.status, ended.interrupted) == (0, True)
+    assert str(ended) == f"stopped after {ended.seconds:.0f} s: 2 failed so far"
+    assert ended.seconds < 6
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    ended = isolated(python(stubborn), 2, grace=1)
+    assert (ended.status, str(ended)) == (None, "killed after 2 s")
+
+
 def test_no_time_is_left():
     assert isolated(python("import time; time.sleep(60)"), -1.0).status is None
 
