@@ -69,6 +69,15 @@ class Run:
     def sweeper(self, budget: Budget) -> Sweeper:
         return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
 
+    def finished(self, sweeper: Sweeper) -> None:
+        """Adds up what a sweeper has spent, and repeats what da_triton warned of in its workers."""
+        self.spent += sweeper.spent
+        for path in sorted(self.logs.glob("*.txt")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
+                if warning not in self.report.remarks:
+                    self.report.remarks.append(warning)
+
     def prepared(self, budget: Budget) -> Sweeper:
         """A sweeper with the machine's ceilings and with kernels compiled, once per invocation."""
         sweeper = self.sweeper(budget)
@@ -94,13 +103,16 @@ def smoke(run: Run, budget: Budget) -> str:
     for place, name in enumerate((assembler(), *others)):
         log = run.logs / f"smoke-{place}.txt"
         facts = log.with_suffix(".json")
+        facts.unlink(missing_ok=True)  # an earlier run's
         device = str(run.settings.where.device)
         command = [*run.settings.check_command, "--device", device, "--json", str(facts)]
         environment = dict.fromkeys(PTXAS, name) if place else {}
         ended = isolated(command, budget.left / (len(others) + 1 - place), log, environment)
-        verdict = CHECKED.get(ended.status, str(ended))
+        # Python ends with 1, too, where a program cannot even be imported.
+        status = ended.status if facts.exists() or ended.status not in CHECKED else COULD_NOT_RUN
+        verdict = CHECKED.get(status, str(ended))
         found[name] = {
-            "status": ended.status, "verdict": verdict, "seconds": round(ended.seconds, 1),
+            "status": status, "verdict": verdict, "seconds": round(ended.seconds, 1),
             "file": facts.name,
         }  # fmt: skip
         run.report.record(smoke=found)
@@ -108,7 +120,12 @@ def smoke(run: Run, budget: Budget) -> str:
     return "\n".join(said)
 
 
-CHECKED: dict[int | None, str] = {0: "all right", 1: "WRONG RESULTS", 2: "could not run"}
+COULD_NOT_RUN = 2
+CHECKED: dict[int | None, str] = {
+    0: "all right",
+    1: "WRONG RESULTS",
+    COULD_NOT_RUN: "could not run",
+}
 
 
 def tests(run: Run, budget: Budget) -> str:
@@ -157,7 +174,7 @@ def _sweep(run: Run, budget: Budget, stage: str, workloads: Sequence[Workload]) 
     try:
         sweeper.run(workloads, run.settings.sweeps(stage), add)
     finally:
-        run.spent += sweeper.spent
+        run.finished(sweeper)
     return _counted(rows)
 
 
@@ -247,7 +264,7 @@ def cost_against_positions(run: Run, budget: Budget) -> str:
     try:
         scaling.run(sweeper, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
     finally:
-        run.spent += sweeper.spent
+        run.finished(sweeper)
     if scaling.INTERRUPTED in beside.notes:
         raise KeyboardInterrupt
     return _counted(beside.rows).replace("\n", ", ")
@@ -262,7 +279,7 @@ def whole_networks(run: Run, budget: Budget) -> str:
                 rows += (found := sweeper.network(network, mode, variants))
                 run.report.add(found)
     finally:
-        run.spent += sweeper.spent
+        run.finished(sweeper)
     return _counted(rows).replace("\n", ", ")
 
 

@@ -245,6 +245,15 @@ def test_smoke_of_every_assembler(run, out, tiny, capsys, monkeypatch):
     assert "THE KERNELS GAVE WRONG RESULTS" in capsys.readouterr().out
 
 
+def test_a_smoke_check_that_cannot_start_is_not_a_wrong_kernel(run, out, capsys):
+    broken = (sys.executable, "-c", "import a_module_that_is_missing")
+    run("smoke")
+    code, _ = run("smoke", check_command=broken)
+    assert code == 1
+    assert facts(out)["smoke"]["of Triton"]["verdict"] == "could not run"
+    assert "ModuleNotFoundError" in capsys.readouterr().out
+
+
 def test_a_smoke_check_that_hangs(run, out):
     hanging = (sys.executable, "-c", "import time; time.sleep(60)")
     start = time.monotonic()
@@ -265,6 +274,13 @@ def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):
     printed = capsys.readouterr().out
     assert "crash (eager launch), 2x, first tiny: the process died with signal 11" in printed
     assert "geometric mean" in printed
+
+
+def test_warnings_of_workers_are_in_the_report(run, out, tiny, variant):
+    """Such as that a kernel failed its check on first use, and PyTorch operations were timed."""
+    group = [*providers.plain("torch")[:1], variant("warns", fakes.warns)]
+    run("eager", workloads=[tiny], sweeps=lambda stage: [group])
+    assert (out / "report.md").read_text().count("da_triton does not use its kernel 'a'") == 1
 
 
 def test_a_stage_that_fails_does_not_end_the_run(run, out, tiny, monkeypatch, capsys):
