@@ -18,7 +18,7 @@ from .isolation import Worker
 from .joined import JoinedReport
 from .measure import Budget, describe
 from .scaling import INTERRUPTED
-from .stages import Run, Settings, Stage, facts
+from .stages import Run, Settings, Stage, facts, share
 from .workloads import Workload
 
 FINISH = 10.0  # seconds that the report and its plots have at the end
@@ -33,8 +33,7 @@ def run_gpu(
 ) -> int:
     """Runs stages and prints the short report; 1 if kernels, tests or a stage failed, else 0.
 
-    Each stage has a share of what is left, by its default seconds: time that one does not use is
-    for those after it.
+    Each stage has a share of what is left, by its default seconds.
     """
     failed = False
     reserved = min(FINISH, 0.1 * budget.seconds)
@@ -48,9 +47,8 @@ def run_gpu(
         run = Run(report, workloads, settings, worker, logs)
         try:
             for place, stage in enumerate(stages):
-                weight = stage.seconds / sum(s.seconds for s in stages[place:])
-                share = Budget(weight * max(0.0, budget.left - reserved), budget.clock)
-                failed |= not _run_stage(run, stage, share)
+                mine = share(budget, [s.seconds for s in stages[place:]], reserved)
+                failed |= not _run_stage(run, stage, mine)
         except KeyboardInterrupt:
             report.remarks.append(INTERRUPTED)
         finally:

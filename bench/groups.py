@@ -95,19 +95,25 @@ class Watch:
         """The provider, whose setup includes the first call."""
 
         def setup(problem):
-            self._announce(index)
-            start = time.perf_counter()
-            try:
-                with _alarm(min(SETUP_SHARE * self.where.silence, self.budget.left)):
-                    closure = provider.setup(problem)
-                    closure()
-                    if on_gpu(self.where.device):
-                        torch.cuda.synchronize()
-            finally:
-                self.spent.compilation += time.perf_counter() - start
+            with self.setting_up(index):
+                closure = provider.setup(problem)
+                closure()
             return closure
 
         return dataclasses.replace(provider, setup=setup)
+
+    @contextlib.contextmanager
+    def setting_up(self, index: int) -> Iterator[None]:
+        """A setup and its first call: announced, ended if it takes too long, and its time added."""
+        self._announce(index)
+        start = time.perf_counter()
+        try:
+            with _alarm(min(SETUP_SHARE * self.where.silence, self.budget.left)):
+                yield
+                if on_gpu(self.where.device):
+                    torch.cuda.synchronize()
+        finally:
+            self.spent.compilation += time.perf_counter() - start
 
     def timer(self) -> Timer:
         timer = _timer(self.where.make_timer)
@@ -235,7 +241,9 @@ class NetworkGroup(Job):
     variants: Sequence[Variant]
 
     def measure(self, bench, watch):
-        watch.send(networks.measure(bench, self.network, self.mode, self.variants))
+        watch.send(
+            networks.measure(bench, self.network, self.mode, self.variants, watch.setting_up)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ files of ``scaling``, and ``logs.tar.gz``. What is added replaces an earlier row
 measurement, unless it failed where the earlier one did not.
 """
 
+import io
 import json
 import os
 import tarfile
@@ -22,6 +23,7 @@ from .report import IDENTITY, Report, replace
 METRICS = ("time", "ratio", "floor", "memory", "launches")
 LOGS = "logs.tar.gz"
 ROWS = "rows.jsonl"  # in the archive: all that is known of rows, ratios included
+LONGEST_LOG = 4 * 2**20  # bytes of a log that are kept, from its end
 PTXAS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 COMMIT_FACTS = ("commit", "uncommitted_changes")
 
@@ -98,7 +100,12 @@ class JoinedReport(Report):
         partial = self.out / (LOGS + ".part")
         with tarfile.open(partial, "w:gz", compresslevel=5) as archive:
             for path in sorted(self.logs.iterdir()):
-                archive.add(path, path.name)
+                data = path.read_bytes()
+                if path.suffix == ".txt":
+                    data = data[-LONGEST_LOG:]
+                member = tarfile.TarInfo(path.name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
         partial.replace(self.out / LOGS)
 
     def written(self) -> str:

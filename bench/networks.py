@@ -8,9 +8,11 @@ Each is also timed without the block, so that the block's share of the added tim
 variants have the same weights, and must give the same answers, before anything is timed.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,27 +181,37 @@ def _first(output: Any) -> Tensor:
 
 @cudnn_benchmark()
 @cudnn_benchmark()
-def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]) -> list[Row]:
-    """Rows of all variants, timed in turns; what disagrees with the eager block is not timed."""
+def measure(
+    bench: Bench,
+    network: Network,
+    mode: str,
+    chosen: Sequence[Variant],
+    setting_up: Callable[[int], AbstractContextManager] = contextlib.nullcontext,
+) -> list[Row]:
+    """Rows of all variants, timed in turns; those that disagree with the eager block are not timed.
+
+    ``setting_up``: a context for the setup and the first call of the variant with a number.
+    """
     rows = [row(bench, network, mode, v) for v in chosen]
     ready = []
     expected: Tensor | None = None
     x = torch.randn(network.input_shape(bench.device), generator=torch.Generator().manual_seed(0))
     state: dict[str, Tensor] | None = None
     torch.compiler.reset()
-    for found, variant in zip(rows, chosen, strict=True):
+    for place, (found, variant) in enumerate(zip(rows, chosen, strict=True)):
         if bench.budget.left <= 0:
             found["status"] = OUT_OF_TIME
             continue
         try:
-            x = x.to(bench.device, bench.dtype)
-            torch.manual_seed(0)
-            built = network.make(variant.block).to(bench.device)
-            if variant.block is not None:
-                state = state or copy.deepcopy(built.state_dict())
-                built.load_state_dict(state)
-            run = Run(built, variant, x, mode, network.loss)
-            (result,) = run()
+            with setting_up(place):
+                x = x.to(bench.device, bench.dtype)
+                torch.manual_seed(0)
+                built = network.make(variant.block).to(bench.device)
+                if variant.block is not None:
+                    state = state or copy.deepcopy(built.state_dict())
+                    built.load_state_dict(state)
+                run = Run(built, variant, x, mode, network.loss)
+                (result,) = run()
             if variant.block is not None:
                 expected = result if expected is None else expected
                 found["error"] = error = _distance(result, expected)

@@ -217,13 +217,14 @@ def furthest(report: Report, workloads: Sequence[Workload]) -> list[str]:
 def rest(run: Run, budget: Budget) -> str:
     """First calls, cost against positions, whole networks, memory checks; while there is time."""
     said = []
-    for part in REST:
+    for place, (part, _) in enumerate(REST):
         title = part.__name__.replace("_", " ")
-        if budget.left <= 0:
+        mine = share(budget, [weight for _, weight in REST[place:]])
+        if mine.left <= 0:
             said.append(f"{title}: not run, for lack of time")
             continue
         try:
-            said.append(f"{title}: {part(run, budget)}")
+            said.append(f"{title}: {part(run, mine)}")
         except Exception as error:
             said.append(f"{title}: failed: {describe(error)}")
     return "\n".join(said)
@@ -294,7 +295,19 @@ def memory_checks(run: Run, budget: Budget) -> str:
     return "; ".join(lines)
 
 
-REST = (first_calls, cost_against_positions, whole_networks, memory_checks)
+REST = (
+    (first_calls, 60),
+    (cost_against_positions, 40),
+    (whole_networks, 100),
+    (memory_checks, 40),
+)
+
+
+def share(budget: Budget, weights: Sequence[float], reserved: float = 0.0) -> Budget:
+    """The share of the first of several parts that come now and later. What a part does not use
+    is for those after it."""
+    seconds = max(0.0, budget.left - reserved) * weights[0] / sum(weights)
+    return Budget(seconds, budget.clock)
 
 
 class Stage(NamedTuple):

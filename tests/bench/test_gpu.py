@@ -18,6 +18,7 @@ from bench.environment import COMMIT, commit
 from bench.gpu import run_gpu
 from bench.groups import Sweeper, Where
 from bench.isolation import Worker
+from bench.joined import LONGEST_LOG
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
@@ -164,6 +165,15 @@ def test_stages_in_separate_invocations(run, out, table):
     assert logged(out, "tests.txt") == "3 passed in 1s\n"
 
 
+def test_a_long_log_is_cut(run, out, tiny):
+    command = (sys.executable, "-c", "for i in range(10**6): print('line', i)")
+    code, _ = run("tests", test_command=command)
+    assert code == 0
+    log = logged(out, "tests.txt")
+    assert len(log) == LONGEST_LOG
+    assert log.endswith("line 999999\n")
+
+
 def test_a_failure_replaces_no_measurement(run, tiny):
     plain = providers.plain("torch")[:2]
     named = [dataclasses.replace(p, name=f"{p.name} b") for p in plain]
@@ -287,7 +297,7 @@ def test_a_stage_that_fails_does_not_end_the_run(run, out, tiny, monkeypatch, ca
     def fails(*args):
         raise MemoryError("too large")
 
-    monkeypatch.setattr(stages, "REST", (stages.whole_networks,))
+    monkeypatch.setattr(stages, "REST", ((stages.whole_networks, 1),))
     code, frame = run("eager", "rest", workloads=[tiny], sweeps=fails)
     assert code == 1
     assert {*frame["workload"]} == {"net"}

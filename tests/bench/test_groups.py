@@ -162,6 +162,17 @@ def test_networks(sweeper):
     assert {row["workload"] for row in rows} == {"net"}
 
 
+def test_a_network_that_compiles_for_ever(sweeper):
+    """Its variants are limited one by one: together they may take longer."""
+    sweeper.where = dataclasses.replace(WHERE, silence=5.0)
+    chosen = [v for v in networks.variants("torch", False) if not v.channels_last]
+    network = networks.Network("net", fakes.slow_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
+    rows = sweeper.network(network, FORWARD, chosen)
+    took = "failed: TimeoutError: setup and first call took longer than 4 s"
+    assert [row["status"] for row in rows] == [OK, took, OK]
+    assert sweeper.spent.compilation > 2
+
+
 def test_ceilings(sweeper):
     found = sweeper.measure_ceilings(4_000_000, 1000)
     assert found == {"copy GB/s": 4.0, "float32 TFLOP/s": 1.0}

@@ -12,7 +12,7 @@ import warnings
 
 from torch import nn
 
-from bench import measure, providers
+from bench import measure, networks, providers
 from bench.measure import prepare
 
 
@@ -119,6 +119,12 @@ def crashing_timer():
 
 def small_network(block):
     return nn.Sequential(nn.Conv2d(3, 8, 3), *([block(8)] if block else []), nn.Conv2d(8, 2, 3))
+
+
+def slow_network(block):
+    if block is networks.eager_block:
+        compiles_for_ever(None)
+    return small_network(block)
 
 
 def crashing_network(block):
