@@ -43,7 +43,8 @@ def run_gpu(
         report.record(**environment(settings.where.device), **_warm_cache())
         name = (report.environment.get("card") or {}).get("name", settings.where.device.type)
         report.title = f"Double attention on {name}, bfloat16"
-        worker = Worker(logs / "worker.txt")
+        number = len([*logs.glob("worker-*.txt")])  # of earlier invocations
+        worker = Worker(logs / f"worker-{number}.txt")
         run = Run(report, workloads, settings, worker, logs)
         try:
             for place, stage in enumerate(stages):

@@ -232,7 +232,8 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     """Kills what is left of a process's group, and returns when none of it runs any more."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
+        process.wait(WAIT_FOR_GROUP)
     deadline = time.monotonic() + WAIT_FOR_GROUP
     while _runs(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)

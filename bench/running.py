@@ -14,6 +14,7 @@ from .arguments import UsageError
 from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu
+from .joined import LOGS
 from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
 from .providers import EAGER, LAYOUTS
 from .report import Report
@@ -273,7 +274,7 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
         help="repeatable; without it, all in order",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/out"), help="folder for results (%(default)s)"
+        "--out", type=Path, default=Path("bench/out/gpu"), help="folder for results (%(default)s)"
     )
     arguments.add_lists(parser, workload="")
     parser.add_argument(
@@ -293,6 +294,11 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
     for path in options.ptxas:
         if not os.access(path, os.X_OK):
             raise UsageError(f"--ptxas {path} is not an executable file.")
+    if (options.out / "results.csv").exists() and not (options.out / LOGS).exists():
+        raise UsageError(
+            f"{options.out} has a results.csv that cannot be added to without its {LOGS}: choose "
+            "another folder with --out."
+        )
     seconds = sum(s.seconds for s in stages) if options.budget is None else options.budget
     if options.estimate:
         print(estimate.text([s.name for s in stages], chosen, seconds))

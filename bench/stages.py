@@ -69,11 +69,15 @@ class Run:
     def sweeper(self, budget: Budget) -> Sweeper:
         return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
 
+    @property
+    def compiling(self) -> Path:
+        return self.worker.log.with_name(f"compiling-{self.worker.log.name}")
+
     def finished(self, sweeper: Sweeper) -> None:
         """Adds up what a sweeper has spent, and repeats what da_triton warned of in its workers."""
         self.spent += sweeper.spent
-        for path in sorted(self.logs.glob("*.txt")):
-            text = path.read_text(encoding="utf-8", errors="replace")
+        for path in (self.compiling, self.worker.log):
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
                 if warning not in self.report.remarks:
                     self.report.remarks.append(warning)
@@ -83,7 +87,7 @@ class Run:
         sweeper = self.sweeper(budget)
         if sweeper.ceilings is None:
             if self.settings.ours == "triton":
-                failures = sweeper.warm(self.workloads, self.logs / "compiling.txt")
+                failures = sweeper.warm(self.workloads, self.compiling)
                 self.report.remarks += [f"Compiling kernels beforehand: {f}" for f in failures]
             found = sweeper.measure_ceilings(self.settings.copy_bytes, self.settings.matrix_size)
             self.report.ceilings = sweeper.ceilings
@@ -131,7 +135,7 @@ CHECKED: dict[int | None, str] = {
 def tests(run: Run, budget: Budget) -> str:
     """The package's own tests. No ratio is given unless they pass."""
     command = run.settings.test_command or suite.command()
-    grace = min(GRACE, 0.2 * budget.left)
+    grace = min(GRACE, 0.4 * budget.left)
     environment = {"COLUMNS": "200", **suite.ENVIRONMENT}  # pytest cuts its lines at them
     ended = isolated(command, budget.left, run.logs / "tests.txt", environment, grace)
     outcome = outcome_of(ended)
@@ -188,10 +192,12 @@ def tuning(run: Run, budget: Budget) -> str:
     path = run.logs / "tiles.json"
     path.unlink(missing_ok=True)
     names = ",".join(furthest(run.report, run.workloads))
-    seconds_ = f"{max(1.0, 0.9 * budget.left):.0f}"
-    command = [*run.settings.tune_command, "--workload", names, "--budget", seconds_]
+    within = f"{max(1.0, 0.9 * budget.left):.0f}"  # it writes the table when it ends
+    command = [*run.settings.tune_command, "--workload", names, "--budget", within]
     ended = isolated([*command, "--out", str(path)], budget.left, run.logs / "tune.txt")
     said = f"{names}: {ended}"
+    if ended.status != 0:
+        return f"failed: {said}"
     if path.exists():
         from . import tune  # which needs Triton
 

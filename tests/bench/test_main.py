@@ -111,6 +111,14 @@ def test_gpu_runs_every_stage_with_the_sum_of_their_seconds(table, tmp_path, gpu
     assert gpu_calls == [(tmp_path, list(table), 1470, names, [])]
 
 
+def test_gpu_adds_to_no_results_of_other_commands(table, tmp_path, gpu_calls, capsys):
+    (tmp_path / "results.csv").touch()
+    assert cli.main(["gpu", "--out", str(tmp_path)], table) == 2
+    assert "has a results.csv that cannot be added to" in capsys.readouterr().err
+    (tmp_path / "logs.tar.gz").touch()
+    assert cli.main(["gpu", "--out", str(tmp_path)], table) == 7
+
+
 def test_gpu_runs_chosen_stages_in_their_order(table, tmp_path, gpu_calls):
     ptxas = tmp_path / "ptxas"
     ptxas.touch(0o755)
