@@ -20,6 +20,7 @@ OVERVIEW = """commands, each with --help:
   gpu       everything on a GPU, within a time budget
   tune      measures candidates and writes the tile table of this GPU
   sanitize  every kernel under compute-sanitizer: memory, races, initialisation
+  suite     what the tests would do on a GPU, without one
   readme    writes the README's figures from the committed results"""
 COMMANDS: dict[str, Command] = {
     "report": functools.partial(running.report, overview=OVERVIEW),
@@ -35,5 +36,6 @@ COMMANDS: dict[str, Command] = {
     "model": telling.model,
     "codegen": telling.codegen,
     "compare": telling.compare_files,
+    "suite": telling.test_suite,
     "readme": telling.readme,
 }
