@@ -21,6 +21,7 @@ OVERVIEW = """commands, each with --help:
   warm      fills Triton's compile cache for a GPU, without one
   tune      measures candidates and writes the tile table of this GPU
   sanitize  every kernel under compute-sanitizer: memory, races, initialisation
+  suite     what the tests would do on a GPU, without one
   readme    writes the README's figures from the committed results"""
 COMMANDS: dict[str, Command] = {
     "report": functools.partial(running.report, overview=OVERVIEW),
@@ -37,5 +38,6 @@ COMMANDS: dict[str, Command] = {
     "codegen": telling.codegen,
     "warm": telling.warm,
     "compare": telling.compare_files,
+    "suite": telling.test_suite,
     "readme": telling.readme,
 }

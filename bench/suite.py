@@ -1,10 +1,19 @@
-"""The test suite on a GPU: which files it runs, the command that runs them, and its environment."""
+"""The test suite on a GPU: which files it runs, the command that runs them, and its environment.
 
+And what it would do there, without one (``python -m bench suite``): ``record`` runs the tests on
+meta tensors, and ``compiled`` compiles the launches that they make.
+"""
+
+import dataclasses
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .environment import ROOT
 
@@ -59,3 +68,57 @@ def command() -> list[str]:
     if find_spec("xdist"):
         found += ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "loadgroup"]
     return found + [str(file.relative_to(ROOT)) for file in files()]
+
+
+@dataclasses.dataclass
+class Recorded:
+    """What tests would do on a GPU; see the tests' ``support.recorder``."""
+
+    tests: list[dict[str, Any]]
+    launches: list[dict[str, Any]]
+
+    def names(self, fault: str) -> list[str]:
+        """Tests that mix devices (``"mixed"``) or run the CPU's own code (``"cpu"``)."""
+        return [test["test"] for test in self.tests if test[fault]]
+
+
+def record(tests: Sequence[str], *, interpret: bool = False) -> Recorded:
+    """Runs tests, named as for pytest, as on a GPU; their failures are part of the record.
+
+    Raises:
+        RuntimeError: nothing was run, with the end of pytest's output.
+    """
+    options = ["-q", "-p", "no:cacheprovider", "-p", "support.recorder", "--tb=no"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "record"
+        path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, **ENVIRONMENT, "DA_TRITON_RECORD": str(file), "PYTHONPATH": path}
+        env |= {"DA_TRITON_INTERPRET": "1"} if interpret else {}
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=ROOT, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        raise RuntimeError(f"{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
+    launches = [row for row in rows if "kernel" in row]
+    return Recorded([row for row in rows if "kernel" not in row], launches)
+
+
+def compiled(
+    launches: Sequence[dict[str, Any]], arch: str, jobs: int
+) -> Iterator[tuple[str, str, int, str]]:
+    """``codegen.replay.Compiled`` of each distinct launch, as it is compiled."""
+    command = [sys.executable, "-m", "bench.codegen.replay", arch, str(jobs)]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryFile("w+") as given, subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=given, stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        json.dump(launches, given)
+        given.seek(0)
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield tuple(json.loads(line))
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from . import arguments, floors, names, pages, providers, sizes
+from . import arguments, floors, names, pages, providers, sizes, suite
 from . import warm as warming
 from .arguments import UsageError
 from .codegen.cli import cannot_compile
@@ -162,6 +163,46 @@ def codegen(argv: Sequence[str], table: Sequence[Workload]) -> int:
     from .codegen.cli import main
 
     return main(argv)
+
+
+def test_suite(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "suite", "What the tests would do on a GPU, without one: whether any mixes devices or runs "
+        "the CPU's own code, and whether each launch compiles and fits. Exit status 1 if not.",
+        "suite\nsuite --arch sm_80 tests/test_block.py\nsuite --interpret tests/cores",
+    )  # fmt: skip
+    parser.add_argument("tests", nargs="*", help="as for pytest (default: all that a GPU runs)")
+    parser.add_argument("--arch", default="sm_90", help="the GPU to compile for")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="run the kernels, too: an hour, not minutes",
+    )
+    options = parser.parse_args(argv)
+    from .codegen import table as tables
+
+    names.check("arch", [options.arch], tables.ORDER)
+    if find_spec("triton") is None:
+        raise UsageError("`python -m bench suite` compiles kernels, and Triton is not installed.")
+    every = [str(file.relative_to(suite.ROOT)) for file in suite.files()]
+    found = suite.record(options.tests or every, interpret=options.interpret)
+    early = sum(bool(test["ended"]) for test in found.tests)
+    print(f"{len(found.tests)} tests, {early} of which did not reach their end without a GPU.")
+    faults = {name: found.names(name) for name in ("mixed", "cpu")}
+    for name, title in (("mixed", "mixes devices"), ("cpu", "runs the CPU's own code")):
+        for test in faults[name]:
+            print(f"{title}: {test}")
+    launches = list(suite.compiled(found.launches, options.arch, options.jobs))
+    problems = [(kernel, test, problem) for kernel, test, _, problem in launches if problem]
+    largest = max((shared for *_, shared, problem in launches if not problem), default=0)
+    print(
+        f"{len(launches)} distinct launches on {options.arch}: {len(launches) - len(problems)} "
+        f"compile and fit, with {largest:,} bytes of shared memory at most."
+    )
+    for kernel, test, problem in problems:
+        print(f"{kernel} {problem}, in {test}")
+    return int(bool(problems or faults["mixed"] or faults["cpu"]))
 
 
 def readme(argv: Sequence[str], table: Sequence[Workload]) -> int:

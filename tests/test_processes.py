@@ -140,10 +140,13 @@ def test_settings_of_one_thread_are_its_own():
     turns = [threading.Event(), threading.Event()]
 
     def lower():
-        with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
-            turns[0].set()
-            assert turns[1].wait(LIMIT)
-            return layer(x)
+        try:
+            with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+                turns[0].set()
+                assert turns[1].wait(LIMIT)
+                return layer(x)
+        finally:
+            turns[0].set()  # an error is told by the result
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(lower)

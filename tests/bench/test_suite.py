@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from bench import __main__ as cli
 from bench import suite
 
 ON_ITS_OWN = {"test_nccl.py"}  # moves everything to a GPU by ``.cuda()``
@@ -89,3 +91,70 @@ def test_tests_that_fill_the_memory_share_a_worker():
         "tests/test_large.py::test_a_batch_of_more_than_two_billion_numbers",
         "tests/kernels/test_gather.py::test_offsets_beyond_int32",
     }
+
+
+SAMPLE = "tests/cores/test_triton.py"
+ON_A_CPU = "tests/cores/test_cpu_block.py::test_no_more_is_kept_than_eager_keeps"
+MIXED = "tests/cores/test_cpu_block.py::test_without_biases"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return suite.record([SAMPLE, ON_A_CPU, MIXED])
+
+
+@pytest.mark.parametrize(("fault", "name"), [("mixed", MIXED), ("cpu", ON_A_CPU)])
+def test_tests_that_belong_on_a_cpu_are_found(fault, name, recorded):
+    assert {test.split("[")[0] for test in recorded.names(fault)} == {name}
+
+
+def test_most_tests_reach_their_end(recorded):
+    """Or their launches are not recorded."""
+    early = [test["ended"] for test in recorded.tests if test["test"].startswith(SAMPLE)]
+    assert sum(map(bool, early)) < 5
+    assert len(early) > 30
+
+
+def test_meta_tensors_are_launched_as_real_ones_are(recorded):
+    """The record without numbers has what interpreted kernels are launched with."""
+
+    def keys(launches):
+        return {str({k: x for k, x in each.items() if k != "test"}) for each in launches}
+
+    names = ("one_tile-nchw", "many_features-nhwc")
+    tests = [f"{SAMPLE}::test_fakes_have_the_true_strides[{name}]" for name in names]
+    real = suite.record(tests, interpret=True)
+    assert not any(test["ended"] for test in real.tests)
+    assert len(real.launches) > 8
+    assert keys(real.launches) <= keys(recorded.launches)
+
+
+def test_launches_compile_and_fit(recorded):
+    """A few of them, and one whose tile is too long."""
+    few = {launch["kernel"]: launch for launch in recorded.launches}
+    assert len(few) > 5
+    few = list(few.values())[:4]
+    large = {**few[0], "kwargs": {**few[0]["kwargs"], "BLOCK_L": 4096}}
+    found = list(suite.compiled([*few, large], "sm_90", 1))
+    assert len(found) == 5
+    problems = [problem for *_, problem in found if problem]
+    assert len(problems) == 1
+    assert re.fullmatch(r"needs \d+ bytes of shared memory", problems[0])
+    assert all(0 < shared <= 232_448 for *_, shared, problem in found if not problem)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "problem", "printed"),
+    [
+        (False, "", "1 distinct launches on sm_90: 1 compile and fit, with 4,096 bytes"),
+        (True, "", "mixes devices: test_one"),
+        (False, "needs 5 bytes of shared memory", "gather_kernel needs 5 bytes of shared memory"),
+    ],
+)
+def test_command(mixed, problem, printed, monkeypatch, capsys):
+    tests = [{"test": "test_one", "ended": "", "mixed": mixed, "cpu": False}]
+    monkeypatch.setattr(suite, "record", lambda *_, **__: suite.Recorded(tests, []))
+    launches = [("gather_kernel", "test_one", 4096, problem)]
+    monkeypatch.setattr(suite, "compiled", lambda *_: launches)
+    assert cli.main(["suite"]) == int(mixed or bool(problem))
+    assert printed in capsys.readouterr().out

@@ -119,7 +119,7 @@ def test_scale_is_not_rounded_to_float32():
     compare(a, b, upstream, logit_scale=1 / 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_case
 def test_mask(case, dtype, poisoned):
     a, b, upstream = inputs(case, dtype)

@@ -61,6 +61,39 @@ def check(actual, expected, dtype, eager=None, what="", slack=1):
     return error
 
 
+def blockwise(actual, expected, size=64):
+    """The largest relative error, in float64, of a block of ``size`` × ``size`` of the last axes.
+
+    A tile that went wrong in one corner is lost in ``relative_rms``. A block's error is relative to
+    its own norm, but to no less than a tenth of what blocks have on average: where terms cancel,
+    errors are those of the terms.
+    """
+    expected = expected.double()
+    squares = (actual.double() - expected).square(), expected.square(), torch.ones_like(expected)
+    wrong, right, count = (_block_sums(x, size) for x in squares)
+    usual = right.sum() / count.sum() * count
+    return (wrong / right.maximum(usual / 100)).max().sqrt().item()
+
+
+def _block_sums(x, size):
+    x = x[None] if x.dim() == 1 else x
+    height, width = x.shape[-2:]
+    x = torch.nn.functional.pad(x, (0, -width % size, 0, -height % size))
+    return x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).sum((-3, -1))
+
+
+def check_blocks(actual, expected, dtype, eager, what="", tolerance=None):
+    """As ``check``, of the worst block: twice the tolerance, or twice the error of ``eager``."""
+    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+    assert not actual.isnan().any(), f"{what}: NaN"
+    if not expected.any():
+        return check(actual, expected, dtype, what=what)
+    error = blockwise(actual, expected)
+    allowed = 2 * max(tolerance or TOLERANCE[dtype], blockwise(eager, expected))
+    assert error <= allowed, f"{what}: a block is off by {error:.2e}, allowed {allowed:.2e}"
+    return error
+
+
 def peaky(*shape, dtype, deviation=3.0, channels_last=False):
     """Random maps, rounded to ``dtype``; logits of deviation ≥ 2 make a softmax with a few peaks.
 
