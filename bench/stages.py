@@ -1,8 +1,8 @@
 """The stages of ``python -m bench gpu``, in order, each with the seconds that it has by default.
 
-A stage gets what the run shares and a budget, leaves its results in the report, its logs beside
-them, and returns a short text. This process does not touch the GPU: kernels run in children, whose
-groups have ended when the next stage begins.
+A stage gets what the run shares and a budget, leaves its results in the report and its logs in the
+archive, and returns a short text. This process launches nothing on the GPU: kernels run in child
+processes. Those of commands have ended, with all that they started, when the next stage begins.
 """
 
 import dataclasses
