@@ -1,7 +1,7 @@
-"""The test suite on a GPU: which files it runs, the command that runs them, and its environment.
+"""The test suite on a GPU: its files, the command that runs them, and its environment.
 
-And what it would do there, without one (``python -m bench suite``): ``record`` runs the tests on
-meta tensors, and ``compiled`` compiles the launches that they make.
+``python -m bench suite`` checks without a GPU what it would do on one: ``record`` runs the tests on
+meta tensors, and ``compiled`` compiles the launches they make.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ LEFT_OUT = (
     "kernels/test_aot.py", "kernels/test_block_launches.py", "kernels/test_block_traffic.py",
     "kernels/test_traffic.py",
 )  # fmt: skip
-NEEDS = {"test_properties.py": "hypothesis"}  # which a bare machine may lack
+NEEDS = {"test_properties.py": "hypothesis"}  # optional packages
 # A worker takes one test at a time, so whatever takes longest starts first.
-FIRST = ("test_properties.py", "test_large.py", "kernels/test_gather.py")
+FIRST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
-    "DA_TRITON_EXAMPLES": "8",  # each is a new shape: kernels to compile, one after the other
+    "DA_TRITON_EXAMPLES": "8",  # every example is a new shape, whose kernels are compiled serially
 }
 
 
@@ -58,8 +58,8 @@ def _left_out() -> Iterator[Path]:
 def command() -> list[str]:
     """The command that runs the suite on a GPU, to be run in ``environment.ROOT``.
 
-    Failures do not end the run before there are a hundred: a GPU that is there for minutes should
-    show all of them. Groups of tests that fill the GPU's memory stay in one worker.
+    The run ends after a hundred failures, not after the first: time on a GPU is short. Tests that
+    fill the GPU's memory are one group, which pytest-xdist gives to one worker.
     """
     found = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=100", "-rfE",
@@ -83,7 +83,7 @@ class Recorded:
 
 
 def record(tests: Sequence[str], *, interpret: bool = False) -> Recorded:
-    """Runs tests, named as for pytest, as on a GPU; their failures are part of the record.
+    """Runs tests, named as for pytest, as on a GPU; the record includes those that fail.
 
     Raises:
         RuntimeError: nothing was run, with the end of pytest's output.

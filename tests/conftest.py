@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 def memory(tmp_path_factory):
     """Gigabytes of a GPU's memory: for one worker of pytest-xdist at a time, and given back.
 
-    Tests that ask for it run in the same worker, so that the others do not wait for the lock.
+    Tests that use it run in the same worker, so that other workers do not wait for the lock.
     """
     if not torch.cuda.is_available():
         yield

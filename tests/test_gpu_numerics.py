@@ -1,7 +1,7 @@
-"""Kernels with the tiles that ship, at the widths they are for, against float64 block by block.
+"""Kernels with shipped tiles at full width, compared with float64 block by block.
 
-Small shapes fill no tile, and an error averaged over a whole result hides a tile that went wrong in
-a corner. Without a GPU the same tests run small shapes in the interpreter.
+Small shapes do not fill a tile, and an error averaged over a whole result hides a tile with a wrong
+corner. Without a GPU the same tests interpret small shapes.
 """
 
 import functools
@@ -30,7 +30,7 @@ from support.numerics import (
 )
 
 REPETITIONS = 20 if DEVICE == "cuda" else 2
-# Of 28×28 and 14×14 maps; interpreted, as long as divides in the same way.
+# Positions of 28×28 and 14×14 images; interpreted, fewer with the same powers of two as factors.
 LONG, SHORT = (784, 196) if DEVICE == "cuda" else (80, 20)
 # (C, c_m, c_n, heads) of blocks; (m, n) of the core: one tile of G, and blocks of it.
 WIDTHS = [
@@ -47,7 +47,8 @@ VARIANTS = {
 
 
 def routes(width):
-    """Every way forward that has tiles for this width; backward in the same order, or fused."""
+    """Every forward route with tiles for this width, with an unfused backward pass in the same
+    order; and the fused backward pass if it has tiles."""
     channels, c_m, c_n, heads = width
     s = Shape(2, channels, c_m, c_n, heads, LONG, 2, True)
     limits = configs.limits(s, channels, configs.architecture(torch.device(DEVICE)), 132)
@@ -134,7 +135,7 @@ def tf32():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-TF32 = 2 * 2.0**-10  # of each operand of a product, what follows its first 10 bits is cut off
+TF32 = 2 * 2.0**-10  # both operands of a product are cut to 10 bits of mantissa
 
 
 @pytest.mark.usefixtures("tf32")

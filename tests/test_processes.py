@@ -146,7 +146,7 @@ def test_settings_of_one_thread_are_its_own():
                 assert turns[1].wait(LIMIT)
                 return layer(x)
         finally:
-            turns[0].set()  # an error is told by the result
+            turns[0].set()  # after an error, which ``result`` raises
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(lower)

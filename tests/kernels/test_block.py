@@ -36,7 +36,7 @@ CASES = {
     "no_softmax": Case(4, 64, 32, 32, 96, softmax_v=False),
     "wide": Case(1, 160, 48, 20, 80, keep_v=True),
     "a_map_a_head": Case(2, 40, 16, 2, 50, masked=True),
-    # too many maps to hold all channels beside; more than any program holds
+    # too many maps for a tile with all channels; more than any program holds
     "many_maps": Case(3, 64, 24, 390, 66, masked=True, keep_v=True),
     "no_tile": Case(1, 48, 16, 520, 50, masked=True),
 }

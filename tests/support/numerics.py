@@ -7,8 +7,8 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
-# Fused kernels have tiles for half precision only; interpreted, they take any. With the variable
-# set, interpreted tests choose dtypes and sizes as they do on a GPU.
+# Fused kernels have tiles for half precision only; the interpreter takes any. With the variable
+# set, interpreted tests choose dtypes and sizes as on a GPU.
 AS_ON_A_GPU = DEVICE == "cuda" or "DA_TRITON_AS_ON_A_GPU" in os.environ
 
 # Relative RMS against the definition in float64. Averages over many positions hide errors from an
@@ -62,11 +62,11 @@ def check(actual, expected, dtype, eager=None, what="", slack=1):
 
 
 def blockwise(actual, expected, size=64):
-    """The largest relative error, in float64, of a block of ``size`` × ``size`` of the last axes.
+    """The largest relative error of any ``size`` × ``size`` block of the last two axes.
 
-    A tile that went wrong in one corner is lost in ``relative_rms``. A block's error is relative to
-    its own norm, but to no less than a tenth of what blocks have on average: where terms cancel,
-    errors are those of the terms.
+    ``relative_rms`` does not see a tile with a wrong corner. A block's error is relative to its own
+    norm, but at least to a tenth of the average block's: where terms cancel, the error is that of
+    the terms.
     """
     expected = expected.double()
     squares = (actual.double() - expected).square(), expected.square(), torch.ones_like(expected)
@@ -83,7 +83,7 @@ def _block_sums(x, size):
 
 
 def check_blocks(actual, expected, dtype, eager, what="", tolerance=None):
-    """As ``check``, of the worst block: twice the tolerance, or twice the error of ``eager``."""
+    """Like ``check`` for the worst block: at most twice the tolerance, or twice eager's error."""
     assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
     assert not actual.isnan().any(), f"{what}: NaN"
     if not expected.any():

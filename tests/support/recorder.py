@@ -1,8 +1,8 @@
-"""A pytest plugin: which devices tests use and which kernels they launch on a GPU, without one.
+"""A pytest plugin that records, without a GPU, what tests would launch on one.
 
-Tests run as on a GPU, but on meta tensors: DEVICE is "meta" and says of itself that it is "cuda".
-Kernels do nothing, comparisons pass, and a number that is read is 1, so that most tests go through.
-With DA_TRITON_INTERPRET set, DEVICE is the CPU and kernels are interpreted: slower by far, exact.
+Tests run as on a GPU, but on meta tensors: DEVICE is "meta" and compares equal to "cuda". Kernels
+do nothing, comparisons pass, and a number that is read is 1, so that most tests reach their end.
+With DA_TRITON_INTERPRET set, DEVICE is the CPU and kernels are interpreted: exact, and far slower.
 
 The file that DA_TRITON_RECORD names gets a JSON object per line:
 
@@ -165,7 +165,7 @@ def _without_numbers():
 
 
 def _answer(owner, name, answer):
-    """Of tensors on meta; others are asked themselves."""
+    """Replaces what reads numbers, for meta tensors."""
     original = getattr(owner, name)
 
     def chosen(x, *args):
@@ -175,7 +175,7 @@ def _answer(owner, name, answer):
 
 
 def _differentiate(function, inputs, **options):
-    """In the place of finite differences: what they call, once, and twice differentiated."""
+    """Instead of finite differences: one call, differentiated twice."""
     first = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
     leaves = [x for x in first if x.requires_grad]
     torch.autograd.grad(sum(x.sum() for x in leaves), inputs, allow_unused=True)
