@@ -17,9 +17,11 @@ OVERVIEW = """commands, each with --help:
   model     floors on cards that are not here
   codegen   registers, spills, copies of every kernel, without a GPU
   compare   what got slower between two runs
-  gpu       everything on a GPU, within a time budget
+  gpu       everything on a GPU, in stages with time budgets
+  warm      fills Triton's compile cache for a GPU, without one
   tune      measures candidates and writes the tile table of this GPU
   sanitize  every kernel under compute-sanitizer: memory, races, initialisation
+  suite     what the tests would do on a GPU, without one
   readme    writes the README's figures from the committed results"""
 COMMANDS: dict[str, Command] = {
     "report": functools.partial(running.report, overview=OVERVIEW),
@@ -34,6 +36,8 @@ COMMANDS: dict[str, Command] = {
     "plan": telling.plan,
     "model": telling.model,
     "codegen": telling.codegen,
+    "warm": telling.warm,
     "compare": telling.compare_files,
+    "suite": telling.test_suite,
     "readme": telling.readme,
 }

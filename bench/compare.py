@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 
 from .measure import OK
-from .report import COLUMNS, IDENTITY
+from .report import IDENTITY
 from .tables import markdown
 
 MARGIN = 0.02
 KEY = [name for name in IDENTITY if name != "device"]
+NEEDED = (*IDENTITY, "status", "median_ms", "p20_ms", "p80_ms", "machine")
 
 
 class NotComparableError(ValueError):
@@ -64,7 +65,7 @@ def read(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise NotComparableError(f"{path} cannot be read as CSV: {error}.") from error
-    if lacking := [name for name in COLUMNS if name not in frame]:
+    if lacking := [name for name in NEEDED if name not in frame]:
         raise NotComparableError(
             f"{path} is not a results file of `python -m bench`: it lacks {', '.join(lacking)}."
         )

@@ -15,13 +15,13 @@ CARD_FIELDS = (
     "power.limit", "temperature.gpu",
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent
+COMMIT = "DA_TRITON_COMMIT"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_output("git", "-C", str(ROOT), "status", "--porcelain")),
+        **commit(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -65,6 +65,26 @@ def version(package: str) -> str | None:
         return None
 
 
+def commit(root: Path = ROOT) -> dict[str, Any]:
+    """The commit of a checkout, and whether files differ from it; None where it is unknown.
+
+    A copy without ``.git`` is described by the variable ``DA_TRITON_COMMIT``: a hash, followed by
+    ``-clean`` or ``-dirty`` where that is known.
+    """
+    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    if top is not None and Path(top).resolve() == root.resolve():
+        changes = _run("git", "-C", str(root), "status", "--porcelain")
+        return {
+            "commit": _output("git", "-C", str(root), "rev-parse", "HEAD"),
+            "uncommitted_changes": None if changes is None else bool(changes),
+        }
+    given, _, state = os.environ.get(COMMIT, "").strip().partition("-")
+    return {
+        "commit": given or None,
+        "uncommitted_changes": {"clean": False, "dirty": True}.get(state),
+    }
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -76,8 +96,13 @@ def _cpu_name() -> str:
 
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it is missing, fails or prints nothing."""
+    return _run(*command) or None
+
+
+def _run(*command: str) -> str | None:
+    """What a command prints, or None where it is missing or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

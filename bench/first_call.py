@@ -8,7 +8,7 @@ prints the seconds from the ready problem to the end of the first call.
 """
 
 import os
-import subprocess
+import re
 import sys
 import tempfile
 import time
@@ -16,18 +16,24 @@ import time
 import torch
 
 from . import problems, providers
-from .environment import ROOT
+from .isolation import isolated, last_line
 from .providers import Provider
 from .workloads import select
 
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-LIMIT = 600.0
+SAID = "seconds of the first call:"  # stdout and stderr come together
+LIMIT = 600.0  # seconds for both calls
 
 
 def seconds(
-    workload: str, provider: Provider, mode: str, dtype: torch.dtype, device: torch.device
+    workload: str,
+    provider: Provider,
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    limit: float = LIMIT,
 ) -> tuple[float, float]:
-    """With an empty cache, then with what that run left in it.
+    """With an empty cache, then with what that run left in it; both within ``limit`` seconds.
 
     Raises:
         RuntimeError: with the last line of what the process said.
@@ -36,33 +42,33 @@ def seconds(
         workload, provider.name, provider.launch, provider.layout, mode,
         str(dtype).removeprefix("torch."), str(device),
     ]  # fmt: skip
+    deadline = time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: os.path.join(folder, part) for name, part in CACHES.items()}
-        cold, warm = (_fresh(arguments, os.environ | caches) for _ in range(2))
+        cold, warm = (_fresh(arguments, caches, deadline - time.monotonic()) for _ in range(2))
     return cold, warm
 
 
-def _fresh(arguments, environment):
-    command = [sys.executable, "-m", "bench.first_call", *arguments]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"first call of {arguments[1]!r}: {lines[-1]}")
-    return float(ended.stdout.split()[-1])
+def _fresh(arguments, caches, limit):
+    ended = isolated([sys.executable, "-m", "bench.first_call", *arguments], limit, None, caches)
+    if ended.status:
+        raise RuntimeError(f"first call of {arguments[1]!r}: {last_line(ended.output)}")
+    if ended.status is None:
+        raise RuntimeError(f"first call of {arguments[1]!r}: {ended}")
+    (found,) = re.findall(rf"^{SAID} (\S+)$", ended.output, re.MULTILINE)
+    return float(found)
 
 
 def main(workload: str, name: str, launch: str, layout: str, mode: str, dtype: str, where: str):
     device, dtype_ = torch.device(where), getattr(torch, dtype)
     (work,) = select([workload], "all")
     (provider,) = providers.select([name], launch, device, dtype_, [layout])
-    problem = problems.draw(work, mode, dtype_, device).in_format(provider.channels_last)
+    problem = provider.problem(problems.draw(work, mode, dtype_, device))
     start = time.perf_counter()
     provider.setup(problem)()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(time.perf_counter() - start)
+    print(SAID, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -1,156 +1,118 @@
-"""``python -m bench gpu``: everything on a GPU, in a budget.
+"""``python -m bench gpu``: runs stages within a budget. Whatever dies, a report is written."""
 
-The tests, the ceilings, every workload for every provider; then, in the time that is kept for them,
-first calls, cost against positions and whole networks; at last, if asked for, tiles. No ratio is
-given unless the tests pass.
-"""
-
-import dataclasses
-import itertools
+import contextlib
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from . import ceilings, networks, providers, scaling
-from .environment import ROOT, card, environment
-from .first_call import seconds
-from .measure import OK, Bench, Budget, CudaTimer, Effort, Timer, describe
-from .problems import FORWARD, STEP
-from .providers import EAGER, GRAPH, Provider
-from .report import Report
+from . import warm
+from .environment import card, environment
+from .groups import Spent
+from .isolation import Worker
+from .joined import JoinedReport
+from .measure import Budget, describe
+from .scaling import INTERRUPTED
+from .stages import Run, Settings, Stage, facts, share
 from .workloads import Workload
 
-# What needs no GPU is tested elsewhere: other libraries, and ranks that are processes of a CPU.
-WITHOUT_A_GPU = (
-    "bench", "integrations", "kernels/test_aot.py", "test_checks.py", "test_data_parallel.py",
-    "test_distributed.py", "test_export.py", "test_layers.py", "test_notebooks.py",
-    "test_readme.py", "test_sharding.py",
-)  # fmt: skip
-NEEDS = {"hypothesis": ("test_properties.py",)}  # a bare machine may lack it
-
-
-def own_tests() -> list[str]:
-    """The command that runs this package's tests, with what is installed."""
-    lacking = (names for need, names in NEEDS.items() if not find_spec(need))
-    left_out = [*WITHOUT_A_GPU, *itertools.chain(*lacking)]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"]
-    if find_spec("xdist"):
-        command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
-    return command + [f"--ignore=tests/{name}" for name in left_out]
-
-
-TEST_SHARE = 0.4
-SWEEP_SHARE = 0.75  # of what the tests leave; the rest is for what comes after
-EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
-METRICS = ("time", "ratio", "floor", "memory", "launches")
-
-
-Afterwards = Callable[[Report, Bench, Sequence[Workload]], None]
-
-
-def first_calls(report: Report, bench: Bench, workloads: Sequence[Workload]) -> None:
-    """Of ours and of a compiled eager block, on the first workload, in fresh processes."""
-    for provider in providers.select(
-        ["triton", "compile eager"], EAGER, bench.device, bench.dtype, ["nchw"]
-    ):
-        for row in report.rows:
-            same = (row["workload"], row["provider"], row["launch"], row["layout"]) == (
-                workloads[0].name, provider.name, EAGER, "nchw",
-            )  # fmt: skip
-            if same and row["mode"] == STEP and row["status"] == OK and bench.budget.left > 0:
-                try:
-                    cold, warm = seconds(row["workload"], provider, STEP, bench.dtype, bench.device)
-                except Exception as error:
-                    report.notes.append(f"First call failed: {describe(error)}")
-                else:
-                    row.update(first_call_cold_s=cold, first_call_warm_s=warm)
-    report.add([])
-
-
-def cost_against_positions(report: Report, bench: Bench, workloads: Sequence[Workload]) -> None:
-    """Eager and ours, as CUDA graphs, in a report of its own beside this one."""
-    beside = Report(report.out / "scaling", report.title, ("time", "ratio"))
-    beside.environment, beside.with_ratios = report.environment, report.with_ratios
-    wanted = ["eager", "triton"]
-    sweep = providers.select(wanted, GRAPH, bench.device, bench.dtype, ["nchw"])
-    scaling.run(bench, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
-
-
-def whole_networks(report: Report, bench: Bench, workloads: Sequence[Workload]) -> None:
-    for network in networks.NETWORKS.values():
-        for mode in networks.MODES.values():
-            report.add(networks.measure(bench, network, mode, networks.variants("triton", True)))
-
-
-AFTERWARDS = (first_calls, cost_against_positions, whole_networks)
+FINISH = 10.0  # seconds that the report and its plots have at the end
 
 
 def run_gpu(
     out: Path,
     workloads: Sequence[Workload],
     budget: Budget,
-    *,
-    device: torch.device | None = None,
-    timer: Timer | None = None,
-    sweeps: Sequence[Sequence[Provider]] | None = None,
-    test_command: Sequence[str] | None = None,
-    effort: Effort = EFFORT,
-    copy_bytes: int | None = None,
-    matrix_size: int | None = None,
-    afterwards: Sequence[Afterwards] | None = None,
+    stages: Sequence[Stage],
+    settings: Settings,
 ) -> int:
-    """Runs everything and prints the short report; 0 if the tests passed, else 1."""
-    device = device or torch.device("cuda")
-    facts = environment(device)
-    name = (facts.get("card") or {}).get("name", device.type)
-    report = Report(out, f"Double attention on {name}, bfloat16", METRICS)
-    report.record(**facts, budget_seconds=budget.seconds)
+    """Runs stages and prints the short report; 1 if kernels, tests or a stage failed, else 0.
 
-    outcome = run_tests(test_command or own_tests(), TEST_SHARE * budget.left, out / "tests.txt")
-    report.record(tests=outcome)
-    passed = outcome.startswith("passed")
-    if not passed:
-        report.with_ratios = False
-        report.notes.append(f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}")
-
-    timer = timer or CudaTimer()
-    report.ceilings, found = ceilings.measure(
-        timer, device, torch.bfloat16, copy_bytes, matrix_size
-    )
-    report.record(ceilings=found)
-    report.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))
-
-    sweep_budget = Budget(SWEEP_SHARE * budget.left, budget.clock)
-    bench = Bench(device, torch.bfloat16, timer, effort, sweep_budget, report.ceilings)
-    try:
-        bench.run(workloads, providers.gpu_sweeps() if sweeps is None else sweeps, report.add)
-        for part in AFTERWARDS if afterwards is None else afterwards:
-            if budget.left > 0:
-                part(report, dataclasses.replace(bench, budget=budget), workloads)
-            else:
-                report.notes.append(f"Not run for lack of time: {part.__name__}.")
-    except KeyboardInterrupt:
-        report.notes.append("Interrupted: these are the measurements until then.")
-    report.record(card_afterwards=card(), seconds_used=round(budget.seconds - budget.left, 1))
-    print(report.finish(short=True))
-    return 0 if passed else 1
-
-
-def run_tests(command: Sequence[str], limit: float, log: Path) -> str:
-    """How the tests ended, in one line that begins with ``passed`` only if they did."""
-    with log.open("w", encoding="utf-8") as file:
+    Each stage has a share of what is left, by its default seconds.
+    """
+    failed = False
+    reserved = min(FINISH, 0.1 * budget.seconds)
+    with tempfile.TemporaryDirectory() as folder, _terminated_like_interrupted():
+        logs = Path(folder)
+        report = JoinedReport(out, "", logs)
+        report.record(**environment(settings.where.device), **_warm_cache())
+        name = (report.environment.get("card") or {}).get("name", settings.where.device.type)
+        report.title = f"Double attention on {name}, bfloat16"
+        number = len([*logs.glob("worker-*.txt")])  # of earlier invocations
+        worker = Worker(logs / f"worker-{number}.txt")
+        run = Run(report, workloads, settings, worker, logs)
         try:
-            ended = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            return f"stopped after {limit:.0f} s"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    if ended.returncode == 0:
-        return f"passed: {lines[-1]}"
-    return f"failed with exit status {ended.returncode}: {lines[-1]}"
+            for place, stage in enumerate(stages):
+                mine = share(budget, [s.seconds for s in stages[place:]], reserved)
+                failed |= not _run_stage(run, stage, mine)
+        except KeyboardInterrupt:
+            report.remarks.append(INTERRUPTED)
+        finally:
+            worker.close()
+            used = round(budget.seconds - budget.left, 1)
+            report.record(card_afterwards=card(), seconds_used=used)
+            print(report.written())
+    return int(failed)
+
+
+def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
+    """Whether it did what it is for. Its seconds and its result are recorded and printed."""
+    run.spent, start = Spent(), time.monotonic()
+    if budget.left <= 0:
+        result = "not run, for lack of time"
+    else:
+        try:
+            result = stage.run(run, budget)
+        except Exception as error:
+            (run.logs / f"{stage.name}-error.txt").write_text(traceback.format_exc())
+            result = f"failed: {describe(error)}"
+        except KeyboardInterrupt:
+            _record(run, stage, start, "interrupted")
+            raise
+    seconds = _record(run, stage, start, result)
+    parts = ", ".join(f"{name} {value}" for name, value in seconds.items())
+    print(f"== {stage.name}: {parts}\n{result}\n", flush=True)
+    run.report.written()
+    recorded = run.report.environment
+    return {
+        "smoke": all(x["status"] == 0 for x in recorded.get("smoke", {}).values()),
+        "tests": str(recorded.get("tests")).startswith("passed"),
+    }.get(stage.name, True) and not result.startswith("failed: ")
+
+
+def _record(run: Run, stage: Stage, start: float, result: str) -> dict[str, Any]:
+    seconds = facts(run.spent, time.monotonic() - start)
+    stages = run.report.environment.get("stages") or {}
+    run.report.record(stages=stages | {stage.name: seconds | {"result": result}})
+    return seconds
+
+
+def _warm_cache() -> dict[str, Any]:
+    """What became of a compile cache that was made elsewhere and carried here."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", ""))
+    if not os.environ.get("TRITON_CACHE_DIR") or not (folder / warm.FILE).exists():
+        return {}
+    warm.relocate(folder)
+    return {"warm_cache": "; ".join(warm.differences(folder)) or "of this Triton and these kernels"}
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which a time limit sends first, ends the run as Ctrl-C does: with a report."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,11 +1,13 @@
 """Timers and the run: providers that give the right answer are timed in turns, group by group.
 
-A group is one workload in one mode with the providers of one launch mode. Whatever a provider
-does, the run goes on: one that raises or disagrees with the definition becomes a row that says so.
+A group is one workload in one mode with the providers of one launch mode. A provider that raises or
+disagrees with the definition becomes a row that says so, and the run goes on. Only a CUDA error
+that no later call of the process survives ends it, by ``ContextLostError``, with every row added.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,14 +16,33 @@ import torch
 from . import floors, problems
 from .floors import Ceilings
 from .problems import Problem
-from .providers import GRAPH, Closure, Provider
+from .providers import GRAPH, OURS, Closure, Provider
 from .workloads import Workload
 
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
+CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
 FLUSH_BYTES = 256 * 2**20
 FLUSHES_AHEAD = 4
+CONDITIONS = (
+    "torch.backends.cudnn.benchmark is True for every provider; before each timing L2 is filled "
+    "with clean lines of an unrelated buffer; graphs of every provider are captured in the same "
+    "way; providers called unbiased have no bias of V and so a slightly easier problem"
+)
 Row = dict[str, Any]
+
+
+class ContextLostError(RuntimeError):
+    """CUDA is unusable in this process; the rows measured so far have been added.
+
+    ``groups_done``: how many groups have rows. A new process continues with ``skip=groups_done``.
+    """
+
+    def __init__(self, groups_done: int) -> None:
+        super().__init__(
+            f"CUDA became unusable in group {groups_done}: continue in a new process, after it"
+        )
+        self.groups_done = groups_done
 
 
 class Timer(Protocol):
@@ -47,20 +68,26 @@ class WallTimer:
 
 
 class CudaTimer:
-    """CUDA events around one call, after writing a buffer larger than the L2 cache.
+    """CUDA events around one call, with L2 full of clean lines of an unrelated buffer.
 
-    Where launches count, the card is idle when the clock starts: the figure is what a caller waits.
-    Where they do not, the card is still busy writing the buffer while the host launches.
+    Writes of one buffer are followed by a read of another, both larger than L2: after writes alone,
+    dirty lines would be written back during the measured call and charged to it. Where launches
+    count, the GPU is idle when the clock starts: the figure is what a caller waits. Where they do
+    not, the GPU is still busy with these buffers while the host launches.
     """
 
-    def __init__(self) -> None:
-        self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    def __init__(self, device: torch.device | str = "cuda", flush_bytes: int = FLUSH_BYTES) -> None:
+        count = flush_bytes // 4
+        self.written = torch.empty(count, dtype=torch.float32, device=device)
+        self.read = torch.zeros(count, dtype=torch.float32, device=device)
+        self.total = torch.zeros((), dtype=torch.float32, device=device)
 
     def __call__(self, closure: Closure, *, launches_count: bool) -> float:
         prepare(closure)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(1 if launches_count else FLUSHES_AHEAD):
-            self.buffer.zero_()
+            self.written.zero_()
+        torch.sum(self.read, 0, out=self.total)
         if launches_count:
             torch.cuda.synchronize()
         start.record()
@@ -68,6 +95,17 @@ class CudaTimer:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
+
+
+@contextlib.contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """cuDNN measures its algorithms instead of guessing, as users of fixed shapes set it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)
@@ -114,35 +152,66 @@ class Bench:
         sweeps: Sequence[Sequence[Provider]],
         add: Callable[[list[Row]], None],
         modes: Sequence[str] = (problems.FORWARD, problems.STEP),
+        skip: int = 0,
     ) -> None:
-        """Gives ``add`` the rows of each group as soon as they are measured."""
-        groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
-        for workload, mode, providers in progress(groups):
-            add(self.measure(workload, mode, providers))
+        """Gives ``add`` the rows of each group as soon as they are measured.
 
+        ``skip``: the first groups, which a process before this one has measured. Launches are
+        counted at the end, because a profiler slows what runs after it: that completes rows in
+        place, and a last ``add([])`` says so.
+
+        Raises:
+            ContextLostError: CUDA is unusable from here on; the group's rows have been added.
+        """
+        groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
+        launched: list[tuple[Row, Workload, str, Provider]] = []
+        for done, (workload, mode, providers) in enumerate(progress(groups[skip:]), skip + 1):
+            rows = self.measure(workload, mode, providers)
+            add(rows)
+            if any(r["status"] not in (OK, OUT_OF_TIME) for r in rows) and not usable(self.device):
+                raise ContextLostError(done)
+            launched += [
+                (row, workload, mode, provider)
+                for row, provider in zip(rows, providers, strict=True)
+                if row["status"] == OK and provider.launch != GRAPH
+            ]
+        if on_gpu(self.device):
+            self.count_launches(launched)
+            add([])
+            if not usable(self.device):
+                raise ContextLostError(len(groups))
+
+    @cudnn_benchmark()
     def measure(self, workload: Workload, mode: str, providers: Sequence[Provider]) -> list[Row]:
         rows = [self._row(workload, mode, p) for p in providers]
         if any(p.compiles for p in providers):
             torch.compiler.reset()
         ready: list[tuple[Row, Provider, Closure]] = []
         problem: Problem | None = None
+        lost = False
         for row, provider in zip(rows, providers, strict=True):
-            if self.budget.left <= 0:
-                row["status"] = OUT_OF_TIME
+            if lost or self.budget.left <= 0:
+                row["status"] = CONTEXT_LOST if lost else OUT_OF_TIME
                 continue
             try:
                 if problem is None:
                     problem = problems.draw(workload, mode, self.dtype, self.device)
-                closure = self._ready(provider, problem.in_format(provider.channels_last), row)
+                closure = self._ready(provider, provider.problem(problem), row)
             except Exception as error:
                 row["status"] = f"failed: {describe(error)}"
+                lost = not usable(self.device)
                 continue
             if closure is not None:
                 ready.append((row, provider, closure))
+        if lost:
+            for row, *_ in ready:
+                row["status"] = CONTEXT_LOST
+            return rows
         self.time_in_turns(ready)
-        for row, *_ in ready:
+        for row, provider, closure in ready:
             self._describe(row, workload)
-        compare(rows, providers)
+            self._observe(row, provider, closure)
+        compare(rows)
         return rows
 
     def _ready(self, provider: Provider, problem: Problem, row: Row) -> Closure | None:
@@ -163,20 +232,55 @@ class Bench:
             figures = " and ".join(f"{error:.1e}" for error in errors)
             row["status"] = f"disagrees: relative RMS {figures}, allowed {allowed:.0e}"
             return None
-        if provider.launch != GRAPH:
-            row["peak_bytes"] = peak_bytes(closure, self.device)
-            row["launches"] = launches(closure, self.device)
-            row["cpu_us"] = host_microseconds(closure, self.device)
-        saved = getattr(closure, "saved_bytes", None)
-        row["saved_bytes"] = saved() if saved and not provider.compiles else None
         return closure
 
+    def _observe(self, row: Row, provider: Provider, closure: Closure) -> None:
+        """Memory and host time of a timed row; where these fail, the timing stands."""
+        if row["status"] != OK:
+            return
+        wanted: dict[str, Callable[[], int | float | None]] = {}
+        if provider.launch != GRAPH:
+            wanted["peak_bytes"] = lambda: peak_bytes(closure, self.device)
+            wanted["cpu_us"] = lambda: host_microseconds(closure, self.device)
+        saved = getattr(closure, "saved_bytes", None)
+        if saved and not provider.compiles:
+            wanted["saved_bytes"] = saved
+        for name, measured in wanted.items():
+            with contextlib.suppress(Exception):
+                row[name] = measured()
+
+    @cudnn_benchmark()
+    def count_launches(self, timed: Sequence[tuple[Row, Workload, str, Provider]]) -> None:
+        """Completes rows whose provider launches its operations one by one, while there is time."""
+        drawn: tuple[Workload, str] | None = None
+        for row, workload, mode, provider in timed:
+            if self.budget.left <= 0:
+                return
+            try:
+                if drawn != (workload, mode):
+                    problem = problems.draw(workload, mode, self.dtype, self.device)
+                    drawn = workload, mode
+                if provider.compiles:
+                    torch.compiler.reset()
+                closure = provider.setup(provider.problem(problem))
+                prepare(closure)
+                closure()
+                row["launches"] = launches(closure, self.device)
+            except Exception:
+                if not usable(self.device):
+                    return
+
     def time_in_turns(self, ready: Sequence[tuple[Row, Any, Closure]]) -> None:
-        """Rounds over all closures, each round beginning with the next one: all drift alike."""
+        """Rounds over all closures, each round beginning with the next one: all drift alike.
+
+        If CUDA becomes unusable, those that have enough repetitions by then keep them.
+        """
         times: list[list[float]] = [[] for _ in ready]
         group = Budget(self.effort.seconds, self.budget.clock)
+        lost = False
         for turn in range(self.effort.rounds_max if ready else 0):
-            if turn >= self.effort.rounds_min and min(group.left, self.budget.left) <= 0:
+            late = turn >= self.effort.rounds_min and min(group.left, self.budget.left) <= 0
+            if lost or late:
                 break
             for place in range(len(ready)):
                 index = (turn + place) % len(ready)
@@ -188,7 +292,12 @@ class Bench:
                     times[index].append(ms)
                 except Exception as error:
                     row["status"] = f"failed: {describe(error)}"
+                    lost = not usable(self.device)
+                    if lost:
+                        break
         for (row, _, _), taken in zip(ready, times, strict=True):
+            if lost and row["status"] == OK and len(taken) < self.effort.rounds_min:
+                row["status"] = CONTEXT_LOST
             if row["status"] == OK:
                 quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
                 middle, low, high = torch.tensor(taken, dtype=torch.float64).quantile(quantiles)
@@ -233,29 +342,51 @@ class Bench:
         }
 
 
-def compare(rows: list[Row], providers: Sequence[Any]) -> None:
-    """Ratios to others of the group, which has one launch mode.
+# Each ratio refers to the fastest row of the group for which its condition holds.
+REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
+    "ratio_to_eager": lambda row, other: other["baseline"],
+    "ratio_same_format": lambda row, other: other["baseline"] and other["layout"] == row["layout"],
+    "ratio_to_compiled": lambda row, other: other["provider"] == "compile eager",
+    "ratio_to_max_autotune": lambda row, other: other["provider"] == "compile eager max-autotune",
+    # Only rows that were checked to be the block; a network without it has no error.
+    "ratio_to_rivals": lambda row, other: "error" in other and other["provider"] not in OURS,
+}
 
-    To the fastest baseline, to the baseline in the row's own memory format, and to the fastest
-    compiled baseline.
-    """
-    timed = [(r, p) for r, p in zip(rows, providers, strict=True) if r["status"] == OK]
-    for row, provider in timed:
-        references = {
-            "ratio_to_eager": [r for r, p in timed if p.baseline],
-            "ratio_same_format": [
-                r for r, p in timed if p.baseline and p.channels_last == provider.channels_last
-            ],
-            "ratio_to_compiled": [r for r, p in timed if p.compiled_baseline],
-        }
-        for name, others in references.items():
+
+def compare(rows: list[Row]) -> None:
+    """Adds ratios to others of the group, which has one launch mode."""
+    timed = [row for row in rows if row["status"] == OK]
+    for row in timed:
+        for name, is_reference in REFERENCES.items():
+            others = [other["median_ms"] for other in timed if is_reference(row, other)]
             if others:
-                row[name] = min(other["median_ms"] for other in others) / row["median_ms"]
+                row[name] = min(others) / row["median_ms"]
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the process can go on after an error: False after a CUDA error that persists.
+
+    False also where a failed capture has left the caching allocator in capture mode (before torch
+    2.12), in which it asserts sooner or later: ``empty_cache`` asserts it now.
+    """
+    if not on_gpu(device):
+        return True
+    try:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        torch.cuda.empty_cache()
+        return torch.ones(1, device=device).add_(1).item() == 2
+    except Exception:
+        return False
 
 
 def peak_bytes(closure: Closure, device: torch.device) -> int | None:
     """Most device memory in use during a call beyond what was before; None on a CPU."""
-    if device.type == "cpu":
+    if not on_gpu(device):
         return None
     torch.cuda.synchronize()
     prepare(closure)
@@ -267,25 +398,26 @@ def peak_bytes(closure: Closure, device: torch.device) -> int | None:
 
 
 def launches(closure: Closure, device: torch.device) -> int | None:
-    """Kernels, copies and fills that a call starts on the device; None where nothing can tell."""
-    if device.type == "cpu":
+    """Kernels, copies and fills that a call starts on the device; None on a CPU.
+
+    Raises:
+        RuntimeError: among others, where the driver's profiling interface is not available.
+    """
+    if not on_gpu(device):
         return None
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     prepare(closure)
     torch.cuda.synchronize()
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            closure()
-            torch.cuda.synchronize()
-        return sum(event.device_type == DeviceType.CUDA for event in seen.events())
-    except RuntimeError:  # the driver's profiling interface is not to be had everywhere
-        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        closure()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in seen.events())
 
 
 def host_microseconds(closure: Closure, device: torch.device, calls: int = 20) -> float | None:
     """Median time until a call returns, the device's work aside; None on a CPU."""
-    if device.type == "cpu":
+    if not on_gpu(device):
         return None
     times = []
     for _ in range(calls):
@@ -306,6 +438,14 @@ def progress(items: Sequence[Any]) -> Iterable[Any]:
     return tqdm(items, unit="group", disable=None)
 
 
-def describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def describe(error: BaseException) -> str:
+    """Type and first line of an error, and of the one that was being handled when it was raised.
+
+    A graph capture that is cut short raises for its end; the cause is the error before.
+    """
+    earlier = None if error.__suppress_context__ else error.__context__
+    found = []
+    for one in filter(None, (error, earlier)):
+        lines = str(one).strip().splitlines()
+        found.append(f"{type(one).__name__}: {lines[0]}" if lines else type(one).__name__)
+    return ", after ".join(found)

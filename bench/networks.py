@@ -8,9 +8,11 @@ Each is also timed without the block, so that the block's share of the added tim
 variants have the same weights, and must give the same answers, before anything is timed.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from da_triton import DoubleAttention
 from da_triton.integrations.resnet import paper_places
 
-from .measure import OK, OUT_OF_TIME, Bench, Row, compare, describe, peak_bytes
+from .measure import OK, OUT_OF_TIME, Bench, Row, compare, cudnn_benchmark, describe, peak_bytes
 from .problems import FORWARD, STEP
 from .providers import CHANNELS_LAST, NCHW, EagerDoubleAttention
 
@@ -177,55 +179,58 @@ def _first(output: Any) -> Tensor:
     return output
 
 
-def measure(bench: Bench, network: Network, mode: str, chosen: Sequence[Variant]) -> list[Row]:
-    """Rows of all variants, timed in turns; what disagrees with the eager block is not timed."""
-    rows = [_row(bench, network, mode, v) for v in chosen]
+@cudnn_benchmark()
+@cudnn_benchmark()
+def measure(
+    bench: Bench,
+    network: Network,
+    mode: str,
+    chosen: Sequence[Variant],
+    setting_up: Callable[[int], AbstractContextManager] = contextlib.nullcontext,
+) -> list[Row]:
+    """Rows of all variants, timed in turns; those that disagree with the eager block are not timed.
+
+    ``setting_up``: a context for the setup and the first call of the variant with a number.
+    """
+    rows = [row(bench, network, mode, v) for v in chosen]
     ready = []
     expected: Tensor | None = None
     x = torch.randn(network.input_shape(bench.device), generator=torch.Generator().manual_seed(0))
-    x = x.to(bench.device, bench.dtype)
     state: dict[str, Tensor] | None = None
     torch.compiler.reset()
-    for row, variant in zip(rows, chosen, strict=True):
+    for place, (found, variant) in enumerate(zip(rows, chosen, strict=True)):
         if bench.budget.left <= 0:
-            row["status"] = OUT_OF_TIME
+            found["status"] = OUT_OF_TIME
             continue
         try:
-            torch.manual_seed(0)
-            built = network.make(variant.block).to(bench.device)
-            if variant.block is not None:
-                state = state or copy.deepcopy(built.state_dict())
-                built.load_state_dict(state)
-            run = Run(built, variant, x, mode, network.loss)
-            (result,) = run()
+            with setting_up(place):
+                x = x.to(bench.device, bench.dtype)
+                torch.manual_seed(0)
+                built = network.make(variant.block).to(bench.device)
+                if variant.block is not None:
+                    state = state or copy.deepcopy(built.state_dict())
+                    built.load_state_dict(state)
+                run = Run(built, variant, x, mode, network.loss)
+                (result,) = run()
             if variant.block is not None:
                 expected = result if expected is None else expected
-                row["error"] = error = _distance(result, expected)
+                found["error"] = error = _distance(result, expected)
                 if not error <= TOLERANCE[bench.dtype]:
-                    row["status"] = f"disagrees: relative RMS {error:.1e} to the eager block"
+                    found["status"] = f"disagrees: relative RMS {error:.1e} to the eager block"
                     continue
-            row["peak_bytes"] = peak_bytes(run, bench.device)
+            found["peak_bytes"] = peak_bytes(run, bench.device)
         except Exception as error:
-            row["status"] = f"failed: {describe(error)}"
+            found["status"] = f"failed: {describe(error)}"
             continue
-        ready.append((row, _Launched, run))
+        ready.append((found, _Launched, run))
     bench.time_in_turns(ready)
-    compare(rows, [_Compared(v) for v in chosen])
+    compare(rows)
     _add_shares(rows)
     return rows
 
 
 class _Launched:
     launch = "eager"
-
-
-class _Compared:
-    """A variant as what ratios refer to."""
-
-    def __init__(self, variant: Variant) -> None:
-        self.channels_last = variant.channels_last
-        self.baseline = variant.name == "eager"
-        self.compiled_baseline = variant.name == "compile eager"
 
 
 def _distance(result: Tensor, expected: Tensor) -> float:
@@ -250,7 +255,8 @@ def _add_shares(rows: list[Row]) -> None:
                 row["added"] = (row["median_ms"] - bare) / (eager - bare)
 
 
-def _row(bench, network, mode, variant):
+def row(bench: Bench, network: Network, mode: str, variant: Variant) -> Row:
+    """The row of a variant that was not timed yet."""
     batch, channels, *positions = network.input_shape(bench.device)
     return {
         "workload": network.name, "n": batch, "c": channels,

@@ -13,7 +13,11 @@ from .providers import OURS
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-KINDS = {"ratio_to_eager": "against eager", "ratio_to_compiled": "against torch.compile of eager"}
+KINDS = {
+    "ratio_to_eager": "against eager",
+    "ratio_to_compiled": "against torch.compile of eager",
+    "ratio_to_max_autotune": "against its mode max-autotune",
+}
 GREY = "#555555"
 
 

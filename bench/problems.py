@@ -4,7 +4,9 @@ Logits are peaky and the block's branch has the size of its input, so that neith
 thousands of positions nor the residual hides an error.
 """
 
+import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,13 @@ class Problem:
         if self.grad is None:
             return replace(self, x=x)
         return replace(self, x=x.requires_grad_(), grad=self.grad.clone(memory_format=layout))
+
+    @functools.cached_property
+    def without_bias_of_v(self) -> "Problem":
+        """The problem for a block whose V has no bias: other state, other expected results."""
+        state = {name: value for name, value in self.state.items() if name != "convV.bias"}
+        expected = _definition(self.workload, state, self.fresh, self.grad)
+        return replace(self, state=state, expected=expected)
 
     def show(self, maps: Tensor) -> None:
         """Writes ``features`` or ``fresh`` into ``x``."""
@@ -110,7 +119,8 @@ def _definition(
 ) -> tuple[Tensor, ...]:
     x = maps.double().requires_grad_(grad is not None)
     children = ("convA", "convB", "convV", "conv_reconstruct")
-    parameters = [state[f"{c}.{kind}"].double() for c in children for kind in ("weight", "bias")]
+    given = [state.get(f"{c}.{kind}") for c in children for kind in ("weight", "bias")]
+    parameters: list[Any] = [None if p is None else p.double() for p in given]
     out = double_attention_block(
         x, *parameters, heads=workload.heads, residual=True, backend="eager"
     )

@@ -7,6 +7,7 @@ parameters. It reads its problem's ``x`` in place on every call.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,9 +35,9 @@ class Closure(Protocol):
 class Provider:
     """``launch``: whether each operation is launched on its own or all of them as a CUDA graph.
 
-    The fastest ``baseline`` of a launch mode is what ratios of that mode refer to, and the fastest
-    ``compiled_baseline``. ``compiles`` says that the setup uses ``torch.compile``. ``gpu``: it runs
-    nowhere else; ``half``: it means something in half precision only.
+    ``baseline``: plain eager PyTorch. ``compiles``: the setup uses ``torch.compile``. ``gpu``: it
+    needs a GPU; ``half``: it needs half precision. ``formats``: the layouts it is written for.
+    ``unbiased``: its block has no bias of V, so it solves a problem that is slightly easier.
     """
 
     name: str
@@ -45,13 +46,19 @@ class Provider:
     channels_last: bool = False
     baseline: bool = False
     compiles: bool = False
-    compiled_baseline: bool = False
     gpu: bool = False
     half: bool = False
+    formats: tuple[str, ...] = LAYOUTS
+    unbiased: bool = False
 
     @property
     def layout(self) -> str:
         return CHANNELS_LAST if self.channels_last else NCHW
+
+    def problem(self, problem: Problem) -> Problem:
+        """The problem as this provider takes it: in its layout, with or without a bias of V."""
+        given = problem.without_bias_of_v if self.unbiased else problem
+        return given.in_format(self.channels_last)
 
 
 # --- blocks that are compared ---------------------------------------------------------------------
@@ -127,6 +134,57 @@ class AttentionCalls(EagerDoubleAttention):
         return x + self.conv_reconstruct(z)
 
 
+class AbsorbedAttention(EagerDoubleAttention):
+    """Two attention calls on X itself; A, B, V and Z never exist.
+
+    Gather: ``SDPA(Wb, X, X)``. Its softmax rows sum to 1, so Wa and the bias of A apply to the
+    result, and the bias of B, constant over positions, drops out. Distribute: ``SDPA(X, Wv,
+    (Wo G)ᵀ)``, whose rows sum to 1 as well, so the output's bias is added to the values. Several
+    heads are summed. Without a bias of V neither call has a mask, which leaves flash kernels
+    available; with one, it is a mask that is constant over positions.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, heads = x.shape[0], x.shape[1], self.heads
+
+        def rows(weight: Tensor) -> Tensor:
+            return weight.reshape(heads, -1, channels)
+
+        positions = x.flatten(2).mT[:, None].expand(-1, heads, -1, -1)
+        queries, keys = (
+            rows(w).expand(batch, -1, -1, -1) for w in (self.convB.weight, self.convV.weight)
+        )
+        gathered = scaled_dot_product_attention(queries, positions, positions, scale=1.0)
+        assert self.convA.bias is not None
+        assert self.conv_reconstruct.bias is not None
+        g = gathered @ rows(self.convA.weight).mT + self.convA.bias.view(heads, 1, -1)
+        last = self.conv_reconstruct.weight.reshape(channels, heads, -1).permute(1, 2, 0)
+        values = g @ last + self.conv_reconstruct.bias / heads
+        mixed = self.distribute(positions, keys, values)
+        mixed = mixed.squeeze(1) if heads == 1 else mixed.sum(1)
+        return x + mixed.mT.unflatten(2, x.shape[2:])
+
+    def distribute(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        bias = self.convV.bias
+        mask = None if bias is None else bias.view(1, self.heads, 1, -1)
+        return scaled_dot_product_attention(positions, keys, values, attn_mask=mask, scale=1.0)
+
+
+class AbsorbedFlexAttention(AbsorbedAttention):
+    """The bias of V through FlexAttention's ``score_mod``; a kernel only if compiled."""
+
+    def distribute(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        assert self.convV.bias is not None
+        bias = self.convV.bias.view(self.heads, -1)
+
+        def add_bias(score, sample, head, position, descriptor):
+            return score + bias[head, descriptor]
+
+        return flex_attention(positions, keys, values, score_mod=add_bias, scale=1.0)
+
+
 class LinearAttentionState(EagerDoubleAttention):
     """The gather as the last state of ``flash-linear-attention``'s chunked linear attention.
 
@@ -152,7 +210,10 @@ class LinearAttentionState(EagerDoubleAttention):
 
 def eager_block(problem: Problem, kind: type[EagerDoubleAttention] = EagerDoubleAttention):
     w = problem.workload
-    return kind(w.c, w.c_m, w.c_n, w.heads, axes=len(w.positions))
+    block = kind(w.c, w.c_m, w.c_n, w.heads, axes=len(w.positions))
+    if "convV.bias" not in problem.state:
+        block.convV.bias = None
+    return block
 
 
 def our_block(problem: Problem, backend: str) -> nn.Module:
@@ -219,7 +280,8 @@ class Replay:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # A capture that fails leaves its stream current: the outer context restores this one.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
             self.results = call()
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -232,10 +294,15 @@ def setup_block(
     make: Callable[[Problem], nn.Module],
     *,
     compile_mode: str | None = None,
+    as_matmul: bool = False,
     capture: bool = False,
     autocast: bool = False,
 ) -> Closure:
-    """The block ``make`` builds, with the problem's weights, perhaps compiled or captured."""
+    """The block ``make`` builds, with the problem's weights, optionally compiled or captured.
+
+    ``as_matmul``: compiled with pointwise convolutions as matrix products, and those as generated
+    code that Inductor fuses with what surrounds it.
+    """
     if capture and problem.mode == BACKWARD:
         raise ValueError("backward alone is not captured: its forward would be replayed with it")
     device, dtype = problem.x.device, problem.x.dtype
@@ -245,7 +312,9 @@ def setup_block(
         block = block.to(memory_format=memory_format(2))
     run: Block = block
     if compile_mode is not None:
-        run = _compiled(block, compile_mode)
+        how = matmul_options(compile_mode) if as_matmul else {"mode": compile_mode}
+        # Without fullgraph, graph breaks and the limit of recompilations run eager code silently.
+        run = torch.compile(block, dynamic=False, fullgraph=True, **how)
     if autocast:
         run = torch.autocast(device.type, dtype)(run)
     if compile_mode is not None and problem.mode == BACKWARD:
@@ -254,14 +323,16 @@ def setup_block(
     return Replay(call) if capture else call
 
 
-def _compiled(block: nn.Module, mode: str) -> Block:
-    compiled = torch.compile(block, mode=mode, dynamic=False)
+def matmul_options(mode: str) -> dict[str, Any]:
+    """Arguments of ``torch.compile``: a mode's options and those of ``as_matmul``."""
+    from torch import _inductor
 
-    def run(x: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return compiled(x)
-
-    return run
+    options = {
+        **_inductor.list_mode_options(mode),
+        "conv_1x1_as_mm": True,
+        "triton.native_matmul": True,
+    }
+    return {"options": options}
 
 
 def _keeping_its_graph(run: Block) -> Block:
@@ -276,72 +347,71 @@ def _keeping_its_graph(run: Block) -> Block:
 
 # --- catalogue ------------------------------------------------------------------------------------
 
-MODES_OF_COMPILE = {
-    "": ("default", "default"),
-    " max-autotune": ("max-autotune-no-cudagraphs", "max-autotune"),  # launched, as a graph
-}
+# Nothing records graphs of its own: every provider that runs as one is captured by ``Replay``.
+MODES_OF_COMPILE = {"": "default", " max-autotune": "max-autotune-no-cudagraphs"}
 OURS = ("torch", "triton", "compile torch", "compile triton", "compile triton max-autotune")
 
 
 def catalogue(launch: str = EAGER) -> list[Provider]:
-    """Every provider in NCHW, what needs no compilation first."""
-    ours = {name: functools.partial(our_block, backend=name) for name in ("torch", "triton")}
-    kinds = {"einsum": EinsumDoubleAttention, "sdpa": AttentionCalls, "fla": LinearAttentionState}
-    plain: list[tuple[str, Callable[[Problem], nn.Module], dict[str, Any]]] = [
-        ("eager", eager_block, {"baseline": True}),
-        ("triton", ours["triton"], {"gpu": True}),
-        ("torch", ours["torch"], {}),
-        ("eager autocast", eager_block, {"half": True}),
-        *(
-            (name, functools.partial(eager_block, kind=kind), {"gpu": name == "fla"})
-            for name, kind in kinds.items()
-            if name != "fla" or importlib.util.find_spec("fla")
-        ),
-    ]
-    found = [
-        Provider(
-            name,
-            functools.partial(
-                setup_block,
-                make=make,
-                capture=launch == GRAPH,
-                autocast=name == "eager autocast",
-            ),
-            launch,
-            **facts,
+    """Every provider in NCHW, those that need no compilation first."""
+    eager, flex = eager_block, functools.partial(eager_block, kind=AbsorbedFlexAttention)
+    torch_, triton = (functools.partial(our_block, backend=name) for name in ("torch", "triton"))
+    einsum, sdpa, fla, absorbed = (
+        functools.partial(eager_block, kind=kind)
+        for kind in (
+            EinsumDoubleAttention, AttentionCalls, LinearAttentionState, AbsorbedAttention,
         )
-        for name, make, facts in plain
+    )  # fmt: skip
+    rows: dict[str, Any] = {"formats": (CHANNELS_LAST,)}
+    plain: list[tuple[str, Callable[[Problem], nn.Module], dict[str, Any]]] = [
+        ("eager", eager, {"baseline": True}),
+        ("triton", triton, {"gpu": True}),
+        ("torch", torch_, {}),
+        ("eager autocast", eager, {"half": True}),
+        ("einsum", einsum, {}),
+        ("sdpa", sdpa, {}),
+        *([("fla", fla, {"gpu": True})] if importlib.util.find_spec("fla") else []),
+        ("absorbed", absorbed, rows),
+        ("absorbed unbiased", absorbed, {**rows, "unbiased": True}),
     ]
-    compiled = [("eager", ""), ("triton", ""), ("torch", "")]
-    compiled += [(name, " max-autotune") for name in ("eager", "triton")]
-    for name, suffix in compiled:
-        mode = MODES_OF_COMPILE[suffix][launch == GRAPH]
+    compiled: list[tuple[str, str, Callable[[Problem], nn.Module], dict[str, Any]]] = [
+        ("eager", "", eager, {}),
+        ("triton", "", triton, {"gpu": True}),
+        ("torch", "", torch_, {}),
+        ("eager", " max-autotune", eager, {"gpu": True}),
+        ("triton", " max-autotune", triton, {"gpu": True}),
+        ("eager mm", "", eager, {"gpu": True}),
+        ("eager mm", " max-autotune", eager, {"gpu": True}),
+        ("absorbed unbiased", "", absorbed, {**rows, "unbiased": True}),
+        ("absorbed flex", "", flex, {**rows, "gpu": True}),
+        ("absorbed flex", " max-autotune", flex, {**rows, "gpu": True}),
+    ]
+    capture = launch == GRAPH
+    found = []
+    for name, make, facts in plain:
+        setup = functools.partial(
+            setup_block, make=make, capture=capture, autocast=name == "eager autocast"
+        )
+        found.append(Provider(name, setup, launch, **facts))
+    for name, suffix, make, facts in compiled:
         setup = functools.partial(
             setup_block,
-            make=ours.get(name, eager_block),
-            compile_mode=mode,
-            capture=launch == GRAPH and not suffix,  # max-autotune records graphs itself
+            make=make,
+            compile_mode=MODES_OF_COMPILE[suffix],
+            as_matmul=name == "eager mm",
+            capture=capture,
         )
-        found.append(
-            Provider(
-                f"compile {name}{suffix}",
-                setup,
-                launch,
-                compiles=True,
-                compiled_baseline=name == "eager",
-                gpu=name == "triton" or bool(suffix),
-            )
-        )
+        found.append(Provider(f"compile {name}{suffix}", setup, launch, compiles=True, **facts))
     return found
 
 
 def in_layouts(providers: Iterable[Provider], layouts: Sequence[str]) -> list[Provider]:
-    """Each provider in each memory format."""
-    names.check("layout", layouts, LAYOUTS)
+    """Each provider in each memory format that it is written for."""
     return [
         dataclasses.replace(p, channels_last=layout == CHANNELS_LAST)
         for p in providers
         for layout in layouts
+        if layout in p.formats
     ]
 
 
@@ -360,7 +430,8 @@ def select(
     """
     known = catalogue(launch)
     names.check("provider", chosen, [p.name for p in known])
-    fit = {p.name: _misfit(p, device, dtype) for p in known}
+    names.check("layout", layouts, LAYOUTS)
+    fit = {p.name: _misfit(p, device, dtype, layouts) for p in known}
     for name in chosen:
         if fit[name]:
             raise ValueError(f"provider {name!r} {fit[name]}.")
@@ -368,11 +439,13 @@ def select(
     return in_layouts(found, layouts)
 
 
-def _misfit(provider, device, dtype):
+def _misfit(provider, device, dtype, layouts):
     if provider.gpu and device.type != "cuda":
         return "needs a GPU"
     if provider.half and dtype.itemsize != 2:
         return "needs float16 or bfloat16"
+    if not set(provider.formats) & set(layouts):
+        return f"needs layout {' or '.join(provider.formats)}"
     return ""
 
 
@@ -387,20 +460,50 @@ def cpu_sweep() -> list[Provider]:
     return in_layouts((p for p in catalogue() if p.name in wanted), LAYOUTS)
 
 
-def gpu_sweeps() -> list[list[Provider]]:
-    """Groups of providers that are timed side by side on a GPU, what needs no compilation first.
+SIDES = ("eager", "triton")  # the baseline and da_triton, in every group
+ONE_FORMAT = ("torch", "eager autocast", "einsum", "fla", "compile triton")  # NCHW suffices
+STAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "eager": (
+        (
+            GRAPH,
+            ("torch", "eager autocast", "einsum", "sdpa", "fla", "absorbed", "absorbed unbiased"),
+        ),
+        (EAGER, ()),
+    ),
+    "compiled": (
+        (GRAPH, ("compile eager", "compile eager max-autotune", "compile triton")),
+        (
+            GRAPH,
+            (
+                "compile eager mm",
+                "compile absorbed unbiased",
+                "compile absorbed flex",
+                "compile eager mm max-autotune",
+                "compile absorbed flex max-autotune",
+            ),
+        ),
+        (EAGER, ("compile eager", "compile triton")),
+    ),
+}
 
-    Every group has eager in it, in both memory formats, to compare with.
+
+def gpu_sweeps(stage: str = "") -> list[list[Provider]]:
+    """Groups of providers that are timed in turns on a GPU, the most important first.
+
+    ``stage``: "eager", which needs no compilation, or "compiled"; without one, both in this order.
+    Every group has eager and da_triton in both memory formats.
+
+    Raises:
+        UnknownNameError: a stage of another name.
     """
+    names.check("stage", [stage] if stage else [], list(STAGES))
     found = []
-    for compiles in (False, True):
-        for launch in (GRAPH, EAGER):
-            known = catalogue(launch)
-            group = [p for p in known if p.baseline]
-            group += [p for p in known if p.name == "triton" and not compiles]
-            both = in_layouts(group, LAYOUTS)
-            both += [
-                p for p in known if p.compiles == compiles and not p.baseline and p.name != "triton"
-            ]
-            found.append(both)
+    for launch, others in itertools.chain(*([STAGES[stage]] if stage else STAGES.values())):
+        known = {p.name: p for p in catalogue(launch)}
+        group: list[Provider] = []
+        for name in (*SIDES, *others):
+            if name in known:  # all but fla, which is optional
+                layouts = (NCHW,) if name in ONE_FORMAT else LAYOUTS
+                group += in_layouts([known[name]], layouts)
+        found.append(group)
     return found

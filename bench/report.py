@@ -15,7 +15,7 @@ import pandas as pd
 from . import plots, tables
 from .environment import columns
 from .floors import Ceilings
-from .measure import OK, Row
+from .measure import CONDITIONS, OK, Row
 
 IDENTITY = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "layout", "mode",
@@ -23,9 +23,9 @@ IDENTITY = (
 )  # fmt: skip
 MEASURED = (
     "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions", "ratio_to_eager",
-    "ratio_same_format", "ratio_to_compiled", "added", "gb_s", "tflop_s", "floor_ms", "bound",
-    "share_of_floor", "peak_bytes", "saved_bytes", "launches", "cpu_us", "first_call_cold_s",
-    "first_call_warm_s", "error", "error_gradient",
+    "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals", "added",
+    "gb_s", "tflop_s", "floor_ms", "bound", "share_of_floor", "peak_bytes", "saved_bytes",
+    "launches", "cpu_us", "first_call_cold_s", "first_call_warm_s", "error", "error_gradient",
 )  # fmt: skip
 MACHINE = ("machine", "driver", "cuda", "torch", "triton", "commit", "date", "clock_mhz")
 COLUMNS = (*IDENTITY, *MEASURED, *MACHINE)
@@ -60,12 +60,14 @@ class Report:
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
+        if "conditions" not in self.environment and any(r["device"] == "cuda" for r in rows):
+            self.record(conditions=CONDITIONS)
         if self.csv:
             replace(self.out / "results.csv", self.frame().to_csv(index=False))
 
     def frame(self) -> pd.DataFrame:
         machine = columns(self.environment)
-        frame = pd.DataFrame([row | machine for row in self.rows], columns=list(COLUMNS))
+        frame = pd.DataFrame([machine | row for row in self.rows], columns=list(COLUMNS))
         if not self.with_ratios:
             frame[[*tables.RATIOS, "share_of_floor"]] = np.nan
         return frame
@@ -77,7 +79,7 @@ class Report:
     def finish(self, *, short: bool) -> str:
         """Writes page and pictures; returns what to print, ``short`` without a line a timing."""
         timed = self.timed()
-        pictures = self._pictures(timed)
+        pictures = self._pictures(tables.merged(timed))
         head = "\n".join([self.title, *self.notes])
         ending = [tables.untimed(self.frame()), self.summary(), tables.noise(timed)]
         everything = [head, self.table(), *ending]
@@ -135,7 +137,7 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
                 parts.append(f"Times as fast as {meaning}, same launch mode:")
                 part = part.rename(columns={"mean": "geometric mean", "worst_workload": "on"})
                 parts.append(tables.markdown(part, {"geometric mean": "{:.2f}", "worst": "{:.2f}"}))
-    modelled = tables.against_model(timed)
+    modelled = tables.against_model(tables.merged(timed))
     if len(modelled):
         parts += ["## Model against measurement", tables.MODEL_NOTE]
         digits = {"modelled us": "{:.1f}", "measured us": "{:.1f}", "measured / modelled": "{:.2f}"}

@@ -1,21 +1,25 @@
 """The commands of ``python -m bench`` that measure."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from . import arguments, ceilings, digits, names, networks, providers, scaling
+from . import arguments, ceilings, digits, estimate, names, networks, providers, scaling
 from . import sanitize as sanitizers
 from .arguments import UsageError
 from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu
+from .joined import LOGS
 from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
 from .providers import EAGER, LAYOUTS
 from .report import Report
+from .scaling import INTERRUPTED
+from .stages import STAGES, Settings
 from .tables import DEFAULT_METRICS, METRICS, markdown
 from .workloads import SELECTIONS, Workload, select
 
@@ -28,7 +32,6 @@ CPU_NOTE = (
 BUSY_NOTE = (
     "The machine was busy (load {load:.1f} on {cpus} CPUs) before the run: expect noise and bias."
 )
-INTERRUPTED = "Interrupted: these are the measurements until then."
 METRIC_FLOOR = ("floor", "rate")
 
 
@@ -245,13 +248,10 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
     device, timer = arguments.here()
     if device.type != "cuda":
         raise UsageError("`python -m bench tune` measures on a CUDA GPU, and there is none here.")
-    from da_triton.kernels import configs
-
     from . import tune as tuning
 
     card = torch.cuda.get_device_name(device)
-    pruned = tuning.compiled_clean(configs.architecture(device))
-    choices = tuning.tune(chosen, device, timer, Budget(options.budget), pruned)
+    choices = tuning.tune(chosen, device, timer, Budget(options.budget))
     path = options.out or tuning.path_of(card)
     tuning.write(path, card, choices)
     replaced = sum(c.best != c.present for c in choices)
@@ -260,18 +260,52 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
 
 
 def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    known = [stage.name for stage in STAGES]
+    lines = "\n".join(f"  {s.name:9} {s.seconds:4.0f} s  {s.title}" for s in STAGES)
     parser = arguments.parser(
-        "gpu", "Tests, ceilings, then every workload for every provider, within a time budget.",
-        "gpu --out bench/results/h100\ngpu --budget 900 --workload yolo_p3,r50_conv3",
+        "gpu", f"Everything on a GPU, in stages:\n\n{lines}\n\nEvery stage runs in processes of "
+        "its own, and leaves what it measured whatever they do. Results of a folder are joined: "
+        "stages may run one by one.",
+        "gpu --out bench/results/h100\ngpu --stage smoke,tests --ptxas /opt/cuda-13.3/bin/ptxas\n"
+        "gpu --stage eager --budget 120 --workload yolo_p3,r50_conv3\ngpu --estimate",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument(
+        "--stage", type=arguments.listed, action="extend", default=[], metavar="NAME,…",
+        help="repeatable; without it, all in order",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/out/gpu"), help="folder for results (%(default)s)"
+    )
     arguments.add_lists(parser, workload="")
-    parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for all chosen stages; default: the sum of theirs"
+    )
+    parser.add_argument(
+        "--ptxas", action="append", default=[], help="another assembler for the smoke check"
+    )
+    parser.add_argument(
+        "--estimate", action="store_true",
+        help="measure nothing: say where the seconds would go, on any machine",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    names.check("stage", options.stage, known)
+    stages = [stage for stage in STAGES if not options.stage or stage.name in options.stage]
     chosen = select(options.workload, "all", table)
+    for path in options.ptxas:
+        if not os.access(path, os.X_OK):
+            raise UsageError(f"--ptxas {path} is not an executable file.")
+    if (options.out / "results.csv").exists() and not (options.out / LOGS).exists():
+        raise UsageError(
+            f"{options.out} has a results.csv that cannot be added to without its {LOGS}: choose "
+            "another folder with --out."
+        )
+    seconds = sum(s.seconds for s in stages) if options.budget is None else options.budget
+    if options.estimate:
+        print(estimate.text([s.name for s in stages], chosen, seconds))
+        return 0
     if not torch.cuda.is_available():
         raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
-    return run_gpu(options.out, chosen, Budget(options.budget))
+    return run_gpu(options.out, chosen, Budget(seconds), stages, Settings(ptxas=options.ptxas))
 
 
 def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:
@@ -280,8 +314,8 @@ def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:
         "status 1 if it found errors.", "sanitize\nsanitize --tool memcheck,racecheck",
     )  # fmt: skip
     parser.add_argument(
-        "--tool", type=arguments.listed, default=list(sanitizers.TOOLS), metavar="NAME,…",
-        help=", ".join(sanitizers.TOOLS),
+        "--tool", type=arguments.listed, default=list(sanitizers.DEFAULT), metavar="NAME,…",
+        help=f"{', '.join(sanitizers.TOOLS)}; default {', '.join(sanitizers.DEFAULT)}",
     )  # fmt: skip
     options = parser.parse_args(argv)
     names.check("tool", options.tool, sanitizers.TOOLS)

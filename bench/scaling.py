@@ -5,14 +5,14 @@ as long ones.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from . import plots
-from .measure import OK, Bench, Row
+from .measure import OK, Row
 from .providers import OURS, Provider
 from .report import COLUMNS, Report, replace
 from .workloads import Workload
@@ -25,6 +25,20 @@ AXES = {
     "c_n": [8, 16, 32, 64, 128, 256, 512],
 }
 TITLES = {"L": "positions", "N": "samples", "C": "channels", "c_n": "maps"}
+
+INTERRUPTED = "Interrupted: these are the measurements until then."
+
+
+class Measures(Protocol):
+    """A ``Bench``, or what measures in another process."""
+
+    def run(
+        self,
+        workloads: Sequence[Workload],
+        sweeps: Sequence[Sequence[Provider]],
+        add: Callable[[list[Row]], None],
+        modes: Sequence[str],
+    ) -> None: ...
 
 
 def workload(axis: str, size: int) -> Workload:
@@ -42,7 +56,7 @@ def workload(axis: str, size: int) -> Workload:
 
 
 def run(
-    bench: Bench,
+    bench: Measures,
     axis: str,
     sizes: Sequence[int],
     sweeps: Sequence[Sequence[Provider]],
@@ -59,7 +73,7 @@ def run(
     try:
         bench.run(workloads, sweeps, add, modes)
     except KeyboardInterrupt:
-        report.notes.append("Interrupted: these are the measurements until then.")
+        report.notes.append(INTERRUPTED)
     found = frame(report, axis)
     timed = found[found["status"] == OK]
     if len(timed):

@@ -1,12 +1,16 @@
 """The commands of ``python -m bench`` that measure nothing."""
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from . import arguments, floors, names, pages, providers, sizes
+from . import arguments, floors, names, pages, providers, sizes, suite
+from . import warm as warming
 from .arguments import UsageError
+from .codegen.cli import cannot_compile
 from .compare import NotComparableError, compare, read
 from .providers import LAYOUTS
 from .tables import markdown
@@ -114,10 +118,91 @@ def compare_files(argv: Sequence[str], table: Sequence[Workload]) -> int:
     return int(found.regressed)
 
 
+def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "warm", "Fills Triton's compile cache for a GPU that is not there: what the block launches "
+        "on the planned routes, forward and backward, in both memory formats.",
+        "warm --arch sm_90 --out /tmp/cache\nwarm --out /tmp/cache --check",
+    )  # fmt: skip
+    parser.add_argument("--arch", choices=list(warming.TARGETS), default="sm_90")
+    parser.add_argument(
+        "--out", type=Path, default=os.environ.get("TRITON_CACHE_DIR"),
+        help="the cache's folder; default: TRITON_CACHE_DIR",
+    )  # fmt: skip
+    arguments.add_lists(parser, workload="")
+    parser.add_argument(
+        "--check", action="store_true",
+        help="compile nothing: print the key, make a folder that was carried here usable, and exit "
+        "with 1 if it was made with another Triton, ptxas or other kernels",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    chosen = select(options.workload, "all", table)
+    if reason := cannot_compile("warm"):
+        raise UsageError(reason)
+    if options.out is None and not options.check:
+        raise UsageError("warm needs --out or TRITON_CACHE_DIR: a folder for the cache.")
+    if not options.check:
+        found = warming.warm(options.arch, chosen, options.out)
+        print(
+            f"{found.kernels} kernels, {found.compiled} of them compiled in {found.seconds:.1f} s, "
+            f"{found.bytes / 1e6:.1f} MB in {options.out}"
+        )
+    for name, value in warming.key(options.arch).items():
+        print(f"{name}: {value}")
+    if options.check and options.out is not None:
+        if not (options.out / warming.FILE).exists():
+            raise UsageError(f"{options.out} has no {warming.FILE}: `warm` did not fill it.")
+        print(f"{warming.relocate(options.out)} entries adjusted to the folder's place")
+        differing = warming.differences(options.out)
+        print(*(differing or ["the cache is of this Triton and these kernels"]), sep="\n")
+        return int(bool(differing))
+    return 0
+
+
 def codegen(argv: Sequence[str], table: Sequence[Workload]) -> int:
     from .codegen.cli import main
 
     return main(argv)
+
+
+def test_suite(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "suite", "What the tests would do on a GPU, without one: whether any mixes devices or runs "
+        "the CPU's own code, and whether each launch compiles and fits. Exit status 1 if not.",
+        "suite\nsuite --arch sm_80 tests/test_block.py\nsuite --interpret tests/cores",
+    )  # fmt: skip
+    parser.add_argument("tests", nargs="*", help="as for pytest (default: all that a GPU runs)")
+    parser.add_argument("--arch", default="sm_90", help="the GPU to compile for")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="run the kernels, too: an hour, not minutes",
+    )
+    options = parser.parse_args(argv)
+    from .codegen import table as tables
+
+    names.check("arch", [options.arch], tables.ORDER)
+    if find_spec("triton") is None:
+        raise UsageError("`python -m bench suite` compiles kernels, and Triton is not installed.")
+    every = [str(file.relative_to(suite.ROOT)) for file in suite.files()]
+    found = suite.record(options.tests or every, interpret=options.interpret)
+    early = sum(bool(test["ended"]) for test in found.tests)
+    print(f"{len(found.tests)} tests, {early} of which did not reach their end without a GPU.")
+    faults = {name: found.names(name) for name in ("mixed", "cpu")}
+    for name, title in (("mixed", "mixes devices"), ("cpu", "runs the CPU's own code")):
+        for test in faults[name]:
+            print(f"{title}: {test}")
+    launches = list(suite.compiled(found.launches, options.arch, options.jobs))
+    problems = [(kernel, test, problem) for kernel, test, _, problem in launches if problem]
+    largest = max((shared for *_, shared, problem in launches if not problem), default=0)
+    print(
+        f"{len(launches)} distinct launches on {options.arch}: {len(launches) - len(problems)} "
+        f"compile and fit, with {largest:,} bytes of shared memory at most."
+    )
+    for kernel, test, problem in problems:
+        print(f"{kernel} {problem}, in {test}")
+    return int(bool(problems or faults["mixed"] or faults["cpu"]))
 
 
 def readme(argv: Sequence[str], table: Sequence[Workload]) -> int:

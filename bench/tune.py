@@ -1,28 +1,34 @@
 """``python -m bench tune``: measures tiles of the fused kernels, and writes the table of this GPU.
 
-For each fused kernel on the planned route of each workload: candidates that a compilation for this
-architecture shows to be free of spills and within its shared memory, timed in turns inside the
-whole block. Another tile replaces the present one only where its 80th percentile is below the
-present one's 20th. The table is named after the card and read by ``kernels.measured``; a table of
-another Triton or with entries that make no sense is ignored there, with a warning.
+For each fused kernel on the planned route of each workload, all candidates are compiled in
+parallel, captured as CUDA graphs of the whole block and timed in turns, so that only the GPU's time
+counts. A candidate that cannot be launched or gives another result than the present tile is not
+timed; one that spills is slow and loses. A candidate replaces the present tile only where its 80th
+percentile is below the present one's 20th. ``kernels.measured`` reads the table by the GPU's name;
+tables from a different Triton version, or with invalid entries, are ignored there with a warning.
 """
 
 import contextlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from da_triton import planner
 from da_triton.costs import Shape
 from da_triton.kernels import block, configs, launch, measured
 
-from .measure import Budget, Timer, progress
+from .codegen.candidates import CANDIDATES, SMALL
+from .measure import Budget, Timer, describe, on_gpu, progress, usable
+from .providers import Closure, Replay
 from .report import replace
 from .workloads import Workload
 
@@ -34,6 +40,8 @@ BACKWARD_KERNELS = (
     "gather_side", "distribute_side", "descriptors_backward", "outer", "weight_gradients",
 )  # fmt: skip
 ROUNDS = 15
+# Relative RMS between two tiles' results in bfloat16; they differ in the order of sums alone.
+TOLERANCE = 2e-2
 Entry = tuple[int, int, int]  # positions of a tile, warps, stages
 
 
@@ -57,31 +65,32 @@ class Choice(NamedTuple):
     candidates: int
 
 
-Pruned = Callable[[Site, Workload, Sequence[Entry]], Sequence[Entry]]
-
-
 def tune(
     workloads: Sequence[Workload],
     device: torch.device,
     timer: Timer,
     budget: Budget,
-    pruned: Pruned,
     tell: Callable[[str], Any] = print,
 ) -> list[Choice]:
-    """The choices made until the budget is used up; one for each site, on its first workload."""
+    """The choices made until the budget is used up; one for each site, on its first workload.
+
+    It ends early where a candidate makes CUDA unusable in this process.
+    """
     found: dict[Site, Choice] = {}
     for work in progress(list(workloads)):
         for site, present in sites(work, device):
             if site in found or budget.left <= 0:
                 continue
-            candidates = [
-                present,
-                *(c for c in pruned(site, work, candidates_of(site)) if c != present),
-            ]
             run = step(work, device, backward=site.kernel in BACKWARD_KERNELS)
-            times = _times(site, candidates, run, timer, budget)
-            found[site] = choose(site, work.name, candidates, times)
-            tell(str(found[site]))
+            entries = [present, *(c for c in candidates_of(site) if c != present)]
+            ready = prepared(site, entries, run, device, tell)
+            if not usable(device):
+                tell(f"{site}: CUDA became unusable, so tuning ends here.")
+                return list(found.values())
+            if present in ready:
+                times = _times(list(ready.values()), timer, budget)
+                found[site] = choose(site, work.name, list(ready), times)
+                tell(str(found[site]))
     return list(found.values())
 
 
@@ -101,15 +110,16 @@ def sites(work: Workload, device: torch.device) -> list[tuple[Site, Entry]]:
     return list(seen.items())
 
 
-def step(work: Workload, device: torch.device, *, backward: bool) -> Callable[[], Any]:
-    """The block's forward pass on its planned route, or forward and backward."""
+def step(work: Workload, device: torch.device, *, backward: bool) -> Closure:
+    """The block's forward pass on its planned route, or forward and backward: all results."""
     x, w, options, route = _problem(work, device)
 
     def run():
         out, lse, g, v = block.forward(x, w, None, options, route, False)
-        if backward:
-            block.backward(out, x, w, None, lse, g, v, options, route, True)
-        return (out,)
+        if not backward:
+            return (out,)
+        grads = block.backward(out, x, w, None, lse, g, v, options, route, True)
+        return out, *(grad for grad in grads if grad is not None)
 
     return run
 
@@ -147,17 +157,81 @@ def tile_of(site: Site, entry: Entry) -> Iterator[None]:
         yield
 
 
-def _times(site, candidates, run, timer, budget):
-    """Milliseconds of each candidate, in turns."""
-    times: list[list[float]] = [[] for _ in candidates]
-    for turn in range(ROUNDS + 1):  # the first compiles
-        if turn > 1 and budget.left <= 0:
-            break
-        for entry, taken in zip(candidates, times, strict=True):
+def prepared(
+    site: Site,
+    entries: Sequence[Entry],
+    run: Closure,
+    device: torch.device,
+    tell: Callable[[str], Any],
+) -> dict[Entry, Closure]:
+    """What to time of each tile that gives the first one's results; on a GPU, a captured graph."""
+    if on_gpu(device):
+        compile_in_parallel(site, entries, run)
+    ready: dict[Entry, Closure] = {}
+    expected: list[Tensor] = []
+    for entry in entries:
+        try:
             with tile_of(site, entry):
-                ms = timer(run, launches_count=False)
-            if turn:
-                taken.append(ms)
+                closure = Replay(run) if on_gpu(device) else _with_tile(site, entry, run)
+                results = closure()
+            if not ready:
+                expected = [t.clone() for t in results]
+            off = max(_distance(t, e) for t, e in zip(results, expected, strict=True))
+            if not off <= TOLERANCE:
+                raise ValueError(f"its results differ by {off:.1e} from those of {entries[0]}")
+        except Exception as error:
+            tell(f"{site}, tile {entry} is left out: {describe(error)}")
+            if not usable(device) or entry == entries[0]:
+                break
+        else:
+            ready[entry] = closure
+    return ready
+
+
+def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure) -> None:
+    """Fills the JIT's cache, under the keys of the launches that follow.
+
+    A tile that does not compile is left to fail when it is launched.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
+    original = JITFunction.run
+
+    def without_launch(self, *args, grid, warmup, **options):
+        return original(self, *args, grid=grid, warmup=True, **options)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        mock.patch.object(JITFunction, "run", without_launch),
+        AsyncCompileMode(threads, ignore_errors=True),
+    ):
+        for entry in entries:
+            with contextlib.suppress(Exception), tile_of(site, entry):
+                run()
+
+
+def _with_tile(site, entry, run):
+    def closure():
+        with tile_of(site, entry):
+            return run()
+
+    return closure
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def _times(closures: Sequence[Closure], timer: Timer, budget: Budget) -> list[list[float]]:
+    """Milliseconds of each, in turns; every one has been called before."""
+    times: list[list[float]] = [[] for _ in closures]
+    for turn in range(ROUNDS):
+        if turn and budget.left <= 0:
+            break
+        for closure, taken in zip(closures, times, strict=True):
+            taken.append(timer(closure, launches_count=False))
     return times
 
 
@@ -176,33 +250,7 @@ def choose(
 
 
 def candidates_of(site: Site) -> Sequence[Entry]:
-    from .codegen import tiles
-
-    small = site.kernel.startswith(("descriptors", "weight"))
-    return tiles.SMALL if small else tiles.CANDIDATES
-
-
-def compiled_clean(arch: str) -> Pruned:
-    """Candidates that do not spill and fit, by compilation for an architecture."""
-    from .codegen import compiler, fused, launches
-
-    def pruned(site: Site, work: Workload, candidates: Sequence[Entry]) -> list[Entry]:
-        clean = []
-        variant = launches.Variant("nchw", work.length, heads=work.heads)
-        for entry in candidates:
-            with launches.on(arch):
-                recorded = fused.record(
-                    site.kernel, (work.c, work.c_m, work.c_n), entry, variant, special={}
-                )
-            try:
-                codes = [compiler.compile_launch(r, arch) for r in recorded]
-            except Exception:  # too much shared memory, or one of the compiler's own limits
-                continue
-            if codes and not any(code.spills for code in codes):
-                clean.append(entry)
-        return clean
-
-    return pruned
+    return SMALL if site.kernel.startswith(("descriptors", "weight")) else CANDIDATES
 
 
 def write(path: Path, card: str, choices: Sequence[Choice]) -> None:

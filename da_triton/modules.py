@@ -130,7 +130,9 @@ class DoubleAttention(nn.Module):
 
         Returns the gather maps P (each sums to 1 over positions) and the distribution weights Q
         (with the softmax, they sum to 1 over the maps of a head at each position), both
-        ``(N, heads, n, *positions)``. They exist in memory only because they are asked for. With a
+        ``(N, heads, n, *positions)``. They are materialised only by this method. It calls the
+        convolutions, whose float32 follows ``torch.backends.cudnn.conv.fp32_precision`` on a GPU
+        (TF32 by default); ``forward`` follows ``torch.backends.cuda.matmul.fp32_precision``. With a
         process group, P sums to 1 over the positions of all ranks and carries no gradient.
         """
         checks.layer_input("x", x, self.in_channels, self.process_group)

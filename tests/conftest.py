@@ -1,5 +1,7 @@
 """The same tests with and without a GPU: real kernels on one, interpreted kernels elsewhere."""
 
+import fcntl
+import gc
 import os
 
 import torch
@@ -16,6 +18,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _convolutions_in_full_precision():
+    """cuDNN's convolutions are TF32 by default, a thousand times the tolerance of float32."""
+    convolutions, deterministic = torch.backends.cudnn.conv, torch.backends.cudnn.deterministic
+    precision = convolutions.fp32_precision
+    convolutions.fp32_precision, torch.backends.cudnn.deterministic = "ieee", True
+    yield
+    convolutions.fp32_precision = precision
+    torch.backends.cudnn.deterministic = deterministic
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -28,3 +41,27 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "memory" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("large"))
+    return (yield)
+
+
+@pytest.fixture
+def memory(tmp_path_factory):
+    """Gigabytes of a GPU's memory: for one worker of pytest-xdist at a time, and given back.
+
+    Tests that use it run in the same worker, so that other workers do not wait for the lock.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    with open(tmp_path_factory.getbasetemp().parent / "large", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        gc.collect()  # a cycle may hold tensors
+        torch.cuda.empty_cache()

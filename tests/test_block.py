@@ -187,10 +187,10 @@ def test_second_derivatives(order):
 
 def test_bias_b_has_a_zero_gradient_under_vmap_too():
     """As in an ensemble, whose parameters are stacked: none may be without a gradient."""
-    x = torch.randn(2, 6, 9)
+    x = torch.randn(2, 6, 9, device=DEVICE)
     shapes = ((4, 6), (3, 6), (3, 6), (6, 4))
-    wa, wb, wv, wo = (torch.randn(s) for s in shapes)
-    biases = torch.randn(5, 3, requires_grad=True)
+    wa, wb, wv, wo = (torch.randn(s, device=DEVICE) for s in shapes)
+    biases = torch.randn(5, 3, device=DEVICE, requires_grad=True)
 
     def block(bias):
         weights = (wa, None, wb, bias, wv, None, wo, None)

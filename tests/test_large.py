@@ -5,7 +5,6 @@ which are real, and their strides spread them so that along one axis the offset 
 begin 2^31 behind its start: an offset that has wrapped around, as in int32, finds a hole.
 """
 
-import fcntl
 import functools
 import pathlib
 import re
@@ -18,7 +17,7 @@ import da_triton
 from da_triton.kernels import block, configs, distribute, gather, launch
 from da_triton.planner import Route
 from support import launches
-from support.numerics import DEVICE, TOLERANCE, check, peaky, relative_rms
+from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
 
 HALF = torch.float16
 AXES = ("samples", "channels", "positions")
@@ -28,15 +27,8 @@ SPREAD = 2**31  # elements between the first and the last of a map, at least
 class Far:
     """Makes maps ``(N, …, channels, L)`` that are spread over the memory along one axis."""
 
-    def __init__(self, folder: pathlib.Path, axis: str):
-        size = 5 * SPREAD
-        if DEVICE == "cuda":
-            self.storage = torch.empty(size, dtype=HALF, device=DEVICE)
-        else:
-            path = folder / "sparse"
-            self.storage = torch.from_file(str(path), shared=True, size=size, dtype=HALF)
-            path.unlink()  # the mapping stays
-        self.axis, self.start = axis, SPREAD
+    def __init__(self, storage: torch.Tensor, axis: str):
+        self.storage, self.axis, self.start = storage, axis, SPREAD
 
     def empty(self, *shape):
         batch, length = shape[0], shape[-1]
@@ -60,22 +52,34 @@ class Far:
         batch, heads, c, length = x.shape
         return self.empty(batch, heads, c if channels is None else channels, length)
 
-
-@pytest.fixture
-def memory(tmp_path_factory):
-    """On a GPU, tens of gigabytes: for one worker of pytest-xdist at a time."""
-    if DEVICE == "cpu":
-        yield
-        return
-    with open(tmp_path_factory.getbasetemp().parent / "large", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        torch.cuda.empty_cache()
+    def free(self):
+        """Gives a GPU's memory back, whoever still holds views of it."""
+        memory, self.storage = self.storage.untyped_storage(), None
+        if memory.resizable():
+            memory.resize_(0)
 
 
 @pytest.fixture(params=AXES)
 def far(request, tmp_path, memory):
-    return Far(tmp_path, request.param)
+    size = 5 * SPREAD
+    if DEVICE == "cuda":
+        storage = torch.empty(size, dtype=HALF, device=DEVICE)
+    else:
+        path = tmp_path / "sparse"
+        storage = torch.from_file(str(path), shared=True, size=size, dtype=HALF)
+        path.unlink()  # the mapping stays
+    maps = Far(storage, request.param)
+    del storage
+    yield maps
+    maps.free()  # before ``memory`` lets the next worker in
+
+
+def test_memory_is_given_back_while_there_are_views():
+    """Such as those that the traceback of a failed test holds."""
+    storage = torch.empty(64, dtype=HALF, device=DEVICE)
+    view = storage[:3]
+    Far(storage, "samples").free()
+    assert view.untyped_storage().nbytes() == 0
 
 
 LENGTH = 36
@@ -186,6 +190,10 @@ def test_every_kernel_that_takes_maps_is_among_them():
     }
 
 
+# Recorded as on a GPU but interpreted, their tiles are of the usual length.
+MANY = 2**12 if AS_ON_A_GPU and DEVICE == "cpu" else 2**21
+
+
 def long_maps(length):
     """a, b, v and an upstream gradient of few channels, with peaks: without any, G is noise."""
     a, b, v = (peaky(1, 1, c, length, dtype=HALF) for c in (3, 2, 2))
@@ -208,7 +216,7 @@ def compare_with_the_definition(function, inputs, upstream, backend):
 @pytest.fixture
 def long_tiles(monkeypatch):
     """Tiles of 4 channels and 2^14 positions: few steps, of no more than is needed."""
-    if DEVICE == "cuda":
+    if AS_ON_A_GPU:
         return
     for name in ("tile", "fused_tile"):
         original = getattr(configs, name)
@@ -222,7 +230,7 @@ def _longer(tile, *given):
 @pytest.mark.usefixtures("long_tiles")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_core_with_two_million_positions(backend):
-    *inputs, upstream = long_maps(2**21)
+    *inputs, upstream = long_maps(MANY)
     compare_with_the_definition(da_triton.double_attention, inputs, upstream, backend)
 
 
@@ -230,7 +238,7 @@ def test_core_with_two_million_positions(backend):
 @pytest.mark.usefixtures("long_tiles")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_block_with_two_million_positions(backend):
-    x, *_, upstream = long_maps(2**21)
+    x, *_, upstream = long_maps(MANY)
     weights = [torch.randn(s, device=DEVICE).to(HALF) for s in ((2, 3), (2, 3), (2, 3), (3, 2))]
 
     def function(x, a, b, v, out, backend):

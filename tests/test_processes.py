@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import da_triton
-from support import interpreter
+from support import interpreter, ranks
 from support.numerics import DEVICE
 
 needs_no_gpu = pytest.mark.skipif(
@@ -61,6 +61,25 @@ def test_child_gives_the_same_bits(method, backend):
         child.kill()
         child.join()
     assert same(found, expected)
+
+
+def tell_whether_cuda_is_out_of_reach(pipe):
+    pipe.send(torch.cuda._is_in_bad_fork())
+
+
+def test_ranks_on_gpus_can_use_cuda(monkeypatch):
+    """Forks of a process that has asked for CUDA, as torch 2.11's compiler does, cannot."""
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    context = ranks.context_for("nccl")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=tell_whether_cuda_is_out_of_reach, args=(there,))
+    child.start()
+    try:
+        assert here.poll(LIMIT), "the child does not answer"
+        assert here.recv() is False
+    finally:
+        child.kill()
+        child.join()
 
 
 class Answers(torch.utils.data.Dataset):
@@ -121,10 +140,13 @@ def test_settings_of_one_thread_are_its_own():
     turns = [threading.Event(), threading.Event()]
 
     def lower():
-        with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
-            turns[0].set()
-            assert turns[1].wait(LIMIT)
-            return layer(x)
+        try:
+            with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+                turns[0].set()
+                assert turns[1].wait(LIMIT)
+                return layer(x)
+        finally:
+            turns[0].set()  # after an error, which ``result`` raises
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(lower)

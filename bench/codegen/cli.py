@@ -65,14 +65,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def cannot_compile() -> str:
+def cannot_compile(command: str = "codegen") -> str:
     """Why nothing can be compiled in this process; empty if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "`python -m bench codegen` compiles kernels, and Triton is not installed."
+        return f"`python -m bench {command}` compiles kernels, and Triton is not installed."
     if os.environ.get("TRITON_INTERPRET"):
         return (
-            "`python -m bench codegen` compiles kernels, and TRITON_INTERPRET is set, which makes "
-            "Triton interpret them instead. Unset it."
+            f"`python -m bench {command}` compiles kernels, and TRITON_INTERPRET is set, which "
+            "makes Triton interpret them instead. Unset it."
         )
     return ""
 

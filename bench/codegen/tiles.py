@@ -19,15 +19,9 @@ import sys
 from pathlib import Path
 
 from bench.codegen import compiler, fused, launches
+from bench.codegen.candidates import CANDIDATES, SMALL
 from da_triton.kernels import fused_tiles
 
-CANDIDATES = (
-    (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
-    (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 4, 1), (16, 8, 1), (16, 4, 1),
-)  # fmt: skip
-SMALL = (
-    (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
-)  # fmt: skip
 HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
 SHORTEST = 32  # positions of a tile for which a route is fused at all
 HOPELESS = 64  # spills beyond which fewer stages do not help

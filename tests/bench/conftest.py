@@ -1,11 +1,14 @@
 import dataclasses
+import os
 
 import pytest
 import torch
 
 from bench import providers
-from bench.measure import Bench, Budget, Effort, prepare
+from bench.environment import ROOT
+from bench.measure import Bench, Budget, Effort
 from bench.workloads import Workload
+from support.fakes import ScriptedTimer
 
 TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=2, selection="quick")
 TINY_VOLUME = Workload("tiny_volume", 1, 6, (3, 4, 2), 3, 2, 1, "test", selection="default")
@@ -14,6 +17,12 @@ TINY_VOLUME = Workload("tiny_volume", 1, 6, (3, 4, 2), 3, 2, 1, "test", selectio
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Child processes import this package and ``support``."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
 
 
 @pytest.fixture
@@ -30,21 +39,6 @@ def table():
 def eager():
     """The baseline in NCHW."""
     return next(p for p in providers.plain("torch") if p.baseline and not p.channels_last)
-
-
-class ScriptedTimer:
-    """Runs the closure and answers with scripted milliseconds, the same for every closure."""
-
-    def __init__(self, *milliseconds: float) -> None:
-        self.milliseconds = milliseconds
-        self.calls: list[tuple[providers.Closure, bool]] = []
-
-    def __call__(self, closure, *, launches_count):
-        prepare(closure)
-        closure()
-        self.calls.append((closure, launches_count))
-        seen = sum(called is closure for called, _ in self.calls)
-        return self.milliseconds[(seen - 1) % len(self.milliseconds)]
 
 
 @pytest.fixture

@@ -83,3 +83,10 @@ def test_files_that_are_none(tmp_path):
     empty.write_text("")
     with pytest.raises(NotComparableError, match="cannot be read"):
         read(empty)
+
+
+def test_file_of_fewer_metrics_is_compared(tmp_path):
+    """Columns are added in time; results that are kept must stay comparable."""
+    path = tmp_path / "results.csv"
+    frame(row("torch")).drop(columns=["ratio_to_rivals", "saved_bytes"]).to_csv(path, index=False)
+    assert compare(read(path), frame(row("torch"))).same == 1

@@ -1,200 +1,475 @@
-import ast
+"""The stages of ``bench gpu`` on a CPU: fake commands, fake times, and providers that crash."""
+
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
+import tarfile
+import time
 
 import pandas as pd
 import pytest
 import torch
 
-from bench import ceilings, gpu, networks, providers
-from bench.gpu import run_gpu, run_tests
+from bench import ceilings, networks, providers, sanitize, stages
+from bench.environment import COMMIT, commit
+from bench.gpu import run_gpu
+from bench.groups import Sweeper, Where
+from bench.isolation import Worker
+from bench.joined import LONGEST_LOG
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
+from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
+from bench.stages import STAGES, Settings
+from bench.workloads import WORKLOADS
+from support import fakes
 
 CPU = torch.device("cpu")
 PASSING = (sys.executable, "-c", "print('3 passed in 1s')")
-FAILING = (sys.executable, "-c", "print('1 failed in 1s'); raise SystemExit(1)")
+FAILING = (
+    sys.executable, "-c",
+    "print('FAILED tests/test_a.py::test_b - assert 1 == 2'); print('1 failed in 1s'); "
+    "raise SystemExit(1)",
+)  # fmt: skip
+CHECK = """
+import json, os, pathlib, sys
+ptxas = os.environ.get("TRITON_PTXAS_PATH")
+device, file = sys.argv[2], sys.argv[4]
+assert sys.argv[1::2] == ["--device", "--json"] and device == "cpu"
+assert os.environ.get("TRITON_PTXAS_BLACKWELL_PATH") == ptxas
+pathlib.Path(file).write_text(json.dumps({"ptxas": ptxas}))
+print("gather_from_a 64x64: error 1e-3")
+sys.exit({"/wrong/ptxas": 1, "/none/ptxas": 2}.get(ptxas, 0))
+"""
+TUNE = """
+import json, pathlib, sys
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert 0 < float(arguments["--budget"])
+table = {"card": "a fake", "workloads": arguments["--workload"]}
+pathlib.Path(arguments["--out"]).write_text(json.dumps(table))
+print("1 tile measured")
+"""
+WHERE = Where(CPU, torch.bfloat16, fakes.ScriptedTimer, Effort(1, 2, 2, 0.0), 20.0)
+
+
+def uncaptured(found):
+    return [dataclasses.replace(p, launch=GRAPH) for p in found]
 
 
 @pytest.fixture
-def run(tmp_path, table, timer):
-    """The GPU flow on the CPU: the torch backend stands for Triton, nothing is captured."""
-    plain = providers.plain("torch")
-    uncaptured = [dataclasses.replace(p, launch=GRAPH) for p in plain]
+def settings(monkeypatch, children, tmp_path):
+    """Those of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
+    monkeypatch.setitem(stages.scaling.AXES, "L", [8, 16, 32])
+    base = dataclasses.replace(stages.scaling.BASE, c=8, c_m=4, c_n=4)
+    monkeypatch.setattr(stages.scaling, "BASE", base)
+    monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
+    monkeypatch.setattr(sanitize, "find_tool", lambda: None)
+    monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    plain = [p for p in providers.plain("torch") if not p.channels_last]
+    network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
+    return Settings(
+        where=WHERE,
+        sweeps=lambda stage: [uncaptured(plain), plain] if stage == "eager" else [plain],
+        check_command=(sys.executable, "-c", CHECK),
+        test_command=PASSING,
+        tune_command=(sys.executable, "-c", TUNE),
+        copy_bytes=1024,
+        matrix_size=16,
+        networks=(network,),
+        ours="torch",
+    )
 
-    def run(
-        test_command=PASSING, seconds=1e9, sweeps=(uncaptured, plain), clock=None, afterwards=()
-    ):
-        code = run_gpu(
-            tmp_path,
-            table,
-            Budget(seconds, **({"clock": clock} if clock else {})),
-            device=CPU,
-            timer=timer,
-            sweeps=sweeps,
-            test_command=test_command,
-            effort=Effort(warm_up=1, rounds_min=2, rounds_max=2, seconds=0.0),
-            copy_bytes=1024,
-            matrix_size=16,
-            afterwards=afterwards,
-        )
-        return code, pd.read_csv(tmp_path / "results.csv")
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(out, table, settings):
+    def run(*names, seconds=1e9, workloads=table, **changes):
+        chosen = [s for s in STAGES if s.name in names]
+        made = dataclasses.replace(settings, **changes)
+        code = run_gpu(out, workloads, Budget(seconds), chosen, made)
+        path = out / "results.csv"
+        return code, pd.read_csv(path) if path.exists() else None
 
     return run
 
 
-def test_whole_flow(run, tmp_path, capsys):
-    code, frame = run()
+def facts(out):
+    return json.loads((out / "environment.json").read_text())
+
+
+def logged(out, name):
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        return archive.extractfile(name).read().decode()
+
+
+def test_everything(run, out, table, tmp_path, capsys):
+    code, frame = run(*(stage.name for stage in STAGES))
     assert code == 0
     assert (frame["status"] == OK).all()
-    assert frame.groupby(["workload", "mode", "launch"]).size().eq(4).all()
-    assert len(frame) == 2 * 2 * 2 * 4
+    blocks = frame[frame["workload"] != "net"]
+    groups = blocks.groupby(["workload", "mode", "launch"])
+    assert groups.size().to_dict() == {
+        (work.name, mode, launch): 4 if launch == "eager" else 2  # in two groups of providers
+        for work in table
+        for mode in (FORWARD, STEP)
+        for launch in ("eager", "graph")
+    }
+    assert len(frame) == len(blocks) + 2 * 6
     assert frame["dtype"].eq("bfloat16").all()
     assert frame["ratio_to_eager"].notna().all()
-    facts = json.loads((tmp_path / "environment.json").read_text())
-    assert facts["tests"] == "passed: 3 passed in 1s"
-    assert set(facts["ceilings"]) == {"copy GB/s", "bfloat16 TFLOP/s"}
+    (called,) = frame.dropna(subset="first_call_cold_s").to_dict("records")
+    assert (called["workload"], called["provider"]) == (table[0].name, "torch")
+    assert {*pd.read_csv(out / "scaling.csv")["size"]} == {8, 16, 32}
+    found = facts(out)
+    assert found["tests"] == "passed: 3 passed in 1s"
+    assert found["smoke"]["of Triton"]["verdict"] == "all right"
+    assert {*found["ceilings"]} == {"copy GB/s", "bfloat16 TFLOP/s"}
+    assert [*found["stages"]] == [stage.name for stage in STAGES]
+    for seconds in found["stages"].values():
+        parts = ("imports", "compilation", "checking", "timing", "other")
+        assert sum(seconds[name] for name in parts) == pytest.approx(seconds["seconds"], abs=0.4)
+    assert found["stages"]["eager"]["imports"] > 0
+    tiles = json.loads((tmp_path / "data" / "a fake.json").read_text())
+    assert {*tiles["workloads"].split(",")} == {work.name for work in table}
+    files = [path.relative_to(out) for path in out.rglob("*")]
+    assert len(files) == 8
+    assert all(len(path.parts) == 1 for path in files)
+    assert logged(out, "tests.txt") == "3 passed in 1s\n"
+    assert json.loads(logged(out, "smoke-0.json")) == {"ptxas": None}
     printed = capsys.readouterr().out
-    assert "geometric mean" in printed
-    assert "Ceilings: copy GB/s" in printed
-    assert (tmp_path / "bars.png").stat().st_size > 0
+    for text in ("geometric mean", "Ceilings: copy GB/s", "gather_from_a 64x64", "1 tile measured"):
+        assert text in printed
+    for stage in STAGES:
+        assert f"== {stage.name}: seconds" in printed
 
 
-def test_no_ratio_while_tests_fail(run, tmp_path, capsys):
-    code, frame = run(FAILING)
+def test_stages_in_separate_invocations(run, out, table):
+    run("smoke", "tests")
+    _, first = run("eager", workloads=table[:1])
+    assert first["ratio_to_eager"].notna().all()  # the tests passed before
+    code, both = run("compiled", workloads=table[1:])
+    assert code == 0
+    assert len(both) == len(first) + 2 * 2
+    kept = both[both["workload"] == table[0].name]
+    assert list(kept["median_ms"]) == list(first["median_ms"])
+    assert list(kept["date"]) == list(first["date"])
+    assert {*kept["positions"]} == {"4x5"}
+    assert [*facts(out)["stages"]] == ["smoke", "tests", "eager", "compiled"]
+    assert logged(out, "tests.txt") == "3 passed in 1s\n"
+
+
+def test_a_long_log_is_cut(run, out, tiny):
+    command = (sys.executable, "-c", "for i in range(10**6): print('line', i)")
+    code, _ = run("tests", test_command=command)
+    assert code == 0
+    log = logged(out, "tests.txt")
+    assert len(log) == LONGEST_LOG
+    assert log.endswith("line 999999\n")
+
+
+def test_a_failure_replaces_no_measurement(run, tiny):
+    plain = providers.plain("torch")[:2]
+    named = [dataclasses.replace(p, name=f"{p.name} b") for p in plain]
+    run("eager", workloads=[tiny], sweeps=lambda stage: [plain])
+    failing = [dataclasses.replace(p, setup=fakes.fails) for p in plain[:1]]
+    _, frame = run("eager", workloads=[tiny], sweeps=lambda stage: [[*failing, *named]])
+    assert len(frame) == 2 * 4
+    assert (frame["status"] == OK).all()
+    _, frame = run("eager", workloads=[tiny], sweeps=lambda stage: [plain], seconds=0)
+    assert (frame["status"] == OK).all()
+
+
+def test_tuning_that_fails(run, tiny, tmp_path, capsys):
+    broken = (sys.executable, "-c", "raise SystemExit('out of memory')")
+    code, _ = run("tune", tune_command=broken, workloads=[tiny])
+    assert code == 1
+    assert "failed: tiny: exit status 1: out of memory" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
+    code, frame = run("tests", "eager", test_command=FAILING, workloads=[tiny])
     assert code == 1
     assert frame["ratio_to_eager"].isna().all()
     assert frame["median_ms"].notna().all()
     printed = capsys.readouterr().out
-    assert printed.splitlines()[1].startswith("THE TESTS DID NOT PASS")
-    assert "1 failed in 1s" in printed
-    assert "geometric mean" not in printed
-    assert "x eager" not in (tmp_path / "report.md").read_text()
-
-
-def test_failing_provider_does_not_end_the_run(run, variant, capsys):
-    def fails(problem):
-        raise RuntimeError("out of memory")
-
-    code, frame = run(sweeps=[[*providers.plain("torch"), variant("bad", fails)]])
-    assert code == 0
-    assert (frame["status"] == OK).sum() == 16
-    assert "bad (eager launch), 4x, first tiny: failed: RuntimeError: out of memory" in (
-        capsys.readouterr().out
+    assert (
+        "THE TESTS DID NOT PASS, so there are raw times only: failed with exit status 1" in printed
     )
-
-
-def test_used_up_budget_leaves_what_was_measured(run, capsys):
-    ticks = iter(range(10**6))
-    code, frame = run(seconds=40, clock=lambda: next(ticks))
+    assert "FAILED tests/test_a.py::test_b - assert 1 == 2" in printed
+    assert "geometric mean" not in printed
+    assert "x eager" not in (out / "report.md").read_text()
+    code, frame = run("tests")  # repaired
     assert code == 0
-    assert set(frame["status"]) == {OK, OUT_OF_TIME}
-    assert frame["status"].iloc[0] == OK
-    assert frame["status"].iloc[-1] == OUT_OF_TIME
+    assert frame["ratio_to_eager"].notna().all()
+
+
+def test_no_ratio_without_tests_of_this_commit(run, tiny, monkeypatch):
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].isna().all()
+    _, frame = run("tests")
+    assert frame["ratio_to_eager"].notna().all()
+    another = {"commit": "another", "uncommitted_changes": False}
+    monkeypatch.setattr("bench.environment.commit", lambda: another)
+    _, frame = run("smoke")
+    assert frame["ratio_to_eager"].isna().all()
+
+
+SLOW_TESTS = """
+import time
+def test_a(): assert 1 == 2
+def test_b(): time.sleep(60)
+"""
+
+
+def test_tests_that_take_too_long_say_what_failed(run, out, tmp_path, capsys):
+    path = tmp_path / "test_slow.py"
+    path.write_text(SLOW_TESTS)
+    options = ["-q", "-rf", "-p", "no:cacheprovider", "-n", "1", "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, str(path)]
+    start = time.monotonic()
+    code, _ = run("tests", seconds=18, test_command=command)
+    assert code == 1
+    assert time.monotonic() - start < 20
+    assert facts(out)["tests"].startswith("stopped after ")
+    assert "test_slow.py::test_a - assert 1 == 2" in capsys.readouterr().out
+
+
+def test_smoke_of_every_assembler(run, out, tiny, capsys, monkeypatch):
+    paths = ("/new/ptxas", "/wrong/ptxas", "/none/ptxas")
+    code, _ = run("smoke", ptxas=paths)
+    assert code == 1
+    found = facts(out)["smoke"]
+    assert [*found] == ["of Triton", *paths]
+    assert [x["status"] for x in found.values()] == [0, 0, 1, 2]
     printed = capsys.readouterr().out
-    assert OUT_OF_TIME in printed
+    assert "assembler /wrong/ptxas: WRONG RESULTS" in printed
+    assert "assembler /none/ptxas: could not run" in printed
+    assert json.loads(logged(out, "smoke-2.json")) == {"ptxas": "/wrong/ptxas"}
+    _, frame = run("tests", "eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()  # another assembler was wrong
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/wrong/ptxas")
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/wrong/ptxas")
+    _, frame = run("smoke")
+    assert frame["ratio_to_eager"].isna().all()
+    assert "THE KERNELS GAVE WRONG RESULTS" in capsys.readouterr().out
+
+
+def test_a_smoke_check_that_cannot_start_is_not_a_wrong_kernel(run, out, capsys):
+    broken = (sys.executable, "-c", "import a_module_that_is_missing")
+    run("smoke")
+    code, _ = run("smoke", check_command=broken)
+    assert code == 1
+    assert facts(out)["smoke"]["of Triton"]["verdict"] == "could not run"
+    assert "ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_a_smoke_check_that_hangs(run, out):
+    hanging = (sys.executable, "-c", "import time; time.sleep(60)")
+    start = time.monotonic()
+    code, _ = run("smoke", seconds=2, check_command=hanging, ptxas=("/new/ptxas",))
+    assert code == 1
+    assert time.monotonic() - start < 6
+    assert {x["verdict"] for x in facts(out)["smoke"].values()} == {"killed after 1 s"}
+
+
+def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):
+    group = [*providers.plain("torch"), variant("crash", fakes.crashes)]
+    code, frame = run("tests", "eager", workloads=[tiny], sweeps=lambda stage: [group])
+    assert code == 0
+    assert len(frame) == 2 * 5
+    told = frame[frame["status"] != OK]
+    assert [*told["provider"]] == ["crash"] * 2
+    assert {*told["status"]} == {"the process died with signal 11 (SIGSEGV)"}
+    printed = capsys.readouterr().out
+    assert "crash (eager launch), 2x, first tiny: the process died with signal 11" in printed
     assert "geometric mean" in printed
 
 
-def test_what_comes_after_has_time_of_its_own(run, capsys, timer):
-    """A sweep that would use everything up leaves a quarter; what then has none is named."""
-    late_by = [0]
-
-    def clock():
-        return 10 * len(timer.calls) + late_by[0]
-
-    def early(report, bench, workloads):
-        assert bench.budget.left > 0
-        report.notes.append("the first part ran")
-        late_by[0] += 1e6
-
-    def late(report, bench, workloads):
-        raise AssertionError
-
-    _, frame = run(seconds=1000, clock=clock, afterwards=(early, late))
-    assert OUT_OF_TIME in set(frame["status"])
-    printed = capsys.readouterr().out
-    assert "the first part ran" in printed
-    assert "Not run for lack of time: late." in printed
+def test_warnings_of_workers_are_in_the_report(run, out, tiny, variant):
+    """Such as that a kernel failed its check on first use, and PyTorch operations were timed."""
+    group = [*providers.plain("torch")[:1], variant("warns", fakes.warns)]
+    run("eager", workloads=[tiny], sweeps=lambda stage: [group])
+    assert (out / "report.md").read_text().count("da_triton does not use its kernel 'a'") == 1
 
 
-def test_parts_that_come_after(run, tmp_path, monkeypatch, table):
-    """On the CPU, with the torch backend for Triton."""
-    real = providers.select
+def test_a_stage_that_fails_does_not_end_the_run(run, out, tiny, monkeypatch, capsys):
+    def fails(*args):
+        raise MemoryError("too large")
 
-    def select(names, launch, *rest):
-        return real([n.replace("triton", "torch") for n in names], "eager", *rest)
-
-    monkeypatch.setattr(gpu.providers, "select", select)
-    monkeypatch.setattr(gpu, "seconds", lambda *args: (2.0, 1.0))
-    monkeypatch.setitem(gpu.scaling.AXES, "L", [8, 16, 32])
-    original = networks.variants
-    monkeypatch.setattr(networks, "variants", lambda *_: original("torch", False))
-    network = networks.Network(
-        "net", lambda block: torch.nn.Sequential(*([block(4)] if block else [torch.nn.ReLU()])),
-        lambda net, x: net(x).square().mean(), (1, 4, 5, 5), (1, 4, 5, 5),
-    )  # fmt: skip
-    monkeypatch.setattr(networks, "NETWORKS", {"net": network})
-    _, frame = run(afterwards=gpu.AFTERWARDS)
-    called = frame.dropna(subset="first_call_cold_s")
-    assert set(called["provider"]) == {"torch"}
-    assert set(called["workload"]) == {table[0].name}
-    scaled = pd.read_csv(tmp_path / "scaling" / "scaling.csv")
-    assert set(scaled["size"]) == {8, 16, 32}
-    assert (scaled["status"] == OK).all()
-    nets = frame[frame["workload"] == "net"]
-    assert len(nets) == 2 * 6
+    monkeypatch.setattr(stages, "REST", ((stages.whole_networks, 1),))
+    code, frame = run("eager", "rest", workloads=[tiny], sweeps=fails)
+    assert code == 1
+    assert {*frame["workload"]} == {"net"}
+    assert "failed: MemoryError: too large" in capsys.readouterr().out
+    assert "in fails" in logged(out, "eager-error.txt")
+    monkeypatch.setattr(stages.networks, "variants", fails)
+    run("rest", workloads=[tiny])
+    assert "whole networks: failed: MemoryError: too large" in capsys.readouterr().out
 
 
-def test_own_tests_are_run_with_what_is_installed(monkeypatch):
-    everything = gpu.own_tests()
-    assert "-n" in everything
-    assert "--ignore=tests/bench" in everything
-    assert "--ignore=tests/test_properties.py" not in everything
-    for argument in everything:
-        path = argument.removeprefix("--ignore=")
-        assert path == argument or (gpu.ROOT / path).exists()
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    bare = gpu.own_tests()
-    assert "-n" not in bare
-    assert "--ignore=tests/test_properties.py" in bare
+def test_a_report_that_cannot_be_drawn_is_written(run, out, tiny, monkeypatch, capsys):
+    def fails(*args):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("bench.plots.bars", fails)
+    run("tests", "eager", workloads=[tiny])
+    assert "Parts of the report failed: ValueError: no font" in capsys.readouterr().out
+    assert "median_ms" in (out / "report.md").read_text()
+    assert (pd.read_csv(out / "results.csv")["status"] == OK).all()
 
 
-def test_own_tests_import_only_what_a_bare_machine_has(monkeypatch):
-    """Or the first file that cannot be imported stops them all, and no ratio is given."""
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    tests = gpu.ROOT / "tests"
-    ignored = [gpu.ROOT / a.removeprefix("--ignore=") for a in gpu.own_tests() if "--ignore" in a]
-    there = {
-        *sys.stdlib_module_names,
-        "bench",
-        "da_triton",
-        "numpy",
-        "pytest",
-        "support",
-        "torch",
-        "triton",
-    }
-    run = [
-        file
-        for file in (*tests.rglob("test_*.py"), tests / "conftest.py")
-        if not any(file.is_relative_to(path) for path in ignored)
-    ]
-    assert len(run) > 20
-    for file in run:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert {name.split(".")[0] for name in names} <= there, file
+def test_used_up_budget(run, out, capsys):
+    code, frame = run("tests", "eager", "rest", seconds=0)
+    assert code == 1  # the tests did not run
+    assert frame is None
+    assert {x["result"] for x in facts(out)["stages"].values()} == {"not run, for lack of time"}
+    assert "== eager: seconds 0.0" in capsys.readouterr().out
 
 
-def test_slow_tests_are_stopped(tmp_path):
-    log = tmp_path / "tests.txt"
-    endless = (sys.executable, "-c", "import time; time.sleep(60)")
-    assert run_tests(endless, 0.2, log) == "stopped after 0 s"
-    assert run_tests(FAILING, 60, log) == "failed with exit status 1: 1 failed in 1s"
-    assert log.read_text() == "1 failed in 1s\n"
+def test_time_that_a_stage_does_not_use_is_for_the_next(out, table, settings):
+    seconds = []
+
+    def spends(share):
+        def stage(run, budget):
+            seconds.append(budget.left)
+            now[0] += share * budget.left
+            return "done"
+
+        return stage
+
+    now = [0.0]
+    chosen = [
+        stages.Stage("a", 100, spends(0.5), ""), stages.Stage("b", 200, spends(1.0), ""),
+        stages.Stage("c", 100, spends(1.0), ""),
+    ]  # fmt: skip
+    run_gpu(out, table, Budget(410, lambda: now[0]), chosen, settings)
+    assert seconds == pytest.approx([100, 350 * 2 / 3, 350 / 3])
+
+
+def test_a_budget_holds_whatever_hangs(run, tiny, variant):
+    group = [providers.plain("torch")[0], variant("hang", fakes.hangs)]
+    start = time.monotonic()
+    _, frame = run("eager", seconds=6, workloads=[tiny], sweeps=lambda stage: [group])
+    assert time.monotonic() - start < 10
+    assert (frame["status"] != OK).any()
+    assert OUT_OF_TIME in {*frame["status"]}
+
+
+def test_kernels_are_compiled_before_anything_is_timed(run, out, tiny, monkeypatch, capsys):
+    """Once per invocation, in other processes; what fails there is reported and goes on."""
+    asked = []
+
+    def warm(self, workloads, log):
+        asked.append(([work.name for work in workloads], self.budget.left > 0))
+        return ["the process died with signal 11 (SIGSEGV)"]
+
+    monkeypatch.setattr("bench.groups.Sweeper.warm", warm)
+    where = dataclasses.replace(WHERE, device=torch.device("cpu"))
+    code, frame = run("eager", "compiled", ours="triton", workloads=[tiny], where=where)
+    assert code == 0
+    assert asked == [(["tiny"], True)]
+    assert (frame["status"] == OK).all()
+    assert "Compiling kernels beforehand: the process died" in capsys.readouterr().out
+
+
+def test_kernels_are_compiled_in_processes_that_may_fail(tmp_path, children, tiny, monkeypatch):
+    sweeper = Sweeper(Worker(tmp_path / "log"), WHERE, Budget(60))
+    assert sweeper.warm([tiny], tmp_path / "log") == []  # interpreted
+    assert sweeper.spent.compilation > 0
+    monkeypatch.delenv("TRITON_INTERPRET")
+    (failure,) = sweeper.warm([tiny], tmp_path / "log")  # compiled, and there is no GPU
+    assert failure.startswith("failed: ")
+
+
+TERMINATED = """
+import pathlib, sys
+from bench.gpu import run_gpu
+from bench.measure import Budget
+from bench.stages import STAGES, Settings
+tests = (sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)")
+chosen = [stage for stage in STAGES if stage.name == "tests"]
+run_gpu(pathlib.Path(sys.argv[1]), [], Budget(60), chosen, Settings(test_command=tests))
+"""
+
+
+def test_a_run_that_is_terminated_leaves_its_report(out, children):
+    process = subprocess.Popen([sys.executable, "-c", TERMINATED, str(out)], stdout=subprocess.PIPE)
+    while not (out / "environment.json").exists():
+        time.sleep(0.1)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=20)
+    assert b"Interrupted" in printed
+    assert facts(out)["stages"]["tests"]["result"] == "interrupted"
+    assert (out / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, (None, None)),
+        ("abc123", ("abc123", None)),
+        ("abc123-clean", ("abc123", False)),
+        ("abc123-dirty", ("abc123", True)),
+    ],
+)
+def test_commit_of_a_copy_without_git(tmp_path, monkeypatch, given, expected):
+    monkeypatch.delenv(COMMIT, raising=False)
+    if given:
+        monkeypatch.setenv(COMMIT, given)
+    assert tuple(commit(tmp_path).values()) == expected
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "part").mkdir()
+    assert tuple(commit(tmp_path / "part").values()) == expected  # another repository around it
+
+
+def test_commit_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv(COMMIT, "abc123-clean")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "c"]):
+        subprocess.run([*git, *command], check=True)
+    found = commit(tmp_path)
+    assert len(found["commit"]) == 40
+    assert found["uncommitted_changes"] is False
+    (tmp_path / "file").touch()
+    assert commit(tmp_path) == {"commit": found["commit"], "uncommitted_changes": True}
+
+
+def test_furthest_from_the_floor():
+    class Report:
+        rows = [  # noqa: RUF012
+            {"workload": name, "provider": provider, "share_of_floor": share}
+            for name, provider, share in (
+                ("a", "triton", 0.9), ("a", "triton", 0.2), ("b", "triton", 0.5),
+                ("b", "eager", 0.1), ("c", "triton", None), ("d", "triton", 0.7),
+                ("e", "triton", 0.6), ("elsewhere", "triton", 0.1),
+            )
+        ]  # fmt: skip
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+    table = [Named(name) for name in "abcde"]
+    assert stages.furthest(Report, table) == ["b", "e", "d"]
+    Report.rows = []
+    assert stages.furthest(Report, table) == ["a", "b", "c"]
+
+
+def test_compiled_stage_begins_with_what_matters(monkeypatch):
+    monkeypatch.setattr(stages, "_sweep", lambda run, budget, stage, works: works)
+    run = type("Run", (), {"workloads": WORKLOADS})
+    found = [work.name for work in stages.compiled(run, Budget(1))]
+    assert tuple(found[:7]) == stages.COMPILED_FIRST
+    assert sorted(found) == sorted(work.name for work in WORKLOADS)
 
 
 def test_ceiling_that_fails_is_told():

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,17 +91,44 @@ def test_gpu_without_a_gpu_exits_with_2(tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_gpu_passes_budget_and_all_workloads(table, tmp_path, monkeypatch):
-    asked = {}
+@pytest.fixture
+def gpu_calls(monkeypatch):
+    """What ``run_gpu`` is called with, on a machine that has a GPU."""
+    calls = []
 
-    def run_gpu(out, workloads, budget):
-        asked.update(out=out, workloads=workloads, seconds=budget.seconds)
+    def run_gpu(out, workloads, budget, stages, settings):
+        calls.append((out, workloads, budget.seconds, [s.name for s in stages], settings.ptxas))
         return 7
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(running, "run_gpu", run_gpu)
-    assert cli.main(["gpu", "--budget", "90", "--out", str(tmp_path)], table) == 7
-    assert asked == {"out": tmp_path, "workloads": list(table), "seconds": 90}
+    return calls
+
+
+def test_gpu_runs_every_stage_with_the_sum_of_their_seconds(table, tmp_path, gpu_calls):
+    assert cli.main(["gpu", "--out", str(tmp_path)], table) == 7
+    names = ["smoke", "tests", "eager", "compiled", "tune", "rest"]
+    assert gpu_calls == [(tmp_path, list(table), 1470, names, [])]
+
+
+def test_gpu_adds_to_no_results_of_other_commands(table, tmp_path, gpu_calls, capsys):
+    (tmp_path / "results.csv").touch()
+    assert cli.main(["gpu", "--out", str(tmp_path)], table) == 2
+    assert "has a results.csv that cannot be added to" in capsys.readouterr().err
+    (tmp_path / "logs.tar.gz").touch()
+    assert cli.main(["gpu", "--out", str(tmp_path)], table) == 7
+
+
+def test_gpu_runs_chosen_stages_in_their_order(table, tmp_path, gpu_calls):
+    ptxas = tmp_path / "ptxas"
+    ptxas.touch(0o755)
+    arguments = ["--stage", "tests", "--stage", "eager,smoke", "--ptxas", str(ptxas)]
+    assert cli.main(["gpu", *arguments, "--workload", "tiny"], table) == 7
+    assert cli.main(["gpu", *arguments, "--budget", "90"], table) == 7
+    (_, works, *first), (_, _, *second) = gpu_calls
+    assert [work.name for work in works] == ["tiny"]
+    assert first == [370, ["smoke", "tests", "eager"], [str(ptxas)]]
+    assert second == [90, ["smoke", "tests", "eager"], [str(ptxas)]]
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
@@ -141,6 +169,9 @@ def test_overview_names_every_command(capsys):
         (["plan", "--shape", "1,2", "--c-m", "2", "--c-n", "2"], "x_shape must be"),
         (["model", "--mode", "backward"], "did you mean 'bwd'"),
         (["gpu"], "needs a CUDA GPU"),
+        (["gpu", "--stage", "eager,teste"], "did you mean 'tests'"),
+        (["gpu", "--ptxas", "none"], "--ptxas none is not an executable file"),
+        (["warm", "--arch", "sm_90"], "TRITON_INTERPRET is set"),
         (["tune"], "measures on a CUDA GPU"),
         (["networks", "--network", "resnet5"], "did you mean 'resnet50'"),
         (["networks", "--mode", "bwd"], "did you mean 'fwd'"),
@@ -304,10 +335,10 @@ def test_first_calls_of_fresh_processes(monkeypatch):
     folders = []
     fresh = first_call._fresh
 
-    def spied(arguments, environment):
+    def spied(arguments, environment, limit):
         folders.append(environment["TRITON_CACHE_DIR"])
         assert os.path.isdir(os.path.dirname(folders[-1]))
-        return fresh(arguments, environment)
+        return fresh(arguments, environment, limit)
 
     monkeypatch.setattr(first_call, "_fresh", spied)
     arguments = ["yolo_p5_b1", eager, problems.FORWARD, torch.float32, torch.device("cpu")]
@@ -317,6 +348,10 @@ def test_first_calls_of_fresh_processes(monkeypatch):
     assert folders[0] == folders[1] != "not this"
     with pytest.raises(RuntimeError, match=r"first call of 'eager'.*did you mean 'yolo_p5_b1'"):
         first_call.seconds("yolo_p5_b", *arguments[1:])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="first call of 'eager': killed after 0 s"):
+        first_call.seconds(*arguments, limit=0.2)
+    assert time.monotonic() - start < 3
 
 
 def test_first_calls_in_a_sweep(table, tmp_path, monkeypatch):

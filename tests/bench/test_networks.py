@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 import sys
 
 import pandas as pd
@@ -12,6 +13,7 @@ from bench import networks, running
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.networks import WITHOUT, Network, Variant
 from bench.problems import FORWARD, STEP
+from bench.report import Report
 
 CPU = torch.device("cpu")
 
@@ -66,6 +68,27 @@ class Twice(networks.EagerDoubleAttention):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def test_input_that_cannot_be_placed_becomes_rows(bench):
+    """On a GPU whose context is lost, or whose memory is full."""
+    bench = dataclasses.replace(bench, device=torch.device("cuda"))
+    network = dataclasses.replace(TINY, shape=TINY.cpu_shape)
+    rows = networks.measure(bench, network, FORWARD, networks.variants("torch", False))
+    assert len(rows) == 6
+    assert all(row["status"].startswith("failed: ") for row in rows)
+
+
+def test_networks_have_no_model(bench, tmp_path, tiny, eager):
+    """A report of both blocks and networks, timed on a GPU, compares only blocks with the model."""
+    block = bench.measure(tiny, FORWARD, [dataclasses.replace(eager, name="triton")])
+    rows = networks.measure(bench, TINY, FORWARD, networks.variants("torch", False))
+    report = Report(tmp_path, "both", png=False)
+    report.add([row | {"device": "cuda", "provider": "triton"} for row in (*block, *rows)])
+    report.finish(short=True)
+    text = (tmp_path / "report.md").read_text()
+    (section,) = re.findall(r"## Model against measurement.*?\n## ", text, re.DOTALL)
+    assert section.count("\n| ") == 2  # the head, and the block
 
 
 def test_library_that_is_missing_becomes_rows(bench, monkeypatch):

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 
@@ -53,12 +55,11 @@ def test_compiled_block_is_compiled_for_static_shapes(tiny, monkeypatch):
         return block
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     problem = problems.draw(tiny, STEP, torch.float32, CPU).in_format(False)
     closure = providers.setup_block(problem, providers.eager_block, compile_mode="max-autotune")
     problem.show(problem.fresh)
     assert max(problem.errors(closure())) < 1e-4
-    assert asked == [{"mode": "max-autotune", "dynamic": False}]
+    assert asked == [{"mode": "max-autotune", "dynamic": False, "fullgraph": True}]
 
 
 def test_logits_are_peaky_and_the_branch_is_as_large_as_x(table):
@@ -72,37 +73,132 @@ def test_logits_are_peaky_and_the_branch_is_as_large_as_x(table):
         assert not torch.equal(problem.fresh, problem.features)
 
 
-def test_every_gpu_sweep_compares_like_with_like():
-    sweeps = providers.gpu_sweeps()
-    for sweep in sweeps:
-        assert len({p.launch for p in sweep}) == 1
-        baselines = {(p.name, p.layout) for p in sweep if p.baseline}
-        assert baselines == {("eager", "nchw"), ("eager", "channels_last")}
-        assert len({(p.name, p.layout) for p in sweep}) == len(sweep)
-        assert len({p.compiles for p in sweep if not p.baseline}) == 1
-    timed = {(p.name, p.launch) for sweep in sweeps for p in sweep if p.name != "fla"}
-    assert timed == {
-        (name, launch)
-        for launch in (EAGER, GRAPH)
-        for name in (
-            "eager", "eager autocast", "einsum", "sdpa", "torch", "triton", "compile eager",
-            "compile eager max-autotune", "compile torch", "compile triton",
-            "compile triton max-autotune",
-        )
+def test_every_gpu_sweep_has_what_its_ratios_refer_to():
+    """And each group da_triton, whichever stage of a run it belongs to."""
+    both = {(name, layout) for name in ("eager", "triton") for layout in providers.LAYOUTS}
+    for stage in providers.STAGES:
+        for sweep in providers.gpu_sweeps(stage):
+            assert len({p.launch for p in sweep}) == 1
+            timed = {(p.name, p.layout) for p in sweep}
+            assert timed >= both
+            assert len(timed) == len(sweep)
+            assert {(p.name, p.layout) for p in sweep if p.baseline} == {
+                ("eager", layout) for layout in providers.LAYOUTS
+            }
+            assert stage == "compiled" or not any(p.compiles for p in sweep)
+            assert all(p.compiles == p.name.startswith("compile") for p in sweep)
+
+
+def names_of(sweep):
+    return {p.name for p in sweep} - {"fla"}
+
+
+def test_stages_of_the_gpu_sweep():
+    graphs, launched = providers.gpu_sweeps("eager")
+    assert (graphs[0].launch, launched[0].launch) == (GRAPH, EAGER)
+    assert names_of(graphs) == {
+        "eager", "triton", "torch", "eager autocast", "einsum", "sdpa", "absorbed",
+        "absorbed unbiased",
     }  # fmt: skip
-    assert all(p.compiles == p.name.startswith("compile") for sweep in sweeps for p in sweep)
-    assert not any(p.compiles for sweep in sweeps[:2] for p in sweep)
+    assert names_of(launched) == {"eager", "triton"}
+
+    compiled, rivals, launched = providers.gpu_sweeps("compiled")
+    assert [s[0].launch for s in (compiled, rivals, launched)] == [GRAPH, GRAPH, EAGER]
+    formats = {(p.name, p.layout) for p in compiled}
+    for name in ("compile eager", "compile eager max-autotune"):
+        assert formats >= {(name, layout) for layout in providers.LAYOUTS}
+    assert names_of(rivals) == {
+        "eager", "triton", "compile eager mm", "compile eager mm max-autotune",
+        "compile absorbed unbiased", "compile absorbed flex", "compile absorbed flex max-autotune",
+    }  # fmt: skip
+    assert names_of(launched) == {"eager", "triton", "compile eager", "compile triton"}
+    for sweep in (compiled, rivals, launched):
+        assert all(p.layout == "channels_last" for p in sweep if "absorbed" in p.name)
+    everything = [names_of(sweep) for sweep in providers.gpu_sweeps()]
+    stages = [*providers.gpu_sweeps("eager"), *providers.gpu_sweeps("compiled")]
+    assert everything == [names_of(sweep) for sweep in stages]
+    with pytest.raises(UnknownNameError, match="did you mean 'compiled'"):
+        providers.gpu_sweeps("compile")
 
 
-@pytest.mark.parametrize("name", ["eager", "einsum", "sdpa", "torch"])
-@pytest.mark.parametrize("layout", providers.LAYOUTS)
-def test_formulations_agree_with_the_definition(bench, table, name, layout):
-    chosen = providers.select([name], EAGER, CPU, torch.float32, [layout])
+@pytest.mark.parametrize(
+    "name", ["eager", "einsum", "sdpa", "torch", "absorbed", "absorbed unbiased"]
+)
+def test_formulations_agree_with_the_definition(bench, table, name):
+    chosen = providers.select([name], EAGER, CPU, torch.float32)
+    assert len(chosen) == (1 if "absorbed" in name else 2)
     for workload in table:
         for mode in problems.MODES:
-            (row,) = bench.measure(workload, mode, chosen)
-            assert row["status"] == "ok", row["status"]
-            assert row["layout"] == layout
+            rows = bench.measure(workload, mode, chosen)
+            assert {row["status"] for row in rows} == {"ok"}
+            assert max(row["error"] for row in rows) < 1e-5
+            assert {row["layout"] for row in rows} == {p.layout for p in chosen}
+
+
+@pytest.mark.parametrize("mode", [FORWARD, STEP])
+def test_problem_without_a_bias_of_v(table, mode):
+    """It is another problem, and the definition's answer is another."""
+    for workload in table:
+        problem = problems.draw(workload, mode, torch.float32, CPU)
+        given = problem.without_bias_of_v
+        assert given is problem.without_bias_of_v
+        zero = {**problem.state, "convV.bias": torch.zeros_like(problem.state["convV.bias"])}
+        expected = problems._definition(workload, zero, problem.fresh, problem.grad)
+        torch.testing.assert_close(given.expected, expected)
+        assert max(problem.errors(given.expected)) > 1e-3
+        (chosen,) = providers.select(["absorbed unbiased"], EAGER, CPU, torch.float32)
+        assert "convV.bias" not in chosen.problem(problem).state
+        (chosen,) = providers.select(["absorbed"], EAGER, CPU, torch.float32)
+        assert "convV.bias" in chosen.problem(problem).state
+
+
+def test_absorbed_attention_has_a_mask_only_for_the_bias_of_v(tiny, monkeypatch):
+    masks = []
+    original = providers.scaled_dot_product_attention
+
+    def attention(*args, attn_mask=None, **options):
+        masks.append(attn_mask is not None)
+        return original(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(providers, "scaled_dot_product_attention", attention)
+    problem = problems.draw(tiny, FORWARD, torch.float32, CPU)
+    for name in ("absorbed", "absorbed unbiased"):
+        (chosen,) = providers.select([name], EAGER, CPU, torch.float32)
+        (out,) = chosen.setup(chosen.problem(problem))()
+        assert out.is_contiguous(memory_format=torch.channels_last)  # no copy at the end
+    assert masks == [False, True, False, False]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_absorbed_flex_attention(tiny, compiled):
+    """Forward: FlexAttention has no backward on a CPU."""
+    problem = problems.draw(tiny, FORWARD, torch.float32, CPU).in_format(True)
+    problem.show(problem.fresh)
+    block = providers.eager_block(problem, providers.AbsorbedFlexAttention)
+    block.load_state_dict(problem.state)
+    block.requires_grad_(False)
+    run = torch.compile(block, dynamic=False) if compiled else block
+    assert max(problem.errors((run(problem.x),))) < 1e-5
+
+
+def test_compiled_with_convolutions_as_products(tiny):
+    """The options are accepted, and no convolution is left in what Inductor generates."""
+    from torch._inductor.utils import run_and_get_code
+
+    options = providers.matmul_options("max-autotune-no-cudagraphs")["options"]
+    assert options["max_autotune"]
+    assert options["conv_1x1_as_mm"]
+    assert options["triton.native_matmul"]
+    problem = problems.draw(tiny, FORWARD, torch.float32, CPU).in_format(True)
+    problem.show(problem.fresh)
+    for as_matmul in (False, True):
+        torch.compiler.reset()
+        call = providers.setup_block(
+            problem, providers.eager_block, compile_mode="default", as_matmul=as_matmul
+        )
+        results, (code,) = run_and_get_code(call)
+        assert max(problem.errors(results)) < 1e-5
+        assert ("extern_kernels.convolution(" in code) != as_matmul
 
 
 def test_backward_alone_is_not_captured(tiny):
@@ -113,7 +209,6 @@ def test_backward_alone_is_not_captured(tiny):
 
 def test_compiled_forward_is_kept_for_a_later_backward(tiny, monkeypatch):
     """Two forward passes before either's backward, in a graph that may reuse no buffer."""
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     original = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda block, **_: original(block, backend="aot_eager", dynamic=False)
@@ -151,17 +246,64 @@ def test_selection_by_name():
         providers.select(["triton"], EAGER, CPU, torch.float32)
     with pytest.raises(ValueError, match="needs float16 or bfloat16"):
         providers.select(["eager autocast"], EAGER, CPU, torch.float32)
+    with pytest.raises(ValueError, match="'absorbed' needs layout channels_last"):
+        providers.select(["absorbed"], EAGER, CPU, torch.float32, ["nchw"])
+    assert "absorbed" not in {
+        p.name for p in providers.select([], EAGER, CPU, torch.float32, ["nchw"])
+    }
     with pytest.raises(UnknownNameError, match="did you mean 'nchw'"):
         providers.select(["eager"], EAGER, CPU, torch.float32, ["nchv"])
 
 
-def test_graphs_are_captured_but_where_compilation_records_them():
-    asked = {}
+def test_every_graph_is_captured_in_the_same_way():
+    """None is left to Inductor's own graphs, which copy inputs and are launched from Python."""
+    launched = {p.name: p.setup.keywords for p in providers.catalogue(EAGER)}
     for provider in providers.catalogue(GRAPH):
-        options = provider.setup.keywords
-        asked[provider.name] = options.get("capture"), options.get("compile_mode")
-    assert asked["triton"] == (True, None)
-    assert asked["compile triton"] == (True, "default")
-    assert asked["compile eager max-autotune"] == (False, "max-autotune")
-    launched = {p.name: p.setup.keywords.get("compile_mode") for p in providers.catalogue(EAGER)}
-    assert launched["compile eager max-autotune"] == "max-autotune-no-cudagraphs"
+        options = dict(provider.setup.keywords)
+        assert options.pop("capture"), provider.name
+        same = dict(launched[provider.name])
+        assert not same.pop("capture")
+        for given in (options, same):
+            given["make"] = str(given["make"])
+        assert options == same
+        mode = options.get("compile_mode")
+        assert mode in (None, "default", "max-autotune-no-cudagraphs")
+        assert ("max-autotune" in provider.name) == (mode == "max-autotune-no-cudagraphs")
+
+
+def test_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+    """``torch.cuda.graph`` itself does not, where ending the capture fails."""
+    current = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def stream(one):
+        before, current[0] = current[0], one
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            current[0] = "capturing"
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    default = Stream()
+    current.append(default)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        providers.Replay(lambda: ())
+    assert current[0] is default

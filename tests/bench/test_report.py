@@ -12,8 +12,9 @@ from bench import environment as module
 from bench import plots
 from bench.environment import environment
 from bench.floors import Ceilings
+from bench.measure import CONDITIONS
 from bench.report import COLUMNS, Report
-from bench.tables import METRICS, against_model, markdown
+from bench.tables import METRICS, RATIOS, against_model, markdown, means
 from support.rows import row
 
 
@@ -217,3 +218,40 @@ def test_card_reads_what_nvidia_smi_prints(monkeypatch):
 def test_card_is_none_without_nvidia_smi(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert module.card() is None
+
+
+def test_every_ratio_comes_out_of_the_page(report):
+    ratios = {name: 2.0 + n for n, name in enumerate(RATIOS)}
+    report.add([row("triton", launch="graph", workload="all", **ratios)])
+    report.finish(short=True)
+    page = (report.out / "report.md").read_text()
+    for name, meaning in RATIOS.items():
+        assert f"Times as fast as {meaning}" in page
+        assert f"| {ratios[name]:.2f} | {ratios[name]:.2f} | all |" in page
+
+
+def test_provider_of_several_groups_counts_once_with_its_worst_ratio(report):
+    report.add([
+        row("triton", median_ms=2.0, ratio_to_eager=3.0),
+        row("triton", median_ms=2.1, ratio_to_eager=2.5, ratio_to_compiled=1.5),
+        row("triton", median_ms=1.9, ratio_to_eager=3.5, ratio_to_rivals=1.25),
+        row("eager", median_ms=6.0), row("eager", median_ms=6.1),
+    ])  # fmt: skip
+    found = means(report.timed()).set_index(["provider", "against"])
+    assert dict(found.loc["triton", "mean"]) == {
+        "ratio_to_eager": 2.5, "ratio_to_compiled": 1.5, "ratio_to_rivals": 1.25,
+    }  # fmt: skip
+    assert set(found.loc["triton", "timed"]) == {1}
+    for report.with_ratios in (True, False):
+        report.finish(short=True)
+    page = (report.out / "report.md").read_text()
+    assert page.count("| triton |") == 3  # every measurement is listed
+
+
+def test_conditions_of_a_gpu_run_are_recorded(report):
+    assert "conditions" not in report.environment
+    report.add([row("triton", device="cuda", dtype="bfloat16")])
+    assert report.environment["conditions"] == CONDITIONS
+    report.with_ratios = False
+    report.finish(short=True)
+    assert "cudnn.benchmark is True" in (report.out / "report.md").read_text()

@@ -14,7 +14,7 @@ from bench import tune
 from bench.measure import Budget
 from bench.tune import Choice, Site
 from bench.workloads import Workload
-from da_triton.kernels import configs, fused_tiles, measured
+from da_triton.kernels import block, configs, fused_tiles, measured
 
 ROOT = Path(tune.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -23,22 +23,52 @@ SITE = Site("project_distribute", 64, 32)
 PRESENT = (32, 4, 1)  # of every fused kernel, interpreted
 
 
-def always(site, work, candidates):
-    return [(64, 4, 2), (16, 4, 1)]
+OTHERS = [(64, 4, 2), (16, 4, 1)]
+
+
+def present_tile():
+    tile = configs.fused_tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)
+    return tile.block_l, tile.num_warps, tile.num_stages
+
+
+class Step:
+    """A step of which only the tile is known that it had."""
+
+    def __init__(self, results=None, fails=()):
+        self.results, self.fails, self.seen = results or {}, fails, []
+
+    def __call__(self):
+        self.seen.append(present_tile())
+        if self.seen[-1] in self.fails:
+            raise RuntimeError("out of resource: shared memory")
+        return (torch.full((4,), self.results.get(self.seen[-1], 1.0)),)
 
 
 class Clock:
-    """Milliseconds by the tile that the site has during the call."""
+    """Milliseconds by the tile that the call had."""
 
-    def __init__(self, times):
-        self.times, self.seen = times, []
+    def __init__(self, run, times):
+        self.run, self.times, self.seen = run, times, []
 
-    def __call__(self, run, *, launches_count):
-        x = torch.empty(1, dtype=torch.bfloat16)
-        tile = configs.fused_tile(SITE.kernel, x, 64, 32)
-        entry = (tile.block_l, tile.num_warps, tile.num_stages)
-        self.seen.append(entry)
-        return self.times[entry]
+    def __call__(self, closure, *, launches_count):
+        assert not launches_count
+        closure()
+        self.seen.append(self.run.seen[-1])
+        return self.times[self.seen[-1]]
+
+
+@pytest.fixture
+def tuned(monkeypatch, interpreted_tiles):
+    """Tunes one site with a given step and times; the clock, the choices, and what was told."""
+    monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT)])
+    monkeypatch.setattr(tune, "candidates_of", lambda site: [PRESENT, *OTHERS])
+
+    def tuned(run, times, budget=1e9):
+        monkeypatch.setattr(tune, "step", lambda work, device, backward: run)
+        clock, told = Clock(run, times), []
+        return clock, tune.tune([WORK], CPU, clock, Budget(budget), told.append), told
+
+    return tuned
 
 
 @pytest.fixture
@@ -58,19 +88,76 @@ def test_sites_are_the_fused_kernels_of_the_planned_route():
     assert names & set(tune.FORWARD_KERNELS)
 
 
-@pytest.mark.usefixtures("interpreted_tiles")
 @pytest.mark.parametrize(("fast", "best"), [(0.5, (64, 4, 2)), (1.0, PRESENT), (2.0, PRESENT)])
-def test_faster_candidate_replaces_the_present_tile(monkeypatch, fast, best):
-    monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT)])
-    clock = Clock({PRESENT: 1.0, (64, 4, 2): fast, (16, 4, 1): 3.0})
-    told = []
-    (choice,) = tune.tune([WORK], CPU, clock, Budget(1e9), always, told.append)
+def test_faster_candidate_replaces_the_present_tile(tuned, fast, best):
+    times = {PRESENT: 1.0, (64, 4, 2): fast, (16, 4, 1): 3.0}
+    clock, (choice,), told = tuned(Step(), times)
     assert (choice.site, choice.present, choice.best) == (SITE, PRESENT, best)
     assert choice.present_us == 1000.0
     assert choice.best_us == min(1.0, fast) * 1000.0
     assert choice.candidates == 3
-    assert clock.seen[:6] == [PRESENT, (64, 4, 2), (16, 4, 1)] * 2  # in turns
+    assert clock.seen == [PRESENT, *OTHERS] * tune.ROUNDS  # in turns
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (Step({(64, 4, 2): 1.1}), "its results differ by 1.0e-01 from those of (32, 4, 1)"),
+        (Step({(64, 4, 2): float("nan")}), "its results differ by nan"),
+        (Step(fails=[(64, 4, 2)]), "RuntimeError: out of resource: shared memory"),
+    ],
+)
+def test_candidate_that_fails_or_is_wrong_is_not_timed(tuned, wrong, why):
+    times = {PRESENT: 1.0, (64, 4, 2): 0.1, (16, 4, 1): 3.0}
+    clock, (choice,), told = tuned(wrong, times)
+    assert choice.best == PRESENT
+    assert choice.candidates == 2
+    assert (64, 4, 2) not in clock.seen
+    assert "tile (64, 4, 2) is left out" in told[0]
+    assert why in told[0]
+
+
+def test_site_whose_present_tile_fails_has_no_choice(tuned):
+    _, choices, told = tuned(Step(fails=[PRESENT]), {})
+    assert choices == []
+    assert len(told) == 1
+
+
+def test_tuning_ends_with_the_context(tuned, monkeypatch):
+    run = Step(fails=[(64, 4, 2)])
+    monkeypatch.setattr(tune, "usable", lambda device: (64, 4, 2) not in run.seen)
+    clock, choices, told = tuned(run, {})
+    assert choices == []
+    assert clock.seen == []
+    assert "tuning ends here" in told[-1]
+
+
+def test_candidates_are_compiled_together_and_captured(tuned, monkeypatch):
+    """On a GPU what is timed is a graph, recorded with the candidate's tile."""
+    compiled, captured = [], []
+
+    class Replay:
+        def __init__(self, call):
+            captured.append(present_tile())
+            assert compiled
+            self.tile, self.results = captured[-1], call()
+
+        def __call__(self):
+            run.seen.append(self.tile)  # replayed: the step itself is not called again
+            return self.results
+
+    monkeypatch.setattr(tune, "on_gpu", lambda device: True)
+    monkeypatch.setattr(tune, "Replay", Replay)
+    monkeypatch.setattr(
+        tune, "compile_in_parallel", lambda site, entries, run: compiled.append(list(entries))
+    )
+    run = Step()
+    times = {PRESENT: 1.0, (64, 4, 2): 0.5, (16, 4, 1): 3.0}
+    _, (choice,), _ = tuned(run, times)
+    assert compiled == [[PRESENT, *OTHERS]]
+    assert captured == [PRESENT, *OTHERS]
+    assert choice.best == (64, 4, 2)
 
 
 def test_difference_within_the_noise_changes_nothing():
@@ -89,9 +176,18 @@ def test_step_with_another_tile_gives_the_same(interpreted_tiles):
     torch.testing.assert_close(before, after, rtol=2e-2, atol=2e-2)
 
 
-def test_used_up_budget(monkeypatch):
-    monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT)])
-    assert tune.tune([WORK], CPU, Clock({}), Budget(0), always) == []
+def test_used_up_budget(tuned):
+    assert tuned(Step(), {}, budget=0)[1] == []
+
+
+def test_step_returns_all_gradients(interpreted_tiles):
+    """So that a candidate that spoils one is noticed."""
+    results = tune.step(WORK, CPU, backward=True)()
+    shapes = [tuple(t.shape) for t in results]
+    batch = WORK.batch(CPU)
+    assert shapes[:2] == [(batch, 64, 128)] * 2
+    assert len(results) == 1 + len(block.Gradients._fields)
+    assert all(t.isfinite().all() for t in results)
 
 
 @pytest.fixture
@@ -154,19 +250,71 @@ def test_table_that_makes_no_sense_is_ignored_with_one_warning(table, change, to
 
 
 COMPILED = """
-import sys
-from bench import tune
+import os, sys, tempfile
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+from unittest import mock
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+import bench
+before = dict(os.environ)
+import bench.gpu, bench.measure, bench.tune as tune
+from bench.codegen import cli, compiler, fused, launches, survey, tiles
 from bench.tune import Site
-from bench.workloads import Workload
-work = Workload("small", 1, 256, (16, 16), 64, 64, 1, "test")
+from da_triton.kernels import block
+
+class Card:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Card())
+variant = launches.Variant("nchw", 256)
+shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
+w = block.Weights(*(launches._empty(variant, *shape) for shape in shapes))
+x = launches._empty(variant, 1, 256, 256)
+options = block.Options(1, 1.0, 1.0, 1.0, True, True)
+run = lambda: block.forward(x, w, None, options, fused.route("project_distribute"), False)
 site = Site("project_distribute", 256, 64)
-clean = tune.compiled_clean("sm_90")(site, work, [(64, 8, 2), (512, 8, 3)])
-print(clean)
+entries = [(32, 4, 2), (64, 8, 2)]
+
+def no_compilation(*args, **options):
+    raise AssertionError("compiled twice")
+
+original = JITFunction.run
+launched = []
+
+def without_launch(self, *args, grid, warmup, **options):
+    launched.append(self.fn.__name__)
+    return original(self, *args, grid=grid, warmup=True, **options)
+
+with launches.on("sm_90"):
+    tune.compile_in_parallel(site, entries, run)
+    with (
+        mock.patch("triton.compile", no_compilation),
+        mock.patch("triton.compiler.compile", no_compilation),
+        mock.patch("triton.compiler.compiler.compile", no_compilation),
+        mock.patch.object(JITFunction, "run", without_launch),
+    ):
+        for entry in entries:
+            with tune.tile_of(site, entry):
+                run()
+print(launched.count("project_distribute_kernel"))
+with launches.on("sm_90"):
+    recorded = fused.record(site.kernel, (256, 64, 64), (32, 4, 2), variant, special={})
+print(compiler.compile_launch(recorded[0], "sm_90").spills)
+print({k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)})
+print(knobs.compilation.disable_line_info)
 """
 
 
-def test_candidates_that_do_not_compile_are_not_measured():
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def test_candidates_are_compiled_once_under_the_keys_of_later_launches():
+    """Neither by importing the ahead-of-time compiler nor by using it does the key change."""
+    hidden = ("TRITON_INTERPRET", "TRITON_DISABLE_LINE_INFO")
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
     command = [sys.executable, "-c", COMPILED]
-    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[(64, 8, 2)]"
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split("\n") == ["2", "0", "set()", "False", ""]

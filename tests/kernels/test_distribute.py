@@ -202,6 +202,7 @@ def test_gradients_of_the_kernels_by_finite_differences():
         assert torch.autograd.gradgradcheck(function, (g, v), fast_mode=True)
 
 
+@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [((3, 2, 3, 36), (2**30, 192, 64, 1)), ((2, 2, 3, 36), (8, 4, 1, 2**26))],

@@ -14,7 +14,6 @@ import torch
 from da_triton.cores import aten
 from da_triton.cores import triton as core
 from da_triton.kernels import (
-    block,
     compilers,
     distribute,
     gather,
@@ -24,10 +23,11 @@ from da_triton.kernels import (
     trials,
     verdicts,
 )
+from support.block import NAMES, definition, inputs, run
 from support.launches import count
 from support.numerics import DEVICE, TOLERANCE, relative_rms
 
-from .test_block import CASES, NAMES, ROUTES, definition, inputs, run
+from .test_block import CASES, ROUTES
 
 ROOT = Path(__file__).parents[2]
 FAULT = compilers.Fault("it is said to be wrong", "a report", lambda made_by: True)
@@ -322,14 +322,14 @@ def test_a_block_of_stand_ins(route, case, channels_last, suspect, monkeypatch):
     """Where every kernel is wrong: right results, and no kernel that multiplies runs."""
     monkeypatch.setattr(guard, "_use", lambda spec, args, kwargs: False)
     dtype = torch.float64
-    x, w, keep, upstream = inputs(case, dtype, channels_last)
-    expected = definition(case, x, w, keep, upstream, dtype)
-    found = run(ROUTES[route], case, x, w, keep, upstream)
+    given = inputs(CASES[case], dtype, channels_last)
+    expected = definition(CASES[case], *given, dtype)
+    found = run(ROUTES[route], CASES[case], *given)
     for name, ours, truth in zip(NAMES, found, expected, strict=True):
         assert ours.shape == truth.shape
         assert (ours - truth).abs().max() <= 1e-11 * (1 + truth.abs().max()), name
     with count() as names:
-        run(ROUTES[route], case, x, w, keep, upstream)
+        run(ROUTES[route], CASES[case], *given)
     kernels = {name for name in names if name.endswith("_kernel")}
     assert kernels <= {"operands_kernel", "delta_kernel", "sums_kernel"}
 
@@ -373,15 +373,11 @@ def test_arguments_to_prove_with_are_small_and_aligned_alike():
 
 def test_every_launch_of_a_block_can_be_proved():
     """Fused and unfused, in the dtype the tiles are for; a mask, V kept, several heads."""
-    x, w, keep, upstream = inputs("odd", DTYPE, False)
-    heads, *_, softmax_v, keep_v = CASES["odd"]
-    options = block.Options(heads, 0.7, 0.9, 1.3, softmax_v, True)
-    mask = keep.view(torch.uint8)
+    given = inputs(CASES["odd"], DTYPE, False)
+    x = given[0]
     with guard.examine(2) as verdicts:
         for name in ("fused_xh", "fused_ah", "fused_gather_a_h", "split_AZ", "split_XH"):
-            route = ROUTES[name]
-            _, lse, g, v = block.forward(x, w, mask, options, route, keep_v)
-            block.backward(upstream, x, w, mask, lse, g, v, options, route, True)
+            run(ROUTES[name], CASES["odd"], *given)
         gather.gather_forward([(x[:, None], x[:, None], None)], 1.0)
         g = torch.randn(2, 1, 8, 40, device=DEVICE)
         distribute.distribute_backward(x[:, None, :8], g, x[:, None], 1.0, True, 1.0, True, True)
@@ -402,7 +398,7 @@ def test_examining_leaves_out_what_is_remembered(suspect, proofs, monkeypatch):
         project_gather, "gather_from_x_kernel",
         Kernel(project_gather.gather_from_x_kernel, lambda x, w, keep, acc, *_: acc.mul_(1.1)),
     )  # fmt: skip
-    x, w, _, _ = inputs("plain", DTYPE, False)
+    x, w, _, _ = inputs(CASES["plain"], DTYPE, False)
     with guard.examine(2) as verdicts:
         project_gather.gather_from_x(x, w.b, None, 1.0)
     assert [v.reason for v in verdicts] == ["wrong results"]

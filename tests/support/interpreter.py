@@ -1,7 +1,9 @@
-"""Corrects bfloat16 in Triton's interpreter, which computes on the bit patterns (3.6 to 3.9).
+"""Corrects bfloat16 and TF32 in Triton's interpreter (3.6 to 3.9).
 
-The interpreter keeps bfloat16 as uint16. The corrections widen to float32, let the original do its
-work, and round to nearest even. Only tests use this; the package refuses bfloat16 there.
+The interpreter keeps bfloat16 as uint16 and computes on the bit patterns. The corrections widen to
+float32, let the original do its work, and round to nearest even. Products in TF32 are those of
+float32 there; corrected, they lose the last 13 bits of their operands, as on a GPU. Only tests use
+this; the package refuses bfloat16 there.
 """
 
 import dataclasses
@@ -9,6 +11,7 @@ import dataclasses
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as ti
+from triton._C.libtriton import ir
 
 Handle, Builder = ti.TensorHandle, ti.InterpreterBuilder
 
@@ -35,6 +38,11 @@ def narrow(values):
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.where(is_nan, np.uint32(0x7FC00000), rounded).astype(np.uint32) >> np.uint32(16)
+
+
+def _cut(values):
+    """Without the last 13 bits of the mantissa."""
+    return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _is_bf16(x):
@@ -88,8 +96,11 @@ def _correct_builder():
 
         setattr(Builder, name, call)
 
-    def product(self, a, b, d, *rest):
-        return original["create_dot"](self, _wide(a), _wide(b), d, *rest)
+    def product(self, a, b, d, precision, *rest):
+        a, b = _wide(a), _wide(b)
+        if precision == ir.INPUT_PRECISION.TF32 and a.data.dtype == b.data.dtype == np.float32:
+            a, b = (Handle(_cut(x.data), tl.float32) for x in (a, b))
+        return original["create_dot"](self, a, b, d, precision, *rest)
 
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = float_to_float

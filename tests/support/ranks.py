@@ -21,6 +21,16 @@ PRELOADED = [
 ]
 
 
+def context_for(group):
+    """How ranks start. torch 2.11's compiler asks for CUDA when it is imported, and from then on no
+    fork of the process can use it."""
+    if group == "nccl":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def run(count, function, folder, *args, group="gloo", limit_s=300):
     """What ``function(rank, *args)`` returns on each rank, in order.
 
@@ -28,8 +38,7 @@ def run(count, function, folder, *args, group="gloo", limit_s=300):
     ``folder``. A rank that raises, or takes longer than ``limit_s``, is an AssertionError here with
     its traceback; the others are stopped.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = context_for(group)
     folder = pathlib.Path(folder) / str(time.monotonic_ns())
     folder.mkdir()
     calls = [(rank, count, group, function, folder, args) for rank in range(count)]

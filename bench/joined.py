@@ -1,0 +1,129 @@
+"""One folder of results for several invocations of ``python -m bench gpu``.
+
+It holds at most eight files: ``results.csv``, ``report.md``, ``environment.json``, plots, the two
+files of ``scaling``, and ``logs.tar.gz``. What is added replaces an earlier row of the same
+measurement, unless it failed where the earlier one did not.
+"""
+
+import io
+import json
+import os
+import tarfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from . import tables
+from .environment import columns
+from .measure import OK, Row, describe
+from .report import IDENTITY, Report, replace
+
+METRICS = ("time", "ratio", "floor", "memory", "launches")
+LOGS = "logs.tar.gz"
+ROWS = "rows.jsonl"  # in the archive: all that is known of rows, ratios included
+LONGEST_LOG = 4 * 2**20  # bytes of a log that are kept, from its end
+PTXAS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+COMMIT_FACTS = ("commit", "uncommitted_changes")
+
+
+def assembler() -> str:
+    """The ptxas that this run's kernels are made with."""
+    return os.environ.get(PTXAS[0]) or "of Triton"
+
+
+class JoinedReport(Report):
+    """The report of all invocations with one folder.
+
+    ``logs`` is a folder that its archive is unpacked into and made of; ``remarks`` are this
+    invocation's.
+    """
+
+    def __init__(self, out: Path, title: str, logs: Path) -> None:
+        super().__init__(out, title, METRICS)
+        self.logs = logs
+        self.remarks: list[str] = []
+        if (out / LOGS).exists():
+            with tarfile.open(out / LOGS) as archive:
+                archive.extractall(logs, filter="data")
+        if (logs / ROWS).exists():
+            lines = (logs / ROWS).read_text(encoding="utf-8").splitlines()
+            self.rows = [json.loads(line) for line in lines]
+        if (out / "environment.json").exists():
+            self.environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Adds rows, with the machine and date of this invocation, and writes everything."""
+        place = {_identity(row): i for i, row in enumerate(self.rows)}
+        for row in rows:
+            row |= columns(self.environment)
+            before = place.setdefault(_identity(row), len(self.rows))
+            if before == len(self.rows):
+                self.rows.append(row)
+            elif row["status"] == OK or self.rows[before]["status"] != OK:
+                self.rows[before] = row
+        self.judge()
+        self._save()
+
+    def judge(self) -> None:
+        """Ratios need tests that passed at this commit, and kernels that gave right results."""
+        facts_ = self.environment
+        tested = facts_.get("tested") == {name: facts_.get(name) for name in COMMIT_FACTS}
+        outcome = str(facts_.get("tests")) if tested else "they were not run at this commit"
+        smoke = (facts_.get("smoke") or {}).get(assembler(), {})
+        warnings = []
+        if not outcome.startswith("passed"):
+            warnings.append(f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}")
+        if smoke.get("status") == 1:
+            warnings.append("THE KERNELS GAVE WRONG RESULTS in the smoke check: raw times only.")
+        self.with_ratios = not warnings
+        stages = self.environment.get("stages") or {}
+        shown = pd.DataFrame([{"stage": name} | x for name, x in stages.items()])
+        spent = shown.drop(columns="result", errors="ignore")
+        self.notes = [*warnings, *self.remarks]
+        if len(spent):
+            self.notes.append(f"Seconds by stage:\n\n{tables.markdown(spent)}")
+
+    def _save(self) -> None:
+        if self.rows:
+            super().add([])
+        text = "".join(json.dumps(row, default=str) + "\n" for row in self.rows)
+        replace(self.logs / ROWS, text)
+        self.pack()
+
+    def summary(self) -> str:
+        return super().summary() if len(self.timed()) else ""
+
+    def pack(self) -> None:
+        """The logs as one file, replaced in one step."""
+        partial = self.out / (LOGS + ".part")
+        with tarfile.open(partial, "w:gz", compresslevel=5) as archive:
+            for path in sorted(self.logs.iterdir()):
+                data = path.read_bytes()
+                if path.suffix == ".txt":
+                    data = data[-LONGEST_LOG:]
+                member = tarfile.TarInfo(path.name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        partial.replace(self.out / LOGS)
+
+    def written(self) -> str:
+        """Writes the report; what cannot be drawn does not take the rest with it."""
+        self.judge()
+        try:
+            return self.finish(short=True)
+        except Exception as error:
+            (self.logs / "report-error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            self.notes.append(f"Parts of the report failed: {describe(error)}")
+            timed = pd.DataFrame(self.rows)
+            text = "\n\n".join([f"# {self.title}", *self.notes, timed.to_string()])
+            replace(self.out / "report.md", text + "\n")
+            return text
+        finally:
+            self._save()
+
+
+def _identity(row: Row) -> tuple:
+    """A measurement is repeated in each group that compares with it."""
+    return tuple(row.get(name) for name in (*IDENTITY, "group"))

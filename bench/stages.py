@@ -1,0 +1,340 @@
+"""The stages of ``python -m bench gpu``, in order, each with the seconds that it has by default.
+
+A stage gets what the run shares and a budget, leaves its results in the report and its logs in the
+archive, and returns a short text. This process launches nothing on the GPU: kernels run in child
+processes. Those of commands have ended, with all that they started, when the next stage begins.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from . import networks, providers, sanitize, scaling, suite
+from .first_call import seconds
+from .groups import Spent, Sweeper, Where
+from .isolation import Ended, Worker, isolated, last_line
+from .joined import COMMIT_FACTS, PTXAS, JoinedReport, assembler
+from .measure import OK, Budget, CudaTimer, Effort, describe
+from .networks import Network
+from .problems import FORWARD, STEP
+from .providers import EAGER, GRAPH, NCHW, Provider
+from .report import Report
+from .workloads import Workload
+
+EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
+# Compiled baselines take the longest: the workloads that matter most to their users come first.
+COMPILED_FIRST = (
+    "r50_conv3", "yolo_p3", "r50_conv4", "hires_256", "ddpm_64", "seg_19", "volume_128",
+)  # fmt: skip
+GRACE = 10.0  # seconds that the tests have to say which ones failed, when their time is up
+TUNED = 3  # workloads, those with the smallest shares of their floors
+MEMORY_CHECKED = ("core, one tile", "block, fused")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What runs where; the defaults are those of a GPU."""
+
+    where: Where = Where(torch.device("cuda"), torch.bfloat16, CudaTimer, EFFORT)  # noqa: RUF009
+    sweeps: Callable[[str], Sequence[Sequence[Provider]]] = providers.gpu_sweeps
+    check_command: Sequence[str] = (sys.executable, "-m", "da_triton.check")
+    test_command: Sequence[str] | None = None  # None: the suite's
+    tune_command: Sequence[str] = (sys.executable, "-m", "bench", "tune")
+    ptxas: Sequence[str] = ()  # assemblers that the smoke check also uses
+    copy_bytes: int | None = None
+    matrix_size: int | None = None
+    networks: Sequence[Network] = tuple(networks.NETWORKS.values())
+    ours: str = "triton"
+
+
+@dataclasses.dataclass
+class Run:
+    """What stages share. ``logs`` is a folder that becomes an archive in the results."""
+
+    report: JoinedReport
+    workloads: Sequence[Workload]
+    settings: Settings
+    worker: Worker
+    logs: Path
+    spent: Spent = dataclasses.field(default_factory=Spent)
+
+    def sweeper(self, budget: Budget) -> Sweeper:
+        return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
+
+    @property
+    def compiling(self) -> Path:
+        return self.worker.log.with_name(f"compiling-{self.worker.log.name}")
+
+    def finished(self, sweeper: Sweeper) -> None:
+        """Adds up what a sweeper has spent, and repeats what da_triton warned of in its workers."""
+        self.spent += sweeper.spent
+        for path in (self.compiling, self.worker.log):
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
+                if warning not in self.report.remarks:
+                    self.report.remarks.append(warning)
+
+    def prepared(self, budget: Budget) -> Sweeper:
+        """A sweeper with the machine's ceilings and with kernels compiled, once per invocation."""
+        sweeper = self.sweeper(budget)
+        if sweeper.ceilings is None:
+            if self.settings.ours == "triton":
+                failures = sweeper.warm(self.workloads, self.compiling)
+                self.report.remarks += [f"Compiling kernels beforehand: {f}" for f in failures]
+            found = sweeper.measure_ceilings(self.settings.copy_bytes, self.settings.matrix_size)
+            self.report.ceilings = sweeper.ceilings
+            self.report.record(ceilings=found)
+            rates = ", ".join(f"{k} {v}" for k, v in found.items())
+            self.report.remarks.append(f"Ceilings: {rates}")
+        return sweeper
+
+
+# --- right or wrong -------------------------------------------------------------------------------
+
+
+def smoke(run: Run, budget: Budget) -> str:
+    """Every fused tile at full size against float64, once per assembler."""
+    found, said = {}, []
+    others = [str(path) for path in run.settings.ptxas]
+    for place, name in enumerate((assembler(), *others)):
+        log = run.logs / f"smoke-{place}.txt"
+        facts = log.with_suffix(".json")
+        facts.unlink(missing_ok=True)  # an earlier run's
+        device = str(run.settings.where.device)
+        command = [*run.settings.check_command, "--device", device, "--json", str(facts)]
+        environment = dict.fromkeys(PTXAS, name) if place else {}
+        ended = isolated(command, budget.left / (len(others) + 1 - place), log, environment)
+        # Python ends with 1, too, where a program cannot even be imported.
+        status = ended.status if facts.exists() or ended.status not in CHECKED else COULD_NOT_RUN
+        verdict = CHECKED.get(status, str(ended))
+        found[name] = {
+            "status": status, "verdict": verdict, "seconds": round(ended.seconds, 1),
+            "file": facts.name,
+        }  # fmt: skip
+        run.report.record(smoke=found)
+        said += [f"assembler {name}: {verdict}", *ended.output.strip().splitlines()[-40:]]
+    return "\n".join(said)
+
+
+COULD_NOT_RUN = 2
+CHECKED: dict[int | None, str] = {
+    0: "all right",
+    1: "WRONG RESULTS",
+    COULD_NOT_RUN: "could not run",
+}
+
+
+def tests(run: Run, budget: Budget) -> str:
+    """The package's own tests. No ratio is given unless they pass."""
+    command = run.settings.test_command or suite.command()
+    grace = min(GRACE, 0.4 * budget.left)
+    environment = {"COLUMNS": "200", **suite.ENVIRONMENT}  # pytest cuts its lines at them
+    ended = isolated(command, budget.left, run.logs / "tests.txt", environment, grace)
+    outcome = outcome_of(ended)
+    commit = {name: run.report.environment.get(name) for name in COMMIT_FACTS}
+    run.report.record(tests=outcome, tested=commit)
+    failing = re.findall(r"^(?:FAILED|ERROR) .*", ended.output, re.MULTILINE)
+    more = [f"and {len(failing) - 20} more, in tests.txt"] * (len(failing) > 20)
+    return "\n".join([outcome, *failing[:20], *more])
+
+
+def outcome_of(ended: Ended) -> str:
+    """One line that begins with ``passed`` only if the tests did."""
+    if ended.status == 0 and not ended.interrupted:
+        return f"passed: {last_line(ended.output)}"
+    stopped = ended.status is None or ended.interrupted
+    return str(ended) if stopped else f"failed with {ended}"
+
+
+# --- how fast -------------------------------------------------------------------------------------
+
+
+def eager(run: Run, budget: Budget) -> str:
+    return _sweep(run, budget, "eager", run.workloads)
+
+
+def compiled(run: Run, budget: Budget) -> str:
+    first = [w for name in COMPILED_FIRST for w in run.workloads if w.name == name]
+    return _sweep(run, budget, "compiled", [*first, *(w for w in run.workloads if w not in first)])
+
+
+def _sweep(run: Run, budget: Budget, stage: str, workloads: Sequence[Workload]) -> str:
+    sweeper, rows = run.prepared(budget), []
+
+    def add(found):
+        for row in found:
+            row["group"] = f"{stage} {row['group']}"
+        rows.extend(found)
+        run.report.add(found)
+
+    try:
+        sweeper.run(workloads, run.settings.sweeps(stage), add)
+    finally:
+        run.finished(sweeper)
+    return _counted(rows)
+
+
+def _counted(rows) -> str:
+    counts = pd.Series([row["status"] for row in rows], dtype=str).value_counts()
+    return "\n".join(f"{count} rows {status}" for status, count in counts.items())
+
+
+def tuning(run: Run, budget: Budget) -> str:
+    """Tiles of the workloads that are furthest from their floors, for the processes after it."""
+    path = run.logs / "tiles.json"
+    path.unlink(missing_ok=True)
+    names = ",".join(furthest(run.report, run.workloads))
+    within = f"{max(1.0, 0.9 * budget.left):.0f}"  # it writes the table when it ends
+    command = [*run.settings.tune_command, "--workload", names, "--budget", within]
+    ended = isolated([*command, "--out", str(path)], budget.left, run.logs / "tune.txt")
+    said = f"{names}: {ended}"
+    if ended.status != 0:
+        return f"failed: {said}"
+    if path.exists():
+        from . import tune  # which needs Triton
+
+        target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["card"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        said += f"\nIn use from now on: {target.name}"
+    return said
+
+
+def furthest(report: Report, workloads: Sequence[Workload]) -> list[str]:
+    """Names of those with the smallest shares of the floor; without any, the first ones."""
+    names = [w.name for w in workloads]
+    frame = pd.DataFrame(report.rows, columns=["workload", "provider", "share_of_floor"])
+    ours = frame[frame["provider"].isin(providers.OURS) & frame["workload"].isin(names)]
+    shares = ours.dropna().groupby("workload")["share_of_floor"].max().sort_values()
+    return list(shares.index[:TUNED]) or names[:TUNED]
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def rest(run: Run, budget: Budget) -> str:
+    """First calls, cost against positions, whole networks, memory checks; while there is time."""
+    said = []
+    for place, (part, _) in enumerate(REST):
+        title = part.__name__.replace("_", " ")
+        mine = share(budget, [weight for _, weight in REST[place:]])
+        if mine.left <= 0:
+            said.append(f"{title}: not run, for lack of time")
+            continue
+        try:
+            said.append(f"{title}: {part(run, mine)}")
+        except Exception as error:
+            said.append(f"{title}: failed: {describe(error)}")
+    return "\n".join(said)
+
+
+def first_calls(run: Run, budget: Budget) -> str:
+    """Of da_triton and of a compiled eager block, on the first workload, in fresh processes."""
+    where, said = run.settings.where, []
+    workload = run.workloads[0].name
+    names = [run.settings.ours, "compile eager"]
+    for provider in providers.select(names, EAGER, where.device, where.dtype, [NCHW]):
+        wanted = (workload, provider.name, EAGER, NCHW, STEP, OK)
+        keys = ("workload", "provider", "launch", "layout", "mode", "status")
+        row = next((r for r in run.report.rows if tuple(r[k] for k in keys) == wanted), None)
+        if row is None:
+            said.append(f"{provider.name} has no step of {workload} that was timed")
+            continue
+        try:
+            cold, warm = seconds(workload, provider, STEP, where.dtype, where.device, budget.left)
+        except Exception as error:
+            said.append(f"{provider.name} failed: {describe(error)}")
+        else:
+            row.update(first_call_cold_s=cold, first_call_warm_s=warm)
+            said.append(f"{provider.name} {cold:.1f} s, with a warm cache {warm:.1f} s")
+    run.report.add([])
+    return "; ".join(said)
+
+
+def cost_against_positions(run: Run, budget: Budget) -> str:
+    """Eager and da_triton, as CUDA graphs, in files of their own."""
+    where = run.settings.where
+    beside = Report(run.report.out, run.report.title, ("time", "ratio"))
+    beside.environment, beside.with_ratios = run.report.environment, run.report.with_ratios
+    launch = GRAPH if where.device.type == "cuda" else EAGER
+    wanted = ["eager", run.settings.ours]
+    sweep = providers.select(wanted, launch, where.device, where.dtype, [NCHW])
+    sweeper = run.sweeper(budget)
+    try:
+        scaling.run(sweeper, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
+    finally:
+        run.finished(sweeper)
+    if scaling.INTERRUPTED in beside.notes:
+        raise KeyboardInterrupt
+    return _counted(beside.rows).replace("\n", ", ")
+
+
+def whole_networks(run: Run, budget: Budget) -> str:
+    sweeper, rows = run.sweeper(budget), []
+    try:
+        for network in run.settings.networks:
+            for mode in networks.MODES.values():
+                variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
+                rows += (found := sweeper.network(network, mode, variants))
+                run.report.add(found)
+    finally:
+        run.finished(sweeper)
+    return _counted(rows).replace("\n", ", ")
+
+
+def memory_checks(run: Run, budget: Budget) -> str:
+    tool = sanitize.find_tool()
+    if tool is None:
+        return "compute-sanitizer is not installed"
+    said: list[str] = []
+    found = sanitize.check(tool, sanitize.DEFAULT, MEMORY_CHECKED, said.append, budget.left)
+    (run.logs / "sanitize.txt").write_text("\n".join(said), encoding="utf-8")
+    lines = (f"{r.kernels}: {r.errors} errors, {r.status}" for r in found.itertuples())
+    return "; ".join(lines)
+
+
+REST = (
+    (first_calls, 60),
+    (cost_against_positions, 40),
+    (whole_networks, 100),
+    (memory_checks, 40),
+)
+
+
+def share(budget: Budget, weights: Sequence[float], reserved: float = 0.0) -> Budget:
+    """The share of the first of several parts that come now and later. What a part does not use
+    is for those after it."""
+    seconds = max(0.0, budget.left - reserved) * weights[0] / sum(weights)
+    return Budget(seconds, budget.clock)
+
+
+class Stage(NamedTuple):
+    name: str
+    seconds: float
+    run: Callable[[Run, Budget], str]
+    title: str
+
+
+STAGES = (
+    Stage("smoke", 60, smoke, "every fused tile at full size against float64, per assembler"),
+    Stage("tests", 110, tests, "the package's tests"),
+    Stage("eager", 200, eager, "every workload: eager, da_triton and other formulations"),
+    Stage("compiled", 560, compiled, "the same beside torch.compile"),
+    Stage("tune", 300, tuning, "tiles of the workloads that are furthest from their rooflines"),
+    Stage("rest", 240, rest, "first calls, cost against positions, networks, memory checks"),
+)
+
+
+def facts(spent: Spent, whole: float) -> dict[str, Any]:
+    """Seconds of a stage, by what they went into."""
+    parts = dataclasses.asdict(spent)
+    parts["other"] = max(0.0, whole - sum(parts.values()))
+    return {name: round(value, 1) for name, value in ({"seconds": whole} | parts).items()}

@@ -1,0 +1,124 @@
+"""The test suite on a GPU: its files, the command that runs them, and its environment.
+
+``python -m bench suite`` checks without a GPU what it would do on one: ``record`` runs the tests on
+meta tensors, and ``compiled`` compiles the launches they make.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .environment import ROOT
+
+TESTS = ROOT / "tests"
+# Files that a GPU adds nothing to, by what they test.
+LEFT_OUT = (
+    # the benchmark, other libraries, notebooks and documents
+    "bench", "integrations", "test_export.py", "test_layers.py", "test_notebooks.py",
+    "test_readme.py",
+    # code of CPUs, and ranks that are CPU processes
+    "cores/test_cpu_block.py", "test_data_parallel.py", "test_distributed.py", "test_sharding.py",
+    # host code: checks, tables, names, parameters, the reference implementation
+    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "test_checkpoints.py",
+    "test_checks.py", "test_eager.py", "test_package.py", "test_streaming_refusals.py",
+    # ahead-of-time compilation, and what only the interpreter can count
+    "kernels/test_aot.py", "kernels/test_block_launches.py", "kernels/test_block_traffic.py",
+    "kernels/test_traffic.py",
+)  # fmt: skip
+NEEDS = {"test_properties.py": "hypothesis"}  # optional packages
+# A worker takes one test at a time, so whatever takes longest starts first.
+FIRST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
+ENVIRONMENT = {
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
+    "DA_TRITON_EXAMPLES": "8",  # every example is a new shape, whose kernels are compiled serially
+}
+
+
+def files() -> list[Path]:
+    """The files that run on a GPU with the installed packages, in the order they start in."""
+    first = [TESTS / name for name in FIRST]
+    found = sorted(set(TESTS.rglob("test_*.py")) - set(_left_out()))
+    return [f for f in first if f in found] + [f for f in found if f not in first]
+
+
+def _left_out() -> Iterator[Path]:
+    missing = [name for name, package in NEEDS.items() if not find_spec(package)]
+    for name in (*LEFT_OUT, *missing):
+        path = TESTS / name
+        yield from path.rglob("test_*.py") if path.is_dir() else [path]
+
+
+def command() -> list[str]:
+    """The command that runs the suite on a GPU, to be run in ``environment.ROOT``.
+
+    The run ends after a hundred failures, not after the first: time on a GPU is short. Tests that
+    fill the GPU's memory are one group, which pytest-xdist gives to one worker.
+    """
+    found = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=100", "-rfE",
+        "--durations=15",
+    ]  # fmt: skip
+    if find_spec("xdist"):
+        found += ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "loadgroup"]
+    return found + [str(file.relative_to(ROOT)) for file in files()]
+
+
+@dataclasses.dataclass
+class Recorded:
+    """What tests would do on a GPU; see the tests' ``support.recorder``."""
+
+    tests: list[dict[str, Any]]
+    launches: list[dict[str, Any]]
+
+    def names(self, fault: str) -> list[str]:
+        """Tests that mix devices (``"mixed"``) or run the CPU's own code (``"cpu"``)."""
+        return [test["test"] for test in self.tests if test[fault]]
+
+
+def record(tests: Sequence[str], *, interpret: bool = False) -> Recorded:
+    """Runs tests, named as for pytest, as on a GPU; the record includes those that fail.
+
+    Raises:
+        RuntimeError: nothing was run, with the end of pytest's output.
+    """
+    options = ["-q", "-p", "no:cacheprovider", "-p", "support.recorder", "--tb=no"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "record"
+        path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, **ENVIRONMENT, "DA_TRITON_RECORD": str(file), "PYTHONPATH": path}
+        env |= {"DA_TRITON_INTERPRET": "1"} if interpret else {}
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=ROOT, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        raise RuntimeError(f"{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
+    launches = [row for row in rows if "kernel" in row]
+    return Recorded([row for row in rows if "kernel" not in row], launches)
+
+
+def compiled(
+    launches: Sequence[dict[str, Any]], arch: str, jobs: int
+) -> Iterator[tuple[str, str, int, str]]:
+    """``codegen.replay.Compiled`` of each distinct launch, as it is compiled."""
+    command = [sys.executable, "-m", "bench.codegen.replay", arch, str(jobs)]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryFile("w+") as given, subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=given, stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        json.dump(launches, given)
+        given.seek(0)
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield tuple(json.loads(line))
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")

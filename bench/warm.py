@@ -1,0 +1,199 @@
+"""``python -m bench warm``: fills Triton's compile cache for a GPU that is not there.
+
+The package's own launchers run on meta tensors and Triton's JIT compiles their kernels through
+``JITFunction.run``, as it would in front of a launch, so the entries have the keys that the JIT
+looks up on the GPU. There they are found if Triton is the same wheel, ``ptxas`` the same version
+and the kernels' files the same, line numbers included; ``key`` holds all three. If they differ,
+nothing breaks: kernels are compiled again. C launchers are not in the cache, because they are
+linked against the driver.
+
+``bench.codegen.compiler`` must not be imported in the same process: it turns line information off
+in the environment, which is part of every key.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from . import problems
+from .environment import ROOT
+from .report import replace
+from .workloads import Workload
+
+META = torch.device("meta")
+FILE = "warm.json"  # the key, beside Triton's entries
+
+
+class Target(NamedTuple):
+    """What compilation and planning need to know of a GPU."""
+
+    capability: int
+    processors: int  # SMs, which decide how positions are split
+
+
+TARGETS = {
+    "sm_80": Target(80, 108),  # A100
+    "sm_89": Target(89, 128),  # RTX 4090
+    "sm_90": Target(90, 132),  # H100 and H200, SXM
+    "sm_100": Target(100, 148),  # B200
+}
+
+
+class Warmed(NamedTuple):
+    kernels: int  # in the cache, of any architecture
+    compiled: int  # by this run
+    seconds: float
+    bytes: int
+
+
+def warm(arch: str, workloads: Sequence[Workload], folder: Path, dtype=torch.bfloat16) -> Warmed:
+    """Compiles what a training step and inference launch on the planned routes, in both memory
+    formats, into ``folder``, in Triton's own layout.
+
+    Needs a process in which ``TRITON_INTERPRET`` was not set when ``da_triton`` was imported.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    start, before = time.perf_counter(), len(_kernels(folder))
+    relocate(folder)
+    settings = {"TRITON_CACHE_DIR": str(folder.resolve()), "TRITON_STORE_BINARY_ONLY": "1"}
+    with mock.patch.dict(os.environ, settings), _compiling_only(arch):
+        for work in workloads:
+            for channels_last in (False, True):
+                step(work, channels_last, dtype)
+    facts = key(arch)
+    kernels = _kernels(folder)
+    found = Warmed(
+        len(kernels), len(kernels) - before, time.perf_counter() - start,
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    )  # fmt: skip
+    (folder / FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def step(
+    work: Workload,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: torch.device = META,
+) -> None:
+    """The launches of the block's forward and backward operators; values do not matter."""
+    from da_triton import planner
+    from da_triton.cores import triton_block
+
+    form = torch.contiguous_format
+    if channels_last:
+        form = problems.memory_format(len(work.positions))
+    shape = (work.n, work.c, *work.positions)
+    x = torch.empty(shape, dtype=dtype, device=device).to(memory_format=form).flatten(2)
+    sizes = (
+        (work.c_m, work.c), (work.c_m,), (work.c_n, work.c), (work.c_n, work.c), (work.c_n,),
+        (work.c, work.c_m), (work.c,),
+    )  # fmt: skip
+    weights = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    keep_v = planner.keeps_v(work.c, work.c_m, work.c_n, work.heads, "auto")
+    options = work.heads, 1.0, 1.0, 1.0, True, True, "auto"
+    forward, backward = (
+        op._init_fn for op in (triton_block.block_op, triton_block.block_backward_op)
+    )
+    out, *saved = forward(x, *weights, None, *options, keep_v)
+    backward(torch.empty_like(out), x, *weights, None, *saved, *options, True)
+
+
+def key(arch: str) -> dict[str, Any]:
+    """All that the entries' keys depend on: equal on two machines, they are found."""
+    import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.nvidia.compiler import get_ptxas_version
+    from triton.runtime.cache import triton_key
+
+    sources = hashlib.sha256()
+    for path in sorted((ROOT / "da_triton" / "kernels").glob("*.py")):
+        sources.update(path.read_bytes())
+    return {
+        "arch": arch,
+        "triton": triton.__version__,
+        "triton_key": hashlib.sha256(triton_key().encode()).hexdigest(),
+        "ptxas": get_ptxas_version(TARGETS[arch].capability).strip().splitlines()[-1],
+        "kernels": sources.hexdigest(),
+        "settings": get_cache_invalidating_env_vars(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }
+
+
+def differences(folder: Path) -> list[str]:
+    """How this machine's key differs from the one that a cache was made with; a line per fact.
+
+    Raises:
+        FileNotFoundError: the folder was not filled by ``warm``.
+    """
+    made: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    here = key(made["arch"])
+    return [
+        f"{name}: {value} here, {made.get(name)} in the cache"
+        for name, value in here.items()
+        if made.get(name) != value
+    ]
+
+
+def relocate(folder: Path) -> int:
+    """Makes a cache that was carried from elsewhere usable; the number of entries changed.
+
+    Triton stores the absolute paths of an entry's files, and an entry whose files are not there
+    is compiled again.
+    """
+    changed = 0
+    for group in folder.glob("*/__grp__*.json"):
+        before = json.loads(group.read_text(encoding="utf-8"))
+        paths = {name: str(group.resolve().parent / name) for name in before["child_paths"]}
+        if paths != before["child_paths"]:
+            replace(group, json.dumps({"child_paths": paths}))
+            changed += 1
+    return changed
+
+
+def _kernels(folder: Path) -> list[Path]:
+    return list(folder.glob("*/*.cubin"))
+
+
+@contextlib.contextmanager
+def _compiling_only(arch: str) -> Iterator[None]:
+    """Triton compiles for ``arch`` and launches nothing; launchers choose as on such a GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from da_triton.kernels import configs, launch
+
+    target = TARGETS[arch]
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", target.capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    original = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        return original(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(Driver())  # for good: without a GPU there is no driver to go back to
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(configs, "architecture", return_value=arch),
+        mock.patch.object(launch, "processors", return_value=target.processors),
+    ):
+        yield

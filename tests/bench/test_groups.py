@@ -1,0 +1,183 @@
+"""Groups in a worker, with providers that do to their process what a wrong kernel does."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench import groups, networks, providers
+from bench.groups import Spent, Sweeper, Where
+from bench.isolation import Worker
+from bench.measure import OK, OUT_OF_TIME, Budget, Effort
+from bench.problems import FORWARD, STEP
+from bench.providers import GRAPH
+from support import fakes
+
+WHERE = Where(
+    torch.device("cpu"), torch.float32, fakes.ScriptedTimer, Effort(1, 3, 3, 0.0), silence=10.0
+)  # fmt: skip
+DIED = "the process died with signal 11 (SIGSEGV)"
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.fixture
+def sweeper(tmp_path, children):
+    worker = Worker(tmp_path / "worker.txt")
+    yield Sweeper(worker, WHERE, Budget(60))
+    worker.close()
+
+
+@pytest.fixture
+def plain():
+    """Eager and ours in both formats: four providers that are right."""
+    return providers.plain("torch")
+
+
+def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
+    found = []
+    sweeper.run([tiny], [plain], found.append, [STEP])
+    (rows,) = found
+    assert {row.pop("group") for row in rows} == {"0"}
+    expected = bench.measure(tiny, STEP, plain)
+    assert [row["status"] for row in rows] == [OK] * 4
+    for row in (*rows, *expected):  # another number of threads rounds differently
+        assert max(row.pop("error"), row.pop("error_gradient")) < 1e-5
+    assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("setup", "told"),
+    [
+        (fakes.crashes, DIED),
+        (fakes.exits, "the process died with exit status 3: the driver said why"),
+        (fakes.hangs, "killed after 3 s without a result"),
+        (fakes.poisons, f"failed: RuntimeError: {ILLEGAL}"),
+        (fakes.poisons_later, f"failed: RuntimeError: {ILLEGAL}"),
+    ],
+)
+def test_a_provider_costs_its_own_row_only(sweeper, tiny, plain, variant, setup, told):
+    sweeper.where = dataclasses.replace(WHERE, silence=3.0)
+    group = [*plain[:2], variant("bad", setup), *plain[2:]]
+    rows = sweeper.group(tiny, FORWARD, group)
+    assert [row["provider"] for row in rows] == [p.name for p in group]
+    assert rows.pop(2)["status"] == told
+    assert [row["status"] for row in rows] == [OK] * 4
+    assert all(row["ratio_to_eager"] == 1.0 for row in rows)
+    (after,) = sweeper.group(tiny, FORWARD, plain[:1])
+    assert after["status"] == OK
+
+
+def test_two_that_crash(sweeper, tiny, plain, variant):
+    group = [variant("one", fakes.crashes), *plain[:1], variant("two", fakes.crashes)]
+    assert [r["status"] for r in sweeper.group(tiny, FORWARD, group)] == [DIED, OK, DIED]
+
+
+def test_too_many_that_crash(sweeper, tiny, plain, variant):
+    """A group is not tried for ever: what then has no timing says why."""
+    group = [*plain[:1], *(variant(name, fakes.crashes) for name in "abcd")]
+    rows = sweeper.group(tiny, FORWARD, group)
+    unknown = f"not measured: {DIED}"
+    assert [row["status"] for row in rows] == [unknown, DIED, DIED, DIED, unknown]
+
+
+def test_a_crash_while_all_are_timed(sweeper, tiny, plain, variant):
+    """Any of them may have caused it."""
+    rows = sweeper.group(tiny, FORWARD, [*plain[:1], variant("late", fakes.crashes_later)])
+    assert [row["status"] for row in rows] == [DIED] * 2
+
+
+def test_a_provider_that_only_fails_costs_no_process(sweeper, tiny, plain, variant):
+    def told(rows):
+        return [row["status"] for row in rows]
+
+    sweeper.group(tiny, FORWARD, plain[:1])
+    before = sweeper.worker._process.pid
+    group = [variant("bad", fakes.fails), *plain[:1]]
+    assert told(sweeper.group(tiny, FORWARD, group)) == ["failed: RuntimeError: out of memory", OK]
+    assert sweeper.worker._process.pid == before
+
+
+@pytest.mark.parametrize("limit", ["silence", "budget"])
+def test_a_slow_setup_is_interrupted(sweeper, tiny, plain, variant, limit):
+    """The others lose nothing, and the process goes on."""
+    sweeper.group(tiny, FORWARD, plain[:1])
+    before = sweeper.worker._process.pid
+    if limit == "budget":
+        sweeper.budget = Budget(5)
+    else:
+        sweeper.where = dataclasses.replace(WHERE, silence=1.25)
+    group = [plain[0], variant("slow", fakes.compiles_for_ever)]
+    good, bad = sweeper.group(tiny, FORWARD, group)
+    seconds = {"silence": 1, "budget": 4}[limit]
+    took = f"setup and first call took longer than {seconds} s"
+    assert (good["status"], bad["status"]) == (OK, f"failed: TimeoutError: {took}")
+    assert sweeper.worker._process.pid == before
+
+
+def test_launches_are_counted_last_in_another_process(sweeper, tiny, plain, variant, monkeypatch):
+    monkeypatch.setattr(groups, "on_gpu", lambda device: True)
+    found = []
+    replayed = dataclasses.replace(plain[0], launch=GRAPH)
+    group = [variant("counted", fakes.counted), plain[0]]
+    sweeper.run([tiny], [[replayed], group], found.append, [FORWARD])
+    assert found.pop() == []  # rows were completed in place
+    (graph,), (one, other) = found
+    assert "launches" not in graph
+    assert one["launches"] == other["launches"] != sweeper.worker._process.pid
+    assert {row["status"] for row in (graph, one, other)} == {OK}
+
+
+def test_used_up_budget(sweeper, tiny, plain):
+    sweeper.budget = Budget(0)
+    assert {r["status"] for r in sweeper.group(tiny, FORWARD, plain)} == {OUT_OF_TIME}
+    assert sweeper.worker._process is None
+
+
+def test_a_hang_ends_with_the_budget(sweeper, tiny, variant):
+    sweeper.budget = Budget(4)
+    (row,) = sweeper.group(tiny, FORWARD, [variant("bad", fakes.hangs)])
+    assert row["status"] == "killed after 4 s, when its time was up"
+    assert -1.5 < sweeper.budget.left <= 0
+
+
+def test_seconds_by_what_they_went_into(sweeper, tiny, variant):
+    sweeper.group(tiny, FORWARD, [variant("slow", fakes.slow)])
+    spent = sweeper.spent
+    assert 0.6 < spent.compilation < 2  # the setup and the first call
+    assert 0 < spent.timing < 0.3
+    assert 0 < spent.checking < 2
+    assert spent.imports > 0.2
+    assert spent + Spent(timing=1.0) == dataclasses.replace(spent, timing=spent.timing + 1)
+
+
+def test_networks(sweeper):
+    def named(make):
+        return networks.Network("net", make, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
+
+    chosen = networks.variants("torch", False)
+    rows = sweeper.network(named(fakes.small_network), FORWARD, chosen)
+    assert [row["status"] for row in rows] == [OK] * 6
+    rows = sweeper.network(named(fakes.crashing_network), FORWARD, chosen)
+    assert [row["status"] for row in rows] == [DIED] * 6
+    assert {row["workload"] for row in rows} == {"net"}
+
+
+def test_a_network_that_compiles_for_ever(sweeper):
+    """Its variants are limited one by one: together they may take longer."""
+    sweeper.where = dataclasses.replace(WHERE, silence=5.0)
+    chosen = [v for v in networks.variants("torch", False) if not v.channels_last]
+    network = networks.Network("net", fakes.slow_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
+    rows = sweeper.network(network, FORWARD, chosen)
+    took = "failed: TimeoutError: setup and first call took longer than 4 s"
+    assert [row["status"] for row in rows] == [OK, took, OK]
+    assert sweeper.spent.compilation > 2
+
+
+def test_ceilings(sweeper):
+    found = sweeper.measure_ceilings(4_000_000, 1000)
+    assert found == {"copy GB/s": 4.0, "float32 TFLOP/s": 1.0}
+    assert sweeper.ceilings.bandwidth == 4e9
+    sweeper.where = dataclasses.replace(WHERE, make_timer=fakes.crashing_timer)
+    sweeper.worker.close()
+    assert sweeper.measure_ceilings(1024, 16) == {"ceilings": DIED}
+    assert sweeper.ceilings is None
