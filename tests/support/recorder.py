@@ -147,13 +147,11 @@ def _without_numbers():
     for name in ("check", "check_blocks", "relative_rms", "blockwise"):
         setattr(numerics, name, lambda *args, **kwargs: 0.0)
     torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
-    for owner, name, answer in (
-        (torch, "equal", lambda x, other: True),
-        (torch.Tensor, "item", lambda x: 1),
-        (torch.Tensor, "tolist", lambda x: torch.ones(x.shape).tolist()),
-        (torch.Tensor, "__bool__", lambda x: False),  # as in "assert not wrong.any()"
-    ):
-        _answer(owner, name, answer)
+    _answer(torch, "equal", lambda *_: True)
+    _answer(torch.Tensor, "item", lambda *_: 1)
+    _answer(torch.Tensor, "tolist", lambda x: torch.ones(x.shape).tolist())
+    _answer(torch.Tensor, "__bool__", lambda *_: True)  # "assert error <= allowed"
+    _answer(torch.Tensor, "any", lambda *_: torch.tensor(False))  # "assert not wrong.any()"
     torch.testing.assert_close = lambda *args, **kwargs: None
     torch.autograd.gradcheck = torch.autograd.gradgradcheck = _differentiate
     if importlib.util.find_spec("hypothesis"):
@@ -165,11 +163,12 @@ def _without_numbers():
 
 
 def _answer(owner, name, answer):
-    """Replaces what reads numbers, for meta tensors."""
+    """Replaces what reads the numbers of a whole tensor, for meta tensors."""
     original = getattr(owner, name)
 
-    def chosen(x, *args):
-        return answer(x, *args) if x.is_meta else original(x, *args)
+    def chosen(x, *args, **kwargs):
+        partly = name == "any" and (args or kwargs)
+        return answer(x, *args) if x.is_meta and not partly else original(x, *args, **kwargs)
 
     setattr(owner, name, chosen)
 
