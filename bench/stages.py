@@ -29,7 +29,7 @@ from .providers import EAGER, GRAPH, NCHW, Provider
 from .report import Report
 from .workloads import Workload
 
-EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=100, seconds=1.0)
+EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=1000, seconds=1.3)
 # Compiled baselines take the longest: the workloads that matter most to their users come first.
 COMPILED_FIRST = (
     "r50_conv3", "yolo_p3", "r50_conv4", "hires_256", "ddpm_64", "seg_19", "volume_128",
@@ -45,7 +45,9 @@ class Settings:
 
     where: Where = Where(torch.device("cuda"), torch.bfloat16, CudaTimer, EFFORT)  # noqa: RUF009
     sweeps: Callable[[str], Sequence[Sequence[Provider]]] = providers.gpu_sweeps
-    check_command: Sequence[str] = (sys.executable, "-m", "da_triton.check")
+    check_command: Sequence[str] = (
+        sys.executable, "-m", "da_triton.check", "--thorough", "--jobs", "8",
+    )  # fmt: skip
     test_command: Sequence[str] | None = None  # None: the suite's
     tune_command: Sequence[str] = (sys.executable, "-m", "bench", "tune")
     ptxas: Sequence[str] = ()  # assemblers that the smoke check also uses

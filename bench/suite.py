@@ -37,6 +37,7 @@ NEEDS = {"test_properties.py": "hypothesis"}  # optional packages
 FIRST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
+    "DA_TRITON_PROVE": "0",  # the kernels themselves are tested, not what replaces wrong ones
     "DA_TRITON_EXAMPLES": "8",  # every example is a new shape, whose kernels are compiled serially
 }
 

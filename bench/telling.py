@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from da_triton import selfcheck
+
 from . import arguments, floors, names, pages, providers, sizes, suite
 from . import warm as warming
 from .arguments import UsageError
@@ -122,7 +124,7 @@ def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
     parser = arguments.parser(
         "warm", "Fills Triton's compile cache for a GPU that is not there: what the block launches "
         "on the planned routes, forward and backward, in both memory formats.",
-        "warm --arch sm_90 --out /tmp/cache\nwarm --out /tmp/cache --check",
+        "warm --arch sm_90 --out /tmp/cache --smoke\nwarm --out /tmp/cache --check",
     )  # fmt: skip
     parser.add_argument("--arch", choices=list(warming.TARGETS), default="sm_90")
     parser.add_argument(
@@ -135,6 +137,11 @@ def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
         help="compile nothing: print the key, make a folder that was carried here usable, and exit "
         "with 1 if it was made with another Triton, ptxas or other kernels",
     )  # fmt: skip
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the kernels of the smoke check, too, which are many",
+    )
     options = parser.parse_args(argv)
     chosen = select(options.workload, "all", table)
     if reason := cannot_compile("warm"):
@@ -142,7 +149,8 @@ def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
     if options.out is None and not options.check:
         raise UsageError("warm needs --out or TRITON_CACHE_DIR: a folder for the cache.")
     if not options.check:
-        found = warming.warm(options.arch, chosen, options.out)
+        checks = list(selfcheck.units()) if options.smoke else []
+        found = warming.warm(options.arch, chosen, options.out, checks=checks)
         print(
             f"{found.kernels} kernels, {found.compiled} of them compiled in {found.seconds:.1f} s, "
             f"{found.bytes / 1e6:.1f} MB in {options.out}"

@@ -24,6 +24,8 @@ from unittest import mock
 
 import torch
 
+from da_triton import selfcheck
+
 from . import problems
 from .environment import ROOT
 from .report import replace
@@ -55,9 +57,17 @@ class Warmed(NamedTuple):
     bytes: int
 
 
-def warm(arch: str, workloads: Sequence[Workload], folder: Path, dtype=torch.bfloat16) -> Warmed:
+def warm(
+    arch: str,
+    workloads: Sequence[Workload],
+    folder: Path,
+    dtype=torch.bfloat16,
+    checks: Sequence[tuple[selfcheck.Case, Any, bool]] = (),
+) -> Warmed:
     """Compiles what a training step and inference launch on the planned routes, in both memory
     formats, into ``folder``, in Triton's own layout.
+
+    ``checks``: units of ``da_triton.check`` whose kernels are compiled, too.
 
     Needs a process in which ``TRITON_INTERPRET`` was not set when ``da_triton`` was imported.
     """
@@ -69,6 +79,8 @@ def warm(arch: str, workloads: Sequence[Workload], folder: Path, dtype=torch.bfl
         for work in workloads:
             for channels_last in (False, True):
                 step(work, channels_last, dtype)
+        for unit in checks:
+            selfcheck.run(*unit, META, every=True)
     facts = key(arch)
     kernels = _kernels(folder)
     found = Warmed(

@@ -5,9 +5,12 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,9 @@ class Check:
     def __str__(self) -> str:
         lines = [f"{name}: {value}" for name, value in self.facts.items() if value]
         if self.obstacle:
-            return "\n".join([*lines, f"The kernels were not checked: {self.obstacle}"])
+            lines.append(f"The kernels were not checked: {self.obstacle}")
+        if not self.verdicts:
+            return "\n".join(lines)
         rows = [("kernel", "dtype", "cases", "largest error", "allowed", "")]
         for (kernel, allowed), group in _groups(self.verdicts).items():
             failed = sum(not v.right for v in group)
@@ -111,7 +116,7 @@ def check(
     return found
 
 
-def _check(device, thorough, cases):
+def _check(device, thorough, cases=None, part=(0, 1)):
     if importlib.util.find_spec("triton") is None:
         return Check(_versions(), (), "Triton is not installed; backend='torch' needs none.")
     from .cores import triton as core
@@ -121,12 +126,45 @@ def _check(device, thorough, cases):
     facts = _versions() | _gpu(x.device)
     if obstacle := core.obstacle(x):
         return Check(facts, (), obstacle)
-    with guard.examine(20 if thorough else 4) as verdicts:
-        for case in cases or (THOROUGH if thorough else CASES):
-            for dtype in (*HALF, FLOAT32, TF32) if x.is_cuda else HALF[1:]:
-                for masked in (False, True):
-                    _run(case, dtype, masked, x.device, thorough)
+    first, count = part
+    # A kernel that faults is the last: nothing can run in this process after it.
+    with guard.examine(20 if thorough else 4) as verdicts, guard.until_a_fault():
+        for unit in itertools.islice(units(thorough, x.is_cuda, cases), first, None, count):
+            run(*unit, x.device, thorough)
     return Check(facts, tuple(verdicts))
+
+
+def _in_processes(count: int, options: Sequence[str]) -> Check:
+    """The same by several processes, each with a share of the blocks."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.json" for i in range(count)]
+        command = [sys.executable, "-m", "da_triton.check", *options]
+        running = [
+            subprocess.Popen(
+                [*command, "--json", str(file), "--part", str(i), str(count)],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for i, file in enumerate(files)
+        ]  # fmt: skip
+        errors = [process.communicate()[1] for process in running]
+        parts = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.exists()]
+        missing = [e for f, e in zip(files, errors, strict=True) if not f.exists()]
+    return _joined(parts, missing)
+
+
+def _joined(parts: Sequence[dict[str, Any]], errors: Sequence[str]) -> Check:
+    """One from the files of several processes; ``errors``: what those without a file printed."""
+    from .kernels.verdicts import Verdict
+
+    verdicts: dict[tuple[str, str], Any] = {}
+    for part in parts:
+        for found in part["verdicts"]:
+            verdict = Verdict(**{name: found[name] for name in Verdict._fields})
+            verdicts.setdefault((verdict.kernel, verdict.case), verdict)
+    obstacles = [part["obstacle"] for part in parts if part["obstacle"]]
+    obstacles += [(["it printed nothing", *e.splitlines()])[-1] for e in errors]
+    facts = parts[0]["facts"] if parts else _versions()
+    return Check(facts, tuple(verdicts.values()), "; ".join(dict.fromkeys(obstacles)))
 
 
 def _device(device):
@@ -135,7 +173,13 @@ def _device(device):
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
-def _run(case, dtype, masked, device, every=False):
+def units(thorough=True, gpu=True, cases=None) -> Iterator[tuple[Case, Any, bool]]:
+    """Arguments of ``run``: block, dtype, masked."""
+    dtypes = (*HALF, FLOAT32, TF32) if gpu else HALF[1:]
+    return itertools.product(cases or (THOROUGH if thorough else CASES), dtypes, (False, True))
+
+
+def run(case, dtype, masked, device, every=False):
     """A training step of a block on routes that the planner has for it."""
     from .kernels import block
 
@@ -260,11 +304,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="such as cuda:1; the current GPU by default")
     parser.add_argument("--thorough", action="store_true", help="more shapes, 20 repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all cases to a file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     try:
-        found = check(arguments.device, thorough=arguments.thorough)
+        if arguments.jobs > 1:
+            options = ["--thorough"] * arguments.thorough
+            options += ["--device", arguments.device] if arguments.device else []
+            found = _in_processes(arguments.jobs, options)
+        else:
+            found = _check(arguments.device, arguments.thorough, part=arguments.part)
     except (RuntimeError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    print(found)
     if arguments.json:
         verdicts = [{**v._asdict(), "right": v.right} for v in found.verdicts]
         text = json.dumps({"facts": found.facts, "obstacle": found.obstacle, "verdicts": verdicts})

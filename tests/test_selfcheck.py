@@ -129,3 +129,61 @@ def test_what_is_said_of_a_gpu(monkeypatch):
     assert facts["driver"] == "580.65"
     assert facts["ptxas"] == "12.8.93 (somewhere/ptxas)"
     assert "triton-lang/triton#11781" in facts["known faults"]
+
+
+def verdict(kernel="gather_from_x", reason=""):
+    facts = {"kernel": kernel, "case": "float16", "tiles": "64x64x64 8w 3s", "error": 1e-4}
+    return facts | {"allowed": 4e-3, "reason": reason, "right": not reason}
+
+
+def part(*verdicts, obstacle=""):
+    return {"facts": {"GPU": "one"}, "obstacle": obstacle, "verdicts": list(verdicts)}
+
+
+def test_several_processes_are_joined():
+    wrong = verdict("gather_side", "wrong results")
+    found = selfcheck._joined([part(verdict(), wrong), part(verdict())], [])
+    assert [v.kernel for v in found.verdicts] == ["gather_from_x", "gather_side"]
+    assert not found.right
+    assert not found.obstacle
+    assert selfcheck._joined([part(verdict())], []).right
+
+
+def test_a_process_that_left_nothing_is_not_forgotten():
+    found = selfcheck._joined([part(verdict())], ["Traceback\nImportError: no"])
+    assert not found.right
+    assert "not checked: ImportError: no" in str(found)
+    assert "gather_from_x" in str(found)
+    assert selfcheck._joined([], [""]).obstacle == "it printed nothing"
+
+
+def test_processes_share_the_work(monkeypatch):
+    for variable in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert selfcheck.main(["--jobs", "2"]) == 2  # both say the same: there is no GPU
+
+
+def test_each_part_of_the_work_is_done_once(monkeypatch):
+    done = []
+    monkeypatch.setattr(selfcheck, "run", lambda *unit: done.append(unit[:3]))
+    selfcheck._check(None, False)
+    whole = list(done)
+    done.clear()
+    for i in range(3):
+        selfcheck._check(None, False, part=(i, 3))
+    assert len(whole) >= 6
+    assert sorted(map(str, done)) == sorted(map(str, whole))
+
+
+def test_a_kernel_that_faults_ends_the_check(small, monkeypatch, capsys):
+    def fault(*args, **kwargs):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    class Faulting:
+        def __getitem__(self, grid):
+            return fault
+
+    monkeypatch.setattr(project_gather, "gather_from_x_kernel", Faulting())
+    assert selfcheck.main([]) == 1
+    assert "gather_from_x: AcceleratorError: CUDA error: an illegal" in capsys.readouterr().out

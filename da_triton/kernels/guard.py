@@ -195,13 +195,42 @@ def _prove(spec, given, case):
                 not torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)
             ):
                 reason = "different results on the same input"
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # the kernel is not known to be wrong, or nothing can run any more
+    except torch.OutOfMemoryError:
+        raise  # the kernel is not known to be wrong
+    except torch.AcceleratorError as fault:
+        raise _FaultError(
+            Verdict(spec.name, case, _list(tiles), error, allowed, _line(fault))
+        ) from fault
     except Exception as failure:
-        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        reason = _line(failure)
     finally:
         _state.proving = False
-    return Verdict(spec.name, case, ", ".join(dict.fromkeys(tiles)), error, allowed, reason)
+    return Verdict(spec.name, case, _list(tiles), error, allowed, reason)
+
+
+class _FaultError(RuntimeError):
+    """A kernel made the GPU fault: nothing can run in this process any more."""
+
+    def __init__(self, verdict):
+        super().__init__(f"da_triton's kernel {verdict.kernel!r} faulted: {verdict.reason}")
+        self.verdict = verdict
+
+
+@contextlib.contextmanager
+def until_a_fault():
+    """Ends what is inside where a kernel that is examined makes the GPU fault, and notes it."""
+    try:
+        yield
+    except _FaultError as fault:
+        _state.verdicts.append(fault.verdict)
+
+
+def _list(tiles):
+    return ", ".join(dict.fromkeys(tiles))
+
+
+def _line(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _run(spec, function, small):
