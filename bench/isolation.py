@@ -225,7 +225,13 @@ def _start(
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
         stdout=output, stderr=subprocess.STDOUT, pass_fds=descriptors, start_new_session=True,
+        preexec_fn=_interruptible,
     )  # fmt: skip
+
+
+def _interruptible() -> None:
+    """A shell's background commands ignore interrupts, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:

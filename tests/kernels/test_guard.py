@@ -23,11 +23,9 @@ from da_triton.kernels import (
     trials,
     verdicts,
 )
-from support.block import NAMES, definition, inputs, run
+from support.block import CASES, NAMES, ROUTES, definition, inputs, run
 from support.launches import count
 from support.numerics import DEVICE, TOLERANCE, relative_rms
-
-from .test_block import CASES, ROUTES
 
 ROOT = Path(__file__).parents[2]
 FAULT = compilers.Fault("it is said to be wrong", "a report", lambda made_by: True)

@@ -7,6 +7,7 @@ import torch
 
 from da_triton import eager
 from da_triton.kernels import block
+from da_triton.planner import Route
 
 from .numerics import DEVICE
 
@@ -24,6 +25,29 @@ class Case(NamedTuple):
     keep_v: bool = False
 
 
+FUSED = Route("XH", "fused", "fused", "fused", "XH", 2)
+ROUTES = {
+    "fused_xh": FUSED,
+    "fused_xh_in_chunks": FUSED._replace(chunk=1),
+    "fused_ah": FUSED._replace(order="AH"),
+    "fused_gather": Route("XZ", "fused", "split", "split", "AH", 2),
+    "fused_gather_a": Route("AZ", "fused", "split", "split", "AZ", 2),
+    "fused_distribute": Route("AH", "split", "fused", "split", "XH", 2),
+    "fused_gather_h": Route("XH", "fused", "split", "split", "XH", 2),
+    "fused_gather_a_h": Route("AH", "fused", "split", "split", "AH", 2),
+    "fused_distribute_x": Route("XH", "split", "fused", "fused", "XH", 2),
+    **{f"split_{o}": Route(o, "split", "split", "split", o, 2) for o in ("AZ", "XZ", "AH", "XH")},
+}
+CASES = {
+    "plain": Case(1, 64, 32, 32, 196),
+    "odd": Case(2, 40, 24, 12, 49, masked=True, keep_v=True),
+    "no_softmax": Case(4, 64, 32, 32, 96, softmax_v=False),
+    "wide": Case(1, 160, 48, 20, 80, keep_v=True),
+    "a_map_a_head": Case(2, 40, 16, 2, 50, masked=True),
+    # too many maps for a tile with all channels; more than any program holds
+    "many_maps": Case(3, 64, 24, 390, 66, masked=True, keep_v=True),
+    "no_tile": Case(1, 48, 16, 520, 50, masked=True),
+}
 # What ``definition`` and ``run`` give: the block without its residual, then gradients.
 NAMES = ("out", "x", "a", "bias_a", "b", "v", "bias_v", "out_weight", "bias_out")
 
