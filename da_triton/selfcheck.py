@@ -321,4 +321,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdicts = [{**v._asdict(), "right": v.right} for v in found.verdicts]
         text = json.dumps({"facts": found.facts, "obstacle": found.obstacle, "verdicts": verdicts})
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    return 2 if found.obstacle else int(not found.right)
+    if any(not v.right for v in found.verdicts):
+        return 1
+    return 2 if found.obstacle else 0

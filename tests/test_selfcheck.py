@@ -149,6 +149,12 @@ def test_several_processes_are_joined():
     assert selfcheck._joined([part(verdict())], []).right
 
 
+def test_wrong_results_outweigh_a_process_that_left_nothing(monkeypatch):
+    wrong = selfcheck._joined([part(verdict("gather_side", "wrong results"))], ["killed"])
+    monkeypatch.setattr(selfcheck, "_in_processes", lambda *_: wrong)
+    assert selfcheck.main(["--jobs", "2"]) == 1
+
+
 def test_a_process_that_left_nothing_is_not_forgotten():
     found = selfcheck._joined([part(verdict())], ["Traceback\nImportError: no"])
     assert not found.right

@@ -260,6 +260,11 @@ def examine(repetitions=4):
         _state.verdicts, _state.repetitions = before
 
 
+def replaced() -> tuple[str, ...]:
+    """Kernels that failed their proof and that this process does not use, in alphabetical order."""
+    return tuple(sorted({v.kernel for v in _verdicts.values() if not v.right}))
+
+
 @functools.cache
 def watched():
     """Whether anything has to be proved on any GPU of this process."""

@@ -100,6 +100,7 @@ def test_a_right_kernel_is_proved_once_and_used(suspect, proofs):
     plain = gather.gather_forward.__wrapped__([(a, b, None)], 0.7)
     assert torch.equal(gathered(a, b), plain[0])
     assert proofs == ["gather_forward"]
+    assert guard.replaced() == ()
     gathered(a, b)
     gathered(*maps(length=134))  # more positions, aligned alike: the same code
     assert proofs == ["gather_forward"]
@@ -136,6 +137,7 @@ def test_a_kernel_that_is_wrong_is_not_used(suspect, monkeypatch):
         assert word in message
     expected = stand_ins.gather_forward([(a.double(), b.double(), None)], 0.7)[0]
     assert relative_rms(found, expected) < TOLERANCE[DTYPE]
+    assert guard.replaced() == ("gather_forward",)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(gathered(a, b), found)
