@@ -32,6 +32,7 @@ ALLOWED = {
 }  # fmt: skip
 ALLOWED_TF32 = 5e-3
 SCALARS = {"logit_scale": 0.7, "scale": 1.3}
+WRONG, VARYING = "wrong results", "different results on the same input"
 # Launchers that return sums in parts: the axis of the parts, and how many of the results have one.
 SUMMED = {"distribute_side": (1, 1), "backward_parts": (2, 1), "outer": (0, 2)}
 
@@ -168,7 +169,8 @@ def _verdict(spec, given):
                 found = _prove(spec, given, case)
             except torch.OutOfMemoryError:
                 return None
-            verdicts.remember(device, found)
+            if found.reason in ("", WRONG, VARYING):  # an error may be of this process alone
+                verdicts.remember(device, found)
         _verdicts[key] = found
         if not found.right:
             verdicts.warn(found, device)
@@ -190,11 +192,11 @@ def _prove(spec, given, case):
             truth = _run(spec, spec.stand_in, wide)
             error = max(map(_error, runs[0], truth))
             if not error <= allowed:
-                reason = "wrong results"
+                reason = WRONG
             elif any(
                 not torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)
             ):
-                reason = "different results on the same input"
+                reason = VARYING
     except torch.OutOfMemoryError:
         raise  # the kernel is not known to be wrong
     except torch.AcceleratorError as fault:

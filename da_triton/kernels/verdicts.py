@@ -38,9 +38,9 @@ class Verdict(NamedTuple):
 
 @functools.cache
 def context(device):
-    """What a verdict holds for: GPU, driver, compiler, and the source of the kernels."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    """What a verdict holds for: GPU, driver, compiler, and the kernels with their tiles."""
+    sources, here = hashlib.sha256(), Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.glob("data/*.json")]):
         sources.update(path.read_bytes())
     facts = {"triton": triton.__version__, "kernels": sources.hexdigest()[:16]}
     if device.type == "cuda":
