@@ -1,12 +1,11 @@
 """Whether the kernels are right on this machine: ``check`` and ``python -m da_triton.check``."""
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .precision import matmul_precision
 
 HALF, FLOAT32, TF32 = (torch.bfloat16, torch.float16), "float32", "TF32"
 
@@ -75,9 +76,9 @@ class Check:
         lines += [f"{v.kernel}: {v.reason} (tiles {v.tiles}; {v.case})" for v in wrong]
         if wrong:
             lines.append(
-                f"{len(wrong)} of {len(self.verdicts)} cases are wrong. A newer Triton, or a newer "
-                "ptxas named in TRITON_PTXAS_PATH, may compile them right; backend='torch' needs "
-                "neither."
+                f"{len(wrong)} of {len(self.verdicts)} cases are wrong. A newer Triton may compile "
+                "them correctly, and so may a newer ptxas, named in TRITON_PTXAS_PATH (on "
+                "Blackwell TRITON_PTXAS_BLACKWELL_PATH); backend='torch' needs neither."
             )
         else:
             lines.append(f"All {len(self.verdicts)} cases are right.")
@@ -159,8 +160,11 @@ def _joined(parts: Sequence[dict[str, Any]], errors: Sequence[str]) -> Check:
     verdicts: dict[tuple[str, str], Any] = {}
     for part in parts:
         for found in part["verdicts"]:
-            verdict = Verdict(**{name: found[name] for name in Verdict._fields})
-            verdicts.setdefault((verdict.kernel, verdict.case), verdict)
+            error = float("inf") if found["error"] is None else found["error"]
+            verdict = Verdict(**{name: found[name] for name in Verdict._fields} | {"error": error})
+            key = verdict.kernel, verdict.case
+            if key not in verdicts or not verdict.right:
+                verdicts[key] = verdict
     obstacles = [part["obstacle"] for part in parts if part["obstacle"]]
     obstacles += [(["it printed nothing", *e.splitlines()])[-1] for e in errors]
     facts = parts[0]["facts"] if parts else _versions()
@@ -201,7 +205,7 @@ def run(case, dtype, masked, device, every=False):
     if masked:
         keep = (torch.rand(2, case.length, generator=generator) < 0.7).to(device, torch.uint8)
     options = block.Options(case.heads, 1.0, 1.0, 1.0, True, True)
-    with torch.no_grad(), _precision(precision):
+    with torch.no_grad(), matmul_precision(precision):
         for route, keep_v in _routes(x, case, every):
             _, lse, g, v = block.forward(x, weights, keep, options, route, keep_v)
             block.backward(x, x, weights, keep, lse, g, v, options, route, True)
@@ -234,24 +238,18 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
             yield route, route.gather == "fused"
 
 
-@contextlib.contextmanager
-def _precision(wanted):
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, wanted
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _versions() -> dict[str, Any]:
     from ._version import __version__
 
-    triton = importlib.util.find_spec("triton")
+    triton_version = "not installed"
+    if importlib.util.find_spec("triton"):
+        import triton
+
+        triton_version = triton.__version__
     return {
         "da_triton": __version__,
         "PyTorch": torch.__version__,
-        "Triton": importlib.metadata.version("triton") if triton else "not installed",
+        "Triton": triton_version,
     }
 
 
@@ -270,7 +268,7 @@ def _gpu(device) -> dict[str, Any]:
         "GPU": f"{name}, compute capability {capability[0]}.{capability[1]}",
         "driver": _driver() or f"CUDA {compilers.driver()}",
         "ptxas": f"{version} ({path})",
-        "known faults": "; ".join(f"{f.what} ({f.report})" for f in faults) or "none",
+        "known faults": "; ".join(map(str, faults)) or "none",
     }
 
 
@@ -279,8 +277,11 @@ def _driver():
     if tool is None:
         return ""
     query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    ended = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    return ended.stdout.splitlines()[0].strip() if ended.returncode == 0 else ""
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return printed.stdout.strip().partition("\n")[0]
 
 
 def _groups(verdicts):
@@ -318,7 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(found)
     if arguments.json:
-        verdicts = [{**v._asdict(), "right": v.right} for v in found.verdicts]
+        verdicts = [
+            {**v._asdict(), "error": v.error if math.isfinite(v.error) else None, "right": v.right}
+            for v in found.verdicts
+        ]
         text = json.dumps({"facts": found.facts, "obstacle": found.obstacle, "verdicts": verdicts})
         arguments.json.write_text(text + "\n", encoding="utf-8")
     if any(not v.right for v in found.verdicts):

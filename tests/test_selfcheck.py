@@ -13,7 +13,7 @@ import torch
 import da_triton
 from da_triton import selfcheck
 from da_triton.cores import triton as core
-from da_triton.kernels import compilers, project_gather
+from da_triton.kernels import compilers, project_gather, trials
 from da_triton.selfcheck import Case
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ def small(monkeypatch):
         return [(fused, True), (split, False)]
 
     monkeypatch.setattr(selfcheck, "_routes", few)
+    monkeypatch.setattr(trials, "LONGEST", 256)
     monkeypatch.setattr(selfcheck, "CASES", SMALL)
     monkeypatch.setattr(selfcheck, "HALF", (torch.bfloat16, torch.float16))
 
@@ -147,6 +148,8 @@ def test_several_processes_are_joined():
     assert not found.right
     assert not found.obstacle
     assert selfcheck._joined([part(verdict())], []).right
+    for places in ((wrong, verdict("gather_side")), (verdict("gather_side"), wrong)):
+        assert not selfcheck._joined([part(v) for v in places], []).right  # a race, say
 
 
 def test_wrong_results_outweigh_a_process_that_left_nothing(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from bench.codegen import compiler
 from da_triton.kernels import block, configs, distribute, gather, launch
 from da_triton.planner import Route
+from da_triton.precision import matmul_precision
 
 # Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
 # channels-last memory.
@@ -69,7 +70,7 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[compiler.Launch]:
     sources = [(a, b, keep)]
     if v.extra:
         sources.append((a[..., :4], b[..., :4], None))
-    with _tf32(v.tf32), compiler.record() as launches:
+    with matmul_precision("tf32" if v.tf32 else "ieee"), compiler.record() as launches:
         g, lse = gather.gather_forward(sources, 1.0)
         distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
         dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
@@ -93,16 +94,6 @@ def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list
         _, lse, g, kept = block.forward(x, w, keep, options, route, v.keep_v)
         block.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route, True)
     return launches
-
-
-@contextlib.contextmanager
-def _tf32(allowed):
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _empty(v, *shape):

@@ -65,7 +65,7 @@ def distribute_side_kernel(
     """One program: a chunk of positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
 
     CHANNELS_FIRST: dH is summed with channels as rows, so that no accumulator is transposed, which
-    Triton before 3.7.1 makes wrong code of for Hopper.
+    Triton before 3.7.1 miscompiles for Hopper.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)

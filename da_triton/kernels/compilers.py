@@ -1,4 +1,4 @@
-"""Which compilers make wrong code for which GPUs, from public reports."""
+"""Which compilers miscompile matrix products for which GPUs, from public reports."""
 
 import functools
 import os
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 import triton
+
+from . import launch
 
 
 class Compiler(NamedTuple):
@@ -21,6 +23,15 @@ class Fault(NamedTuple):
     what: str
     report: str
     applies: Callable[[Compiler], bool]
+
+    def __str__(self):
+        return f"{self.what} ({self.report})"
+
+
+WAY_OUT = (
+    "A newer Triton may compile it correctly, and so may a newer ptxas, named in TRITON_PTXAS_PATH "
+    "(on Blackwell TRITON_PTXAS_BLACKWELL_PATH)"
+)
 
 
 FAULTS = (
@@ -51,11 +62,11 @@ FAULTS = (
 def affected(device):
     """The known faults of what compiles for a device: a tuple of ``Fault``, mostly empty."""
     wish = os.environ.get("DA_TRITON_PROVE", "")
-    if device.type != "cuda" or torch.version.hip or wish == "0":
+    if device.type != "cuda" or torch.version.hip or launch.INTERPRETED or wish == "0":
         return ()
     found = faults(compiler(device))
     if wish == "1" and not found:
-        return (Fault("DA_TRITON_PROVE=1", "", lambda c: True),)
+        return (Fault("none", "DA_TRITON_PROVE=1 asks for proofs", lambda c: True),)
     return found
 
 

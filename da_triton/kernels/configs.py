@@ -345,7 +345,6 @@ def reads_shared_operands(device):
 def chains_products(device):
     """Whether several products in a loop may add to one accumulator.
 
-    Triton 3.6 to 3.8 make wrong code of them for Blackwell's tensor memory:
-    triton-lang/triton#10821.
+    Triton 3.6 to 3.8 miscompile them for Blackwell's tensor memory: triton-lang/triton#10821.
     """
     return architecture(device) != "sm_100"

@@ -1,4 +1,4 @@
-"""Kernels are proved on their first use where compilers are known to make wrong code.
+"""Kernels are proved on their first use where compilers are known to miscompile them.
 
 There (``compilers``), a launcher's first call with new channels, dtypes or flags also runs a few
 times on a small random input, with the same tile, alignment and flags (``trials``). The results
@@ -7,11 +7,11 @@ and with each other bit for bit. The verdict is remembered (``verdicts``). A ker
 not used: its stand-in takes over, with one warning.
 
 Elsewhere, and for dtypes without matrix units, launchers run as they are. Nothing is proved while a
-CUDA graph is captured: there, a kernel that nothing is known of yet runs as it is.
+CUDA graph is captured: an unproved kernel runs unchecked there, with a warning.
 
 Two environment variables, the first read once:
 
-    DA_TRITON_PROVE      0: prove nothing; 1: prove on every GPU, in half precision and TF32
+    DA_TRITON_PROVE      0: prove nothing; 1: prove on every NVIDIA GPU, half precision and TF32
     DA_TRITON_CACHE_DIR  the folder of verdicts; ~/.cache/da_triton without ($XDG_CACHE_HOME if set)
 """
 
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import inspect
 import threading
+from collections import Counter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ ALLOWED = {
 }  # fmt: skip
 ALLOWED_TF32 = 5e-3
 SCALARS = {"logit_scale": 0.7, "scale": 1.3}
+ATTEMPTS = 3  # at a proof that memory, or something else but the kernel, prevents
 WRONG, VARYING = "wrong results", "different results on the same input"
 # Launchers that return sums in parts: the axis of the parts, and how many of the results have one.
 SUMMED = {"distribute_side": (1, 1), "backward_parts": (2, 1), "outer": (0, 2)}
@@ -48,6 +50,7 @@ _state = _State()
 _lock = threading.RLock()
 _known: dict[Any, bool] = {}  # exact arguments -> whether the kernel may be used
 _verdicts: dict[str, Verdict] = {}  # a case -> what was found in this process
+_attempts: Counter[str] = Counter()  # at proving a case
 
 
 def proved(axes: dict[str, Any], *, writes=(), roles=None, splits=lambda **_: 2):
@@ -69,7 +72,7 @@ def proved(axes: dict[str, Any], *, writes=(), roles=None, splits=lambda **_: 2)
             idle = _state.verdicts is None and not watched()
             if idle or _use(spec, args, kwargs):
                 return launcher(*args, **kwargs)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(next(tensors(args)).device.type, enabled=False):
                 return spec.stand_in(*args, **kwargs)
 
         return call
@@ -95,6 +98,8 @@ class _Spec:
         """Channels, dtypes, layouts and flags: what the generated code depends on."""
         found = {name: words(value, self.axes.get(name)) for name, value in given.items()}
         found["splits"] = str(self.splits(**given))
+        if _dtype(given) == torch.float32:
+            found["precision"] = "tf32" if verdicts.allows_tf32() else "ieee"
         return " ".join(f"{name}={word}" for name, word in found.items() if word)
 
     def small(self, given):
@@ -131,11 +136,8 @@ def _use(spec, args, kwargs):
     key = exact(spec.name, args, kwargs)
     known = _known.get(key)
     if known is None:
-        if not _concerns(args):
-            known = True
-        elif _capturing():
-            return True
-        else:
+        known = True
+        if _concerns(args):
             with _lock:
                 verdict = _verdict(spec, spec.bound(args, kwargs))
             if verdict is None:
@@ -158,17 +160,26 @@ def _examined(spec, given):
 
 
 def _verdict(spec, given):
-    """What is known of a case, or what a proof finds; None if there was no memory for one."""
+    """What is known of a case, or what a proof finds; None where nothing can be proved now."""
     device = next(tensors(given)).device
     case = spec.case(given)
-    key = f"{spec.name} {device} {case} {verdicts.allows_tf32()}"
+    key = f"{spec.name} {device} {case}"
     if key not in _verdicts:
         found = verdicts.remembered(device, spec.name, case)
         if found is None:
+            if _capturing():
+                verdicts.warn_of_a_capture(spec.name)
+                return None
+            if _attempts[key] >= ATTEMPTS:
+                return None
+            _attempts[key] += 1
             try:
                 found = _prove(spec, given, case)
-            except torch.OutOfMemoryError:
+            except _UnprovedError:
                 return None
+            except _FaultError as fault:
+                verdicts.remember(device, fault.verdict)
+                raise
             if found.reason in ("", WRONG, VARYING):  # an error may be of this process alone
                 verdicts.remember(device, found)
         _verdicts[key] = found
@@ -178,43 +189,70 @@ def _verdict(spec, given):
 
 
 def _prove(spec, given, case):
-    """Runs a launcher a few times on a small input, and its stand-in in float64."""
-    dtype = min((t.dtype for t in tensors(given) if t.is_floating_point()), key=_size)
-    allowed = ALLOWED_TF32 if dtype == torch.float32 and verdicts.allows_tf32() else ALLOWED[dtype]
-    tiles: list[str] = []
-    error, reason = float("inf"), ""
+    """Runs a launcher a few times on a small input, and its stand-in in float64.
+
+    Raises:
+        _UnprovedError: there was no memory, or what fails is not the kernel.
+        _FaultError: the kernel made the GPU fault.
+    """
+    device, dtype = next(tensors(given)).device, _dtype(given)
+    tf32 = dtype == torch.float32 and verdicts.allows_tf32()
+    allowed, error, tiles = ALLOWED_TF32 if tf32 else ALLOWED[dtype], float("inf"), []
+    _synchronize(device)  # an error of what ran before is not the kernel's
+
+    def verdict(reason):
+        shown = ", ".join(dict.fromkeys(tiles))
+        return Verdict(spec.name, case, shown, error, allowed, reason)
+
     _state.proving = True
     try:
-        with torch.no_grad(), launch.traced(tiles), launch.in_splits(spec.splits(**given)):
-            small = spec.small(given)
-            wide = map_tensors(small, lambda t: t.double() if t.is_floating_point() else t)
-            runs = [_run(spec, spec.launcher, small) for _ in range(_state.repetitions)]
-            truth = _run(spec, spec.stand_in, wide)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            try:
+                small = spec.small(given)
+                wide = map_tensors(small, lambda t: t.double() if t.is_floating_point() else t)
+                truth = _run(spec, spec.stand_in, wide)
+            except Exception as failure:
+                raise _UnprovedError from failure
+            with launch.traced(tiles), launch.in_splits(spec.splits(**given)):
+                runs = [_run(spec, spec.launcher, small) for _ in range(_state.repetitions)]
             error = max(map(_error, runs[0], truth))
             if not error <= allowed:
-                reason = WRONG
-            elif any(
-                not torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)
-            ):
-                reason = VARYING
-    except torch.OutOfMemoryError:
-        raise  # the kernel is not known to be wrong
-    except torch.AcceleratorError as fault:
-        raise _FaultError(
-            Verdict(spec.name, case, _list(tiles), error, allowed, _line(fault))
-        ) from fault
+                return verdict(WRONG)
+            same = (torch.equal(*pair) for run in runs for pair in zip(run, runs[0], strict=True))
+            return verdict("" if all(same) else VARYING)
+    except _UnprovedError:
+        raise
     except Exception as failure:
-        reason = _line(failure)
+        try:
+            _synchronize(device)
+        except RuntimeError:
+            raise _FaultError(verdict(_line(failure))) from failure
+        if isinstance(failure, torch.AcceleratorError):
+            raise _FaultError(verdict(_line(failure))) from failure
+        if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure):
+            raise _UnprovedError from failure
+        return verdict(_line(failure))
     finally:
         _state.proving = False
-    return Verdict(spec.name, case, _list(tiles), error, allowed, reason)
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _UnprovedError(Exception):
+    """Nothing was found out about a kernel."""
 
 
 class _FaultError(RuntimeError):
     """A kernel made the GPU fault: nothing can run in this process any more."""
 
     def __init__(self, verdict):
-        super().__init__(f"da_triton's kernel {verdict.kernel!r} faulted: {verdict.reason}")
+        super().__init__(
+            f"da_triton's kernel {verdict.kernel!r} faulted: {verdict.reason}. This process cannot "
+            "go on; the next one will use PyTorch operations in its place."
+        )
         self.verdict = verdict
 
 
@@ -225,10 +263,9 @@ def until_a_fault():
         yield
     except _FaultError as fault:
         _state.verdicts.append(fault.verdict)
-
-
-def _list(tiles):
-    return ", ".join(dict.fromkeys(tiles))
+    except torch.AcceleratorError as fault:  # of a launch that was proved on another input
+        unknown = Verdict("a kernel", "of a block", "", float("inf"), 0.0, _line(fault))
+        _state.verdicts.append(unknown)
 
 
 def _line(error):
@@ -244,8 +281,9 @@ def _run(spec, function, small):
 def _error(found, true):
     found, true = found.double(), true.double()
     scale = true.square().mean().sqrt() + true.abs()
-    error = ((found - true).abs() / scale.clamp(min=1e-30)).max().item()
-    return error if error == error else float("inf")
+    error = (found - true).abs() / scale.clamp(min=1e-30)
+    largest = error.masked_fill(found == true, 0).max().item()  # infinities, too
+    return largest if largest == largest else float("inf")
 
 
 @contextlib.contextmanager
@@ -284,8 +322,9 @@ def _concerns(args):
     return half or (x.dtype == torch.float32 and verdicts.allows_tf32())
 
 
-def _size(dtype):
-    return dtype.itemsize
+def _dtype(given):
+    """The narrowest dtype among the tensors, in which the matrix unit multiplies."""
+    return min((t.dtype for t in tensors(given) if t.is_floating_point()), key=lambda d: d.itemsize)
 
 
 def _capturing():

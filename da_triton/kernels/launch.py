@@ -147,7 +147,7 @@ def device_of(x):
 def options(x, tile, products=True, again=False):
     """Dtypes and compiler options of a launch; the float32 switch is PyTorch's own.
 
-    ``again``: the kernel makes softmax weights once more, from a log-sum-exp. Contracted into one
+    ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
     FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
     where a select stands between the two, and ``exp`` of the difference overflows.
     """

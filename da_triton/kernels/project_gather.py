@@ -120,7 +120,7 @@ def gather_from_a_kernel(
     """One program: a head, a chunk of positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N.
 
     POSITIONS_FIRST: A is projected with positions as rows, so that no accumulator is transposed,
-    which Triton before 3.7.1 makes wrong code of for Hopper.
+    which Triton before 3.7.1 miscompiles for Hopper.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)

@@ -8,8 +8,19 @@ part. Formulas are those of the launchers' modules.
 import torch
 
 from ..precision import accumulator, lse_dtype
-from ..projection import project
 from . import launch
+
+
+def _dot(x, y):
+    """``x @ y`` with sums, and results, in the accumulator's dtype, as in the kernels."""
+    acc = accumulator(x.dtype)
+    return x.to(acc) @ y.to(acc)
+
+
+def _project(x, weight, bias):
+    """``W x + bias`` in the accumulator's dtype."""
+    y = _dot(weight, x)
+    return y if bias is None else y + bias.to(y.dtype)[:, None]
 
 
 def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
@@ -48,7 +59,7 @@ def _parts(a, z, keep):
         a, z = a.masked_fill(~kept, 0), z.masked_fill(~kept, -torch.inf)
     mx = z.amax(-1)
     p = (z - mx.masked_fill(mx == -torch.inf, 0)[..., None]).exp()
-    acc = (p.to(a.dtype) @ a.mT).to(z.dtype)
+    acc = _dot(p.to(a.dtype), a.mT)
     return tuple(t.flatten(1, 2)[:, None] for t in (acc, mx, p.sum(-1)))
 
 
@@ -64,26 +75,27 @@ def gather_from_x(x, weight_b, keep, logit_scale):
 
 
 def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
-    a = project(x, weight_a, None).unflatten(1, (heads, -1))
-    return _parts(a, _logits(x, weight_b, logit_scale).unflatten(1, (heads, -1)), keep)
+    a, b = (_project(x, w, None).to(x.dtype) for w in (weight_a, weight_b))
+    a, b = (t.unflatten(1, (heads, -1)) for t in (a, b))
+    return _parts(a, b.to(accumulator(x.dtype)) * logit_scale, keep)
 
 
 def _logits(x, weight, scale):
-    return project(x, weight, None).to(accumulator(x.dtype)) * scale
+    return _project(x, weight, None) * scale
 
 
 def gather_backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
     batch, heads, c_n, _ = b.shape
-    dtype, acc, factor = a.dtype, accumulator(a.dtype), launch.p_scale(a.dtype)
+    acc = accumulator(a.dtype)
     z = b.to(lse.dtype) * logit_scale
     p = (z - lse.view(batch, heads, c_n, 1)).exp().to(acc)
     hidden = None if keep is None else ~keep.bool()[:, None, None]
     if hidden is not None:
         p = p.masked_fill(hidden, 0)
     if da is not None:
-        da.copy_((dg @ (p * factor).to(dtype)).to(acc) / factor)
+        da.copy_(_dot(dg, p))
     if db is not None:
-        dp = (dg.mT @ a).to(acc) - correction.view(batch, heads, c_n, 1)
+        dp = _dot(dg.mT, a) - correction.view(batch, heads, c_n, 1)
         grad = logit_scale * p * dp
         db.copy_(grad if hidden is None else grad.masked_fill(hidden, 0))
 
@@ -91,7 +103,7 @@ def gather_backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
 def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     z = launch.empty_map_like(v, g.shape[2])
     q = _weights(v, bias, softmax, logit_scale).to(v.dtype)
-    return z.copy_(scale * (g.to(v.dtype) @ q).to(accumulator(v.dtype)))
+    return z.copy_(scale * _dot(g.to(v.dtype), q))
 
 
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
@@ -117,9 +129,9 @@ def _distribute_gradients(dz, g, v, bias, dv, scale, softmax, logit_scale):
     """dG; writes dV unless None."""
     q = _weights(v, bias, softmax, logit_scale)
     if dv is not None:
-        dq = (g.to(v.dtype).mT @ dz).to(q.dtype) * (scale * logit_scale)
+        dq = _dot(g.to(v.dtype).mT, dz) * (scale * logit_scale)
         dv.copy_(_through_softmax(q, dq, 2) if softmax else dq)
-    return (dz @ q.to(v.dtype).mT).to(q.dtype) * scale
+    return _dot(dz, q.to(v.dtype).mT) * scale
 
 
 def _through_softmax(q, dq, axis):
@@ -129,40 +141,37 @@ def _through_softmax(q, dq, axis):
 def project_distribute(
     x, weight_v, bias_v, h, bias_out, out, v, *, heads, logit_scale, softmax, residual
 ):
-    acc = accumulator(x.dtype)
-    own = project(x, weight_v, bias_v)
+    own = _project(x, weight_v, bias_v)
     if v is not None:
         v.copy_(own)
     q = _weights(own.unflatten(1, (heads, -1)), None, softmax, logit_scale).flatten(1, 2)
-    y = (h @ q.to(x.dtype)).to(acc)
-    if bias_out is not None:
-        y = y + bias_out.to(acc)[:, None]
+    y = _project(q.to(x.dtype), h, bias_out)
     out.copy_(y + x if residual else y)
 
 
 def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
-    own = project(x, weight_v, bias_v) if v is None else v
+    own = _project(x, weight_v, bias_v) if v is None else v
     q = _weights(own.unflatten(1, (heads, -1)), None, softmax, logit_scale)
-    dq = (h.mT @ dout).to(q.dtype).unflatten(1, (heads, -1)) * logit_scale
+    dq = _dot(h.mT, dout).unflatten(1, (heads, -1)) * logit_scale
     dv.copy_((_through_softmax(q, dq, 2) if softmax else dq).flatten(1, 2))
-    return (q.flatten(1, 2).to(x.dtype) @ dout.mT).to(q.dtype)[:, None]
+    return _dot(q.flatten(1, 2).to(x.dtype), dout.mT)[:, None]
 
 
 def gather_side(
     x, dout, weight_b, weight_v, dm, lse, delta, keep, dv, db, *, logit_scale, residual, need_x
 ):
-    acc, factor = accumulator(x.dtype), launch.p_scale(x.dtype)
+    acc = accumulator(x.dtype)
     p = (_logits(x, weight_b, logit_scale) - lse[..., None]).exp().to(acc)
-    grad = logit_scale * p * ((dm.mT @ x).to(acc) - delta[..., None])
+    grad = logit_scale * p * (_dot(dm.mT, x) - delta[..., None])
     if keep is not None:
         hidden = ~keep.bool()[:, None]
         p, grad = p.masked_fill(hidden, 0), grad.masked_fill(hidden, 0)
     db.copy_(grad)
     if not need_x:
         return None
-    dx = (dm @ (p * factor).to(x.dtype)).to(acc) / factor
+    dx = _dot(dm, p)
     for weight, gradient in ((weight_b, db), (weight_v, dv)):
-        dx = dx + (weight.mT @ gradient).to(acc)
+        dx = dx + _dot(weight.mT, gradient)
     return launch.empty_rows_like(x, x.shape[1]).copy_(dx + dout if residual else dx)
 
 
@@ -202,7 +211,7 @@ def descriptors_backward(parts, lse, m, weights, *, heads, scale):
 
 def outer(t, x):
     acc = accumulator(x.dtype)
-    parts = torch.einsum("nkl,ncl->kc", t, x).to(acc)
+    parts = torch.einsum("nkl,ncl->kc", t.to(acc), x.to(acc))
     return parts[None], t.sum((0, 2), dtype=acc)[None]
 
 

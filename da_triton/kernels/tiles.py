@@ -44,8 +44,8 @@ def split(x, DTYPE: tl.constexpr):
 def dot_low(x, y, acc, PRECISION: tl.constexpr):
     """``x @ y / LOW_SCALE``, one of the two a low part of ``split``; shape and dtype of acc.
 
-    In an accumulator of its own: compilers for Blackwell make wrong code of products that are
-    chained through one in a loop. The factor keeps Triton from chaining them again.
+    In an accumulator of its own: compilers for Blackwell miscompile products that are chained
+    through one in a loop. The factor keeps Triton from chaining them again.
     """
     return dot(x, y, tl.zeros_like(acc), PRECISION) * (1.0 / LOW_SCALE)
 

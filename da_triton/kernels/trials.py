@@ -5,7 +5,8 @@ import torch
 from . import verdicts
 
 HALF = (torch.float16, torch.bfloat16)
-LONGEST = 1024  # positions of an input to prove with
+LONGEST = 1024  # positions of an input to prove with: several steps of every loop
+SHORT = 8  # up to here, the number of positions may be a constant of the code
 
 
 def tensors(tree):
@@ -44,7 +45,7 @@ def exact(name, args, kwargs):
     while stack:
         value = stack.pop()
         if isinstance(value, torch.Tensor):
-            found += (value.shape, value.stride(), value.dtype)
+            found += (value.shape, value.stride(), value.dtype, value.data_ptr() % 16)
             half = half or value.dtype in HALF
             device = value.device
         elif isinstance(value, (tuple, list)):
@@ -55,23 +56,30 @@ def exact(name, args, kwargs):
 
 
 def words(value, axes):
-    """A tensor as its dtype, sizes and what its strides are divisible by; a flag as its value."""
+    """A tensor as its dtype, sizes and alignments, as far as code depends on them; else a flag."""
     if isinstance(value, torch.Tensor):
         letters = (axes or "").ljust(value.dim(), "-")
-        sizes = (
-            letter if letter != "-" else str(size)
-            for letter, size in zip(letters, value.shape, strict=True)
-        )
-        innermost = "".join(str(i) for i, s in enumerate(value.stride()) if s == 1)
-        rows = [s for letter, s in zip(letters, value.shape, strict=True) if letter == "L"]
-        unit = min(s & -s for s in (128, *rows, *value.stride()) if s > 1)
-        return f"{str(value.dtype)[6:]}[{'×'.join(sizes)}]/{innermost}/{unit}"
+        sizes = map(_size, letters, value.shape)
+        strides = (str(s) if s < 2 else str(_unit(s)) for s in value.stride())
+        shown = f"{str(value.dtype)[6:]}[{'×'.join(sizes)}]/{','.join(strides)}"
+        return shown if value.data_ptr() % 16 == 0 else f"{shown}+{value.data_ptr() % 16}"
     if isinstance(value, (tuple, list)):
         inner = _inner(value, axes)
         return "(" + ",".join(words(v, a) for v, a in zip(value, inner, strict=True)) + ")"
     if value is None or isinstance(value, float):
         return ""
     return str(value)
+
+
+def _size(letter, size):
+    if letter == "-" or size == 1 or (letter == "L" and size <= SHORT):
+        return str(size)
+    return f"L{_unit(size)}" if letter == "L" else letter
+
+
+def _unit(number):
+    """The power of two that it is divisible by, up to 128."""
+    return min(number & -number, 128)
 
 
 def _inner(value, axes):
@@ -96,7 +104,9 @@ def random(value, axes, role, generator):
     sizes = [few(letter, size) for letter, size in zip(letters, value.shape, strict=True)]
     x = like(value, sizes)
     if value.dtype == torch.uint8:
-        return fill(x, torch.rand(x.shape, generator=generator, device=x.device) < 0.7)
+        kept = torch.rand(x.shape, generator=generator, device=x.device) < 0.7
+        kept[..., 0] = True  # a map without positions has no finite log-sum-exp
+        return fill(x, kept)
     if role == "written":
         return fill(x, torch.full(x.shape, torch.nan, device=x.device))
     numbers = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
@@ -124,7 +134,7 @@ def few(letter, size):
         return min(size, 2)
     if letter == "S":
         return min(size, 3)
-    if letter == "L" and size > LONGEST:
+    if letter == "L" and size > SHORT:
         return LONGEST - 128 + size % 128
     return size
 

@@ -1,4 +1,4 @@
-"""What was found of a kernel, and the folder that keeps it for other processes.
+"""Verdicts on kernels, and the folder that keeps them for other processes.
 
 A verdict holds for one GPU, driver, compiler and package. A file is written whole or not at all:
 other processes read and write the same ones.
@@ -18,11 +18,12 @@ import triton
 
 from . import compilers
 
+OPTIONS = ("PTXAS_OPTIONS", "DISABLE_PTXAS_OPT")  # variables that change what ptxas makes
 _warned: set[str] = set()
 
 
 class Verdict(NamedTuple):
-    """Of one launcher with its channels, dtypes and flags."""
+    """On one launcher with given channels, dtypes and flags."""
 
     kernel: str
     case: str  # dtypes, sizes and flags
@@ -40,7 +41,7 @@ class Verdict(NamedTuple):
 def context(device):
     """What a verdict holds for: GPU, driver, compiler, and the kernels with their tiles."""
     sources, here = hashlib.sha256(), Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.glob("data/*.json")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("data/*.json"), *here.glob("../prec*.py")]):
         sources.update(path.read_bytes())
     facts = {"triton": triton.__version__, "kernels": sources.hexdigest()[:16]}
     if device.type == "cuda":
@@ -50,7 +51,7 @@ def context(device):
             "gpu": torch.cuda.get_device_name(device),
             "driver": compilers.driver(),
             "ptxas": f"{version} {path}",
-            "ptxas options": os.environ.get("PTXAS_OPTIONS", ""),
+            "options": [os.environ.get(name, "") for name in OPTIONS],
         }
     return facts
 
@@ -62,13 +63,13 @@ def allows_tf32() -> bool:
 
 def folder() -> Path:
     """Where verdicts are remembered."""
-    named = os.environ.get("DA_TRITON_CACHE_DIR")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(cache) / "da_triton"
+    if named := os.environ.get("DA_TRITON_CACHE_DIR"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da_triton"
 
 
 def _file(device, kernel, case):
-    facts = json.dumps([context(device), kernel, case, allows_tf32()], sort_keys=True)
+    facts = json.dumps([context(device), kernel, case], sort_keys=True)
     return folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
 
 
@@ -88,6 +89,7 @@ def remember(device, verdict):
             "w", dir=path.parent, prefix=path.stem, delete=False, encoding="utf-8"
         ) as file:
             json.dump({"context": context(device), "verdict": verdict._asdict()}, file)
+        os.chmod(file.name, 0o644)  # a folder may be shared by users
         os.replace(file.name, path)
     except (OSError, RuntimeError) as error:
         if "" not in _warned:
@@ -105,14 +107,26 @@ def warn(verdict, device):
         return
     _warned.add(verdict.kernel)
     facts = context(device)
-    known = "; ".join(f"{f.what} ({f.report})" for f in compilers.affected(device))
+    known = "; ".join(map(str, compilers.affected(device)))
     compiled = f"Triton {facts['triton']}, ptxas {facts.get('ptxas', 'unknown')}"
     warnings.warn(
         f"da_triton does not use its kernel {verdict.kernel!r} here, because it failed a check on "
         f"its first use: {verdict.reason} (error {verdict.error:.1e}, allowed "
-        f"{verdict.allowed:.0e}; {verdict.case}). PyTorch operations take its place, with right "
-        f"results and at their speed. It was compiled by {compiled}. Known faults there: {known}. "
-        "A newer Triton, or a newer ptxas named in TRITON_PTXAS_PATH, may compile it right; "
-        "`python -m da_triton.check` shows which kernels are right.",
+        f"{verdict.allowed:.0e}; {verdict.case}). PyTorch operations in float32 take its place. "
+        f"It was compiled by {compiled}. Known faults there: {known}. "
+        f"{compilers.WAY_OUT}; `python -m da_triton.check` shows which kernels are right.",
+        stacklevel=2,
+    )
+
+
+def warn_of_a_capture(kernel):
+    """Says once that a captured kernel was not proved."""
+    if "capture" in _warned:
+        return
+    _warned.add("capture")
+    warnings.warn(
+        f"da_triton's kernel {kernel!r} is captured into a CUDA graph before it was proved, and "
+        "the compiler is known to miscompile some kernels for this GPU. Call the layer once before "
+        "the capture.",
         stacklevel=2,
     )

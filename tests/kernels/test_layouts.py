@@ -80,9 +80,12 @@ def test_chained_products_are_found():
 CONTRACTED = """
 import re, torch, triton
 from bench.codegen import compiler, launches
+from da_triton.planner import Route
 with launches.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
-    found = [x for m, n in sizes for x in launches.core(m, n, launches.Variant(softmax=False))]
+    found = [x for m, n in sizes for x in launches.core(m, n, launches.Variant())]
+    fused = Route("XH", "fused", "fused", "fused", "XH", 64)
+    found += launches.of_block((64, 64, 32, 32), fused, launches.Variant())
 for launch in found:
     launch.kwargs.update(FUSION)
     source, options = compiler.specialized(launch, "sm_90")
@@ -94,9 +97,13 @@ for launch in found:
 def test_logits_are_rounded_before_anything_is_subtracted():
     """Where weights are made again: a contracted ``scale·x − lse`` is another number."""
     output = run("-c", CONTRACTED.replace("FUSION", "{}"))
-    found = dict(line.split() for line in output.splitlines())
-    again = ("gather_backward_kernel", "all_maps_kernel", "mix_kernel", "map_gradient_kernel")
-    assert {name: found[name] for name in again} == dict.fromkeys(again, "0")
+    lines = [line.split() for line in output.splitlines()]
+    again = {
+        "gather_backward_kernel", "all_maps_kernel", "mix_kernel", "map_gradient_kernel",
+        "descriptor_gradient_kernel", "gather_side_kernel",
+    }  # fmt: skip
+    assert {name for name, _ in lines} >= again
+    assert not [line for line in lines if line[0] in again and line[1] != "0"]
 
 
 def test_contraction_would_be_seen():
