@@ -430,7 +430,7 @@ class Sweeper:
             if (key := job.key(member)) in self.hung:
                 rows[i] = blank(i, f"not measured again: {self.hung[key]}")
         left = [i for i in range(len(members)) if i not in rows]
-        attempts, why = ATTEMPTS, ""
+        attempts, why = ATTEMPTS, "there is no eager block to check against"
         while attempts >= 0 and self.budget.left > 0:
             if attempts == 0:
                 left = [i for i in left if job.needed(members[i])]

@@ -557,7 +557,7 @@ def test_rows_have_the_numbers_of_their_groups(run, tiny, monkeypatch, tmp_path)
     assert all(row["group"] == f"compiled {row['provider'][-1]}" for row in rows)
 
 
-def test_ceiling_that_fails_is_told():
+def test_ceiling_that_fails_is_reported():
     def timer(closure, *, launches_count):
         raise MemoryError("too large")
 

@@ -219,6 +219,15 @@ def test_networks(sweeper):
     assert {row["workload"] for row in rows} == {"net"}
 
 
+def test_a_network_that_makes_cuda_unusable(sweeper):
+    """It costs the others nothing but another process."""
+    chosen = networks.variants("torch", False)
+    made = networks.Network("net", fakes.poisoning_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
+    rows = sweeper.network(made, FORWARD, chosen)
+    failed = f"failed: RuntimeError: {ILLEGAL}"
+    assert [row["status"] for row in rows] == [failed] * 2 + [OK] * 4
+
+
 def test_networks_without_the_eager_block(sweeper):
     """There is nothing that results could be checked against."""
     chosen = networks.variants("torch", False)
@@ -226,6 +235,8 @@ def test_networks_without_the_eager_block(sweeper):
     rows = sweeper.network(made, FORWARD, chosen[2:])  # both eager blocks, then da_triton's
     left = f"not measured: {DIED}"
     assert [row["status"] for row in rows] == [DIED, DIED, left, left]
+    (row,) = sweeper.network(made, FORWARD, chosen[:1])
+    assert row["status"] == "not measured: there is no eager block to check against"
 
 
 def test_a_network_that_compiles_for_ever(sweeper):

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 
+import torch
 from torch import nn
 
 from bench import measure, networks, providers
@@ -157,6 +158,13 @@ def slow_network(block):
 
 def crashing_network(block):
     crashes(None)
+
+
+def poisoning_network(block):
+    """The one without a block spoils its process for all that are made after it."""
+    if block is None or not measure.usable(torch.device("cpu")):
+        poisons(None)
+    return small_network(block)
 
 
 def half_crashing_network(block):
