@@ -18,12 +18,12 @@ import torch
 import da_triton
 
 from . import floors, providers, tables, warm
-from .groups import Spent
+from .groups import MOST_AT_ONCE, Spent
 from .isolation import Worker
 from .measure import FLUSH_BYTES, FLUSHES_AHEAD
 from .problems import FORWARD, STEP
 from .providers import CHANNELS_LAST, GRAPH, Provider
-from .stages import COMPILED_FIRST, EFFORT, STAGES
+from .stages import EFFORT, STAGES, order
 from .workloads import Workload
 
 ASSUMED = {
@@ -39,8 +39,6 @@ ASSUMED = {
     "bandwidth, bytes/s": floors.COPY_SHARE * floors.SHEETS["H100"].bandwidth,
     "smoke check, s of measuring and of compiling": 15.0,
 }
-
-PROCESSES = 8  # that compile on a machine of 16 cores
 
 
 def table(
@@ -62,17 +60,13 @@ def table(
         seconds, groups, done = budget * stage.seconds / total, 0, 0
         spent = Spent(imports=start)
         if stage.name in providers.STAGES:
-            works = list(workloads)
-            if stage.name == "compiled":
-                works.sort(key=lambda w: COMPILED_FIRST.index(w.name) if w.name in COMPILED_FIRST
-                           else len(COMPILED_FIRST))  # fmt: skip
             sweeps = providers.gpu_sweeps(stage.name)
-            all_groups = [(p, w, m) for p in sweeps for w in works for m in (FORWARD, STEP)]
-            groups = len(all_groups)
+            planned = order(stage.name, workloads, len(sweeps))
+            groups = len(planned)
             if stage.name == "eager":
-                spent.compilation += start + _kernels(len(works), cached) / PROCESSES
-            for sweep, work, mode in all_groups:
-                one = _group(sweep, work, mode)
+                spent.compilation += start + _kernels(len(workloads), cached) / MOST_AT_ONCE
+            for work, mode, group in planned:
+                one = _group(sweeps[group], work, mode)
                 if sum(vars(spent + one).values()) > seconds:
                     break
                 spent, done = spent + one, done + 1

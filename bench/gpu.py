@@ -1,4 +1,7 @@
-"""``python -m bench gpu``: runs stages within a budget. Whatever dies, a report is written."""
+"""``python -m bench gpu``: runs stages within a budget.
+
+It always writes a report, even if a stage crashes.
+"""
 
 import contextlib
 import os
@@ -39,7 +42,7 @@ def run_gpu(
     reserved = min(FINISH, 0.1 * budget.seconds)
     with tempfile.TemporaryDirectory() as folder, _terminated_like_interrupted():
         logs = Path(folder)
-        report = JoinedReport(out, "", logs)
+        report = _report(out, logs)
         report.record(**environment(settings.where.device), **_warm_cache())
         name = (report.environment.get("card") or {}).get("name", settings.where.device.type)
         report.title = f"Double attention on {name}, bfloat16"
@@ -61,7 +64,7 @@ def run_gpu(
 
 
 def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
-    """Whether it did what it is for. Its seconds and its result are recorded and printed."""
+    """Returns True if the stage succeeded. Its seconds and its result are recorded and printed."""
     run.spent, start = Spent(), time.monotonic()
     if budget.left <= 0:
         result = "not run, for lack of time"
@@ -92,13 +95,32 @@ def _record(run: Run, stage: Stage, start: float, result: str) -> dict[str, Any]
     return seconds
 
 
+def _report(out: Path, logs: Path) -> JoinedReport:
+    """The report of a folder. Where earlier results cannot be read, they are left as they are and
+    a new report is written to a folder inside."""
+    try:
+        return JoinedReport(out, "", logs)
+    except Exception as error:
+        for path in logs.iterdir():  # what could be unpacked
+            path.unlink()
+        report = JoinedReport(Path(tempfile.mkdtemp(prefix="new-", dir=out)), "", logs)
+        problem = f"{out} could not be read: {describe(error)}"
+        report.record(earlier_results=problem)
+        report.remarks.append(f"Earlier results in {problem}")
+        return report
+
+
 def _warm_cache() -> dict[str, Any]:
-    """What became of a compile cache that was made elsewhere and carried here."""
+    """Checks and relocates a prebuilt compile cache; facts about it."""
     folder = Path(os.environ.get("TRITON_CACHE_DIR", ""))
     if not os.environ.get("TRITON_CACHE_DIR") or not (folder / warm.FILE).exists():
         return {}
-    warm.relocate(folder)
-    return {"warm_cache": "; ".join(warm.differences(folder)) or "of this Triton and these kernels"}
+    try:
+        warm.relocate(folder)
+        found = "; ".join(warm.differences(folder)) or "of this Triton and these kernels"
+    except Exception as error:
+        found = f"failed: {describe(error)}"
+    return {"warm_cache": found}
 
 
 @contextlib.contextmanager

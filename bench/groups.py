@@ -1,8 +1,12 @@
-"""Groups of providers, measured in a worker: whatever one of them does costs its own row only.
+"""Groups of providers, measured in a worker process that any of them may crash or hang.
 
-The worker announces each provider before its setup. Where the process then crashes or hangs, or
-CUDA becomes unusable in it, that provider's row says so and the others are measured again, in a new
-process. Launches are counted at the end, in a process of their own: a profiler slows what follows.
+The worker announces each provider before its setup and before each timing. Where the process then
+crashes or hangs, or CUDA becomes unusable in it, that provider's row says so and the others are
+measured again in a new process, ``ATTEMPTS`` times at most; then eager and da_triton alone. Rows
+are sent as soon as they are timed, so that a crash later costs no timing. A crash that cannot be
+assigned (while inputs are drawn, or while whole networks are timed) leaves eager and da_triton.
+A rival that hangs is left out of later groups. Launches are counted at the end, in a process of
+their own: a profiler slows what follows.
 """
 
 import contextlib
@@ -21,7 +25,7 @@ import torch
 
 from . import ceilings, measure, networks, warm
 from .floors import Ceilings
-from .isolation import SILENCE, Worker, in_parallel
+from .isolation import SILENCE, SILENT, Worker, in_parallel
 from .measure import (
     CONTEXT_LOST,
     OK,
@@ -35,13 +39,15 @@ from .measure import (
     progress,
 )
 from .networks import Network, Variant
-from .problems import FORWARD, STEP
-from .providers import GRAPH, Closure, Provider
+from .problems import FORWARD, STEP, Problem
+from .providers import GRAPH, OURS, Closure, Provider
 from .workloads import Workload
 
-ATTEMPTS = 3  # of a group, each without the provider that ended the one before
+ATTEMPTS = 3  # at a group, each without the provider that ended the one before
 SETUP_SHARE = 0.8  # of the silence that kills a worker, after which a setup is interrupted
-AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))  # processes that compile
+SLOW = "failed: TimeoutError: setup and first call took longer than"
+MOST_AT_ONCE = 8  # processes that compile, on a machine with twice as many cores
+AT_ONCE = max(1, min(MOST_AT_ONCE, (os.cpu_count() or 2) // 2))
 WARMING_SHARE = 0.2  # of a stage's seconds at most
 MARGIN = 3.0  # seconds that a group has to end in after its budget, before it is killed
 
@@ -58,7 +64,7 @@ class Where:
 
 
 class Using(NamedTuple):
-    """The provider that is set up next, by its place in the group; None while timing."""
+    """The provider that runs next, by its place in the group; None if it is not one of them."""
 
     place: int | None
 
@@ -81,15 +87,15 @@ class Spent:
 
 
 class Watch:
-    """Announces setups, ends those that take too long, and adds up the seconds in them and in the
-    timer."""
+    """Announces providers, ends setups that take too long, and adds up the seconds in them and in
+    the timer."""
 
     def __init__(self, send: Callable[[Any], None], where: Where, budget: Budget) -> None:
         self.send, self.where, self.budget = send, where, budget
         self.start = time.perf_counter()
         self.spent = Spent()
-        self.using: int | None = None
-        self.heard = self.start
+        self.places: dict[int, int] = {}  # of closures, by their ids
+        self.late: dict[int, str] = {}  # statuses of interrupted setups
 
     def watched(self, provider: Provider, index: int) -> Provider:
         """The provider, whose setup includes the first call."""
@@ -98,20 +104,29 @@ class Watch:
             with self.setting_up(index):
                 closure = provider.setup(problem)
                 closure()
+            self.places[id(closure)] = index
             return closure
 
-        return dataclasses.replace(provider, setup=setup)
+        facts = {f.name: getattr(provider, f.name) for f in dataclasses.fields(provider)}
+        facts["setup"] = setup
+        return _Announced(**facts, original=provider, announce=lambda: self.announce(index))
 
     @contextlib.contextmanager
     def setting_up(self, index: int) -> Iterator[None]:
         """A setup and its first call: announced, ended if it takes too long, and its time added."""
-        self._announce(index)
+        self.announce(index)
         start = time.perf_counter()
+        limit, left = SETUP_SHARE * self.where.silence, self.budget.left
+        fired: list[bool] = []
         try:
-            with _alarm(min(SETUP_SHARE * self.where.silence, self.budget.left)):
+            with _alarm(min(limit, left), fired):
                 yield
                 if on_gpu(self.where.device):
                     torch.cuda.synchronize()
+        except Exception:
+            if fired:  # torch.compile wraps the exception in its own
+                self.late[index] = OUT_OF_TIME if left < limit else f"{SLOW} {limit:.0f} s"
+            raise
         finally:
             self.spent.compilation += time.perf_counter() - start
 
@@ -120,14 +135,20 @@ class Watch:
 
         def watched(closure: Closure, **options) -> float:
             start = time.perf_counter()
-            if self.using is not None or start - self.heard > 1:
-                self._announce(None)
+            self.announce(self.places.get(id(closure)))
             try:
                 return timer(closure, **options)
             finally:
                 self.spent.timing += time.perf_counter() - start
 
         return watched
+
+    def announce(self, index: int | None) -> None:
+        self.send(Using(index))
+
+    def placed(self, rows: Sequence[Row]) -> dict[int, Row]:
+        """Rows of all members by their places, with the statuses of interrupted setups."""
+        return {i: row | {"status": self.late.get(i, row["status"])} for i, row in enumerate(rows)}
 
     def end(self) -> None:
         """Sends what was spent.
@@ -141,20 +162,42 @@ class Watch:
         if not measure.usable(self.where.device):
             raise RuntimeError("CUDA became unusable in this process")
 
-    def _announce(self, index: int | None) -> None:
-        self.using, self.heard = index, time.perf_counter()
-        self.send(Using(index))
+
+@dataclasses.dataclass(frozen=True)
+class _Announced(Provider):
+    """A provider that is announced before its problem is made, which may crash, too."""
+
+    _: dataclasses.KW_ONLY
+    original: Provider
+    announce: Callable[[], None]
+
+    def problem(self, problem: Problem) -> Problem:
+        self.announce()
+        return self.original.problem(problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sending(Bench):
+    """Sends rows as soon as they are timed: observing memory and host time may crash."""
+
+    timed: Callable[[Sequence[tuple[Row, Any, Closure]]], None] = lambda ready: None
+
+    def time_in_turns(self, ready):
+        super().time_in_turns(ready)
+        self.timed(ready)
 
 
 @contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after a number of seconds, if it runs Python then.
+def _alarm(seconds: float, fired: list[bool]) -> Iterator[None]:
+    """Raises TimeoutError in the block after a number of seconds, if it runs Python then, and
+    appends to ``fired``.
 
     It is gentler than what the parent does: the other providers stay as they are.
     """
 
     def late(number, frame):
-        raise TimeoutError(f"setup and first call took longer than {seconds:.0f} s")
+        fired.append(True)
+        raise TimeoutError(f"longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
@@ -196,17 +239,82 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group(Job):
-    workload: Workload
+class Compared(Job):
+    """A job whose results are rows of its members by their places; any of them may crash it."""
+
+    of: Any  # a workload or a network
     mode: str
-    providers: Sequence[Provider]
+    members: Sequence[Any]
+
+    def row(self, bench: Bench, member: Any) -> Row:
+        raise NotImplementedError
+
+    def needed(self, member: Any) -> bool:
+        """Whether the member is measured even where all others are given up."""
+        raise NotImplementedError
+
+    def key(self, member: Any) -> tuple[str, ...]:
+        """What else is not measured after the member has hung."""
+        raise NotImplementedError
+
+    def complete(self) -> bool:
+        """Whether results of these members mean something."""
+        return bool(self.members)
+
+
+class Group(Compared):
+    """Providers on a workload."""
 
     def measure(self, bench, watch):
-        watched = [watch.watched(p, i) for i, p in enumerate(self.providers)]
-        watch.send(bench.measure(self.workload, self.mode, watched))
+        def timed(ready):
+            for row, *_ in ready:
+                bench._describe(row, self.of)
+            watch.send({watch.places[id(closure)]: dict(row) for row, _, closure in ready})
+            watch.announce(None)
+
+        facts = {f.name: getattr(bench, f.name) for f in dataclasses.fields(bench)}
+        bench = _Sending(**facts, timed=timed)
+        watched = [watch.watched(p, i) for i, p in enumerate(self.members)]
+        watch.send(watch.placed(bench.measure(self.of, self.mode, watched)))
+
+    def row(self, bench, member):
+        return bench._row(self.of, self.mode, member)
+
+    def needed(self, member):
+        return member.baseline or (member.name in OURS and not member.compiles)
+
+    def key(self, member):
+        # Without eager or da_triton, the rest of a stage would be worth nothing.
+        return member.name, member.launch, self.of.name if self.needed(member) else ""
+
+
+class NetworkGroup(Compared):
+    """Variants of a network."""
+
+    def measure(self, bench, watch):
+        rows = networks.measure(bench, self.of, self.mode, self.members, watch.setting_up)
+        if not measure.usable(self.where.device):
+            failed = [row for row in rows if row["status"].startswith("failed")]
+            for row in failed[1:]:
+                row["status"] = CONTEXT_LOST
+        watch.send(watch.placed(rows))
+
+    def row(self, bench, member):
+        return networks.row(bench, self.of, self.mode, member)
+
+    def needed(self, member):
+        return not member.compiled
+
+    def key(self, member):
+        return member.name, self.of.name
+
+    def complete(self):
+        # Results are checked against those of the eager block.
+        return any(v.block is networks.eager_block for v in self.members)
 
 
 Timed = tuple[Row, Workload, str, Provider]
+Planned = tuple[Workload, str, Sequence[Provider], int]  # the mode, and the group's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,18 +343,6 @@ class Warming(Job):
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkGroup(Job):
-    network: Network
-    mode: str
-    variants: Sequence[Variant]
-
-    def measure(self, bench, watch):
-        watch.send(
-            networks.measure(bench, self.network, self.mode, self.variants, watch.setting_up)
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class CeilingsJob(Job):
     copy_bytes: int | None
     matrix_size: int | None
@@ -268,6 +364,7 @@ class Sweeper:
         self.worker, self.where, self.budget = worker, where, budget
         self.ceilings = ceilings
         self.spent = Spent()
+        self.hung: dict[tuple[str, ...], str] = {}  # what happened, by the keys of members
 
     def run(
         self,
@@ -277,9 +374,13 @@ class Sweeper:
         modes: Sequence[str] = (FORWARD, STEP),
     ) -> None:
         # Both modes of a workload, before the next: a run that ends early has whole workloads.
-        groups = [
-            (w, m, p, place) for place, p in enumerate(sweeps) for w in workloads for m in modes
-        ]
+        self.run_groups(
+            [(w, m, p, place) for place, p in enumerate(sweeps) for w in workloads for m in modes],
+            add,
+        )
+
+    def run_groups(self, groups: Sequence[Planned], add: Callable[[list[Row]], None]) -> None:
+        """Measures groups in their order; ``add`` gets the rows of each."""
         timed: list[Timed] = []
         for workload, mode, providers, place in progress(groups):
             rows = self.group(workload, mode, providers)
@@ -312,39 +413,58 @@ class Sweeper:
 
     def group(self, workload: Workload, mode: str, providers: Sequence[Provider]) -> list[Row]:
         """The rows of a group, one for each provider."""
-        rows: dict[int, Row] = {}
-        left = list(range(len(providers)))
-        job = Group(self.where, self.ceilings, 0.0, workload, mode, providers)
-        status = OUT_OF_TIME
-        for _ in range(ATTEMPTS):
-            if self.budget.left <= 0:
-                status = OUT_OF_TIME
-                break
-            chosen = [providers[i] for i in left]
-            found, failure, using = self._measured(dataclasses.replace(job, providers=chosen))
-            if found:
-                rows.update(zip(left, found, strict=True))
-                if not any(row["status"] == CONTEXT_LOST for row in found):
-                    break
-                left = [i for i in left if rows[i]["status"] in (OK, CONTEXT_LOST)]
-            elif using is not None:
-                culprit = left.pop(using)
-                rows[culprit] = self._row(job, culprit, failure)
-                status = f"not measured: {failure}"
-            else:  # it died while all were timed
-                rows.update((i, self._row(job, i, failure)) for i in left)
-                break
-            if not left:
-                break
-        for i in range(len(providers)):
-            rows.setdefault(i, self._row(job, i, status))
-        return [rows[i] for i in range(len(providers))]
+        return self._compared(Group(self.where, self.ceilings, 0.0, workload, mode, providers))
 
     def network(self, network: Network, mode: str, variants: Sequence[Variant]) -> list[Row]:
-        job = NetworkGroup(self.where, self.ceilings, 0.0, network, mode, variants)
-        found, failure, _ = self._measured(job) if self.budget.left > 0 else ([], OUT_OF_TIME, None)
-        row = functools.partial(networks.row, self._bench(), network, mode)
-        return found or [row(v) | {"status": failure} for v in variants]
+        return self._compared(NetworkGroup(self.where, self.ceilings, 0.0, network, mode, variants))
+
+    def _compared(self, job: Compared) -> list[Row]:
+        """The rows of all members, whatever some of them do to their process."""
+        members, bench = job.members, self._bench()
+        rows: dict[int, Row] = {}
+
+        def blank(place: int, status: str) -> Row:
+            return job.row(bench, members[place]) | {"status": status}
+
+        for i, member in enumerate(members):
+            if (key := job.key(member)) in self.hung:
+                rows[i] = blank(i, f"not measured again: {self.hung[key]}")
+        left = [i for i in range(len(members)) if i not in rows]
+        attempts, why = ATTEMPTS, "there is no eager block to check against"
+        while attempts >= 0 and self.budget.left > 0:
+            if attempts == 0:
+                left = [i for i in left if job.needed(members[i])]
+            part = dataclasses.replace(job, members=[members[i] for i in left])
+            if not part.complete():
+                break
+            found, failure, using = self._measured(part)
+            why = failure or why
+            found = {left[place]: row for place, row in (found or {}).items()}
+            culprit = None if using is None else left[using]
+            known = bool(found) or culprit is not None
+            if failure and culprit is not None and culprit not in found:
+                found[culprit] = blank(culprit, failure)
+            for i, row in found.items():
+                if i not in rows or rows[i]["status"] != OK or row["status"] == OK:
+                    rows[i] = row
+                if row["status"].startswith(SLOW) or row["status"].endswith(SILENT):
+                    self.hung[job.key(members[i])] = f"on {row['workload']}, {row['status']}"
+            lost = any(row["status"] == CONTEXT_LOST for row in found.values())
+            missing = [
+                i for i in left if rows.get(i, {}).get("status", CONTEXT_LOST) == CONTEXT_LOST
+            ]
+            if not missing:
+                break
+            # What is timed again is compared with those that were timed before.
+            left = [i for i in left if i in missing or (lost and rows[i]["status"] == OK)]
+            attempts = attempts - 1 if known else min(attempts - 1, 0)
+        status = f"not measured: {why}" if self.budget.left > 0 else OUT_OF_TIME
+        found = [rows.get(i) or blank(i, status) for i in range(len(members))]
+        for row in found:  # each process has seen a part of them
+            for name in [name for name in row if name.startswith("ratio_")]:
+                del row[name]
+        measure.compare(found)
+        return found
 
     def measure_ceilings(self, copy_bytes: int | None, size: int | None) -> dict[str, Any]:
         """Measures the ceilings that later groups are compared with; the facts to be recorded."""
@@ -386,10 +506,6 @@ class Sweeper:
         failure = self.worker.run(job, seconds, receive, self.where.silence)
         self.spent.imports += self.worker.imports - before
         return found, failure, using
-
-    def _row(self, job: Group, place: int, status: str) -> Row:
-        row = self._bench()._row(job.workload, job.mode, job.providers[place])
-        return row | {"status": status}
 
     def _bench(self) -> Bench:
         """Only for what it knows of rows: this process measures nothing."""

@@ -28,6 +28,7 @@ from .environment import ROOT
 
 DONE, FAILED, STARTED, RESULT = "done", "failed", "started", "result"
 SILENCE = 150.0  # seconds; torch.compile's max-autotune takes the longest without a message
+SILENT = "without a result"  # how the status of a worker ends that was killed for it
 WAIT_FOR_GROUP = 10.0
 LONGEST_POLL = 3600.0  # the system call takes milliseconds as an int
 Job = Callable[[Callable[[Any], None]], None]
@@ -58,18 +59,21 @@ def isolated(
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
     grace: float = 0.0,
+    family: "Family | None" = None,
 ) -> Ended:
     """Runs a command in the repository's root for at most ``limit`` seconds.
 
     ``log`` receives stdout and stderr while the command runs; ``environment`` is added to this
     process's. With a ``grace``, the command is interrupted that many seconds before its limit, to
-    say what it has so far.
+    print partial results. ``family``: what may kill it from another thread.
     """
     start = time.monotonic()
     with log.open("w+b") if log else tempfile.TemporaryFile() as file:
         process = _start(command, file, environment)
         interrupted = False
         try:
+            if family is not None:
+                family.add(process)
             status = _wait(process, limit - grace)
             if status is None and grace:
                 interrupted = True
@@ -94,10 +98,11 @@ class Worker:
     """A process for jobs: picklable callables that are given a function to send results with.
 
     ``imports`` is the number of seconds from starting processes until their first jobs began.
+    ``family``: what may kill it from another thread.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, family: "Family | None" = None) -> None:
+        self.log, self.family = log, family
         self.imports = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -137,7 +142,7 @@ class Worker:
                 late = time.monotonic()
                 if late - start >= limit:
                     return f"killed after {late - start:.0f} s, when its time was up"
-                return f"killed after {late - heard:.0f} s without a result"
+                return f"killed after {late - heard:.0f} s {SILENT}"
             kind, value = pipe.recv()
             heard = time.monotonic()
             if kind == STARTED and fresh:
@@ -168,6 +173,8 @@ class Worker:
         with self.log.open("ab") as file:
             self._process = _start(command, file, None, (descriptor,))
         theirs.close()
+        if self.family is not None:
+            self.family.add(self._process)
         return self._pipe
 
     def _died(self) -> str:
@@ -189,18 +196,46 @@ class Worker:
                 time.sleep(0.2)
 
 
+class Family:
+    """Child processes that several threads wait for, and that an interruption ends first.
+
+    Otherwise leaving a thread pool would wait for the processes.
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._over = False
+
+    def add(self, process: "subprocess.Popen[bytes]") -> None:
+        self._processes.append(process)
+        if self._over:
+            _kill_group(process)
+
+    def map(self, run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
+        """The results of ``run``, in the order of items."""
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            try:
+                return list(pool.map(run, items))
+            except BaseException:
+                self._over = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._processes):
+                    _kill_group(process)
+                raise
+
+
 def in_parallel(jobs: Sequence[Job], limit: float, log: Path) -> list[str]:
     """Runs each job in a process of its own, all at once; what went wrong, in a line per job."""
+    family = Family()
 
     def run(job: Job) -> str:
-        worker = Worker(log)
+        worker = Worker(log, family)
         try:
             return worker.run(job, limit, lambda value: None)
         finally:
             worker.close()
 
-    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
-        return [failure for failure in pool.map(run, jobs) if failure]
+    return [failure for failure in family.map(run, jobs, len(jobs)) if failure]
 
 
 def ending(status: int) -> str:

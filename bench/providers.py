@@ -189,7 +189,7 @@ class LinearAttentionState(EagerDoubleAttention):
     """The gather as the last state of ``flash-linear-attention``'s chunked linear attention.
 
     That library has no softmax over positions, so it runs before, and causal outputs, which are
-    thrown away: a state is what it computes of this function.
+    thrown away: only the final state is used.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -471,24 +471,21 @@ STAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         (EAGER, ()),
     ),
     "compiled": (
-        (GRAPH, ("compile eager", "compile eager max-autotune", "compile triton")),
-        (
-            GRAPH,
-            (
-                "compile eager mm",
-                "compile absorbed unbiased",
-                "compile absorbed flex",
-                "compile eager mm max-autotune",
-                "compile absorbed flex max-autotune",
-            ),
-        ),
+        (GRAPH, ("compile eager", "compile triton")),
+        (GRAPH, ("compile eager max-autotune",)),
+        (GRAPH, ("compile eager mm", "compile absorbed unbiased", "compile absorbed flex")),
         (EAGER, ("compile eager", "compile triton")),
+        (GRAPH, ("compile eager mm max-autotune", "compile absorbed flex max-autotune")),
     ),
 }
+# Numbers of groups of the compiled stage, in the order of their worth for the time they take.
+COMPILED_DEFAULT, COMPILED_AUTOTUNED = 0, 1
+COMPILED_MAIN = (0, 2, 1)
+COMPILED_LATER = (2, 3, 4)
 
 
 def gpu_sweeps(stage: str = "") -> list[list[Provider]]:
-    """Groups of providers that are timed in turns on a GPU, the most important first.
+    """Groups of providers that are timed in turns on a GPU; ``stages.order`` says which come first.
 
     ``stage``: "eager", which needs no compilation, or "compiled"; without one, both in this order.
     Every group has eager and da_triton in both memory formats.

@@ -251,11 +251,14 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
     from . import tune as tuning
 
     card = torch.cuda.get_device_name(device)
-    choices = tuning.tune(chosen, device, timer, Budget(options.budget))
     path = options.out or tuning.path_of(card)
-    tuning.write(path, card, choices)
+    choices = tuning.tune(
+        chosen, device, timer, Budget(options.budget),
+        save=lambda choices: tuning.write(path, card, choices),
+    )  # fmt: skip
     replaced = sum(c.best != c.present for c in choices)
-    print(f"{len(choices)} tiles measured, {replaced} replaced. Written to {path}.")
+    written = f" Written to {path}." if choices else ""
+    print(f"{len(choices)} tiles measured, {replaced} replaced.{written}")
     return 0
 
 

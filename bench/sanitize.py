@@ -13,13 +13,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from .isolation import Ended, ending, isolated
+from .isolation import Ended, Family, ending, isolated
 
 NAME = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -119,7 +118,7 @@ def check(
     Several groups run at once. ``tell`` gets the output of each process that has errors; ``limit``
     is in seconds, per process and for all of them together.
     """
-    deadline = time.monotonic() + limit
+    deadline, family = time.monotonic() + limit, Family()
 
     def run(pair: tuple[str, str]) -> Ended:
         name, group = pair
@@ -127,16 +126,15 @@ def check(
             tool, "--tool", name, "--error-exitcode", str(FAILED),
             sys.executable, "-m", "bench.sanitize", group,
         ]  # fmt: skip
-        return isolated(command, deadline - time.monotonic(), None, SETTINGS)
+        return isolated(command, deadline - time.monotonic(), None, SETTINGS, family=family)
 
     pairs = [(name, group) for name in tools for group in groups]
     rows = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for (name, group), ended in zip(pairs, pool.map(run, pairs), strict=True):
-            errors, status = _read(ended)
-            rows.append({"tool": name, "kernels": group, "errors": errors, "status": status})
-            if errors or status != "ok":
-                tell(f"{name}, {group}:\n{ended.output}")
+    for (name, group), ended in zip(pairs, family.map(run, pairs, AT_ONCE), strict=True):
+        errors, status = _read(ended)
+        rows.append({"tool": name, "kernels": group, "errors": errors, "status": status})
+        if errors or status != "ok":
+            tell(f"{name}, {group}:\n{ended.output}")
     return pd.DataFrame(rows)
 
 

@@ -30,10 +30,12 @@ from .report import Report
 from .workloads import Workload
 
 EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=1000, seconds=1.3)
-# Compiled baselines take the longest: the workloads that matter most to their users come first.
+# Compilation takes the longest, so the workloads that matter most to users of the baselines come
+# first, and on the first three of them the baselines that take longest to compile.
 COMPILED_FIRST = (
     "r50_conv3", "yolo_p3", "r50_conv4", "hires_256", "ddpm_64", "seg_19", "volume_128",
 )  # fmt: skip
+COMPLETE = 3
 GRACE = 10.0  # seconds that the tests have to say which ones failed, when their time is up
 TUNED = 3  # workloads, those with the smallest shares of their floors
 MEMORY_CHECKED = ("core, one tile", "block, fused")
@@ -160,15 +162,47 @@ def outcome_of(ended: Ended) -> str:
 
 
 def eager(run: Run, budget: Budget) -> str:
-    return _sweep(run, budget, "eager", run.workloads)
+    return _sweep(run, budget, "eager")
 
 
 def compiled(run: Run, budget: Budget) -> str:
-    first = [w for name in COMPILED_FIRST for w in run.workloads if w.name == name]
-    return _sweep(run, budget, "compiled", [*first, *(w for w in run.workloads if w not in first)])
+    return _sweep(run, budget, "compiled")
 
 
-def _sweep(run: Run, budget: Budget, stage: str, workloads: Sequence[Workload]) -> str:
+def order(
+    stage: str, workloads: Sequence[Workload], groups: int
+) -> list[tuple[Workload, str, int]]:
+    """Workloads with a mode and the number of a group, in the order in which they are measured.
+
+    Every workload is measured in both modes before the next one.
+    """
+    parts: list[tuple[Sequence[Workload], tuple[int, ...]]]
+    if stage != "compiled":
+        parts = [(workloads, (group,)) for group in range(groups)]
+    else:
+        first = [w for name in COMPILED_FIRST for w in workloads if w.name == name]
+        works = [*first, *(w for w in workloads if w not in first)]
+        parts = [
+            (works[:COMPLETE], providers.COMPILED_MAIN),
+            (works[COMPLETE:], (providers.COMPILED_DEFAULT,)),
+            (works[COMPLETE:], (providers.COMPILED_AUTOTUNED,)),
+        ]
+        done = {(w, group) for part, places in parts for w in part for group in places}
+        parts += [
+            ([w for w in works if (w, group) not in done], (group,))
+            for group in providers.COMPILED_LATER
+        ]
+    return [
+        (work, mode, group)
+        for part, places in parts
+        for work in part
+        for group in places
+        if group < groups
+        for mode in (FORWARD, STEP)
+    ]
+
+
+def _sweep(run: Run, budget: Budget, stage: str) -> str:
     sweeper, rows = run.prepared(budget), []
 
     def add(found):
@@ -177,8 +211,10 @@ def _sweep(run: Run, budget: Budget, stage: str, workloads: Sequence[Workload]) 
         rows.extend(found)
         run.report.add(found)
 
+    groups = run.settings.sweeps(stage)
+    planned = order(stage, run.workloads, len(groups))
     try:
-        sweeper.run(workloads, run.settings.sweeps(stage), add)
+        sweeper.run_groups([(w, mode, groups[g], g) for w, mode, g in planned], add)
     finally:
         run.finished(sweeper)
     return _counted(rows)
@@ -194,20 +230,19 @@ def tuning(run: Run, budget: Budget) -> str:
     path = run.logs / "tiles.json"
     path.unlink(missing_ok=True)
     names = ",".join(furthest(run.report, run.workloads))
-    within = f"{max(1.0, 0.9 * budget.left):.0f}"  # it writes the table when it ends
+    within = f"{max(1.0, 0.9 * budget.left):.0f}"
     command = [*run.settings.tune_command, "--workload", names, "--budget", within]
     ended = isolated([*command, "--out", str(path)], budget.left, run.logs / "tune.txt")
     said = f"{names}: {ended}"
-    if ended.status != 0:
-        return f"failed: {said}"
-    if path.exists():
+    if path.exists():  # it is written after each choice
         from . import tune  # which needs Triton
 
         target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["card"])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+        run.worker.close()  # a process reads the table once
         said += f"\nIn use from now on: {target.name}"
-    return said
+    return said if ended.status == 0 else f"failed: {said}"
 
 
 def furthest(report: Report, workloads: Sequence[Workload]) -> list[str]:
@@ -312,8 +347,8 @@ REST = (
 
 
 def share(budget: Budget, weights: Sequence[float], reserved: float = 0.0) -> Budget:
-    """The share of the first of several parts that come now and later. What a part does not use
-    is for those after it."""
+    """The share of the first of several parts that come now and later. Unused time goes to later
+    parts."""
     seconds = max(0.0, budget.left - reserved) * weights[0] / sum(weights)
     return Budget(seconds, budget.clock)
 

@@ -40,6 +40,7 @@ BACKWARD_KERNELS = (
     "gather_side", "distribute_side", "descriptors_backward", "outer", "weight_gradients",
 )  # fmt: skip
 ROUNDS = 15
+ROUNDS_MIN = 5  # below which percentiles say nothing of the noise
 # Relative RMS between two tiles' results in bfloat16; they differ in the order of sums alone.
 TOLERANCE = 2e-2
 Entry = tuple[int, int, int]  # positions of a tile, warps, stages
@@ -71,25 +72,30 @@ def tune(
     timer: Timer,
     budget: Budget,
     tell: Callable[[str], Any] = print,
+    save: Callable[[list[Choice]], Any] = lambda choices: None,
 ) -> list[Choice]:
     """The choices made until the budget is used up; one for each site, on its first workload.
 
+    ``save`` is given all choices so far after each one, so that a run that is killed leaves them.
     It ends early where a candidate makes CUDA unusable in this process.
     """
     found: dict[Site, Choice] = {}
     for work in progress(list(workloads)):
+        if budget.left <= 0:
+            break
         for site, present in sites(work, device):
             if site in found or budget.left <= 0:
                 continue
             run = step(work, device, backward=site.kernel in BACKWARD_KERNELS)
             entries = [present, *(c for c in candidates_of(site) if c != present)]
-            ready = prepared(site, entries, run, device, tell)
+            ready = prepared(site, entries, run, device, tell, budget)
             if not usable(device):
                 tell(f"{site}: CUDA became unusable, so tuning ends here.")
                 return list(found.values())
             if present in ready:
                 times = _times(list(ready.values()), timer, budget)
                 found[site] = choose(site, work.name, list(ready), times)
+                save(list(found.values()))
                 tell(str(found[site]))
     return list(found.values())
 
@@ -163,13 +169,20 @@ def prepared(
     run: Closure,
     device: torch.device,
     tell: Callable[[str], Any],
+    budget: Budget,
 ) -> dict[Entry, Closure]:
-    """What to time of each tile that gives the first one's results; on a GPU, a captured graph."""
+    """What to time of each tile that gives the first one's results; on a GPU, a captured graph.
+
+    Tiles that the budget has no time for are left out.
+    """
     if on_gpu(device):
-        compile_in_parallel(site, entries, run)
+        compile_in_parallel(site, entries, run, budget)
     ready: dict[Entry, Closure] = {}
     expected: list[Tensor] = []
     for entry in entries:
+        if budget.left <= 0:
+            tell(f"{site}: tile {entry} and those after it are left out, for lack of time.")
+            break
         try:
             with tile_of(site, entry):
                 closure = Replay(run) if on_gpu(device) else _with_tile(site, entry, run)
@@ -188,8 +201,24 @@ def prepared(
     return ready
 
 
-def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure) -> None:
-    """Fills the JIT's cache, under the keys of the launches that follow.
+class _Timely(ThreadPoolExecutor):
+    """Compilations that have not begun when the budget is used up fail instead."""
+
+    def __init__(self, threads: int | None, budget: Budget) -> None:
+        super().__init__(threads)
+        self.budget = budget
+
+    def submit(self, fn, /, *args, **kwargs):
+        def timely():
+            if self.budget.left <= 0:
+                raise TimeoutError("there was no time to compile it")
+            return fn(*args, **kwargs)
+
+        return super().submit(timely)
+
+
+def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure, budget: Budget) -> None:
+    """Fills the JIT's cache, under the keys of the launches that follow, while there is time.
 
     A tile that does not compile is left to fail when it is launched.
     """
@@ -202,7 +231,7 @@ def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure) -> N
         return original(self, *args, grid=grid, warmup=True, **options)
 
     with (
-        ThreadPoolExecutor(os.cpu_count()) as threads,
+        _Timely(os.cpu_count(), budget) as threads,
         mock.patch.object(JITFunction, "run", without_launch),
         AsyncCompileMode(threads, ignore_errors=True),
     ):
@@ -228,7 +257,7 @@ def _times(closures: Sequence[Closure], timer: Timer, budget: Budget) -> list[li
     """Milliseconds of each, in turns; every one has been called before."""
     times: list[list[float]] = [[] for _ in closures]
     for turn in range(ROUNDS):
-        if turn and budget.left <= 0:
+        if turn >= ROUNDS_MIN and budget.left <= 0:
             break
         for closure, taken in zip(closures, times, strict=True):
             taken.append(timer(closure, launches_count=False))

@@ -5,7 +5,9 @@ import torch
 
 from bench import __main__ as cli
 from bench import estimate
-from bench.stages import STAGES
+from bench.environment import ROOT
+from bench.providers import gpu_sweeps
+from bench.stages import STAGES, order
 from bench.workloads import WORKLOADS
 
 NAMES = [stage.name for stage in STAGES]
@@ -22,6 +24,15 @@ def test_parts_add_up_within_the_budget():
     assert (found["seconds"] <= found["budget"] + 0.5).all()
     assert list(found.index) == NAMES
     assert found.loc["eager", "groups"] == 2 * 2 * len(WORKLOADS)
+
+
+def test_what_the_readme_says_is_reached():
+    groups, done = (int(seconds().loc["compiled", name]) for name in ("groups", "done"))
+    planned = order("compiled", WORKLOADS, len(gpu_sweeps("compiled")))
+    assert len(planned) == groups
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{done} of its {groups} groups" in text
+    assert [work.name for work, _, _ in planned[:done]] == ["r50_conv3"] * 6 + ["yolo_p3"] * 5
 
 
 def test_more_work_takes_longer():

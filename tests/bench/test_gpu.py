@@ -194,6 +194,61 @@ def test_tuning_that_fails(run, tiny, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+TUNE_AND_FAIL = TUNE + "raise SystemExit('CUDA error')"
+
+
+def test_tuning_that_is_cut_short_leaves_its_choices(run, tiny, tmp_path, capsys):
+    command = (sys.executable, "-c", TUNE_AND_FAIL)
+    code, _ = run("tune", tune_command=command, workloads=[tiny])
+    assert code == 1
+    assert json.loads((tmp_path / "data" / "a fake.json").read_text())["workloads"] == "tiny"
+    printed = capsys.readouterr().out
+    assert "failed: tiny: exit status 1: CUDA error\nIn use from now on: a fake.json" in printed
+
+
+def test_processes_after_tuning_are_new(run, tiny, monkeypatch):
+    """A process reads the table once, so one from before would measure the old tiles."""
+    seen = []
+
+    def rest(run, budget):
+        seen.append(run.worker._process)
+        return "done"
+
+    original = stages.tuning
+
+    def tuning(run, budget):
+        seen.append(run.worker._process)
+        return original(run, budget)
+
+    chosen = {"eager": stages.eager, "tune": tuning, "rest": rest}
+    made = [s._replace(run=chosen[s.name]) for s in STAGES if s.name in chosen]
+    monkeypatch.setattr(sys.modules[__name__], "STAGES", made)
+    run(*chosen, workloads=[tiny])
+    assert seen[0] is not None
+    assert seen[1] is None
+
+
+def test_earlier_results_that_cannot_be_read_are_kept(run, out, capsys):
+    run("tests")
+    damaged = (out / "logs.tar.gz").read_bytes()[:100]
+    (out / "logs.tar.gz").write_bytes(damaged)
+    code, _ = run("tests")
+    assert code == 0
+    assert (out / "logs.tar.gz").read_bytes() == damaged
+    (new,) = out.glob("new-*")
+    assert facts(new)["tests"] == "passed: 3 passed in 1s"
+    assert "could not be read: " in facts(new)["earlier_results"]
+    assert "could not be read: " in capsys.readouterr().out
+
+
+def test_a_compile_cache_that_is_broken(run, out, tmp_path, monkeypatch):
+    (tmp_path / "warm.json").write_text("nonsense")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code, _ = run("tests")
+    assert code == 0
+    assert facts(out)["warm_cache"].startswith("failed: JSONDecodeError")
+
+
 def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
     code, frame = run("tests", "eager", test_command=FAILING, workloads=[tiny])
     assert code == 1
@@ -285,9 +340,9 @@ def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):
     code, frame = run("tests", "eager", workloads=[tiny], sweeps=lambda stage: [group])
     assert code == 0
     assert len(frame) == 2 * 5
-    told = frame[frame["status"] != OK]
-    assert [*told["provider"]] == ["crash"] * 2
-    assert {*told["status"]} == {"the process died with signal 11 (SIGSEGV)"}
+    failed = frame[frame["status"] != OK]
+    assert [*failed["provider"]] == ["crash"] * 2
+    assert {*failed["status"]} == {"the process died with signal 11 (SIGSEGV)"}
     printed = capsys.readouterr().out
     assert "crash (eager launch), 2x, first tiny: the process died with signal 11" in printed
     assert "geometric mean" in printed
@@ -464,15 +519,45 @@ def test_furthest_from_the_floor():
     assert stages.furthest(Report, table) == ["a", "b", "c"]
 
 
-def test_compiled_stage_begins_with_what_matters(monkeypatch):
-    monkeypatch.setattr(stages, "_sweep", lambda run, budget, stage, works: works)
-    run = type("Run", (), {"workloads": WORKLOADS})
-    found = [work.name for work in stages.compiled(run, Budget(1))]
-    assert tuple(found[:7]) == stages.COMPILED_FIRST
-    assert sorted(found) == sorted(work.name for work in WORKLOADS)
+def test_compiled_stage_begins_with_what_matters():
+    """Every rival on three workloads, then the default mode on all, then max-autotune."""
+    groups = providers.gpu_sweeps("compiled")
+    planned = stages.order("compiled", WORKLOADS, len(groups))
+    assert len({*planned}) == len(planned) == 2 * len(WORKLOADS) * len(groups)
+    count = 3 * len(providers.COMPILED_MAIN) * 2
+    first, then = planned[:count], planned[count:]
+    assert {work.name for work, _, _ in first} == {*stages.COMPILED_FIRST[:3]}
+    names = {p.name for _, _, group in first for p in groups[group]}
+    assert names >= {
+        "compile eager", "compile eager max-autotune", "compile triton", "compile eager mm",
+        "compile absorbed unbiased", "compile absorbed flex",
+    }  # fmt: skip
+    for name in ("compile eager", "compile eager max-autotune"):
+        works = 2 * (len(WORKLOADS) - 3)
+        part, then = then[:works], then[works:]
+        assert all(any(p.name == name for p in groups[group]) for _, _, group in part)
+        assert len({work for work, _, _ in part}) == len(WORKLOADS) - 3
 
 
-def test_ceiling_that_fails_is_told():
+def test_other_stages_have_the_order_of_their_groups():
+    works = WORKLOADS[:2]
+    found = [(work.name, group) for work, _, group in stages.order("eager", works, 2)[::2]]
+    assert found == [(work.name, group) for group in (0, 1) for work in works]
+
+
+def test_rows_have_the_numbers_of_their_groups(run, tiny, monkeypatch, tmp_path):
+    """Whatever the order: results of several invocations are joined by them."""
+    plain = [p for p in providers.plain("torch") if not p.channels_last]
+    sweeps = [[dataclasses.replace(p, name=f"{p.name} {i}") for p in plain] for i in range(3)]
+    run("compiled", workloads=[tiny], sweeps=lambda stage: sweeps)
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
+        lines = archive.extractfile("rows.jsonl").read().decode().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 3 * 2 * 2
+    assert all(row["group"] == f"compiled {row['provider'][-1]}" for row in rows)
+
+
+def test_ceiling_that_fails_is_reported():
     def timer(closure, *, launches_count):
         raise MemoryError("too large")
 

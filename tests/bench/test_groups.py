@@ -1,6 +1,8 @@
 """Groups in a worker, with providers that do to their process what a wrong kernel does."""
 
 import dataclasses
+import functools
+import time
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
 
 
 @pytest.mark.parametrize(
-    ("setup", "told"),
+    ("setup", "expected"),
     [
         (fakes.crashes, DIED),
         (fakes.exits, "the process died with exit status 3: the driver said why"),
@@ -55,12 +57,12 @@ def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
         (fakes.poisons_later, f"failed: RuntimeError: {ILLEGAL}"),
     ],
 )
-def test_a_provider_costs_its_own_row_only(sweeper, tiny, plain, variant, setup, told):
+def test_a_provider_costs_its_own_row_only(sweeper, tiny, plain, variant, setup, expected):
     sweeper.where = dataclasses.replace(WHERE, silence=3.0)
     group = [*plain[:2], variant("bad", setup), *plain[2:]]
     rows = sweeper.group(tiny, FORWARD, group)
     assert [row["provider"] for row in rows] == [p.name for p in group]
-    assert rows.pop(2)["status"] == told
+    assert rows.pop(2)["status"] == expected
     assert [row["status"] for row in rows] == [OK] * 4
     assert all(row["ratio_to_eager"] == 1.0 for row in rows)
     (after,) = sweeper.group(tiny, FORWARD, plain[:1])
@@ -73,27 +75,82 @@ def test_two_that_crash(sweeper, tiny, plain, variant):
 
 
 def test_too_many_that_crash(sweeper, tiny, plain, variant):
-    """A group is not tried for ever: what then has no timing says why."""
+    """A group is not tried for ever; in the end, eager is measured alone."""
     group = [*plain[:1], *(variant(name, fakes.crashes) for name in "abcd")]
     rows = sweeper.group(tiny, FORWARD, group)
     unknown = f"not measured: {DIED}"
-    assert [row["status"] for row in rows] == [unknown, DIED, DIED, DIED, unknown]
+    assert [row["status"] for row in rows] == [OK, DIED, DIED, DIED, unknown]
 
 
-def test_a_crash_while_all_are_timed(sweeper, tiny, plain, variant):
-    """Any of them may have caused it."""
-    rows = sweeper.group(tiny, FORWARD, [*plain[:1], variant("late", fakes.crashes_later)])
-    assert [row["status"] for row in rows] == [DIED] * 2
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [(fakes.crashes_later, DIED), (fakes.hangs_later, "killed after 3 s without a result")],
+)
+def test_a_crash_while_all_are_timed(sweeper, tiny, plain, variant, setup, expected):
+    sweeper.where = dataclasses.replace(WHERE, silence=3.0)
+    rows = sweeper.group(tiny, FORWARD, [*plain[:1], variant("late", setup), *plain[1:2]])
+    assert [row["status"] for row in rows] == [OK, expected, OK]
+
+
+def test_a_crash_after_timing_costs_no_row(sweeper, tiny, plain, variant):
+    group = [plain[0], variant("seen", fakes.crashes_when_observed), variant("bad", fakes.fails)]
+    rows = sweeper.group(tiny, FORWARD, group)
+    failed = "failed: RuntimeError: out of memory"
+    assert [row["status"] for row in rows] == [OK, OK, failed]
+    assert all(row["gb_s"] > 0 and row["ratio_to_eager"] == 1.0 for row in rows[:2])
+
+
+def test_a_crash_before_the_first_setup(sweeper, tiny, plain, variant):
+    """Nobody is blamed for it."""
+    sweeper.where = dataclasses.replace(WHERE, make_timer=fakes.crashing_timer)
+    rows = sweeper.group(tiny, FORWARD, [*plain[:1], variant("other")])
+    assert [row["status"] for row in rows] == [f"not measured: {DIED}"] * 2
+
+
+def test_a_problem_that_crashes_is_charged_to_its_provider(sweeper, tiny, plain):
+    bad = fakes.CrashingProblem("bad", plain[0].setup)
+    rows = sweeper.group(tiny, FORWARD, [plain[0], bad])
+    assert [row["status"] for row in rows] == [OK, DIED]
+
+
+def test_a_failure_in_the_next_process_replaces_no_timing(sweeper, tiny, plain, variant, tmp_path):
+    again = functools.partial(fakes.fails_once_timed, tmp_path / "seen")
+    poison = variant("poison", functools.partial(fakes.poisons_later, calls=5))  # in the last round
+    rows = sweeper.group(tiny, FORWARD, [poison, plain[0], variant("again", again)])
+    assert [row["status"] for row in rows] == [f"failed: RuntimeError: {ILLEGAL}", OK, OK]
+    assert rows[2]["median_ms"] > 0
+
+
+@pytest.mark.parametrize("setup", [fakes.hangs, fakes.compiles_for_ever])
+def test_a_provider_that_hangs_is_left_out_of_later_groups(sweeper, tiny, plain, variant, setup):
+    sweeper.where = dataclasses.replace(WHERE, silence=2.0)
+    group = [plain[0], variant("slow", setup)]
+    before = sweeper.group(tiny, FORWARD, group)[1]["status"]
+    sweeper.worker.close()  # a later group cannot succeed by what this process has seen
+    good, bad = sweeper.group(tiny, STEP, group)
+    assert (good["status"], bad["status"]) == (OK, f"not measured again: on tiny, {before}")
+    other = dataclasses.replace(group[1], launch=GRAPH, setup=plain[0].setup)
+    assert sweeper.group(tiny, FORWARD, [other])[0]["status"] == OK
+
+
+def test_eager_that_hangs_is_measured_on_other_workloads(sweeper, table, plain):
+    sweeper.where = dataclasses.replace(WHERE, silence=2.0)
+    sweeper.group(table[0], FORWARD, [dataclasses.replace(plain[0], setup=fakes.hangs)])
+    (again,) = sweeper.group(table[0], STEP, plain[:1])
+    assert again["status"].startswith("not measured again: on tiny, killed after")
+    (other,) = sweeper.group(table[1], FORWARD, plain[:1])
+    assert other["status"] == OK
 
 
 def test_a_provider_that_only_fails_costs_no_process(sweeper, tiny, plain, variant):
-    def told(rows):
+    def statuses(rows):
         return [row["status"] for row in rows]
 
     sweeper.group(tiny, FORWARD, plain[:1])
     before = sweeper.worker._process.pid
     group = [variant("bad", fakes.fails), *plain[:1]]
-    assert told(sweeper.group(tiny, FORWARD, group)) == ["failed: RuntimeError: out of memory", OK]
+    found = statuses(sweeper.group(tiny, FORWARD, group))
+    assert found == ["failed: RuntimeError: out of memory", OK]
     assert sweeper.worker._process.pid == before
 
 
@@ -108,9 +165,9 @@ def test_a_slow_setup_is_interrupted(sweeper, tiny, plain, variant, limit):
         sweeper.where = dataclasses.replace(WHERE, silence=1.25)
     group = [plain[0], variant("slow", fakes.compiles_for_ever)]
     good, bad = sweeper.group(tiny, FORWARD, group)
-    seconds = {"silence": 1, "budget": 4}[limit]
-    took = f"setup and first call took longer than {seconds} s"
-    assert (good["status"], bad["status"]) == (OK, f"failed: TimeoutError: {took}")
+    took = "failed: TimeoutError: setup and first call took longer than 1 s"
+    expected = took if limit == "silence" else OUT_OF_TIME
+    assert (good["status"], bad["status"]) == (OK, expected)
     assert sweeper.worker._process.pid == before
 
 
@@ -141,12 +198,12 @@ def test_a_hang_ends_with_the_budget(sweeper, tiny, variant):
 
 
 def test_seconds_by_what_they_went_into(sweeper, tiny, variant):
+    start = time.perf_counter()
     sweeper.group(tiny, FORWARD, [variant("slow", fakes.slow)])
     spent = sweeper.spent
-    assert 0.6 < spent.compilation < 2  # the setup and the first call
-    assert 0 < spent.timing < 0.3
-    assert 0 < spent.checking < 2
-    assert spent.imports > 0.2
+    assert spent.compilation > 0.6  # the setup and the first call
+    assert min(spent.timing, spent.checking, spent.imports) > 0
+    assert sum(dataclasses.astuple(spent)) <= time.perf_counter() - start
     assert spent + Spent(timing=1.0) == dataclasses.replace(spent, timing=spent.timing + 1)
 
 
@@ -157,9 +214,29 @@ def test_networks(sweeper):
     chosen = networks.variants("torch", False)
     rows = sweeper.network(named(fakes.small_network), FORWARD, chosen)
     assert [row["status"] for row in rows] == [OK] * 6
-    rows = sweeper.network(named(fakes.crashing_network), FORWARD, chosen)
-    assert [row["status"] for row in rows] == [DIED] * 6
+    rows = sweeper.network(named(fakes.half_crashing_network), FORWARD, chosen)
+    assert [row["status"] for row in rows] == [OK] * 4 + [DIED] * 2
     assert {row["workload"] for row in rows} == {"net"}
+
+
+def test_a_network_that_makes_cuda_unusable(sweeper):
+    """It costs the others nothing but another process."""
+    chosen = networks.variants("torch", False)
+    made = networks.Network("net", fakes.poisoning_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
+    rows = sweeper.network(made, FORWARD, chosen)
+    failed = f"failed: RuntimeError: {ILLEGAL}"
+    assert [row["status"] for row in rows] == [failed] * 2 + [OK] * 4
+
+
+def test_networks_without_the_eager_block(sweeper):
+    """There is nothing that results could be checked against."""
+    chosen = networks.variants("torch", False)
+    made = networks.Network("net", fakes.crashing_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
+    rows = sweeper.network(made, FORWARD, chosen[2:])  # both eager blocks, then da_triton's
+    left = f"not measured: {DIED}"
+    assert [row["status"] for row in rows] == [DIED, DIED, left, left]
+    (row,) = sweeper.network(made, FORWARD, chosen[:1])
+    assert row["status"] == "not measured: there is no eager block to check against"
 
 
 def test_a_network_that_compiles_for_ever(sweeper):

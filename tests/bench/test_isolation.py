@@ -1,14 +1,17 @@
 """Processes that crash, hang and leave others behind."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from bench.isolation import Worker, in_parallel, isolated
+from bench import isolation
+from bench.isolation import Family, Worker, in_parallel, isolated
 from support import fakes
 
 # Starts a process, says its id, and then ends or does not.
@@ -90,7 +93,7 @@ def test_worker_serves_many_jobs(worker):
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "expected"),
     [
         (fakes.crashes, "the process died with signal 11 (SIGSEGV)"),
         (fakes.exits, "the process died with exit status 3: the driver said why"),
@@ -98,13 +101,14 @@ def test_worker_serves_many_jobs(worker):
             fakes.poisons,
             "failed: RuntimeError: CUDA error: an illegal memory access was encountered",
         ),
+        (fakes.ends_a_file, "failed: EOFError: a cache entry is cut short"),
         ("no function", "failed: TypeError: 'str' object is not callable"),
     ],
 )
-def test_worker_is_replaced_after_a_failure(worker, function, told):
+def test_worker_is_replaced_after_a_failure(worker, function, expected):
     pids = []
     worker.run(fakes.send_pid, 30, pids.append)
-    assert worker.run(fakes.job_that(function), 30, pids.append) == told
+    assert worker.run(fakes.job_that(function), 30, pids.append) == expected
     assert not alive(pids[0])
     assert worker.run(fakes.send_pid, 30, pids.append) == ""
     assert pids[0] != pids[1]
@@ -126,6 +130,44 @@ def test_jobs_in_parallel(tmp_path, children):
     meet = [fakes.meets(tmp_path, i, 1 - i) for i in (0, 1)]
     failures = in_parallel([*meet, fakes.job_that(fakes.crashes)], 30, tmp_path / "log")
     assert failures == ["the process died with signal 11 (SIGSEGV)"]
+
+
+def _interrupted_soon(monkeypatch, run):
+    """Interrupts the main thread as Ctrl-C does, once two processes have started; the seconds."""
+    started = []
+    original = isolation._start
+
+    def start(*args):
+        process = original(*args)
+        started.append(process)
+        if len(started) == 2:
+            timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+        return process
+
+    monkeypatch.setattr(isolation, "_start", start)
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not any(alive(process.pid) for process in started)
+    return time.monotonic() - before
+
+
+def test_interruption_ends_jobs_in_parallel(tmp_path, children, monkeypatch):
+    jobs = [fakes.job_that(fakes.hangs)] * 2
+    seconds = _interrupted_soon(monkeypatch, lambda: in_parallel(jobs, 60, tmp_path / "log"))
+    assert seconds < 30
+
+
+def test_interruption_ends_commands_in_threads(monkeypatch):
+    """Those that have not started are not started."""
+    family = Family()
+
+    def run(item):
+        return isolated(python("import time; time.sleep(60)"), 60, family=family)
+
+    seconds = _interrupted_soon(monkeypatch, lambda: family.map(run, range(6), 2))
+    assert seconds < 30
 
 
 def test_interruption_ends_the_worker(worker):

@@ -102,17 +102,23 @@ def test_stages_of_the_gpu_sweep():
     }  # fmt: skip
     assert names_of(launched) == {"eager", "triton"}
 
-    compiled, rivals, launched = providers.gpu_sweeps("compiled")
-    assert [s[0].launch for s in (compiled, rivals, launched)] == [GRAPH, GRAPH, EAGER]
-    formats = {(p.name, p.layout) for p in compiled}
-    for name in ("compile eager", "compile eager max-autotune"):
+    compiled, autotuned, rivals, launched, tuned_rivals = providers.gpu_sweeps("compiled")
+    found = [compiled, autotuned, rivals, launched, tuned_rivals]
+    assert [s[0].launch for s in found] == [GRAPH, GRAPH, GRAPH, EAGER, GRAPH]
+    for sweep, name in (
+        (compiled, "compile eager"), (autotuned, "compile eager max-autotune"),
+    ):  # fmt: skip
+        formats = {(p.name, p.layout) for p in sweep}
         assert formats >= {(name, layout) for layout in providers.LAYOUTS}
+    assert names_of(compiled) == {"eager", "triton", "compile eager", "compile triton"}
     assert names_of(rivals) == {
-        "eager", "triton", "compile eager mm", "compile eager mm max-autotune",
-        "compile absorbed unbiased", "compile absorbed flex", "compile absorbed flex max-autotune",
+        "eager", "triton", "compile eager mm", "compile absorbed unbiased", "compile absorbed flex",
+    }  # fmt: skip
+    assert names_of(tuned_rivals) == {
+        "eager", "triton", "compile eager mm max-autotune", "compile absorbed flex max-autotune",
     }  # fmt: skip
     assert names_of(launched) == {"eager", "triton", "compile eager", "compile triton"}
-    for sweep in (compiled, rivals, launched):
+    for sweep in found:
         assert all(p.layout == "channels_last" for p in sweep if "absorbed" in p.name)
     everything = [names_of(sweep) for sweep in providers.gpu_sweeps()]
     stages = [*providers.gpu_sweeps("eager"), *providers.gpu_sweeps("compiled")]

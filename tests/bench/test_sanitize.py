@@ -119,12 +119,12 @@ def test_only_the_tools_that_are_named(installed, capsys):
 
 
 @pytest.mark.parametrize(
-    ("script", "told"), [(BROKEN, "no summary, exit status 0"), (FAILING, "exit status 1")]
+    ("script", "expected"), [(BROKEN, "no summary, exit status 0"), (FAILING, "exit status 1")]
 )
-def test_run_that_fails_is_no_clean_one(installed, capsys, script, told):
+def test_run_that_fails_is_no_clean_one(installed, capsys, script, expected):
     installed(script)
     assert cli.main(["sanitize", "--tool", "memcheck"]) == 1
-    assert set(rows(capsys.readouterr().out).values()) == {(0, told)}
+    assert set(rows(capsys.readouterr().out).values()) == {(0, expected)}
 
 
 def test_run_that_does_not_end(installed):

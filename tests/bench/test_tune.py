@@ -59,14 +59,14 @@ class Clock:
 
 @pytest.fixture
 def tuned(monkeypatch, interpreted_tiles):
-    """Tunes one site with a given step and times; the clock, the choices, and what was told."""
+    """Tunes one site with a given step and times; the clock, the choices, and what was printed."""
     monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT)])
     monkeypatch.setattr(tune, "candidates_of", lambda site: [PRESENT, *OTHERS])
 
-    def tuned(run, times, budget=1e9):
+    def tuned(run, times, budget=1e9, save=len):
         monkeypatch.setattr(tune, "step", lambda work, device, backward: run)
-        clock, told = Clock(run, times), []
-        return clock, tune.tune([WORK], CPU, clock, Budget(budget), told.append), told
+        clock, said = Clock(run, times), []
+        return clock, tune.tune([WORK], CPU, clock, Budget(budget), said.append, save), said
 
     return tuned
 
@@ -91,13 +91,13 @@ def test_sites_are_the_fused_kernels_of_the_planned_route():
 @pytest.mark.parametrize(("fast", "best"), [(0.5, (64, 4, 2)), (1.0, PRESENT), (2.0, PRESENT)])
 def test_faster_candidate_replaces_the_present_tile(tuned, fast, best):
     times = {PRESENT: 1.0, (64, 4, 2): fast, (16, 4, 1): 3.0}
-    clock, (choice,), told = tuned(Step(), times)
+    clock, (choice,), said = tuned(Step(), times)
     assert (choice.site, choice.present, choice.best) == (SITE, PRESENT, best)
     assert choice.present_us == 1000.0
     assert choice.best_us == min(1.0, fast) * 1000.0
     assert choice.candidates == 3
     assert clock.seen == [PRESENT, *OTHERS] * tune.ROUNDS  # in turns
-    assert len(told) == 1
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,27 +110,27 @@ def test_faster_candidate_replaces_the_present_tile(tuned, fast, best):
 )
 def test_candidate_that_fails_or_is_wrong_is_not_timed(tuned, wrong, why):
     times = {PRESENT: 1.0, (64, 4, 2): 0.1, (16, 4, 1): 3.0}
-    clock, (choice,), told = tuned(wrong, times)
+    clock, (choice,), said = tuned(wrong, times)
     assert choice.best == PRESENT
     assert choice.candidates == 2
     assert (64, 4, 2) not in clock.seen
-    assert "tile (64, 4, 2) is left out" in told[0]
-    assert why in told[0]
+    assert "tile (64, 4, 2) is left out" in said[0]
+    assert why in said[0]
 
 
 def test_site_whose_present_tile_fails_has_no_choice(tuned):
-    _, choices, told = tuned(Step(fails=[PRESENT]), {})
+    _, choices, said = tuned(Step(fails=[PRESENT]), {})
     assert choices == []
-    assert len(told) == 1
+    assert len(said) == 1
 
 
 def test_tuning_ends_with_the_context(tuned, monkeypatch):
     run = Step(fails=[(64, 4, 2)])
     monkeypatch.setattr(tune, "usable", lambda device: (64, 4, 2) not in run.seen)
-    clock, choices, told = tuned(run, {})
+    clock, choices, said = tuned(run, {})
     assert choices == []
     assert clock.seen == []
-    assert "tuning ends here" in told[-1]
+    assert "tuning ends here" in said[-1]
 
 
 def test_candidates_are_compiled_together_and_captured(tuned, monkeypatch):
@@ -150,7 +150,9 @@ def test_candidates_are_compiled_together_and_captured(tuned, monkeypatch):
     monkeypatch.setattr(tune, "on_gpu", lambda device: True)
     monkeypatch.setattr(tune, "Replay", Replay)
     monkeypatch.setattr(
-        tune, "compile_in_parallel", lambda site, entries, run: compiled.append(list(entries))
+        tune,
+        "compile_in_parallel",
+        lambda site, entries, run, budget: compiled.append(list(entries)),
     )
     run = Step()
     times = {PRESENT: 1.0, (64, 4, 2): 0.5, (16, 4, 1): 3.0}
@@ -178,6 +180,46 @@ def test_step_with_another_tile_gives_the_same(interpreted_tiles):
 
 def test_used_up_budget(tuned):
     assert tuned(Step(), {}, budget=0)[1] == []
+
+
+def test_choices_are_saved_one_by_one(tuned, monkeypatch):
+    """A run that is killed while it tunes the second site leaves the first one's choice."""
+    second = SITE._replace(kernel="gather_from_x")
+    monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT), (second, PRESENT)])
+    saved = []
+    tuned(
+        Step(), dict.fromkeys([PRESENT, *OTHERS], 1.0), save=lambda found: saved.append(len(found))
+    )
+    assert saved == [1, 2]
+
+
+def test_candidates_beyond_the_budget_are_left_out(tuned):
+    said, run = [], Step()
+    budget = Budget(1.5, lambda: float(len(run.seen)))  # a second per call
+    ready = tune.prepared(SITE, [PRESENT, *OTHERS], run, CPU, said.append, budget)
+    assert list(ready) == [PRESENT, OTHERS[0]]
+    assert said == [f"{SITE}: tile {OTHERS[1]} and those after it are left out, for lack of time."]
+
+
+def test_no_choice_is_made_from_a_single_round():
+    def timer(closure, *, launches_count):
+        return closure()
+
+    times = tune._times([lambda: 1.0, lambda: 2.0], timer, Budget(0))
+    assert times == [[1.0] * tune.ROUNDS_MIN, [2.0] * tune.ROUNDS_MIN]
+
+
+def test_compilations_that_have_not_begun_end_with_the_budget():
+    now, begun = [0.0], []
+
+    def compilation():
+        begun.append(now[0])
+        now[0] += 6.0
+
+    with tune._Timely(1, Budget(10.0, lambda: now[0])) as threads:
+        futures = [threads.submit(compilation) for _ in range(4)]
+    assert begun == [0.0, 6.0]
+    assert [type(f.exception()) for f in futures[2:]] == [TimeoutError] * 2
 
 
 def test_step_returns_all_gradients(interpreted_tiles):
@@ -220,15 +262,15 @@ def test_measured_tile_is_taken_on_its_card(table, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"card": "NVIDIA Other"}, "they are of 'NVIDIA Other'"),
         ({"triton": "1.0"}, "they are of Triton 1.0"),
         ({"tiles": [{"kernel": "k"}]}, "block_m"),
         ({"tiles": 3}, "not iterable"),
         *(
-            ({"tiles": [{"kernel": "k", "block_m": 1, "block_n": 1, "tile": tile}]}, told)
-            for tile, told in (
+            ({"tiles": [{"kernel": "k", "block_m": 1, "block_n": 1, "tile": tile}]}, expected)
+            for tile, expected in (
                 ([48, 4, 1], "[48, 4, 1]"),
                 ([64, 5, 1], "[64, 5, 1]"),
                 (["a", 4, 1], "not supported"),
@@ -237,7 +279,7 @@ def test_measured_tile_is_taken_on_its_card(table, monkeypatch):
         (None, "Expecting value"),
     ],
 )  # fmt: skip
-def test_table_that_makes_no_sense_is_ignored_with_one_warning(table, change, told):
+def test_table_that_makes_no_sense_is_ignored_with_one_warning(table, change, expected):
     text = "nonsense" if change is None else json.dumps({**json.loads(table.read_text()), **change})
     table.write_text(text)
     with warnings.catch_warnings(record=True) as seen:
@@ -246,7 +288,7 @@ def test_table_that_makes_no_sense_is_ignored_with_one_warning(table, change, to
     assert found == [{}, {}]
     assert len(seen) == 1
     assert "da_triton ignores the measured tiles" in str(seen[0].message)
-    assert told in str(seen[0].message)
+    assert expected in str(seen[0].message)
 
 
 COMPILED = """
@@ -291,7 +333,7 @@ def without_launch(self, *args, grid, warmup, **options):
     return original(self, *args, grid=grid, warmup=True, **options)
 
 with launches.on("sm_90"):
-    tune.compile_in_parallel(site, entries, run)
+    tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
         mock.patch("triton.compile", no_compilation),
         mock.patch("triton.compiler.compile", no_compilation),

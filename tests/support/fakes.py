@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 
+import torch
 from torch import nn
 
 from bench import measure, networks, providers
@@ -84,6 +85,34 @@ def crashes_later(problem, calls=3):
     return _nth_call(problem, calls, crashes)
 
 
+def hangs_later(problem, calls=3):
+    return _nth_call(problem, calls, hangs)
+
+
+def crashes_when_observed(problem):
+    """Right while it is timed; asking for its memory afterwards ends the process."""
+    block = providers.setup_block(problem, providers.eager_block)
+
+    def call():
+        return block()
+
+    call.saved_bytes = lambda: crashes(problem)
+    return call
+
+
+class CrashingProblem(providers.Provider):
+    def problem(self, problem):
+        crashes(problem)
+
+
+def fails_once_timed(path, problem):
+    """Right in the first process, out of memory in the next one."""
+    if path.exists():
+        fails(problem)
+    path.touch()
+    return providers.setup_block(problem, providers.eager_block)
+
+
 def _nth_call(problem, calls, then):
     block = providers.setup_block(problem, providers.eager_block)
     left = iter([None] * calls)
@@ -131,6 +160,20 @@ def crashing_network(block):
     crashes(None)
 
 
+def poisoning_network(block):
+    """The one without a block spoils its process for all that are made after it."""
+    if block is None or not measure.usable(torch.device("cpu")):
+        poisons(None)
+    return small_network(block)
+
+
+def half_crashing_network(block):
+    """With any block but the eager one."""
+    if block not in (None, networks.eager_block):
+        crashes(None)
+    return small_network(block)
+
+
 def loss(network, x):
     return network(x).square().mean()
 
@@ -140,6 +183,10 @@ def loss(network, x):
 
 def send_pid(send):
     send(os.getpid())
+
+
+def ends_a_file(problem):
+    raise EOFError("a cache entry is cut short")
 
 
 def call(function, send):
