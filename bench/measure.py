@@ -22,6 +22,8 @@ from .workloads import Workload
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
 CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
+# How the status of a row begins that says nothing about its provider.
+CUT_SHORT = ("not run", "not measured", "killed")
 FLUSH_BYTES = 256 * 2**20
 FLUSHES_AHEAD = 4
 CONDITIONS = (
@@ -30,6 +32,11 @@ CONDITIONS = (
     "way; providers called unbiased have no bias of V and so a slightly easier problem"
 )
 Row = dict[str, Any]
+
+
+def cut_short(row: Row) -> bool:
+    """Whether a measurement was ended or left out before it could succeed or fail."""
+    return row["status"].startswith(CUT_SHORT)
 
 
 class ContextLostError(RuntimeError):

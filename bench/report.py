@@ -27,7 +27,9 @@ MEASURED = (
     "gb_s", "tflop_s", "floor_ms", "bound", "share_of_floor", "peak_bytes", "saved_bytes",
     "launches", "cpu_us", "first_call_cold_s", "first_call_warm_s", "error", "error_gradient",
 )  # fmt: skip
-MACHINE = ("machine", "driver", "cuda", "torch", "triton", "commit", "date", "clock_mhz")
+MACHINE = (
+    "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
+)  # fmt: skip
 COLUMNS = (*IDENTITY, *MEASURED, *MACHINE)
 
 
@@ -68,9 +70,17 @@ class Report:
     def frame(self) -> pd.DataFrame:
         machine = columns(self.environment)
         frame = pd.DataFrame([machine | row for row in self.rows], columns=list(COLUMNS))
-        if not self.with_ratios:
-            frame[[*tables.RATIOS, "share_of_floor"]] = np.nan
+        untrusted = [not self.trusts(row) for row in self.rows]
+        frame.loc[untrusted, [*tables.RATIOS, "share_of_floor"]] = np.nan
         return frame
+
+    def trusts(self, row: Row) -> bool:
+        """Whether the row may have ratios."""
+        return self.with_ratios
+
+    @property
+    def shows_ratios(self) -> bool:
+        return any(map(self.trusts, self.rows)) if self.rows else self.with_ratios
 
     def timed(self) -> pd.DataFrame:
         frame = self.frame()
@@ -91,11 +101,11 @@ class Report:
         """``(file, caption)`` of those that there is something to draw for."""
         if not self.png or timed.empty:
             return []
-        if not self.with_ratios:
+        if not self.shows_ratios:
             drawn = [("bars.png", "Milliseconds, by workload", plots.times(timed, self.title))]
         else:
             drawn = [("bars.png", "Times as fast, by workload", plots.bars(timed, self.title))]
-        if self.ceilings and self.with_ratios:
+        if self.ceilings and self.shows_ratios:
             figure = plots.roofline(timed, self.ceilings, self.title)
             drawn.append(("roofline.png", "Roofline: operations a second, against reuse", figure))
         for name, _, figure in drawn:
@@ -108,11 +118,11 @@ class Report:
         return shown.to_string(index=False, formatters=formats, na_rep="")
 
     def _metrics(self) -> list[str]:
-        return [m for m in self.metrics if self.with_ratios or m not in ("ratio", "floor")]
+        return [m for m in self.metrics if self.shows_ratios or m not in ("ratio", "floor")]
 
     def summary(self) -> str:
         """Ratios over all workloads, or without ratios the raw times."""
-        return tables.ratios(self.timed()) if self.with_ratios else self.table()
+        return tables.ratios(self.timed()) if self.shows_ratios else self.table()
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -129,7 +139,7 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
     parts = [f"# {report.title}", *report.notes]
     parts += [f"![{caption}]({name})" for name, caption in pictures]
     found = tables.means(timed)
-    if report.with_ratios and len(found):
+    if report.shows_ratios and len(found):
         parts.append("## Ratios")
         for ratio, meaning in tables.RATIOS.items():
             part = found[found["against"] == ratio].drop(columns="against")
@@ -144,7 +154,7 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
         parts.append(tables.markdown(modelled, digits))
     missing = [tables.untimed(report.frame()), tables.noise(timed)]
     parts += [f"```\n{text}\n```" for text in missing if text]
-    metrics = [m for m in tables.METRICS if report.with_ratios or m not in ("ratio", "floor")]
+    metrics = [m for m in tables.METRICS if report.shows_ratios or m not in ("ratio", "floor")]
     shown, formats = tables.shown(timed, metrics)
     parts += ["## Measurements", tables.markdown(shown, formats)]
     record = pd.DataFrame([*facts, *card.items()], columns=["fact", "value"])
