@@ -349,25 +349,41 @@ class Bench:
         }
 
 
-# Each ratio refers to the fastest row of the group for which its condition holds.
+# Each ratio refers to the fastest row of the group for which its condition holds. Without a block
+# there is nothing to compare a block with.
+WITHOUT = "without block"
 REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
     "ratio_to_eager": lambda row, other: other["baseline"],
     "ratio_same_format": lambda row, other: other["baseline"] and other["layout"] == row["layout"],
     "ratio_to_compiled": lambda row, other: other["provider"] == "compile eager",
     "ratio_to_max_autotune": lambda row, other: other["provider"] == "compile eager max-autotune",
-    # Only rows that were checked to be the block; a network without it has no error.
-    "ratio_to_rivals": lambda row, other: "error" in other and other["provider"] not in OURS,
+    "ratio_to_rivals": lambda row, other: (
+        other["provider"] not in OURS and not other["provider"].endswith(WITHOUT)
+    ),
 }
 
 
 def compare(rows: list[Row]) -> None:
-    """Adds ratios to others of the group, which has one launch mode."""
-    timed = [row for row in rows if row["status"] == OK]
-    for row in timed:
+    """Adds ratios to others of the group, which has one launch mode.
+
+    A ratio is left out if one of its references was cut short, because that one might have been the
+    fastest. References that failed or disagree are named in ``failed_references``.
+    """
+    for row in (row for row in rows if row["status"] == OK):
+        failed: dict[str, None] = {}
         for name, is_reference in REFERENCES.items():
-            others = [other["median_ms"] for other in timed if is_reference(row, other)]
-            if others:
-                row[name] = min(others) / row["median_ms"]
+            references = [other for other in rows if is_reference(row, other)]
+            times = [other["median_ms"] for other in references if other["status"] == OK]
+            if not times or any(map(cut_short, references)):
+                continue
+            row[name] = min(times) / row["median_ms"]
+            failed |= {
+                f"{other['provider']} {other['layout']}": None
+                for other in references
+                if other["status"] != OK
+            }
+        if failed:
+            row["failed_references"] = ", ".join(failed)
 
 
 def on_gpu(device: torch.device) -> bool:

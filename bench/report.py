@@ -23,9 +23,10 @@ IDENTITY = (
 )  # fmt: skip
 MEASURED = (
     "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions", "ratio_to_eager",
-    "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals", "added",
-    "gb_s", "tflop_s", "floor_ms", "bound", "share_of_floor", "peak_bytes", "saved_bytes",
-    "launches", "cpu_us", "first_call_cold_s", "first_call_warm_s", "error", "error_gradient",
+    "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals",
+    "failed_references", "added", "gb_s", "tflop_s", "floor_ms", "bound", "share_of_floor",
+    "peak_bytes", "saved_bytes", "launches", "cpu_us", "first_call_cold_s", "first_call_warm_s",
+    "error", "error_gradient",
 )  # fmt: skip
 MACHINE = (
     "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
@@ -147,6 +148,7 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
                 parts.append(f"Times as fast as {meaning}, same launch mode:")
                 part = part.rename(columns={"mean": "geometric mean", "worst_workload": "on"})
                 parts.append(tables.markdown(part, {"geometric mean": "{:.2f}", "worst": "{:.2f}"}))
+        parts += filter(None, [tables.failed_references(timed)])
     modelled = tables.against_model(tables.merged(timed))
     if len(modelled):
         parts += ["## Model against measurement", tables.MODEL_NOTE]

@@ -131,7 +131,17 @@ def ratios(timed: pd.DataFrame) -> str:
             )
             if row.slower_on:
                 lines.append(f"         slower on {row.slower_on}")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, failed_references(timed)]))
+
+
+def failed_references(timed: pd.DataFrame) -> str:
+    """What failed of those that ratios refer to, with its workloads."""
+    found: dict[str, dict[str, None]] = {}
+    for row in timed.dropna(subset="failed_references").to_dict("records"):
+        for name in row["failed_references"].split(", "):
+            found.setdefault(name, {})[row["workload"]] = None
+    parts = [f"{name} on {', '.join(workloads)}" for name, workloads in found.items()]
+    return f"The ratios do not consider what failed: {'; '.join(parts)}." if parts else ""
 
 
 def noise(timed: pd.DataFrame) -> str:

@@ -187,6 +187,11 @@ def test_quantiles_and_ratio_to_the_faster_baseline(bench, tiny, eager, variant)
     assert [row["ratio_to_compiled"] for row in rows] == [0.2, 0.4, 1.0]
 
 
+def compared(name, layout="nchw", status=OK, **facts):
+    baseline = name == "eager"
+    return {"provider": name, "layout": layout, "baseline": baseline, "status": status, **facts}
+
+
 def test_ratios_to_each_mode_of_compile_and_to_the_best_of_all_others():
     milliseconds = {
         ("eager", "nchw"): 12.0, ("eager", "channels_last"): 10.0,
@@ -197,19 +202,48 @@ def test_ratios_to_each_mode_of_compile_and_to_the_best_of_all_others():
         ("triton", "nchw"): 2.0,
     }  # fmt: skip
     rows = [
-        {"provider": name, "layout": layout, "baseline": name == "eager", "status": OK,
-         "median_ms": ms, "error": 0.0}
-        for (name, layout), ms in milliseconds.items()
+        compared(name, layout, median_ms=ms) for (name, layout), ms in milliseconds.items()
     ]  # fmt: skip
-    rows.append({**rows[0], "provider": "compile eager", "median_ms": 0.1, "status": "failed: why"})
-    without_block = {**rows[0], "provider": "without block", "median_ms": 0.1, "baseline": False}
-    del without_block["error"]  # nothing to check
+    without_block = compared("compile without block", median_ms=0.1)
     compare([*rows, without_block])
     ours = rows[8]
     assert {name: ours[name] for name in ours if name.startswith("ratio")} == {
         "ratio_to_eager": 5.0, "ratio_same_format": 6.0, "ratio_to_compiled": 3.0,
         "ratio_to_max_autotune": 2.0, "ratio_to_rivals": 1.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [OUT_OF_TIME, CONTEXT_LOST, "killed after 9 s", "not measured"])
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("eager", {"ratio_to_eager", "ratio_to_rivals"}),
+        ("compile eager", {"ratio_to_compiled", "ratio_to_rivals"}),
+        ("sdpa", {"ratio_to_rivals"}),
+    ],
+)
+def test_no_ratio_to_a_reference_that_was_cut_short(status, name, lost):
+    """The missing one might have been the fastest, for example in the better memory format."""
+    ours = compared("triton", median_ms=2.0)
+    others = [compared(other, median_ms=6.0) for other in ("eager", "compile eager", "sdpa")]
+    missing = compared(name, "channels_last", status)
+    compare([*others, missing, ours])
+    ratios = {key for key in ours if key.startswith("ratio")}
+    assert ratios == {
+        "ratio_to_eager", "ratio_same_format", "ratio_to_compiled", "ratio_to_rivals",
+    } - lost  # fmt: skip
+    assert "failed_references" not in ours
+
+
+@pytest.mark.parametrize("status", ["failed: why", "disagrees: much", "the process died with 1"])
+def test_references_that_failed_are_named(status):
+    ours = compared("triton", median_ms=2.0)
+    failed = [compared(name, "channels_last", status) for name in ("compile eager", "sdpa")]
+    compare(
+        [compared("eager", median_ms=6.0), compared("compile eager", median_ms=4.0), *failed, ours]
+    )
+    assert (ours["ratio_to_compiled"], ours["ratio_to_rivals"]) == (2.0, 2.0)
+    assert ours["failed_references"] == "compile eager channels_last, sdpa channels_last"
 
 
 def test_times_become_median_and_percentiles(bench, tiny, eager):

@@ -61,6 +61,15 @@ def test_other_ratios_and_the_workloads_that_lose(report):
     assert "torch.compile" not in text  # nothing of ours was compared with it
 
 
+def test_references_that_failed_are_named(report):
+    assert "do not consider" not in report.finish(short=True)
+    failed = {"failed_references": "compile eager nchw, sdpa nchw"}
+    report.add([row("torch", workload=name, ratio_to_eager=2.0, **failed) for name in ("a", "b")])
+    line = "The ratios do not consider what failed: compile eager nchw on a, b; sdpa nchw on a, b."
+    assert line in report.finish(short=True)
+    assert line in (report.out / "report.md").read_text()
+
+
 def test_memory_formats_have_means_of_their_own(report):
     report.add([row("torch", layout="channels_last", ratio_to_eager=9.0)])
     text = report.finish(short=True)
