@@ -6,6 +6,7 @@ that no later call of the process survives ends it, by ``ContextLostError``, wit
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -219,6 +220,7 @@ class Bench:
             self._describe(row, workload)
             self._observe(row, provider, closure)
         compare(rows)
+        note_unused_kernels(rows)
         return rows
 
     def _ready(self, provider: Provider, problem: Problem, row: Row) -> Closure | None:
@@ -384,6 +386,18 @@ def compare(rows: list[Row]) -> None:
             }
         if failed:
             row["failed_references"] = ", ".join(failed)
+
+
+def note_unused_kernels(rows: list[Row]) -> None:
+    """Says in rows of da_triton's kernels which of them PyTorch operations stood in for.
+
+    A kernel that failed its proof on first use is replaced for the rest of the process.
+    """
+    guard = sys.modules.get("da_triton.kernels.guard")  # without it, no kernel has run
+    unused = guard.replaced() if guard else ()
+    for row in rows:
+        if unused and row["status"] == OK and "triton" in row["provider"].split():
+            row["kernels_not_used"] = ", ".join(unused)
 
 
 def on_gpu(device: torch.device) -> bool:

@@ -32,6 +32,7 @@ from .measure import (
     compare,
     cudnn_benchmark,
     describe,
+    note_unused_kernels,
     peak_bytes,
     usable,
 )
@@ -244,6 +245,7 @@ def measure(
     bench.time_in_turns(ready)
     compare(rows)
     _add_shares(rows)
+    note_unused_kernels(rows)
     return rows
 
 

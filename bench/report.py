@@ -24,9 +24,9 @@ IDENTITY = (
 MEASURED = (
     "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions", "ratio_to_eager",
     "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals",
-    "failed_references", "added", "gb_s", "tflop_s", "floor_ms", "bound", "share_of_floor",
-    "peak_bytes", "saved_bytes", "launches", "cpu_us", "first_call_cold_s", "first_call_warm_s",
-    "error", "error_gradient",
+    "failed_references", "kernels_not_used", "added", "gb_s", "tflop_s", "floor_ms", "bound",
+    "share_of_floor", "peak_bytes", "saved_bytes", "launches", "cpu_us", "first_call_cold_s",
+    "first_call_warm_s", "error", "error_gradient",
 )  # fmt: skip
 MACHINE = (
     "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
@@ -92,7 +92,10 @@ class Report:
         timed = self.timed()
         pictures = self._pictures(tables.merged(timed))
         head = "\n".join([self.title, *self.notes])
-        ending = [tables.untimed(self.frame()), self.summary(), tables.noise(timed)]
+        ending = [
+            tables.untimed(self.frame()), self.summary(), tables.unused_kernels(timed),
+            tables.noise(timed),
+        ]  # fmt: skip
         everything = [head, self.table(), *ending]
         replace(self.out / "report.md", page(self, timed, pictures))
         shown = [head, *ending] if short else everything
@@ -154,7 +157,9 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
         parts += ["## Model against measurement", tables.MODEL_NOTE]
         digits = {"modelled us": "{:.1f}", "measured us": "{:.1f}", "measured / modelled": "{:.2f}"}
         parts.append(tables.markdown(modelled, digits))
-    missing = [tables.untimed(report.frame()), tables.noise(timed)]
+    missing = [
+        tables.untimed(report.frame()), tables.unused_kernels(timed), tables.noise(timed),
+    ]  # fmt: skip
     parts += [f"```\n{text}\n```" for text in missing if text]
     metrics = [m for m in tables.METRICS if report.shows_ratios or m not in ("ratio", "floor")]
     shown, formats = tables.shown(timed, metrics)

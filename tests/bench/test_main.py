@@ -329,6 +329,9 @@ def test_modes_add_up():
             assert both == one + two
 
 
+CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR")
+
+
 def test_first_calls_of_fresh_processes(monkeypatch):
     (eager,) = providers.select(["eager"], "eager", torch.device("cpu"), torch.float32, ["nchw"])
     monkeypatch.setenv("TRITON_CACHE_DIR", "not this")
@@ -337,6 +340,8 @@ def test_first_calls_of_fresh_processes(monkeypatch):
 
     def spied(arguments, environment, limit):
         folders.append(environment["TRITON_CACHE_DIR"])
+        parents = {os.path.dirname(environment[name]) for name in CACHE_VARIABLES}
+        assert parents == {os.path.dirname(folders[-1])}
         assert os.path.isdir(os.path.dirname(folders[-1]))
         return fresh(arguments, environment, limit)
 

@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -482,6 +484,18 @@ def test_used_up_budget_counts_nothing(bench, tiny, eager, as_on_a_gpu):
     row = bench._row(tiny, FORWARD, eager)
     bench.count_launches([(row, tiny, FORWARD, eager)])
     assert "launches" not in row
+
+
+def test_rows_of_ours_name_the_kernels_that_were_not_used(bench, tiny, variant, monkeypatch):
+    group = [variant("eager"), variant("triton"), variant("compile triton")]
+    module = "da_triton.kernels.guard"
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ("a", "b")))
+    rows = bench.measure(tiny, FORWARD, group)
+    assert [row.get("kernels_not_used") for row in rows] == [None, "a, b", "a, b"]
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ()))
+    assert not any("kernels_not_used" in row for row in bench.measure(tiny, FORWARD, group))
+    monkeypatch.delitem(sys.modules, module)  # as without Triton
+    assert not any("kernels_not_used" in row for row in bench.measure(tiny, FORWARD, group))
 
 
 def test_lost_context_ends_the_run_with_every_row_added(bench, table, eager, variant, monkeypatch):
