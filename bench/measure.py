@@ -48,7 +48,7 @@ class ContextLostError(RuntimeError):
 
     def __init__(self, groups_done: int) -> None:
         super().__init__(
-            f"CUDA became unusable in group {groups_done}: continue in a new process, after it"
+            f"CUDA became unusable in group {groups_done}, so nothing was measured after it"
         )
         self.groups_done = groups_done
 

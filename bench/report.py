@@ -4,8 +4,9 @@ The CSV and the environment are written anew whenever something is added, so tha
 short leaves what it measured.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas as pd
 from . import plots, tables
 from .environment import columns
 from .floors import Ceilings
-from .measure import CONDITIONS, OK, Row
+from .measure import CONDITIONS, OK, ContextLostError, Row
 
 IDENTITY = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "layout", "mode",
@@ -32,10 +33,14 @@ MACHINE = (
     "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
 )  # fmt: skip
 COLUMNS = (*IDENTITY, *MEASURED, *MACHINE)
+INTERRUPTED = "Interrupted: these are the measurements until then."
 
 
 class Report:
-    """Rows, notes and environment of one run, in one folder."""
+    """Rows, notes and environment of one run, in one folder.
+
+    ``status`` is the exit status of the command that measures.
+    """
 
     def __init__(
         self,
@@ -53,8 +58,20 @@ class Report:
         self.notes: list[str] = []
         self.rows: list[Row] = []
         self.with_ratios = True
+        self.status = 0
         self.ceilings: Ceilings | None = None
         self.environment: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def ending_early(self) -> Iterator[None]:
+        """Ends the block at an interrupt or a lost CUDA context, so that a report can follow."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.notes.append(INTERRUPTED)
+        except ContextLostError as lost:
+            self.notes.append(str(lost))
+            self.status = 1
 
     def record(self, **facts: Any) -> None:
         self.environment |= facts

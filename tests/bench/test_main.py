@@ -11,9 +11,20 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import commands, first_call, floors, problems, providers, running, scaling
+from bench import (
+    commands,
+    first_call,
+    floors,
+    measure,
+    networks,
+    problems,
+    providers,
+    running,
+    scaling,
+)
 from bench.measure import OK, Effort
 from bench.workloads import WORKLOADS
+from support import fakes
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +251,50 @@ def test_interrupted_run_keeps_what_it_measured(table, tmp_path, capsys, monkeyp
     name = "scaling.csv" if command[0] == "scaling" else "results.csv"
     assert (pd.read_csv(tmp_path / name)["status"] == OK).all()
     assert "Interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--quick"],
+        ["sweep", "--provider", "eager,torch"],
+        ["scaling", "--provider", "eager,torch", "--axis", "N"],
+        ["networks", "--network", "net"],
+    ],
+    ids=lambda c: c[0],
+)
+def test_lost_context_ends_with_a_report(table, tmp_path, capsys, monkeypatch, command):
+    """The rows before it, their plots and exit status 1."""
+    measured = []
+
+    def counting(of):
+        def measure_(*args):
+            rows = of(*args)
+            measured.append(None)
+            if len(measured) == 2:
+                rows[-1]["status"] = "failed: CUDA error"
+            return rows
+
+        return measure_
+
+    shape = (2, 3, 9, 9)
+    net = networks.Network("net", fakes.small_network, fakes.loss, shape, shape)
+    monkeypatch.setattr(networks, "NETWORKS", {"net": net})
+    monkeypatch.setattr(running.Bench, "measure", counting(running.Bench.measure))
+    monkeypatch.setattr(networks, "measure", counting(networks.measure))
+    for module in (measure, running):
+        monkeypatch.setattr(module, "usable", lambda device: len(measured) < 2)
+    monkeypatch.setattr(scaling, "BASE", dataclasses.replace(table[0], heads=1))
+    assert cli.main([*command, "--out", str(tmp_path)], table) == 1
+    assert len(measured) == 2
+    assert "CUDA became unusable in group 2" in capsys.readouterr().out
+    csv, plot, page = {
+        "scaling": ("scaling.csv", "scaling.png", "scaling.png"),
+        "networks": ("results.csv", "report.md", "report.md"),
+    }.get(command[0], ("results.csv", "bars.png", "report.md"))
+    assert (pd.read_csv(tmp_path / csv)["status"] == OK).any()
+    assert (tmp_path / plot).exists()
+    assert (tmp_path / page).exists()
 
 
 def test_interruption_elsewhere_has_its_exit_status(monkeypatch, capsys):
