@@ -19,7 +19,7 @@ import pandas as pd
 from . import tables
 from .environment import columns
 from .measure import OK, Row, cut_short, describe
-from .report import IDENTITY, Report, replace
+from .report import IDENTITY, PARTIAL, Report, replace
 
 METRICS = ("time", "ratio", "floor", "memory", "launches")
 LOGS = "logs.tar.gz"
@@ -46,6 +46,8 @@ class JoinedReport(Report):
         super().__init__(out, title, METRICS)
         self.logs = logs
         self.remarks: list[str] = []
+        for path in out.glob(f"*{PARTIAL}"):  # of an invocation that was killed
+            path.unlink()
         if (out / LOGS).exists():
             with tarfile.open(out / LOGS) as archive:
                 archive.extractall(logs, filter="data")
@@ -123,8 +125,8 @@ class JoinedReport(Report):
 
     def pack(self) -> None:
         """The logs as one file, replaced in one step."""
-        partial = self.out / (LOGS + ".part")
-        with tarfile.open(partial, "w:gz", compresslevel=5) as archive:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=5) as archive:
             for path in sorted(self.logs.iterdir()):
                 data = path.read_bytes()
                 if path.suffix == ".txt":
@@ -132,7 +134,7 @@ class JoinedReport(Report):
                 member = tarfile.TarInfo(path.name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-        partial.replace(self.out / LOGS)
+        replace(self.out / LOGS, packed.getvalue())
 
     def written(self) -> str:
         """Writes the report; what cannot be drawn does not take the rest with it."""

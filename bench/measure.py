@@ -478,7 +478,7 @@ def progress(items: Sequence[Any]) -> Iterable[Any]:
 def describe(error: BaseException) -> str:
     """Type and first line of an error, and of the one that was being handled when it was raised.
 
-    A graph capture that is cut short raises for its end; the cause is the error before.
+    An aborted graph capture raises again in ``capture_end``; the cause is the error before.
     """
     earlier = None if error.__suppress_context__ else error.__context__
     found = []

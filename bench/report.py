@@ -33,6 +33,7 @@ MACHINE = (
     "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
 )  # fmt: skip
 COLUMNS = (*IDENTITY, *MEASURED, *MACHINE)
+PARTIAL = ".part"  # ends the name of a file while it is written
 INTERRUPTED = "Interrupted: these are the measurements until then."
 
 
@@ -186,8 +187,11 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
     return "\n\n".join(parts) + "\n"
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes the file in one step: it is never seen half-written."""
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes the file in one step: it is never seen half-written, and nothing else is left."""
+    partial = path.with_suffix(path.suffix + PARTIAL)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

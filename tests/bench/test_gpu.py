@@ -206,6 +206,29 @@ def test_what_replaces_an_earlier_timing(out, on_code):
     assert added(OK) == OK
 
 
+def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):
+    """Neither one that is ended while it packs its logs, nor one before it."""
+    (out / "logs").mkdir(parents=True)
+    (out / "logs.tar.gz.part").touch()
+    joined = JoinedReport(out, "A title", out / "logs")
+    assert not list(out.glob("*.part"))
+    (out / "logs" / "a.txt").write_text("said")
+    joined.pack()
+
+    def ended(*args):
+        raise KeyboardInterrupt
+
+    before = (out / "logs.tar.gz").read_bytes()
+    for name in ("tarfile.TarFile.addfile", "pathlib.Path.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, ended)
+            with pytest.raises(KeyboardInterrupt):
+                joined.pack()
+        assert sorted(path.name for path in out.iterdir()) == ["logs", "logs.tar.gz"]
+    assert (out / "logs.tar.gz").read_bytes() == before
+    assert logged(out, "a.txt") == "said"
+
+
 def test_tuning_that_fails(run, tiny, tmp_path, capsys):
     broken = (sys.executable, "-c", "raise SystemExit('out of memory')")
     code, _ = run("tune", tune_command=broken, workloads=[tiny])
@@ -359,9 +382,9 @@ def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):
     code, frame = run("tests", "eager", workloads=[tiny], sweeps=lambda stage: [group])
     assert code == 0
     assert len(frame) == 2 * 5
-    told = frame[frame["status"] != OK]
-    assert [*told["provider"]] == ["crash"] * 2
-    assert {*told["status"]} == {"the process died with signal 11 (SIGSEGV)"}
+    failed = frame[frame["status"] != OK]
+    assert [*failed["provider"]] == ["crash"] * 2
+    assert {*failed["status"]} == {"the process died with signal 11 (SIGSEGV)"}
     printed = capsys.readouterr().out
     assert "crash (eager launch), 2x, first tiny: the process died with signal 11" in printed
     assert "geometric mean" in printed
@@ -546,7 +569,7 @@ def test_compiled_stage_begins_with_what_matters(monkeypatch):
     assert sorted(found) == sorted(work.name for work in WORKLOADS)
 
 
-def test_ceiling_that_fails_is_told():
+def test_ceiling_that_fails_is_reported():
     def timer(closure, *, launches_count):
         raise MemoryError("too large")
 

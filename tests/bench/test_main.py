@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ def test_unknown_workload_exits_with_2(table, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_busy_machine_is_told(table, tmp_path, capsys, monkeypatch):
+def test_busy_machine_is_reported(table, tmp_path, capsys, monkeypatch):
     facts = running.environment(torch.device("cpu")) | {"load": 100.0}
     monkeypatch.setattr(running, "environment", lambda device: facts)
     cli.main(["--quick", "--out", str(tmp_path)], table)
@@ -152,6 +153,16 @@ def test_every_command_has_help_with_examples(name, capsys):
     assert f"python -m bench {'' if name == 'report' else name}".strip() in printed
 
 
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_names_only_options_that_exist(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    printed = capsys.readouterr().out
+    options = {*re.findall(r"(?<![\w-])--[a-z][a-z-]*", printed.partition("examples:")[0])}
+    defined = {*re.findall(r"^  (?:-h, )?(--[a-z][a-z-]*)", printed, re.MULTILINE)}
+    assert options <= defined
+
+
 def test_overview_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -160,7 +171,7 @@ def test_overview_names_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["sweeep"], "did you mean 'sweep'"),
         (["sweep", "--workload", "tiny_volum"], "did you mean 'tiny_volume'"),
@@ -189,11 +200,11 @@ def test_overview_names_every_command(capsys):
         (["compare", "a.csv", "b.csv"], "a.csv cannot be read"),
     ],
 )
-def test_arguments_that_make_no_sense(table, capsys, tmp_path, monkeypatch, arguments, told):
+def test_arguments_that_make_no_sense(table, capsys, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments, table) == 2
     captured = capsys.readouterr()
-    assert told in captured.err
+    assert expected in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
     assert not list(tmp_path.iterdir())
@@ -431,7 +442,7 @@ def test_first_calls_in_a_sweep(table, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_sleep_unless_told_otherwise(given):
+def test_waiting_threads_sleep_unless_set_otherwise(given):
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
     program = "import sys, bench, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"

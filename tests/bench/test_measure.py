@@ -581,13 +581,13 @@ def test_what_makes_a_process_unusable(monkeypatch):
     assert not usable(cuda)
 
 
-def test_cause_of_a_failed_capture_is_told():
+def test_cause_of_a_failed_capture_is_described():
     try:
         try:
             raise ValueError("synchronised while captured\nand more")
         finally:
             raise RuntimeError("capture ended in error")
     except RuntimeError as error:
-        told = describe(error)
+        described = describe(error)
     expected = "RuntimeError: capture ended in error, after ValueError: synchronised while captured"
-    assert told == expected
+    assert described == expected

@@ -122,7 +122,7 @@ def test_without_ratios_there_are_raw_times(report):
     assert not (report.out / "roofline.png").exists()
 
 
-def test_noisy_timings_are_told(report):
+def test_noisy_timings_are_reported(report):
     assert "vary" not in report.finish(short=True)
     report.add([row("torch", workload="noisy", p20_ms=1.0)])
     assert "1 of 4 timings vary" in report.finish(short=True)
