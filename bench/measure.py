@@ -23,8 +23,10 @@ from .workloads import Workload
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
 CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
-# How the status of a row begins that says nothing about its provider.
+# How statuses begin of what was ended or left out before it could succeed or fail; those of a
+# provider that hung are among them.
 CUT_SHORT = ("not run", "not measured", "killed")
+LEFT_OUT, HUNG = "not measured again", "without a result"
 FLUSH_BYTES = 256 * 2**20
 FLUSHES_AHEAD = 4
 CONDITIONS = (
@@ -38,6 +40,13 @@ Row = dict[str, Any]
 def cut_short(row: Row) -> bool:
     """Whether a measurement was ended or left out before it could succeed or fail."""
     return row["status"].startswith(CUT_SHORT)
+
+
+def undecided(row: Row) -> bool:
+    """Whether the provider might have been timed, with more time or without the others."""
+    status = row["status"]
+    hung = status.startswith(LEFT_OUT) or (status.startswith("killed") and status.endswith(HUNG))
+    return cut_short(row) and not hung
 
 
 class ContextLostError(RuntimeError):
@@ -369,14 +378,17 @@ def compare(rows: list[Row]) -> None:
     """Adds ratios to others of the group, which has one launch mode.
 
     A ratio is left out if one of its references was cut short, because that one might have been the
-    fastest. References that failed or disagree are named in ``failed_references``.
+    fastest. References that failed, hung or disagree are named in ``failed_references``.
     """
+    for row in rows:
+        for name in (*REFERENCES, "failed_references"):
+            row.pop(name, None)  # of a comparison with fewer rows
     for row in (row for row in rows if row["status"] == OK):
         failed: dict[str, None] = {}
         for name, is_reference in REFERENCES.items():
             references = [other for other in rows if is_reference(row, other)]
             times = [other["median_ms"] for other in references if other["status"] == OK]
-            if not times or any(map(cut_short, references)):
+            if not times or any(map(undecided, references)):
                 continue
             row[name] = min(times) / row["median_ms"]
             failed |= {

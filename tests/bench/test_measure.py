@@ -215,7 +215,15 @@ def test_ratios_to_each_mode_of_compile_and_to_the_best_of_all_others():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("status", [OUT_OF_TIME, CONTEXT_LOST, "killed after 9 s", "not measured"])
+@pytest.mark.parametrize(
+    "status",
+    [
+        OUT_OF_TIME,
+        CONTEXT_LOST,
+        "killed after 9 s, when its time was up",
+        "not measured: killed after 9 s without a result",
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "lost"),
     [
@@ -237,15 +245,27 @@ def test_no_ratio_to_a_reference_that_was_cut_short(status, name, lost):
     assert "failed_references" not in ours
 
 
-@pytest.mark.parametrize("status", ["failed: why", "disagrees: much", "the process died with 1"])
+@pytest.mark.parametrize(
+    "status",
+    [
+        "failed: why",
+        "disagrees: much",
+        "the process died with signal 11",
+        "killed after 9 s without a result",
+        "not measured again: on tiny, killed after 9 s without a result",
+    ],
+)
 def test_references_that_failed_are_named(status):
     ours = compared("triton", median_ms=2.0)
+    timed = [compared("eager", median_ms=6.0), compared("compile eager", median_ms=4.0)]
     failed = [compared(name, "channels_last", status) for name in ("compile eager", "sdpa")]
-    compare(
-        [compared("eager", median_ms=6.0), compared("compile eager", median_ms=4.0), *failed, ours]
-    )
+    compare([*timed, *failed, ours])
     assert (ours["ratio_to_compiled"], ours["ratio_to_rivals"]) == (2.0, 2.0)
     assert ours["failed_references"] == "compile eager channels_last, sdpa channels_last"
+    compare([*timed, ours])  # again, with others
+    assert "failed_references" not in ours
+    compare([ours])
+    assert "ratio_to_compiled" not in ours
 
 
 def test_times_become_median_and_percentiles(bench, tiny, eager):
