@@ -189,7 +189,7 @@ class LinearAttentionState(EagerDoubleAttention):
     """The gather as the last state of ``flash-linear-attention``'s chunked linear attention.
 
     That library has no softmax over positions, so it runs before, and causal outputs, which are
-    discarded: only the final state is used.
+    thrown away: only the final state is used.
     """
 
     def forward(self, x: Tensor) -> Tensor:

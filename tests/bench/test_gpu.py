@@ -569,7 +569,7 @@ def test_compiled_stage_begins_with_what_matters(monkeypatch):
     assert sorted(found) == sorted(work.name for work in WORKLOADS)
 
 
-def test_ceiling_that_fails_is_reported():
+def test_ceiling_that_fails_is_told():
     def timer(closure, *, launches_count):
         raise MemoryError("too large")
 
