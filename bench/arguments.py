@@ -38,7 +38,7 @@ def listed(text: str) -> list[str]:
 def add_lists(made: argparse.ArgumentParser, **defaults: str) -> None:
     """Options that take names with commas between."""
     help_ = {
-        "workload": "names; without it, those of --selection",
+        "workload": "names, instead of the default selection",
         "provider": "names, see bench/providers.py; without it, all that run here",
         "mode": ", ".join(MODES),
         "dtype": f"{', '.join(DTYPES)}; default bf16 on a GPU, fp32 on a CPU",

@@ -1,5 +1,6 @@
-"""Everything a figure depends on besides the code, and the code's commit."""
+"""Everything a figure depends on besides the code, and which code that is."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -16,12 +17,14 @@ CARD_FIELDS = (
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent
 COMMIT = "DA_TRITON_COMMIT"
+SOURCES = ("da_triton", "tests", "bench")  # folders whose Python files decide what is measured
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **commit(),
+        "code": code(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,7 +47,7 @@ def columns(facts: dict[str, Any]) -> dict[str, Any]:
         "machine": read.get("name", facts.get("cpu")),
         "driver": read.get("driver_version"),
         "clock_mhz": read.get("clocks.sm"),
-        **{k: facts.get(k) for k in ("cuda", "torch", "triton", "commit", "date")},
+        **{k: facts.get(k) for k in ("cuda", "torch", "triton", "commit", "code", "date")},
     }
 
 
@@ -83,6 +86,22 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
         "commit": given or None,
         "uncommitted_changes": {"clean": False, "dirty": True}.get(state),
     }
+
+
+def code(root: Path = ROOT) -> str | None:
+    """A hash of all Python files of the package, its tests and its benchmark; None without them.
+
+    Two runs with the same hash ran the same code, whatever results they left in the checkout.
+    """
+    found = hashlib.sha256()
+    for folder in SOURCES:
+        paths = sorted((root / folder).rglob("*.py"))
+        if not paths:
+            return None
+        for path in paths:
+            name = path.relative_to(root).as_posix()
+            found.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _cpu_name() -> str:

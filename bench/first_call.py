@@ -20,7 +20,10 @@ from .isolation import isolated, last_line
 from .providers import Provider
 from .workloads import select
 
-CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+CACHES = {
+    "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "DA_TRITON_CACHE_DIR": "da_triton",
+}  # fmt: skip
 SAID = "seconds of the first call:"  # stdout and stderr come together
 LIMIT = 600.0  # seconds for both calls
 

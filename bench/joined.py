@@ -2,7 +2,7 @@
 
 It holds at most eight files: ``results.csv``, ``report.md``, ``environment.json``, plots, the two
 files of ``scaling``, and ``logs.tar.gz``. What is added replaces an earlier row of the same
-measurement, unless it failed where the earlier one did not.
+measurement. Only a row that was cut short leaves an earlier timing of the same code in place.
 """
 
 import io
@@ -12,20 +12,22 @@ import tarfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from . import tables
 from .environment import columns
-from .measure import OK, Row, describe
-from .report import IDENTITY, Report, replace
+from .measure import OK, Row, cut_short, describe
+from .report import IDENTITY, PARTIAL, Report, replace
 
 METRICS = ("time", "ratio", "floor", "memory", "launches")
 LOGS = "logs.tar.gz"
 ROWS = "rows.jsonl"  # in the archive: all that is known of rows, ratios included
 LONGEST_LOG = 4 * 2**20  # bytes of a log that are kept, from its end
 PTXAS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-COMMIT_FACTS = ("commit", "uncommitted_changes")
+COMMIT_FACTS = ("commit", "code")
+SAME = ("code", "assembler")  # what two rows share if the same kernels were measured
 
 
 def assembler() -> str:
@@ -44,6 +46,8 @@ class JoinedReport(Report):
         super().__init__(out, title, METRICS)
         self.logs = logs
         self.remarks: list[str] = []
+        for path in out.glob(f"*{PARTIAL}"):  # of an invocation that was killed
+            path.unlink()
         if (out / LOGS).exists():
             with tarfile.open(out / LOGS) as archive:
                 archive.extractall(logs, filter="data")
@@ -57,31 +61,55 @@ class JoinedReport(Report):
         """Adds rows, with the machine and date of this invocation, and writes everything."""
         place = {_identity(row): i for i, row in enumerate(self.rows)}
         for row in rows:
-            row |= columns(self.environment)
-            before = place.setdefault(_identity(row), len(self.rows))
-            if before == len(self.rows):
+            row |= {**columns(self.environment), "assembler": assembler()}
+            i = place.setdefault(_identity(row), len(self.rows))
+            if i == len(self.rows):
                 self.rows.append(row)
-            elif row["status"] == OK or self.rows[before]["status"] != OK:
-                self.rows[before] = row
+            elif not (cut_short(row) and _timed_alike(self.rows[i], row)):
+                self.rows[i] = row
         self.judge()
         self._save()
 
-    def judge(self) -> None:
-        """Ratios need tests that passed at this commit, and kernels that gave right results."""
-        facts_ = self.environment
-        tested = facts_.get("tested") == {name: facts_.get(name) for name in COMMIT_FACTS}
-        outcome = str(facts_.get("tests")) if tested else "they were not run at this commit"
-        smoke = (facts_.get("smoke") or {}).get(assembler(), {})
-        warnings = []
+    def objection(self, code: str | None, made_with: str | None) -> str:
+        """Why nothing that was measured of some code, compiled by some assembler, has ratios."""
+        facts = self.environment
+        known = code is not None and (facts.get("tested") or {}).get("code") == code
+        outcome = str(facts.get("tests")) if known else "they were not run on this code"
         if not outcome.startswith("passed"):
-            warnings.append(f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}")
-        if smoke.get("status") == 1:
-            warnings.append("THE KERNELS GAVE WRONG RESULTS in the smoke check: raw times only.")
-        self.with_ratios = not warnings
+            return f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}"
+        smoke = self._smoke(code, made_with)
+        if smoke is None or smoke["status"] == 0:
+            return ""
+        if smoke["status"] == 1:
+            return "THE KERNELS GAVE WRONG RESULTS in the smoke check: raw times only."
+        return f"THE SMOKE CHECK DID NOT FINISH ({smoke['verdict']}): raw times only."
+
+    def _smoke(self, code: str | None, made_with: str | None) -> dict[str, Any] | None:
+        """What the smoke check found, if it ran on this code."""
+        found = (self.environment.get("smoke") or {}).get(made_with)
+        return found if found and found.get("code") == code else None
+
+    def trusts(self, row: Row) -> bool:
+        return not self.objection(row.get("code"), row.get("assembler"))
+
+    def judge(self) -> None:
+        """Ratios need tests that passed on the same code, and kernels that gave right results."""
+        code = self.environment.get("code")
+        objection = self.objection(code, assembler())
+        self.with_ratios = not objection
+        self.notes = [objection] if objection else []
+        if self.with_ratios and self._smoke(code, assembler()) is None:
+            self.notes.append("The smoke check was not run on this code.")
+        untrusted = sum(not self.trusts(row) for row in self.rows)
+        if 0 < untrusted < len(self.rows):
+            self.notes.append(
+                f"{untrusted} of {len(self.rows)} rows have no ratios: they are of code that the "
+                "tests and the smoke check did not pass on."
+            )
+        self.notes += self.remarks
         stages = self.environment.get("stages") or {}
         shown = pd.DataFrame([{"stage": name} | x for name, x in stages.items()])
         spent = shown.drop(columns="result", errors="ignore")
-        self.notes = [*warnings, *self.remarks]
         if len(spent):
             self.notes.append(f"Seconds by stage:\n\n{tables.markdown(spent)}")
 
@@ -97,8 +125,8 @@ class JoinedReport(Report):
 
     def pack(self) -> None:
         """The logs as one file, replaced in one step."""
-        partial = self.out / (LOGS + ".part")
-        with tarfile.open(partial, "w:gz", compresslevel=5) as archive:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=5) as archive:
             for path in sorted(self.logs.iterdir()):
                 data = path.read_bytes()
                 if path.suffix == ".txt":
@@ -106,7 +134,7 @@ class JoinedReport(Report):
                 member = tarfile.TarInfo(path.name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-        partial.replace(self.out / LOGS)
+        replace(self.out / LOGS, packed.getvalue())
 
     def written(self) -> str:
         """Writes the report; what cannot be drawn does not take the rest with it."""
@@ -122,6 +150,12 @@ class JoinedReport(Report):
             return text
         finally:
             self._save()
+
+
+def _timed_alike(earlier: Row, row: Row) -> bool:
+    """Whether an earlier row is a timing of the kernels that a later one is about."""
+    same = all(earlier.get(name) == row.get(name) for name in SAME)
+    return earlier["status"] == OK and same
 
 
 def _identity(row: Row) -> tuple:

@@ -6,6 +6,7 @@ that no later call of the process survives ends it, by ``ContextLostError``, wit
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from .workloads import Workload
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
 CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
+# How statuses begin of what was ended or left out before it could succeed or fail; those of a
+# provider that hung are among them.
+CUT_SHORT = ("not run", "not measured", "killed")
+LEFT_OUT, HUNG = "not measured again", "without a result"
 FLUSH_BYTES = 256 * 2**20
 FLUSHES_AHEAD = 4
 CONDITIONS = (
@@ -32,6 +37,18 @@ CONDITIONS = (
 Row = dict[str, Any]
 
 
+def cut_short(row: Row) -> bool:
+    """Whether a measurement was ended or left out before it could succeed or fail."""
+    return row["status"].startswith(CUT_SHORT)
+
+
+def undecided(row: Row) -> bool:
+    """Whether the provider might have been timed, with more time or without the others."""
+    status = row["status"]
+    hung = status.startswith(LEFT_OUT) or (status.startswith("killed") and status.endswith(HUNG))
+    return cut_short(row) and not hung
+
+
 class ContextLostError(RuntimeError):
     """CUDA is unusable in this process; the rows measured so far have been added.
 
@@ -40,7 +57,7 @@ class ContextLostError(RuntimeError):
 
     def __init__(self, groups_done: int) -> None:
         super().__init__(
-            f"CUDA became unusable in group {groups_done}: continue in a new process, after it"
+            f"CUDA became unusable in group {groups_done}, so nothing was measured after it"
         )
         self.groups_done = groups_done
 
@@ -212,6 +229,7 @@ class Bench:
             self._describe(row, workload)
             self._observe(row, provider, closure)
         compare(rows)
+        note_unused_kernels(rows)
         return rows
 
     def _ready(self, provider: Provider, problem: Problem, row: Row) -> Closure | None:
@@ -342,25 +360,56 @@ class Bench:
         }
 
 
-# Each ratio refers to the fastest row of the group for which its condition holds.
+# Each ratio refers to the fastest row of the group for which its condition holds. Without a block
+# there is nothing to compare a block with.
+WITHOUT = "without block"
 REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
     "ratio_to_eager": lambda row, other: other["baseline"],
     "ratio_same_format": lambda row, other: other["baseline"] and other["layout"] == row["layout"],
     "ratio_to_compiled": lambda row, other: other["provider"] == "compile eager",
     "ratio_to_max_autotune": lambda row, other: other["provider"] == "compile eager max-autotune",
-    # Only rows that were checked to be the block; a network without it has no error.
-    "ratio_to_rivals": lambda row, other: "error" in other and other["provider"] not in OURS,
+    "ratio_to_rivals": lambda row, other: (
+        other["provider"] not in OURS and not other["provider"].endswith(WITHOUT)
+    ),
 }
 
 
 def compare(rows: list[Row]) -> None:
-    """Adds ratios to others of the group, which has one launch mode."""
-    timed = [row for row in rows if row["status"] == OK]
-    for row in timed:
+    """Adds ratios to others of the group, which has one launch mode.
+
+    A ratio is left out if one of its references was cut short, because that one might have been the
+    fastest. References that failed, hung or disagree are named in ``failed_references``.
+    """
+    for row in rows:
+        for name in (*REFERENCES, "failed_references"):
+            row.pop(name, None)  # of a comparison with fewer rows
+    for row in (row for row in rows if row["status"] == OK):
+        failed: dict[str, None] = {}
         for name, is_reference in REFERENCES.items():
-            others = [other["median_ms"] for other in timed if is_reference(row, other)]
-            if others:
-                row[name] = min(others) / row["median_ms"]
+            references = [other for other in rows if is_reference(row, other)]
+            times = [other["median_ms"] for other in references if other["status"] == OK]
+            if not times or any(map(undecided, references)):
+                continue
+            row[name] = min(times) / row["median_ms"]
+            failed |= {
+                f"{other['provider']} {other['layout']}": None
+                for other in references
+                if other["status"] != OK
+            }
+        if failed:
+            row["failed_references"] = ", ".join(failed)
+
+
+def note_unused_kernels(rows: list[Row]) -> None:
+    """Says in rows of da_triton's kernels which of them PyTorch operations stood in for.
+
+    A kernel that failed its proof on first use is replaced for the rest of the process.
+    """
+    guard = sys.modules.get("da_triton.kernels.guard")  # without it, no kernel has run
+    unused = guard.replaced() if guard else ()
+    for row in rows:
+        if unused and row["status"] == OK and "triton" in row["provider"].split():
+            row["kernels_not_used"] = ", ".join(unused)
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -441,7 +490,7 @@ def progress(items: Sequence[Any]) -> Iterable[Any]:
 def describe(error: BaseException) -> str:
     """Type and first line of an error, and of the one that was being handled when it was raised.
 
-    A graph capture that is cut short raises for its end; the cause is the error before.
+    An aborted graph capture raises again in ``capture_end``; the cause is the error before.
     """
     earlier = None if error.__suppress_context__ else error.__context__
     found = []

@@ -22,12 +22,24 @@ from torch import Tensor, nn
 from da_triton import DoubleAttention
 from da_triton.integrations.resnet import paper_places
 
-from .measure import OK, OUT_OF_TIME, Bench, Row, compare, cudnn_benchmark, describe, peak_bytes
+from .measure import (
+    CONTEXT_LOST,
+    OK,
+    OUT_OF_TIME,
+    WITHOUT,
+    Bench,
+    Row,
+    compare,
+    cudnn_benchmark,
+    describe,
+    note_unused_kernels,
+    peak_bytes,
+    usable,
+)
 from .problems import FORWARD, STEP
 from .providers import CHANNELS_LAST, NCHW, EagerDoubleAttention
 
 Make = Callable[[int], nn.Module]
-WITHOUT = "without block"
 # Relative RMS of the block's effect on outputs: many layers amplify what single layers round.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 MODES = {"fwd": FORWARD, "fwd_bwd": STEP}
@@ -180,7 +192,6 @@ def _first(output: Any) -> Tensor:
 
 
 @cudnn_benchmark()
-@cudnn_benchmark()
 def measure(
     bench: Bench,
     network: Network,
@@ -190,6 +201,8 @@ def measure(
 ) -> list[Row]:
     """Rows of all variants, timed in turns; those that disagree with the eager block are not timed.
 
+    After an error that makes CUDA unusable, the others are not tried: they have no timing either.
+
     ``setting_up``: a context for the setup and the first call of the variant with a number.
     """
     rows = [row(bench, network, mode, v) for v in chosen]
@@ -198,9 +211,10 @@ def measure(
     x = torch.randn(network.input_shape(bench.device), generator=torch.Generator().manual_seed(0))
     state: dict[str, Tensor] | None = None
     torch.compiler.reset()
+    lost = False
     for place, (found, variant) in enumerate(zip(rows, chosen, strict=True)):
-        if bench.budget.left <= 0:
-            found["status"] = OUT_OF_TIME
+        if lost or bench.budget.left <= 0:
+            found["status"] = CONTEXT_LOST if lost else OUT_OF_TIME
             continue
         try:
             with setting_up(place):
@@ -221,11 +235,17 @@ def measure(
             found["peak_bytes"] = peak_bytes(run, bench.device)
         except Exception as error:
             found["status"] = f"failed: {describe(error)}"
+            lost = not usable(bench.device)
             continue
         ready.append((found, _Launched, run))
+    if lost:
+        for found, *_ in ready:
+            found["status"] = CONTEXT_LOST
+        return rows
     bench.time_in_turns(ready)
     compare(rows)
     _add_shares(rows)
+    note_unused_kernels(rows)
     return rows
 
 

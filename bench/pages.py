@@ -17,7 +17,7 @@ from .floors import SHEETS, table
 from .measure import OK
 from .names import check
 from .problems import FORWARD
-from .tables import RATIOS, markdown, means
+from .tables import RATIOS, markdown, means, unused_kernels
 from .workloads import WORKLOADS
 
 README = ROOT / "README.md"
@@ -66,6 +66,7 @@ def _summary(folder: Path, timed: pd.DataFrame, facts: dict) -> str:
             )  # fmt: skip
             lines.append(f"Times as fast as {meaning}:")
             lines.append(markdown(part, {"geometric mean": "{:.2f}", "worst": "{:.2f}"}))
+    lines += filter(None, [unused_kernels(timed)])
     lines.append(f"![Times as fast, by workload](bench/results/{folder.name}/bars.png)")
     return "\n\n".join(lines) + "\n"
 

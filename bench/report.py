@@ -4,8 +4,9 @@ The CSV and the environment are written anew whenever something is added, so tha
 short leaves what it measured.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas as pd
 from . import plots, tables
 from .environment import columns
 from .floors import Ceilings
-from .measure import CONDITIONS, OK, Row
+from .measure import CONDITIONS, OK, ContextLostError, Row
 
 IDENTITY = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "layout", "mode",
@@ -23,16 +24,24 @@ IDENTITY = (
 )  # fmt: skip
 MEASURED = (
     "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions", "ratio_to_eager",
-    "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals", "added",
-    "gb_s", "tflop_s", "floor_ms", "bound", "share_of_floor", "peak_bytes", "saved_bytes",
-    "launches", "cpu_us", "first_call_cold_s", "first_call_warm_s", "error", "error_gradient",
+    "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals",
+    "failed_references", "kernels_not_used", "added", "gb_s", "tflop_s", "floor_ms", "bound",
+    "share_of_floor", "peak_bytes", "saved_bytes", "launches", "cpu_us", "first_call_cold_s",
+    "first_call_warm_s", "error", "error_gradient",
 )  # fmt: skip
-MACHINE = ("machine", "driver", "cuda", "torch", "triton", "commit", "date", "clock_mhz")
+MACHINE = (
+    "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
+)  # fmt: skip
 COLUMNS = (*IDENTITY, *MEASURED, *MACHINE)
+PARTIAL = ".part"  # ends the name of a file while it is written
+INTERRUPTED = "Interrupted: these are the measurements until then."
 
 
 class Report:
-    """Rows, notes and environment of one run, in one folder."""
+    """Rows, notes and environment of one run, in one folder.
+
+    ``status`` is the exit status of the command that measures.
+    """
 
     def __init__(
         self,
@@ -50,8 +59,20 @@ class Report:
         self.notes: list[str] = []
         self.rows: list[Row] = []
         self.with_ratios = True
+        self.status = 0
         self.ceilings: Ceilings | None = None
         self.environment: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def ending_early(self) -> Iterator[None]:
+        """Ends the block at an interrupt or a lost CUDA context, so that a report can follow."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.notes.append(INTERRUPTED)
+        except ContextLostError as lost:
+            self.notes.append(str(lost))
+            self.status = 1
 
     def record(self, **facts: Any) -> None:
         self.environment |= facts
@@ -68,9 +89,17 @@ class Report:
     def frame(self) -> pd.DataFrame:
         machine = columns(self.environment)
         frame = pd.DataFrame([machine | row for row in self.rows], columns=list(COLUMNS))
-        if not self.with_ratios:
-            frame[[*tables.RATIOS, "share_of_floor"]] = np.nan
+        untrusted = [not self.trusts(row) for row in self.rows]
+        frame.loc[untrusted, [*tables.RATIOS, "share_of_floor"]] = np.nan
         return frame
+
+    def trusts(self, row: Row) -> bool:
+        """Whether the row may have ratios."""
+        return self.with_ratios
+
+    @property
+    def shows_ratios(self) -> bool:
+        return any(map(self.trusts, self.rows)) if self.rows else self.with_ratios
 
     def timed(self) -> pd.DataFrame:
         frame = self.frame()
@@ -81,7 +110,10 @@ class Report:
         timed = self.timed()
         pictures = self._pictures(tables.merged(timed))
         head = "\n".join([self.title, *self.notes])
-        ending = [tables.untimed(self.frame()), self.summary(), tables.noise(timed)]
+        ending = [
+            tables.untimed(self.frame()), self.summary(), tables.unused_kernels(timed),
+            tables.noise(timed),
+        ]  # fmt: skip
         everything = [head, self.table(), *ending]
         replace(self.out / "report.md", page(self, timed, pictures))
         shown = [head, *ending] if short else everything
@@ -91,11 +123,11 @@ class Report:
         """``(file, caption)`` of those that there is something to draw for."""
         if not self.png or timed.empty:
             return []
-        if not self.with_ratios:
+        if not self.shows_ratios:
             drawn = [("bars.png", "Milliseconds, by workload", plots.times(timed, self.title))]
         else:
             drawn = [("bars.png", "Times as fast, by workload", plots.bars(timed, self.title))]
-        if self.ceilings and self.with_ratios:
+        if self.ceilings and self.shows_ratios:
             figure = plots.roofline(timed, self.ceilings, self.title)
             drawn.append(("roofline.png", "Roofline: operations a second, against reuse", figure))
         for name, _, figure in drawn:
@@ -108,11 +140,11 @@ class Report:
         return shown.to_string(index=False, formatters=formats, na_rep="")
 
     def _metrics(self) -> list[str]:
-        return [m for m in self.metrics if self.with_ratios or m not in ("ratio", "floor")]
+        return [m for m in self.metrics if self.shows_ratios or m not in ("ratio", "floor")]
 
     def summary(self) -> str:
         """Ratios over all workloads, or without ratios the raw times."""
-        return tables.ratios(self.timed()) if self.with_ratios else self.table()
+        return tables.ratios(self.timed()) if self.shows_ratios else self.table()
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -129,7 +161,7 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
     parts = [f"# {report.title}", *report.notes]
     parts += [f"![{caption}]({name})" for name, caption in pictures]
     found = tables.means(timed)
-    if report.with_ratios and len(found):
+    if report.shows_ratios and len(found):
         parts.append("## Ratios")
         for ratio, meaning in tables.RATIOS.items():
             part = found[found["against"] == ratio].drop(columns="against")
@@ -137,14 +169,17 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
                 parts.append(f"Times as fast as {meaning}, same launch mode:")
                 part = part.rename(columns={"mean": "geometric mean", "worst_workload": "on"})
                 parts.append(tables.markdown(part, {"geometric mean": "{:.2f}", "worst": "{:.2f}"}))
+        parts += filter(None, [tables.failed_references(timed)])
     modelled = tables.against_model(tables.merged(timed))
     if len(modelled):
         parts += ["## Model against measurement", tables.MODEL_NOTE]
         digits = {"modelled us": "{:.1f}", "measured us": "{:.1f}", "measured / modelled": "{:.2f}"}
         parts.append(tables.markdown(modelled, digits))
-    missing = [tables.untimed(report.frame()), tables.noise(timed)]
+    missing = [
+        tables.untimed(report.frame()), tables.unused_kernels(timed), tables.noise(timed),
+    ]  # fmt: skip
     parts += [f"```\n{text}\n```" for text in missing if text]
-    metrics = [m for m in tables.METRICS if report.with_ratios or m not in ("ratio", "floor")]
+    metrics = [m for m in tables.METRICS if report.shows_ratios or m not in ("ratio", "floor")]
     shown, formats = tables.shown(timed, metrics)
     parts += ["## Measurements", tables.markdown(shown, formats)]
     record = pd.DataFrame([*facts, *card.items()], columns=["fact", "value"])
@@ -152,8 +187,11 @@ def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]
     return "\n\n".join(parts) + "\n"
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes the file in one step: it is never seen half-written."""
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes the file in one step: it is never seen half-written, and nothing else is left."""
+    partial = path.with_suffix(path.suffix + PARTIAL)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -15,10 +15,20 @@ from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu
 from .joined import LOGS
-from .measure import OK, Bench, Budget, Effort, Row, Timer, describe, progress
+from .measure import (
+    OK,
+    Bench,
+    Budget,
+    ContextLostError,
+    Effort,
+    Row,
+    Timer,
+    describe,
+    progress,
+    usable,
+)
 from .providers import EAGER, LAYOUTS
 from .report import Report
-from .scaling import INTERRUPTED
 from .stages import STAGES, Settings
 from .tables import DEFAULT_METRICS, METRICS, markdown
 from .workloads import SELECTIONS, Workload, select
@@ -64,12 +74,10 @@ def report(argv: Sequence[str], table: Sequence[Workload], overview: str = "") -
         sweep = providers.plain("triton")
     else:
         sweep = providers.plain("torch") if options.quick else providers.cpu_sweep()
-    try:
+    with made.ending_early():
         bench.run(chosen, [sweep], made.add)
-    except KeyboardInterrupt:
-        made.notes.append(INTERRUPTED)
     print(made.finish(short=False))
-    return 0
+    return made.status
 
 
 def sweep(argv: Sequence[str], table: Sequence[Workload]) -> int:
@@ -109,7 +117,7 @@ def sweep(argv: Sequence[str], table: Sequence[Workload]) -> int:
         _add_ceilings(made, timer, device, dtypes[0])
     budget = Budget(options.budget)
     effort = Effort(DEFAULT.warm_up, DEFAULT.rounds_min, DEFAULT.rounds_max, options.seconds)
-    try:
+    with made.ending_early():
         for dtype, groups_of in groups.items():
             known = made.ceilings if dtype == dtypes[0] else None
             bench = Bench(device, dtype, timer, effort, budget, known)
@@ -117,10 +125,8 @@ def sweep(argv: Sequence[str], table: Sequence[Workload]) -> int:
             if "first_call" in options.metric:
                 add = _adding_first_calls(made.add, groups_of, dtype, device)
             bench.run(chosen, groups_of, add, modes)
-    except KeyboardInterrupt:
-        made.notes.append(INTERRUPTED)
     print(made.finish(short=False))
-    return 0
+    return made.status
 
 
 def _adding_first_calls(add, groups, dtype, device) -> Callable[[list[Row]], None]:
@@ -169,7 +175,7 @@ def scale(argv: Sequence[str], table: Sequence[Workload]) -> int:
     bench = Bench(device, dtype, timer, DEFAULT, Budget(options.budget))
     modes = arguments.chosen("mode", options.mode, arguments.MODES)
     print(scaling.run(bench, options.axis, sizes, sweeps, modes, made))
-    return 0
+    return made.status
 
 
 def whole_networks(argv: Sequence[str], table: Sequence[Workload]) -> int:
@@ -197,15 +203,15 @@ def whole_networks(argv: Sequence[str], table: Sequence[Workload]) -> int:
         for name in chosen
         for mode in modes
     ]
-    try:
-        for dtype, network, mode in progress(groups):
+    with made.ending_early():
+        for done, (dtype, network, mode) in enumerate(progress(groups), 1):
             bench = Bench(device, dtype, timer, DEFAULT, budget)
             variants = networks.variants(backend, options.compile)
             made.add(networks.measure(bench, network, mode, variants))
-    except KeyboardInterrupt:
-        made.notes.append(INTERRUPTED)
+            if not usable(device):
+                raise ContextLostError(done)
     print(made.finish(short=False))
-    return 0
+    return made.status
 
 
 def train_on_digits(argv: Sequence[str], table: Sequence[Workload]) -> int:

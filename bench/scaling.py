@@ -15,6 +15,7 @@ from . import plots
 from .measure import OK, Row
 from .providers import OURS, Provider
 from .report import COLUMNS, Report, replace
+from .report import INTERRUPTED as INTERRUPTED
 from .workloads import Workload
 
 BASE = Workload("scaling", 1, 128, (2**12,), 64, 64, 1, "how cost grows")
@@ -25,8 +26,6 @@ AXES = {
     "c_n": [8, 16, 32, 64, 128, 256, 512],
 }
 TITLES = {"L": "positions", "N": "samples", "C": "channels", "c_n": "maps"}
-
-INTERRUPTED = "Interrupted: these are the measurements until then."
 
 
 class Measures(Protocol):
@@ -70,10 +69,8 @@ def run(
         replace(report.out / "scaling.csv", frame(report, axis).to_csv(index=False))
 
     workloads = [workload(axis, size) for size in sizes]
-    try:
+    with report.ending_early():
         bench.run(workloads, sweeps, add, modes)
-    except KeyboardInterrupt:
-        report.notes.append(INTERRUPTED)
     found = frame(report, axis)
     timed = found[found["status"] == OK]
     if len(timed):

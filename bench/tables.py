@@ -45,6 +45,7 @@ RATIOS = {
     "ratio_to_rivals": "the fastest of all other implementations",
 }
 NOISY = 1.5
+UNUSED, MARK = "kernels_not_used", " *"  # the column, and the mark of rows that have it
 MODEL_NOTE = (
     "Modelled: the planner's time for its route, from counted bytes, operations and launches, with "
     "stated assumptions. Measured: the median."
@@ -57,7 +58,7 @@ def shown(timed: pd.DataFrame, metrics: Iterable[str]) -> tuple[pd.DataFrame, di
     several = {k: v for k, v in SHOWN.items() if k != "dtype" or timed[k].nunique() > 1}
     if timed["dtype"].nunique() > 1:
         several |= {"dtype": "dtype"}
-    found = timed[[*several, *wanted]].rename(
+    found = marked(timed)[[*several, *wanted]].rename(
         columns=several | {k: title for k, (title, _) in wanted.items()}
     )
     formats = {title: f"{{:.{digits}f}}".format for title, digits in wanted.values()}
@@ -87,7 +88,29 @@ def merged(timed: pd.DataFrame) -> pd.DataFrame:
     for ratio in timed.columns.intersection(list(RATIOS)):
         least = timed.groupby(keys)[ratio].min()
         found[ratio] = least.reindex(pd.MultiIndex.from_frame(found[keys])).to_numpy()
+    if UNUSED in timed:
+        unused = timed.groupby(keys)[UNUSED].first()
+        found[UNUSED] = unused.reindex(pd.MultiIndex.from_frame(found[keys])).to_numpy()
     return found
+
+
+def marked(timed: pd.DataFrame) -> pd.DataFrame:
+    """The timings with a mark after providers some kernels of which were not used."""
+    if UNUSED not in timed:
+        return timed
+    marks = timed[UNUSED].notna().map({True: MARK, False: ""})
+    return timed.assign(provider=timed["provider"] + marks)
+
+
+def unused_kernels(timed: pd.DataFrame) -> str:
+    """What the mark means; empty if nothing is marked."""
+    if UNUSED not in timed or timed[UNUSED].isna().all():
+        return ""
+    names = sorted({name for text in timed[UNUSED].dropna() for name in text.split(", ")})
+    return (
+        f"{MARK.strip()} measured in a process where PyTorch operations replaced kernels that gave "
+        f"wrong results on first use: {', '.join(names)}."
+    )
 
 
 def means(timed: pd.DataFrame) -> pd.DataFrame:
@@ -98,10 +121,12 @@ def means(timed: pd.DataFrame) -> pd.DataFrame:
     for ratio in timed.columns.intersection(list(RATIOS)):
         keys = ["dtype", "launch", "mode", "provider", "layout"]
         for key, group in ours.dropna(subset=ratio).groupby(keys, sort=False):
+            replaced = UNUSED in group and group[UNUSED].notna().any()
             values = group.set_index("workload")[ratio].astype(float)
             losing = values[values < 1].sort_values()
             found.append(
                 dict(zip(keys, key, strict=True))
+                | {"provider": key[3] + MARK if replaced else key[3]}
                 | {
                     "against": ratio,
                     "mean": float(np.exp(np.log(values).mean())),
@@ -131,7 +156,17 @@ def ratios(timed: pd.DataFrame) -> str:
             )
             if row.slower_on:
                 lines.append(f"         slower on {row.slower_on}")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, failed_references(timed)]))
+
+
+def failed_references(timed: pd.DataFrame) -> str:
+    """What failed of those that ratios refer to, with its workloads."""
+    found: dict[str, dict[str, None]] = {}
+    for row in timed.dropna(subset="failed_references").to_dict("records"):
+        for name in row["failed_references"].split(", "):
+            found.setdefault(name, {})[row["workload"]] = None
+    parts = [f"{name} on {', '.join(workloads)}" for name, workloads in found.items()]
+    return f"The ratios do not consider what failed: {'; '.join(parts)}." if parts else ""
 
 
 def noise(timed: pd.DataFrame) -> str:

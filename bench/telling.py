@@ -134,7 +134,7 @@ def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
     arguments.add_lists(parser, workload="")
     parser.add_argument(
         "--check", action="store_true",
-        help="compile nothing: print the key, make a folder that was carried here usable, and exit "
+        help="compile nothing: print the key, relocate a copied cache, and exit "
         "with 1 if it was made with another Triton, ptxas or other kernels",
     )  # fmt: skip
     parser.add_argument(

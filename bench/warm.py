@@ -1,4 +1,4 @@
-"""``python -m bench warm``: fills Triton's compile cache for a GPU that is not there.
+"""``python -m bench warm``: fills Triton's compile cache for a GPU without the GPU.
 
 The package's own launchers run on meta tensors and Triton's JIT compiles their kernels through
 ``JITFunction.run``, as it would in front of a launch, so the entries have the keys that the JIT
@@ -6,9 +6,6 @@ looks up on the GPU. There they are found if Triton is the same wheel, ``ptxas``
 and the kernels' files the same, line numbers included; ``key`` holds all three. If they differ,
 nothing breaks: kernels are compiled again. C launchers are not in the cache, because they are
 linked against the driver.
-
-``bench.codegen.compiler`` must not be imported in the same process: it turns line information off
-in the environment, which is part of every key.
 """
 
 import contextlib

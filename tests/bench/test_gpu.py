@@ -1,6 +1,7 @@
 """The stages of ``bench gpu`` on a CPU: fake commands, fake times, and providers that crash."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -14,17 +15,18 @@ import pytest
 import torch
 
 from bench import ceilings, networks, providers, sanitize, stages
-from bench.environment import COMMIT, commit
+from bench.environment import COMMIT, SOURCES, code, commit, environment
 from bench.gpu import run_gpu
 from bench.groups import Sweeper, Where
 from bench.isolation import Worker
-from bench.joined import LONGEST_LOG
-from bench.measure import OK, OUT_OF_TIME, Budget, Effort
+from bench.joined import LONGEST_LOG, JoinedReport
+from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME, Budget, Effort
 from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
 from bench.stages import STAGES, Settings
 from bench.workloads import WORKLOADS
 from support import fakes
+from support.rows import row
 
 CPU = torch.device("cpu")
 PASSING = (sys.executable, "-c", "print('3 passed in 1s')")
@@ -39,9 +41,10 @@ ptxas = os.environ.get("TRITON_PTXAS_PATH")
 device, file = sys.argv[2], sys.argv[4]
 assert sys.argv[1::2] == ["--device", "--json"] and device == "cpu"
 assert os.environ.get("TRITON_PTXAS_BLACKWELL_PATH") == ptxas
-pathlib.Path(file).write_text(json.dumps({"ptxas": ptxas}))
+right = ptxas not in ("/wrong/ptxas", "/wrong/and/stopped/ptxas")
+pathlib.Path(file).write_text(json.dumps({"ptxas": ptxas, "verdicts": [{"right": right}]}))
 print("gather_from_a 64x64: error 1e-3")
-sys.exit({"/wrong/ptxas": 1, "/none/ptxas": 2}.get(ptxas, 0))
+sys.exit({"/wrong/ptxas": 1, "/none/ptxas": 2, "/wrong/and/stopped/ptxas": 2}.get(ptxas, 0))
 """
 TUNE = """
 import json, pathlib, sys
@@ -142,7 +145,7 @@ def test_everything(run, out, table, tmp_path, capsys):
     assert len(files) == 8
     assert all(len(path.parts) == 1 for path in files)
     assert logged(out, "tests.txt") == "3 passed in 1s\n"
-    assert json.loads(logged(out, "smoke-0.json")) == {"ptxas": None}
+    assert json.loads(logged(out, "smoke-0.json"))["ptxas"] is None
     printed = capsys.readouterr().out
     for text in ("geometric mean", "Ceilings: copy GB/s", "gather_from_a 64x64", "1 tile measured"):
         assert text in printed
@@ -174,16 +177,56 @@ def test_a_long_log_is_cut(run, out, tiny):
     assert log.endswith("line 999999\n")
 
 
-def test_a_failure_replaces_no_measurement(run, tiny):
-    plain = providers.plain("torch")[:2]
-    named = [dataclasses.replace(p, name=f"{p.name} b") for p in plain]
-    run("eager", workloads=[tiny], sweeps=lambda stage: [plain])
-    failing = [dataclasses.replace(p, setup=fakes.fails) for p in plain[:1]]
-    _, frame = run("eager", workloads=[tiny], sweeps=lambda stage: [[*failing, *named]])
-    assert len(frame) == 2 * 4
-    assert (frame["status"] == OK).all()
-    _, frame = run("eager", workloads=[tiny], sweeps=lambda stage: [plain], seconds=0)
-    assert (frame["status"] == OK).all()
+@pytest.fixture
+def on_code(monkeypatch):
+    """Sets what code the next runs are of."""
+    return lambda name: monkeypatch.setattr("bench.environment.code", lambda: name)
+
+
+def test_what_replaces_an_earlier_timing(out, on_code):
+    """Being cut short says nothing of a provider; that it fails or disagrees does."""
+
+    def added(status):
+        joined = JoinedReport(out, "A title", out / "logs")
+        joined.record(**environment(CPU))
+        joined.add([row(status=status)])
+        (found,) = joined.rows
+        return found["status"]
+
+    (out / "logs").mkdir(parents=True)
+    on_code("a")
+    for status in ("failed: RuntimeError", "disagrees: relative RMS 1", "the process died with 1"):
+        assert added(OK) == OK
+        assert added(status) == status
+    assert added(OK) == OK
+    for status in (OUT_OF_TIME, CONTEXT_LOST, "killed after 150 s without a result"):
+        assert added(status) == OK
+    on_code("b")
+    assert added(OUT_OF_TIME) == OUT_OF_TIME
+    assert added(OK) == OK
+
+
+def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):
+    """Neither one that is ended while it packs its logs, nor one before it."""
+    (out / "logs").mkdir(parents=True)
+    (out / "logs.tar.gz.part").touch()
+    joined = JoinedReport(out, "A title", out / "logs")
+    assert not list(out.glob("*.part"))
+    (out / "logs" / "a.txt").write_text("said")
+    joined.pack()
+
+    def ended(*args):
+        raise KeyboardInterrupt
+
+    before = (out / "logs.tar.gz").read_bytes()
+    for name in ("tarfile.TarFile.addfile", "pathlib.Path.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, ended)
+            with pytest.raises(KeyboardInterrupt):
+                joined.pack()
+        assert sorted(path.name for path in out.iterdir()) == ["logs", "logs.tar.gz"]
+    assert (out / "logs.tar.gz").read_bytes() == before
+    assert logged(out, "a.txt") == "said"
 
 
 def test_tuning_that_fails(run, tiny, tmp_path, capsys):
@@ -266,14 +309,51 @@ def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
     assert frame["ratio_to_eager"].notna().all()
 
 
-def test_no_ratio_without_tests_of_this_commit(run, tiny, monkeypatch):
+def test_no_ratio_without_tests_of_this_code(run, tiny, on_code):
     _, frame = run("eager", workloads=[tiny])
     assert frame["ratio_to_eager"].isna().all()
     _, frame = run("tests")
     assert frame["ratio_to_eager"].notna().all()
-    another = {"commit": "another", "uncommitted_changes": False}
-    monkeypatch.setattr("bench.environment.commit", lambda: another)
+    on_code("another")
     _, frame = run("smoke")
+    assert frame["ratio_to_eager"].notna().all()  # it is of the code that was tested
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].isna().all()
+
+
+def test_rows_of_several_versions_are_judged_one_by_one(run, out, table, on_code, capsys):
+    on_code("a")
+    run("eager", workloads=table[:1])  # and no tests
+    on_code("b")
+    _, frame = run("tests", "eager", workloads=table[1:])
+    first = frame["workload"] == table[0].name
+    assert frame[first]["code"].eq("a").all()
+    assert frame[first]["ratio_to_eager"].isna().all()
+    assert frame[~first]["ratio_to_eager"].notna().all()
+    assert f"{first.sum()} of {len(frame)} rows have no ratios" in capsys.readouterr().out
+    on_code(None)  # unknown is not tested
+    _, frame = run("tests", "eager", workloads=table)
+    assert frame["ratio_to_eager"].isna().all()
+
+
+def test_results_inside_the_checkout_change_no_code(run, tmp_path, tiny, monkeypatch):
+    paths = [tmp_path / folder / "kernels" / "a.py" for folder in SOURCES]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "c"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr("bench.environment.commit", functools.partial(commit, tmp_path))
+    monkeypatch.setattr("bench.environment.code", functools.partial(code, tmp_path))
+    run("tests")
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()
+    (tmp_path / "da_triton" / "kernels" / "data.json").write_text("{}")  # as tuning does
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()
+    paths[0].write_text("pass")
+    _, frame = run("eager", workloads=[tiny])
     assert frame["ratio_to_eager"].isna().all()
 
 
@@ -298,23 +378,24 @@ def test_tests_that_take_too_long_say_what_failed(run, out, tmp_path, capsys):
 
 
 def test_smoke_of_every_assembler(run, out, tiny, capsys, monkeypatch):
-    paths = ("/new/ptxas", "/wrong/ptxas", "/none/ptxas")
+    paths = ("/new/ptxas", "/wrong/ptxas", "/none/ptxas", "/wrong/and/stopped/ptxas")
     code, _ = run("smoke", ptxas=paths)
     assert code == 1
     found = facts(out)["smoke"]
     assert [*found] == ["of Triton", *paths]
-    assert [x["status"] for x in found.values()] == [0, 0, 1, 2]
+    assert [x["status"] for x in found.values()] == [0, 0, 1, 2, 1]
     printed = capsys.readouterr().out
     assert "assembler /wrong/ptxas: WRONG RESULTS" in printed
     assert "assembler /none/ptxas: could not run" in printed
-    assert json.loads(logged(out, "smoke-2.json")) == {"ptxas": "/wrong/ptxas"}
+    assert json.loads(logged(out, "smoke-2.json"))["ptxas"] == "/wrong/ptxas"
     _, frame = run("tests", "eager", workloads=[tiny])
     assert frame["ratio_to_eager"].notna().all()  # another assembler was wrong
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/wrong/ptxas")
     monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/wrong/ptxas")
-    _, frame = run("smoke")
+    _, frame = run("smoke", "eager", workloads=[tiny])
     assert frame["ratio_to_eager"].isna().all()
     assert "THE KERNELS GAVE WRONG RESULTS" in capsys.readouterr().out
+    assert [*facts(out)["smoke"]] == ["of Triton", *paths]  # those of earlier runs are kept
 
 
 def test_a_smoke_check_that_cannot_start_is_not_a_wrong_kernel(run, out, capsys):
@@ -333,6 +414,22 @@ def test_a_smoke_check_that_hangs(run, out):
     assert code == 1
     assert time.monotonic() - start < 6
     assert {x["verdict"] for x in facts(out)["smoke"].values()} == {"killed after 1 s"}
+
+
+def test_no_ratio_if_the_smoke_check_did_not_finish(run, out, tiny, on_code, capsys):
+    on_code("a")
+    _, frame = run("tests", "eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()
+    assert "The smoke check was not run on this code." in capsys.readouterr().out
+    hanging = (sys.executable, "-c", "import time; time.sleep(60)")
+    _, frame = run("smoke", seconds=1, check_command=hanging)
+    assert frame["ratio_to_eager"].isna().all()
+    assert "THE SMOKE CHECK DID NOT FINISH (killed after 1 s)" in capsys.readouterr().out
+    _, frame = run("smoke")
+    assert frame["ratio_to_eager"].notna().all()
+    on_code("b")
+    run("smoke", ptxas=("/new/ptxas",))
+    assert {x["code"] for x in facts(out)["smoke"].values()} == {"b"}
 
 
 def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):

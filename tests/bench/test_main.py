@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,9 +12,20 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import commands, first_call, floors, problems, providers, running, scaling
+from bench import (
+    commands,
+    first_call,
+    floors,
+    measure,
+    networks,
+    problems,
+    providers,
+    running,
+    scaling,
+)
 from bench.measure import OK, Effort
 from bench.workloads import WORKLOADS
+from support import fakes
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +87,7 @@ def test_unknown_workload_exits_with_2(table, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_busy_machine_is_told(table, tmp_path, capsys, monkeypatch):
+def test_busy_machine_is_reported(table, tmp_path, capsys, monkeypatch):
     facts = running.environment(torch.device("cpu")) | {"load": 100.0}
     monkeypatch.setattr(running, "environment", lambda device: facts)
     cli.main(["--quick", "--out", str(tmp_path)], table)
@@ -141,6 +153,16 @@ def test_every_command_has_help_with_examples(name, capsys):
     assert f"python -m bench {'' if name == 'report' else name}".strip() in printed
 
 
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_names_only_options_that_exist(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    printed = capsys.readouterr().out
+    options = {*re.findall(r"(?<![\w-])--[a-z][a-z-]*", printed.partition("examples:")[0])}
+    defined = {*re.findall(r"^  (?:-h, )?(--[a-z][a-z-]*)", printed, re.MULTILINE)}
+    assert options <= defined
+
+
 def test_overview_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -149,7 +171,7 @@ def test_overview_names_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["sweeep"], "did you mean 'sweep'"),
         (["sweep", "--workload", "tiny_volum"], "did you mean 'tiny_volume'"),
@@ -178,11 +200,11 @@ def test_overview_names_every_command(capsys):
         (["compare", "a.csv", "b.csv"], "a.csv cannot be read"),
     ],
 )
-def test_arguments_that_make_no_sense(table, capsys, tmp_path, monkeypatch, arguments, told):
+def test_arguments_that_make_no_sense(table, capsys, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments, table) == 2
     captured = capsys.readouterr()
-    assert told in captured.err
+    assert expected in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
     assert not list(tmp_path.iterdir())
@@ -240,6 +262,50 @@ def test_interrupted_run_keeps_what_it_measured(table, tmp_path, capsys, monkeyp
     name = "scaling.csv" if command[0] == "scaling" else "results.csv"
     assert (pd.read_csv(tmp_path / name)["status"] == OK).all()
     assert "Interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--quick"],
+        ["sweep", "--provider", "eager,torch"],
+        ["scaling", "--provider", "eager,torch", "--axis", "N"],
+        ["networks", "--network", "net"],
+    ],
+    ids=lambda c: c[0],
+)
+def test_lost_context_ends_with_a_report(table, tmp_path, capsys, monkeypatch, command):
+    """The rows before it, their plots and exit status 1."""
+    measured = []
+
+    def counting(of):
+        def measure_(*args):
+            rows = of(*args)
+            measured.append(None)
+            if len(measured) == 2:
+                rows[-1]["status"] = "failed: CUDA error"
+            return rows
+
+        return measure_
+
+    shape = (2, 3, 9, 9)
+    net = networks.Network("net", fakes.small_network, fakes.loss, shape, shape)
+    monkeypatch.setattr(networks, "NETWORKS", {"net": net})
+    monkeypatch.setattr(running.Bench, "measure", counting(running.Bench.measure))
+    monkeypatch.setattr(networks, "measure", counting(networks.measure))
+    for module in (measure, running):
+        monkeypatch.setattr(module, "usable", lambda device: len(measured) < 2)
+    monkeypatch.setattr(scaling, "BASE", dataclasses.replace(table[0], heads=1))
+    assert cli.main([*command, "--out", str(tmp_path)], table) == 1
+    assert len(measured) == 2
+    assert "CUDA became unusable in group 2" in capsys.readouterr().out
+    csv, plot, page = {
+        "scaling": ("scaling.csv", "scaling.png", "scaling.png"),
+        "networks": ("results.csv", "report.md", "report.md"),
+    }.get(command[0], ("results.csv", "bars.png", "report.md"))
+    assert (pd.read_csv(tmp_path / csv)["status"] == OK).any()
+    assert (tmp_path / plot).exists()
+    assert (tmp_path / page).exists()
 
 
 def test_interruption_elsewhere_has_its_exit_status(monkeypatch, capsys):
@@ -329,6 +395,9 @@ def test_modes_add_up():
             assert both == one + two
 
 
+CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR")
+
+
 def test_first_calls_of_fresh_processes(monkeypatch):
     (eager,) = providers.select(["eager"], "eager", torch.device("cpu"), torch.float32, ["nchw"])
     monkeypatch.setenv("TRITON_CACHE_DIR", "not this")
@@ -337,6 +406,8 @@ def test_first_calls_of_fresh_processes(monkeypatch):
 
     def spied(arguments, environment, limit):
         folders.append(environment["TRITON_CACHE_DIR"])
+        parents = {os.path.dirname(environment[name]) for name in CACHE_VARIABLES}
+        assert parents == {os.path.dirname(folders[-1])}
         assert os.path.isdir(os.path.dirname(folders[-1]))
         return fresh(arguments, environment, limit)
 
@@ -371,7 +442,7 @@ def test_first_calls_in_a_sweep(table, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_sleep_unless_told_otherwise(given):
+def test_waiting_threads_sleep_unless_set_otherwise(given):
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
     program = "import sys, bench, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"

@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -187,6 +189,11 @@ def test_quantiles_and_ratio_to_the_faster_baseline(bench, tiny, eager, variant)
     assert [row["ratio_to_compiled"] for row in rows] == [0.2, 0.4, 1.0]
 
 
+def compared(name, layout="nchw", status=OK, **facts):
+    baseline = name == "eager"
+    return {"provider": name, "layout": layout, "baseline": baseline, "status": status, **facts}
+
+
 def test_ratios_to_each_mode_of_compile_and_to_the_best_of_all_others():
     milliseconds = {
         ("eager", "nchw"): 12.0, ("eager", "channels_last"): 10.0,
@@ -197,19 +204,68 @@ def test_ratios_to_each_mode_of_compile_and_to_the_best_of_all_others():
         ("triton", "nchw"): 2.0,
     }  # fmt: skip
     rows = [
-        {"provider": name, "layout": layout, "baseline": name == "eager", "status": OK,
-         "median_ms": ms, "error": 0.0}
-        for (name, layout), ms in milliseconds.items()
+        compared(name, layout, median_ms=ms) for (name, layout), ms in milliseconds.items()
     ]  # fmt: skip
-    rows.append({**rows[0], "provider": "compile eager", "median_ms": 0.1, "status": "failed: why"})
-    without_block = {**rows[0], "provider": "without block", "median_ms": 0.1, "baseline": False}
-    del without_block["error"]  # nothing to check
+    without_block = compared("compile without block", median_ms=0.1)
     compare([*rows, without_block])
     ours = rows[8]
     assert {name: ours[name] for name in ours if name.startswith("ratio")} == {
         "ratio_to_eager": 5.0, "ratio_same_format": 6.0, "ratio_to_compiled": 3.0,
         "ratio_to_max_autotune": 2.0, "ratio_to_rivals": 1.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        OUT_OF_TIME,
+        CONTEXT_LOST,
+        "killed after 9 s, when its time was up",
+        "not measured: killed after 9 s without a result",
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("eager", {"ratio_to_eager", "ratio_to_rivals"}),
+        ("compile eager", {"ratio_to_compiled", "ratio_to_rivals"}),
+        ("sdpa", {"ratio_to_rivals"}),
+    ],
+)
+def test_no_ratio_to_a_reference_that_was_cut_short(status, name, lost):
+    """The missing one might have been the fastest, for example in the better memory format."""
+    ours = compared("triton", median_ms=2.0)
+    others = [compared(other, median_ms=6.0) for other in ("eager", "compile eager", "sdpa")]
+    missing = compared(name, "channels_last", status)
+    compare([*others, missing, ours])
+    ratios = {key for key in ours if key.startswith("ratio")}
+    assert ratios == {
+        "ratio_to_eager", "ratio_same_format", "ratio_to_compiled", "ratio_to_rivals",
+    } - lost  # fmt: skip
+    assert "failed_references" not in ours
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        "failed: why",
+        "disagrees: much",
+        "the process died with signal 11",
+        "killed after 9 s without a result",
+        "not measured again: on tiny, killed after 9 s without a result",
+    ],
+)
+def test_references_that_failed_are_named(status):
+    ours = compared("triton", median_ms=2.0)
+    timed = [compared("eager", median_ms=6.0), compared("compile eager", median_ms=4.0)]
+    failed = [compared(name, "channels_last", status) for name in ("compile eager", "sdpa")]
+    compare([*timed, *failed, ours])
+    assert (ours["ratio_to_compiled"], ours["ratio_to_rivals"]) == (2.0, 2.0)
+    assert ours["failed_references"] == "compile eager channels_last, sdpa channels_last"
+    compare([*timed, ours])  # again, with others
+    assert "failed_references" not in ours
+    compare([ours])
+    assert "ratio_to_compiled" not in ours
 
 
 def test_times_become_median_and_percentiles(bench, tiny, eager):
@@ -450,6 +506,18 @@ def test_used_up_budget_counts_nothing(bench, tiny, eager, as_on_a_gpu):
     assert "launches" not in row
 
 
+def test_rows_of_ours_name_the_kernels_that_were_not_used(bench, tiny, variant, monkeypatch):
+    group = [variant("eager"), variant("triton"), variant("compile triton")]
+    module = "da_triton.kernels.guard"
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ("a", "b")))
+    rows = bench.measure(tiny, FORWARD, group)
+    assert [row.get("kernels_not_used") for row in rows] == [None, "a, b", "a, b"]
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ()))
+    assert not any("kernels_not_used" in row for row in bench.measure(tiny, FORWARD, group))
+    monkeypatch.delitem(sys.modules, module)  # as without Triton
+    assert not any("kernels_not_used" in row for row in bench.measure(tiny, FORWARD, group))
+
+
 def test_lost_context_ends_the_run_with_every_row_added(bench, table, eager, variant, monkeypatch):
     """In setup: neither those before nor those after it can be timed in this process."""
     broken = []
@@ -533,13 +601,13 @@ def test_what_makes_a_process_unusable(monkeypatch):
     assert not usable(cuda)
 
 
-def test_cause_of_a_failed_capture_is_told():
+def test_cause_of_a_failed_capture_is_described():
     try:
         try:
             raise ValueError("synchronised while captured\nand more")
         finally:
             raise RuntimeError("capture ended in error")
     except RuntimeError as error:
-        told = describe(error)
+        described = describe(error)
     expected = "RuntimeError: capture ended in error, after ValueError: synchronised while captured"
-    assert told == expected
+    assert described == expected

@@ -10,7 +10,7 @@ from torch import nn
 
 from bench import __main__ as cli
 from bench import networks, running
-from bench.measure import OK, OUT_OF_TIME, Budget, Effort
+from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME, Budget, Effort
 from bench.networks import WITHOUT, Network, Variant
 from bench.problems import FORWARD, STEP
 from bench.report import Report
@@ -70,13 +70,32 @@ class Twice(networks.EagerDoubleAttention):
         return 2 * super().forward(x)
 
 
-def test_input_that_cannot_be_placed_becomes_rows(bench):
-    """On a GPU whose context is lost, or whose memory is full."""
+def test_input_that_cannot_be_placed_becomes_rows(bench, monkeypatch):
+    """On a GPU whose memory is full."""
+    monkeypatch.setattr(networks, "usable", lambda device: True)
     bench = dataclasses.replace(bench, device=torch.device("cuda"))
     network = dataclasses.replace(TINY, shape=TINY.cpu_shape)
     rows = networks.measure(bench, network, FORWARD, networks.variants("torch", False))
     assert len(rows) == 6
     assert all(row["status"].startswith("failed: ") for row in rows)
+
+
+def test_lost_context_ends_the_group(bench, monkeypatch):
+    """Neither those before nor those after it can be timed in this process."""
+    calls = []
+
+    def breaks(block):
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return small(block)
+
+    monkeypatch.setattr(networks, "usable", lambda device: len(calls) < 3)
+    network = dataclasses.replace(TINY, make=breaks)
+    rows = networks.measure(bench, network, FORWARD, networks.variants("torch", False))
+    failed = "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [row["status"] for row in rows] == [*[CONTEXT_LOST] * 2, failed, *[CONTEXT_LOST] * 3]
+    assert len(calls) == 3
 
 
 def test_networks_have_no_model(bench, tmp_path, tiny, eager):

@@ -61,6 +61,33 @@ def test_other_ratios_and_the_workloads_that_lose(report):
     assert "torch.compile" not in text  # nothing of ours was compared with it
 
 
+def test_references_that_failed_are_named(report):
+    assert "do not consider" not in report.finish(short=True)
+    failed = {"failed_references": "compile eager nchw, sdpa nchw"}
+    report.add([row("torch", workload=name, ratio_to_eager=2.0, **failed) for name in ("a", "b")])
+    line = "The ratios do not consider what failed: compile eager nchw on a, b; sdpa nchw on a, b."
+    assert line in report.finish(short=True)
+    assert line in (report.out / "report.md").read_text()
+
+
+def test_kernels_that_were_not_used_are_marked(report):
+    assert "*" not in report.finish(short=False)
+    report.add([
+        row("triton", workload="a", ratio_to_eager=3.0),
+        row("triton", workload="a", kernels_not_used="combine, gather_from_x", ratio_to_eager=2.0),
+        row("triton", workload="b", ratio_to_eager=3.0),
+    ])  # fmt: skip
+    text = report.finish(short=False)
+    assert re.search(r"triton \* nchw +geometric mean 2\.45", text)
+    line = "* measured in a process where PyTorch operations replaced kernels that gave"
+    assert line in text
+    assert "on first use: combine, gather_from_x." in text
+    page = (report.out / "report.md").read_text()
+    assert line in page
+    assert page.count("| triton * |") == 2  # in the ratios and in the measurements
+    assert page.count("| triton |") == 2
+
+
 def test_memory_formats_have_means_of_their_own(report):
     report.add([row("torch", layout="channels_last", ratio_to_eager=9.0)])
     text = report.finish(short=True)
@@ -95,7 +122,7 @@ def test_without_ratios_there_are_raw_times(report):
     assert not (report.out / "roofline.png").exists()
 
 
-def test_noisy_timings_are_told(report):
+def test_noisy_timings_are_reported(report):
     assert "vary" not in report.finish(short=True)
     report.add([row("torch", workload="noisy", p20_ms=1.0)])
     assert "1 of 4 timings vary" in report.finish(short=True)
