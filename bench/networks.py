@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from da_triton import DoubleAttention
 from da_triton.integrations.resnet import paper_places
 
+from .formulations import EagerDoubleAttention
 from .measure import (
     CONTEXT_LOST,
     OK,
@@ -37,7 +38,7 @@ from .measure import (
     usable,
 )
 from .problems import FORWARD, STEP
-from .providers import CHANNELS_LAST, NCHW, EagerDoubleAttention
+from .providers import CHANNELS_LAST, NCHW
 
 Make = Callable[[int], nn.Module]
 # Relative RMS of the block's effect on outputs: many layers amplify what single layers round.

@@ -19,14 +19,16 @@ torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _convolutions_in_full_precision():
-    """cuDNN's convolutions are TF32 by default, a thousand times the tolerance of float32."""
-    convolutions, deterministic = torch.backends.cudnn.conv, torch.backends.cudnn.deterministic
-    precision = convolutions.fp32_precision
-    convolutions.fp32_precision, torch.backends.cudnn.deterministic = "ieee", True
+def _cudnn_in_full_precision():
+    """cuDNN's convolutions are TF32 by default, a thousand times the tolerance of float32.
+
+    By the older switch, which PyTorch's export asks for and which must not contradict the newer.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
     yield
-    convolutions.fp32_precision = precision
-    torch.backends.cudnn.deterministic = deterministic
+    cudnn.allow_tf32, cudnn.deterministic = before
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,20 @@
 import dataclasses
 import os
+import sys
 
+import pandas as pd
 import pytest
 import torch
 
-from bench import providers
+from bench import networks, providers, sanitize, stages
 from bench.environment import ROOT
+from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
+from bench.stages import STAGES, Settings
 from bench.workloads import Workload
+from support import fakes
 from support.fakes import ScriptedTimer
+from support.gpu_run import CHECK, PASSING, TUNE, WHERE, uncaptured
 
 TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=2, selection="quick")
 TINY_VOLUME = Workload("tiny_volume", 1, 6, (3, 4, 2), 3, 2, 1, "test", selection="default")
@@ -63,3 +69,45 @@ def variant(eager):
         return dataclasses.replace(eager, name=name, **changes)
 
     return make
+
+
+@pytest.fixture
+def settings(monkeypatch, children, tmp_path):
+    """Those of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
+    monkeypatch.setitem(stages.scaling.AXES, "L", [8, 16, 32])
+    base = dataclasses.replace(stages.scaling.BASE, c=8, c_m=4, c_n=4)
+    monkeypatch.setattr(stages.scaling, "BASE", base)
+    monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
+    monkeypatch.setattr(sanitize, "find_tool", lambda: None)
+    monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    plain = [p for p in providers.plain("torch") if not p.channels_last]
+    network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
+    return Settings(
+        where=WHERE,
+        sweeps=lambda stage: [uncaptured(plain), plain] if stage == "eager" else [plain],
+        check_command=(sys.executable, "-c", CHECK),
+        test_command=PASSING,
+        tune_command=(sys.executable, "-c", TUNE),
+        copy_bytes=1024,
+        matrix_size=16,
+        networks=(network,),
+        ours="torch",
+    )
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(out, table, settings):
+    def run(*names, seconds=1e9, workloads=table, known=STAGES, **changes):
+        chosen = [s for s in known if s.name in names]
+        made = dataclasses.replace(settings, **changes)
+        code = run_gpu(out, workloads, Budget(seconds), chosen, made)
+        path = out / "results.csv"
+        return code, pd.read_csv(path) if path.exists() else None
+
+    return run

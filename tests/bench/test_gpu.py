@@ -1,7 +1,6 @@
 """The stages of ``bench gpu`` on a CPU: fake commands, fake times, and providers that crash."""
 
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -14,102 +13,16 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import ceilings, networks, providers, sanitize, stages
-from bench.environment import COMMIT, SOURCES, code, commit, environment
+from bench import ceilings, providers, stages
 from bench.gpu import run_gpu
-from bench.groups import Sweeper, Where
+from bench.groups import Sweeper
 from bench.isolation import Worker
-from bench.joined import LONGEST_LOG, JoinedReport
-from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME, Budget, Effort
+from bench.measure import OK, OUT_OF_TIME, Budget
 from bench.problems import FORWARD, STEP
-from bench.providers import GRAPH
-from bench.stages import STAGES, Settings
+from bench.stages import STAGES
 from bench.workloads import WORKLOADS
 from support import fakes
-from support.rows import row
-
-CPU = torch.device("cpu")
-PASSING = (sys.executable, "-c", "print('3 passed in 1s')")
-FAILING = (
-    sys.executable, "-c",
-    "print('FAILED tests/test_a.py::test_b - assert 1 == 2'); print('1 failed in 1s'); "
-    "raise SystemExit(1)",
-)  # fmt: skip
-CHECK = """
-import json, os, pathlib, sys
-ptxas = os.environ.get("TRITON_PTXAS_PATH")
-device, file = sys.argv[2], sys.argv[4]
-assert sys.argv[1::2] == ["--device", "--json"] and device == "cpu"
-assert os.environ.get("TRITON_PTXAS_BLACKWELL_PATH") == ptxas
-right = ptxas not in ("/wrong/ptxas", "/wrong/and/stopped/ptxas")
-pathlib.Path(file).write_text(json.dumps({"ptxas": ptxas, "verdicts": [{"right": right}]}))
-print("gather_from_a 64x64: error 1e-3")
-sys.exit({"/wrong/ptxas": 1, "/none/ptxas": 2, "/wrong/and/stopped/ptxas": 2}.get(ptxas, 0))
-"""
-TUNE = """
-import json, pathlib, sys
-arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert 0 < float(arguments["--budget"])
-table = {"card": "a fake", "workloads": arguments["--workload"]}
-pathlib.Path(arguments["--out"]).write_text(json.dumps(table))
-print("1 tile measured")
-"""
-WHERE = Where(CPU, torch.bfloat16, fakes.ScriptedTimer, Effort(1, 2, 2, 0.0), 20.0)
-
-
-def uncaptured(found):
-    return [dataclasses.replace(p, launch=GRAPH) for p in found]
-
-
-@pytest.fixture
-def settings(monkeypatch, children, tmp_path):
-    """Those of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
-    monkeypatch.setitem(stages.scaling.AXES, "L", [8, 16, 32])
-    base = dataclasses.replace(stages.scaling.BASE, c=8, c_m=4, c_n=4)
-    monkeypatch.setattr(stages.scaling, "BASE", base)
-    monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
-    monkeypatch.setattr(sanitize, "find_tool", lambda: None)
-    monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
-    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
-    plain = [p for p in providers.plain("torch") if not p.channels_last]
-    network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
-    return Settings(
-        where=WHERE,
-        sweeps=lambda stage: [uncaptured(plain), plain] if stage == "eager" else [plain],
-        check_command=(sys.executable, "-c", CHECK),
-        test_command=PASSING,
-        tune_command=(sys.executable, "-c", TUNE),
-        copy_bytes=1024,
-        matrix_size=16,
-        networks=(network,),
-        ours="torch",
-    )
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def run(out, table, settings):
-    def run(*names, seconds=1e9, workloads=table, **changes):
-        chosen = [s for s in STAGES if s.name in names]
-        made = dataclasses.replace(settings, **changes)
-        code = run_gpu(out, workloads, Budget(seconds), chosen, made)
-        path = out / "results.csv"
-        return code, pd.read_csv(path) if path.exists() else None
-
-    return run
-
-
-def facts(out):
-    return json.loads((out / "environment.json").read_text())
-
-
-def logged(out, name):
-    with tarfile.open(out / "logs.tar.gz") as archive:
-        return archive.extractfile(name).read().decode()
+from support.gpu_run import CPU, TUNE, WHERE, facts, logged
 
 
 def test_everything(run, out, table, tmp_path, capsys):
@@ -153,82 +66,6 @@ def test_everything(run, out, table, tmp_path, capsys):
         assert f"== {stage.name}: seconds" in printed
 
 
-def test_stages_in_separate_invocations(run, out, table):
-    run("smoke", "tests")
-    _, first = run("eager", workloads=table[:1])
-    assert first["ratio_to_eager"].notna().all()  # the tests passed before
-    code, both = run("compiled", workloads=table[1:])
-    assert code == 0
-    assert len(both) == len(first) + 2 * 2
-    kept = both[both["workload"] == table[0].name]
-    assert list(kept["median_ms"]) == list(first["median_ms"])
-    assert list(kept["date"]) == list(first["date"])
-    assert {*kept["positions"]} == {"4x5"}
-    assert [*facts(out)["stages"]] == ["smoke", "tests", "eager", "compiled"]
-    assert logged(out, "tests.txt") == "3 passed in 1s\n"
-
-
-def test_a_long_log_is_cut(run, out, tiny):
-    command = (sys.executable, "-c", "for i in range(10**6): print('line', i)")
-    code, _ = run("tests", test_command=command)
-    assert code == 0
-    log = logged(out, "tests.txt")
-    assert len(log) == LONGEST_LOG
-    assert log.endswith("line 999999\n")
-
-
-@pytest.fixture
-def on_code(monkeypatch):
-    """Sets what code the next runs are of."""
-    return lambda name: monkeypatch.setattr("bench.environment.code", lambda: name)
-
-
-def test_what_replaces_an_earlier_timing(out, on_code):
-    """Being cut short says nothing of a provider; that it fails or disagrees does."""
-
-    def added(status):
-        joined = JoinedReport(out, "A title", out / "logs")
-        joined.record(**environment(CPU))
-        joined.add([row(status=status)])
-        (found,) = joined.rows
-        return found["status"]
-
-    (out / "logs").mkdir(parents=True)
-    on_code("a")
-    for status in ("failed: RuntimeError", "disagrees: relative RMS 1", "the process died with 1"):
-        assert added(OK) == OK
-        assert added(status) == status
-    assert added(OK) == OK
-    for status in (OUT_OF_TIME, CONTEXT_LOST, "killed after 150 s without a result"):
-        assert added(status) == OK
-    on_code("b")
-    assert added(OUT_OF_TIME) == OUT_OF_TIME
-    assert added(OK) == OK
-
-
-def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):
-    """Neither one that is ended while it packs its logs, nor one before it."""
-    (out / "logs").mkdir(parents=True)
-    (out / "logs.tar.gz.part").touch()
-    joined = JoinedReport(out, "A title", out / "logs")
-    assert not list(out.glob("*.part"))
-    (out / "logs" / "a.txt").write_text("said")
-    joined.pack()
-
-    def ended(*args):
-        raise KeyboardInterrupt
-
-    before = (out / "logs.tar.gz").read_bytes()
-    for name in ("tarfile.TarFile.addfile", "pathlib.Path.replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(name, ended)
-            with pytest.raises(KeyboardInterrupt):
-                joined.pack()
-        assert sorted(path.name for path in out.iterdir()) == ["logs", "logs.tar.gz"]
-    assert (out / "logs.tar.gz").read_bytes() == before
-    assert logged(out, "a.txt") == "said"
-
-
 def test_tuning_that_fails(run, tiny, tmp_path, capsys):
     broken = (sys.executable, "-c", "raise SystemExit('out of memory')")
     code, _ = run("tune", tune_command=broken, workloads=[tiny])
@@ -249,7 +86,7 @@ def test_tuning_that_is_cut_short_leaves_its_choices(run, tiny, tmp_path, capsys
     assert "failed: tiny: exit status 1: CUDA error\nIn use from now on: a fake.json" in printed
 
 
-def test_processes_after_tuning_are_new(run, tiny, monkeypatch):
+def test_processes_after_tuning_are_new(run, tiny):
     """A process reads the table once, so one from before would measure the old tiles."""
     seen = []
 
@@ -265,23 +102,9 @@ def test_processes_after_tuning_are_new(run, tiny, monkeypatch):
 
     chosen = {"eager": stages.eager, "tune": tuning, "rest": rest}
     made = [s._replace(run=chosen[s.name]) for s in STAGES if s.name in chosen]
-    monkeypatch.setattr(sys.modules[__name__], "STAGES", made)
-    run(*chosen, workloads=[tiny])
+    run(*chosen, workloads=[tiny], known=made)
     assert seen[0] is not None
     assert seen[1] is None
-
-
-def test_earlier_results_that_cannot_be_read_are_kept(run, out, capsys):
-    run("tests")
-    damaged = (out / "logs.tar.gz").read_bytes()[:100]
-    (out / "logs.tar.gz").write_bytes(damaged)
-    code, _ = run("tests")
-    assert code == 0
-    assert (out / "logs.tar.gz").read_bytes() == damaged
-    (new,) = out.glob("new-*")
-    assert facts(new)["tests"] == "passed: 3 passed in 1s"
-    assert "could not be read: " in facts(new)["earlier_results"]
-    assert "could not be read: " in capsys.readouterr().out
 
 
 def test_a_compile_cache_that_is_broken(run, out, tmp_path, monkeypatch):
@@ -290,71 +113,6 @@ def test_a_compile_cache_that_is_broken(run, out, tmp_path, monkeypatch):
     code, _ = run("tests")
     assert code == 0
     assert facts(out)["warm_cache"].startswith("failed: JSONDecodeError")
-
-
-def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
-    code, frame = run("tests", "eager", test_command=FAILING, workloads=[tiny])
-    assert code == 1
-    assert frame["ratio_to_eager"].isna().all()
-    assert frame["median_ms"].notna().all()
-    printed = capsys.readouterr().out
-    assert (
-        "THE TESTS DID NOT PASS, so there are raw times only: failed with exit status 1" in printed
-    )
-    assert "FAILED tests/test_a.py::test_b - assert 1 == 2" in printed
-    assert "geometric mean" not in printed
-    assert "x eager" not in (out / "report.md").read_text()
-    code, frame = run("tests")  # repaired
-    assert code == 0
-    assert frame["ratio_to_eager"].notna().all()
-
-
-def test_no_ratio_without_tests_of_this_code(run, tiny, on_code):
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].isna().all()
-    _, frame = run("tests")
-    assert frame["ratio_to_eager"].notna().all()
-    on_code("another")
-    _, frame = run("smoke")
-    assert frame["ratio_to_eager"].notna().all()  # it is of the code that was tested
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].isna().all()
-
-
-def test_rows_of_several_versions_are_judged_one_by_one(run, out, table, on_code, capsys):
-    on_code("a")
-    run("eager", workloads=table[:1])  # and no tests
-    on_code("b")
-    _, frame = run("tests", "eager", workloads=table[1:])
-    first = frame["workload"] == table[0].name
-    assert frame[first]["code"].eq("a").all()
-    assert frame[first]["ratio_to_eager"].isna().all()
-    assert frame[~first]["ratio_to_eager"].notna().all()
-    assert f"{first.sum()} of {len(frame)} rows have no ratios" in capsys.readouterr().out
-    on_code(None)  # unknown is not tested
-    _, frame = run("tests", "eager", workloads=table)
-    assert frame["ratio_to_eager"].isna().all()
-
-
-def test_results_inside_the_checkout_change_no_code(run, tmp_path, tiny, monkeypatch):
-    paths = [tmp_path / folder / "kernels" / "a.py" for folder in SOURCES]
-    for path in paths:
-        path.parent.mkdir(parents=True)
-        path.touch()
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "c"]):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr("bench.environment.commit", functools.partial(commit, tmp_path))
-    monkeypatch.setattr("bench.environment.code", functools.partial(code, tmp_path))
-    run("tests")
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].notna().all()
-    (tmp_path / "da_triton" / "kernels" / "data.json").write_text("{}")  # as tuning does
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].notna().all()
-    paths[0].write_text("pass")
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].isna().all()
 
 
 SLOW_TESTS = """
@@ -414,22 +172,6 @@ def test_a_smoke_check_that_hangs(run, out):
     assert code == 1
     assert time.monotonic() - start < 6
     assert {x["verdict"] for x in facts(out)["smoke"].values()} == {"killed after 1 s"}
-
-
-def test_no_ratio_if_the_smoke_check_did_not_finish(run, out, tiny, on_code, capsys):
-    on_code("a")
-    _, frame = run("tests", "eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].notna().all()
-    assert "The smoke check was not run on this code." in capsys.readouterr().out
-    hanging = (sys.executable, "-c", "import time; time.sleep(60)")
-    _, frame = run("smoke", seconds=1, check_command=hanging)
-    assert frame["ratio_to_eager"].isna().all()
-    assert "THE SMOKE CHECK DID NOT FINISH (killed after 1 s)" in capsys.readouterr().out
-    _, frame = run("smoke")
-    assert frame["ratio_to_eager"].notna().all()
-    on_code("b")
-    run("smoke", ptxas=("/new/ptxas",))
-    assert {x["code"] for x in facts(out)["smoke"].values()} == {"b"}
 
 
 def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):
@@ -562,37 +304,6 @@ def test_a_run_that_is_terminated_leaves_its_report(out, children):
     assert b"Interrupted" in printed
     assert facts(out)["stages"]["tests"]["result"] == "interrupted"
     assert (out / "report.md").exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (None, (None, None)),
-        ("abc123", ("abc123", None)),
-        ("abc123-clean", ("abc123", False)),
-        ("abc123-dirty", ("abc123", True)),
-    ],
-)
-def test_commit_of_a_copy_without_git(tmp_path, monkeypatch, given, expected):
-    monkeypatch.delenv(COMMIT, raising=False)
-    if given:
-        monkeypatch.setenv(COMMIT, given)
-    assert tuple(commit(tmp_path).values()) == expected
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    (tmp_path / "part").mkdir()
-    assert tuple(commit(tmp_path / "part").values()) == expected  # another repository around it
-
-
-def test_commit_of_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setenv(COMMIT, "abc123-clean")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "c"]):
-        subprocess.run([*git, *command], check=True)
-    found = commit(tmp_path)
-    assert len(found["commit"]) == 40
-    assert found["uncommitted_changes"] is False
-    (tmp_path / "file").touch()
-    assert commit(tmp_path) == {"commit": found["commit"], "uncommitted_changes": True}
 
 
 def test_furthest_from_the_floor():

@@ -3,10 +3,11 @@ import contextlib
 import pytest
 import torch
 
-from bench import problems, providers
+from bench import formulations, problems, providers
+from bench.formulations import EagerDoubleAttention
 from bench.names import UnknownNameError
 from bench.problems import FORWARD, STEP
-from bench.providers import EAGER, GRAPH, EagerDoubleAttention
+from bench.providers import EAGER, GRAPH
 from da_triton import DoubleAttention
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def test_closures_read_their_own_input_in_its_format(table, channels_last):
         seen = []
 
         def make(problem, seen=seen):
-            block = providers.eager_block(problem)
+            block = formulations.eager_block(problem)
             block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             return block
 
@@ -43,7 +44,7 @@ def test_closures_read_their_own_input_in_its_format(table, channels_last):
 
 def test_forward_builds_no_graph(tiny):
     problem = problems.draw(tiny, FORWARD, torch.float32, CPU).in_format(False)
-    (out,) = providers.setup_block(problem, providers.eager_block)()
+    (out,) = providers.setup_block(problem, formulations.eager_block)()
     assert not out.requires_grad
 
 
@@ -56,7 +57,7 @@ def test_compiled_block_is_compiled_for_static_shapes(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_)
     problem = problems.draw(tiny, STEP, torch.float32, CPU).in_format(False)
-    closure = providers.setup_block(problem, providers.eager_block, compile_mode="max-autotune")
+    closure = providers.setup_block(problem, formulations.eager_block, compile_mode="max-autotune")
     problem.show(problem.fresh)
     assert max(problem.errors(closure())) < 1e-4
     assert asked == [{"mode": "max-autotune", "dynamic": False, "fullgraph": True}]
@@ -160,13 +161,13 @@ def test_problem_without_a_bias_of_v(table, mode):
 
 def test_absorbed_attention_has_a_mask_only_for_the_bias_of_v(tiny, monkeypatch):
     masks = []
-    original = providers.scaled_dot_product_attention
+    original = formulations.scaled_dot_product_attention
 
     def attention(*args, attn_mask=None, **options):
         masks.append(attn_mask is not None)
         return original(*args, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr(providers, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(formulations, "scaled_dot_product_attention", attention)
     problem = problems.draw(tiny, FORWARD, torch.float32, CPU)
     for name in ("absorbed", "absorbed unbiased"):
         (chosen,) = providers.select([name], EAGER, CPU, torch.float32)
@@ -180,7 +181,7 @@ def test_absorbed_flex_attention(tiny, compiled):
     """Forward: FlexAttention has no backward on a CPU."""
     problem = problems.draw(tiny, FORWARD, torch.float32, CPU).in_format(True)
     problem.show(problem.fresh)
-    block = providers.eager_block(problem, providers.AbsorbedFlexAttention)
+    block = formulations.eager_block(problem, formulations.AbsorbedFlexAttention)
     block.load_state_dict(problem.state)
     block.requires_grad_(False)
     run = torch.compile(block, dynamic=False) if compiled else block
@@ -200,7 +201,7 @@ def test_compiled_with_convolutions_as_products(tiny):
     for as_matmul in (False, True):
         torch.compiler.reset()
         call = providers.setup_block(
-            problem, providers.eager_block, compile_mode="default", as_matmul=as_matmul
+            problem, formulations.eager_block, compile_mode="default", as_matmul=as_matmul
         )
         results, (code,) = run_and_get_code(call)
         assert max(problem.errors(results)) < 1e-5
@@ -210,7 +211,7 @@ def test_compiled_with_convolutions_as_products(tiny):
 def test_backward_alone_is_not_captured(tiny):
     problem = problems.draw(tiny, problems.BACKWARD, torch.float32, CPU).in_format(False)
     with pytest.raises(ValueError, match="backward alone is not captured"):
-        providers.setup_block(problem, providers.eager_block, capture=True)
+        providers.setup_block(problem, formulations.eager_block, capture=True)
 
 
 def test_compiled_forward_is_kept_for_a_later_backward(tiny, monkeypatch):
@@ -220,7 +221,7 @@ def test_compiled_forward_is_kept_for_a_later_backward(tiny, monkeypatch):
         torch, "compile", lambda block, **_: original(block, backend="aot_eager", dynamic=False)
     )
     problem = problems.draw(tiny, problems.BACKWARD, torch.float32, CPU).in_format(False)
-    call = providers.setup_block(problem, providers.eager_block, compile_mode="default")
+    call = providers.setup_block(problem, formulations.eager_block, compile_mode="default")
     problem.show(problem.fresh)
     call.before()
     first, call.out = call.out, None

@@ -77,7 +77,8 @@ def test_every_file_on_the_list_uses_the_device():
 
 
 def test_convolutions_are_not_tf32_in_tests():
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     assert torch.backends.cudnn.deterministic
 
 

@@ -21,7 +21,7 @@ LOOKED_UP = """
 from unittest import mock
 import torch
 from triton import knobs
-from bench import problems, providers, warm
+from bench import formulations, problems, providers, warm
 from bench.workloads import Workload
 from da_triton.cores import triton as core
 found = []
@@ -32,7 +32,7 @@ with warm._compiling_only("sm_90"), mock.patch.object(core, "obstacle", return_v
         problem = problems.draw(WORKLOAD, mode, torch.bfloat16, cpu)
         for last in (False, True):
             given = problem.in_format(last)
-            providers.setup_block(given, lambda p: providers.our_block(p, "triton"))()
+            providers.setup_block(given, lambda p: formulations.our_block(p, "triton"))()
 print(len(found), sum(found))
 """
 

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import nn
 
-from bench import measure, networks, providers
+from bench import formulations, measure, networks, providers
 from bench.measure import prepare
 
 
@@ -67,13 +67,13 @@ def poisons(problem):
 
 def warns(problem):
     warnings.warn("da_triton does not use its kernel 'a' here", stacklevel=1)
-    return providers.setup_block(problem, providers.eager_block)
+    return providers.setup_block(problem, formulations.eager_block)
 
 
 def counted(problem):
     """Says in the profiler's place which process counts."""
     measure.launches = lambda closure, device: os.getpid()
-    return providers.setup_block(problem, providers.eager_block)
+    return providers.setup_block(problem, formulations.eager_block)
 
 
 def poisons_later(problem, calls=3):
@@ -91,7 +91,7 @@ def hangs_later(problem, calls=3):
 
 def crashes_when_observed(problem):
     """Right while it is timed; asking for its memory afterwards ends the process."""
-    block = providers.setup_block(problem, providers.eager_block)
+    block = providers.setup_block(problem, formulations.eager_block)
 
     def call():
         return block()
@@ -110,11 +110,11 @@ def fails_once_timed(path, problem):
     if path.exists():
         fails(problem)
     path.touch()
-    return providers.setup_block(problem, providers.eager_block)
+    return providers.setup_block(problem, formulations.eager_block)
 
 
 def _nth_call(problem, calls, then):
-    block = providers.setup_block(problem, providers.eager_block)
+    block = providers.setup_block(problem, formulations.eager_block)
     left = iter([None] * calls)
 
     def call():
@@ -128,7 +128,7 @@ def _nth_call(problem, calls, then):
 def slow(problem, seconds=0.3):
     """A setup that takes a while, and so does the first call."""
     time.sleep(seconds)
-    block = providers.setup_block(problem, providers.eager_block)
+    block = providers.setup_block(problem, formulations.eager_block)
     left = iter([None])
 
     def call():

@@ -1,0 +1,214 @@
+"""Results of several invocations of ``bench gpu`` in one folder, and which rows have ratios."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+
+from bench.environment import COMMIT, SOURCES, code, commit, environment
+from bench.joined import LONGEST_LOG, JoinedReport
+from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME
+from support.gpu_run import CPU, FAILING, facts, logged
+from support.rows import row
+
+
+@pytest.fixture
+def on_code(monkeypatch):
+    """Sets what code the next runs are of."""
+    return lambda name: monkeypatch.setattr("bench.environment.code", lambda: name)
+
+
+def test_stages_in_separate_invocations(run, out, table):
+    run("smoke", "tests")
+    _, first = run("eager", workloads=table[:1])
+    assert first["ratio_to_eager"].notna().all()  # the tests passed before
+    code, both = run("compiled", workloads=table[1:])
+    assert code == 0
+    assert len(both) == len(first) + 2 * 2
+    kept = both[both["workload"] == table[0].name]
+    assert list(kept["median_ms"]) == list(first["median_ms"])
+    assert list(kept["date"]) == list(first["date"])
+    assert {*kept["positions"]} == {"4x5"}
+    assert [*facts(out)["stages"]] == ["smoke", "tests", "eager", "compiled"]
+    assert logged(out, "tests.txt") == "3 passed in 1s\n"
+
+
+def test_a_long_log_is_cut(run, out, tiny):
+    command = (sys.executable, "-c", "for i in range(10**6): print('line', i)")
+    code, _ = run("tests", test_command=command)
+    assert code == 0
+    log = logged(out, "tests.txt")
+    assert len(log) == LONGEST_LOG
+    assert log.endswith("line 999999\n")
+
+
+def test_what_replaces_an_earlier_timing(out, on_code):
+    """Being cut short says nothing of a provider; that it fails or disagrees does."""
+
+    def added(status):
+        joined = JoinedReport(out, "A title", out / "logs")
+        joined.record(**environment(CPU))
+        joined.add([row(status=status)])
+        (found,) = joined.rows
+        return found["status"]
+
+    (out / "logs").mkdir(parents=True)
+    on_code("a")
+    for status in ("failed: RuntimeError", "disagrees: relative RMS 1", "the process died with 1"):
+        assert added(OK) == OK
+        assert added(status) == status
+    assert added(OK) == OK
+    for status in (OUT_OF_TIME, CONTEXT_LOST, "killed after 150 s without a result"):
+        assert added(status) == OK
+    on_code("b")
+    assert added(OUT_OF_TIME) == OUT_OF_TIME
+    assert added(OK) == OK
+
+
+def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):
+    """Neither one that is ended while it packs its logs, nor one before it."""
+    (out / "logs").mkdir(parents=True)
+    (out / "logs.tar.gz.part").touch()
+    joined = JoinedReport(out, "A title", out / "logs")
+    assert not list(out.glob("*.part"))
+    (out / "logs" / "a.txt").write_text("said")
+    joined.pack()
+
+    def ended(*args):
+        raise KeyboardInterrupt
+
+    before = (out / "logs.tar.gz").read_bytes()
+    for name in ("tarfile.TarFile.addfile", "pathlib.Path.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, ended)
+            with pytest.raises(KeyboardInterrupt):
+                joined.pack()
+        assert sorted(path.name for path in out.iterdir()) == ["logs", "logs.tar.gz"]
+    assert (out / "logs.tar.gz").read_bytes() == before
+    assert logged(out, "a.txt") == "said"
+
+
+def test_earlier_results_that_cannot_be_read_are_kept(run, out, capsys):
+    run("tests")
+    damaged = (out / "logs.tar.gz").read_bytes()[:100]
+    (out / "logs.tar.gz").write_bytes(damaged)
+    code, _ = run("tests")
+    assert code == 0
+    assert (out / "logs.tar.gz").read_bytes() == damaged
+    (new,) = out.glob("new-*")
+    assert facts(new)["tests"] == "passed: 3 passed in 1s"
+    assert "could not be read: " in facts(new)["earlier_results"]
+    assert "could not be read: " in capsys.readouterr().out
+
+
+def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
+    code, frame = run("tests", "eager", test_command=FAILING, workloads=[tiny])
+    assert code == 1
+    assert frame["ratio_to_eager"].isna().all()
+    assert frame["median_ms"].notna().all()
+    printed = capsys.readouterr().out
+    assert (
+        "THE TESTS DID NOT PASS, so there are raw times only: failed with exit status 1" in printed
+    )
+    assert "FAILED tests/test_a.py::test_b - assert 1 == 2" in printed
+    assert "geometric mean" not in printed
+    assert "x eager" not in (out / "report.md").read_text()
+    code, frame = run("tests")  # repaired
+    assert code == 0
+    assert frame["ratio_to_eager"].notna().all()
+
+
+def test_no_ratio_without_tests_of_this_code(run, tiny, on_code):
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].isna().all()
+    _, frame = run("tests")
+    assert frame["ratio_to_eager"].notna().all()
+    on_code("another")
+    _, frame = run("smoke")
+    assert frame["ratio_to_eager"].notna().all()  # it is of the code that was tested
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].isna().all()
+
+
+def test_rows_of_several_versions_are_judged_one_by_one(run, out, table, on_code, capsys):
+    on_code("a")
+    run("eager", workloads=table[:1])  # and no tests
+    on_code("b")
+    _, frame = run("tests", "eager", workloads=table[1:])
+    first = frame["workload"] == table[0].name
+    assert frame[first]["code"].eq("a").all()
+    assert frame[first]["ratio_to_eager"].isna().all()
+    assert frame[~first]["ratio_to_eager"].notna().all()
+    assert f"{first.sum()} of {len(frame)} rows have no ratios" in capsys.readouterr().out
+    on_code(None)  # unknown is not tested
+    _, frame = run("tests", "eager", workloads=table)
+    assert frame["ratio_to_eager"].isna().all()
+
+
+def test_results_inside_the_checkout_change_no_code(run, tmp_path, tiny, monkeypatch):
+    paths = [tmp_path / folder / "kernels" / "a.py" for folder in SOURCES]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "c"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr("bench.environment.commit", functools.partial(commit, tmp_path))
+    monkeypatch.setattr("bench.environment.code", functools.partial(code, tmp_path))
+    run("tests")
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()
+    (tmp_path / "da_triton" / "kernels" / "data.json").write_text("{}")  # as tuning does
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()
+    paths[0].write_text("pass")
+    _, frame = run("eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].isna().all()
+
+
+def test_no_ratio_if_the_smoke_check_did_not_finish(run, out, tiny, on_code, capsys):
+    on_code("a")
+    _, frame = run("tests", "eager", workloads=[tiny])
+    assert frame["ratio_to_eager"].notna().all()
+    assert "The smoke check was not run on this code." in capsys.readouterr().out
+    hanging = (sys.executable, "-c", "import time; time.sleep(60)")
+    _, frame = run("smoke", seconds=1, check_command=hanging)
+    assert frame["ratio_to_eager"].isna().all()
+    assert "THE SMOKE CHECK DID NOT FINISH (killed after 1 s)" in capsys.readouterr().out
+    _, frame = run("smoke")
+    assert frame["ratio_to_eager"].notna().all()
+    on_code("b")
+    run("smoke", ptxas=("/new/ptxas",))
+    assert {x["code"] for x in facts(out)["smoke"].values()} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, (None, None)),
+        ("abc123", ("abc123", None)),
+        ("abc123-clean", ("abc123", False)),
+        ("abc123-dirty", ("abc123", True)),
+    ],
+)
+def test_commit_of_a_copy_without_git(tmp_path, monkeypatch, given, expected):
+    monkeypatch.delenv(COMMIT, raising=False)
+    if given:
+        monkeypatch.setenv(COMMIT, given)
+    assert tuple(commit(tmp_path).values()) == expected
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "part").mkdir()
+    assert tuple(commit(tmp_path / "part").values()) == expected  # another repository around it
+
+
+def test_commit_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv(COMMIT, "abc123-clean")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "c"]):
+        subprocess.run([*git, *command], check=True)
+    found = commit(tmp_path)
+    assert len(found["commit"]) == 40
+    assert found["uncommitted_changes"] is False
+    (tmp_path / "file").touch()
+    assert commit(tmp_path) == {"commit": found["commit"], "uncommitted_changes": True}
