@@ -8,7 +8,7 @@ import torch
 from da_triton import eager
 from da_triton.cores import triton as core
 from da_triton.kernels import configs, launch
-from support.cases import LARGEST, each_case
+from support.cases import CASES, LARGEST, each_case
 from support.cases import ONE_TILE as CASE
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
 
@@ -250,6 +250,16 @@ def test_huge_logits(offset):
     assert relative_rms(actual["G"], expected["G"]) < TOLERANCE[torch.float32]
     if offset < 1e9:  # beyond, no float64 holds the log of the sum beside the maximum
         assert relative_rms(actual["dA"], expected["dA"]) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("case", [CASE, CASES[4], CASES[5]], ids=lambda case: case.name)
+@pytest.mark.parametrize("offset", [1e6, 1e9])
+def test_weights_sum_to_one_however_large_the_logits(case, offset):
+    """Backward must round ``0.7·b`` as forward did: ``exp`` of the difference would overflow."""
+    a, b, upstream = inputs(case, torch.float32)
+    found = run(core.gather, a, b + offset, upstream, logit_scale=0.7)["dA"]
+    sums = upstream.double().sum(-1)  # Σ_L dA = Σ_n dG, as every map's weights sum to 1
+    assert relative_rms(found.double().sum(-1), sums) < TOLERANCE[torch.float32]
 
 
 def test_infinite_logits():
