@@ -34,10 +34,14 @@ class Case:
 
 
 CASES = (Case(256, 128, 128), Case(512, 256, 32), Case(64, 19, 19))
+# Together they reach every tile of the fused kernels, and each kernel of the core.
 THOROUGH = (
     *CASES,
     Case(128, 128, 128, heads=4),
-    *(Case(c, c // 2, n) for c in (256, 512) for n in (64, 128, 256, 512)),
+    *(Case(c, c // 2, n) for c in (64, 128, 256, 512) for n in (32, 64, 128)),
+    *(Case(c, c // 2, n) for c in (256, 512) for n in (256, 512)),
+    Case(512, 512, 32),
+    Case(1024, 64, 32),
     *(Case(c, c // 2, 64, channels_last=True) for c in (256, 512)),
     *(Case(c, c // 2, 64, length=length) for c in (256, 512) for length in (196, 49)),
 )
@@ -178,9 +182,12 @@ def _device(device):
 
 
 def units(thorough=True, gpu=True, cases=None) -> Iterator[tuple[Case, Any, bool]]:
-    """Arguments of ``run``: block, dtype, masked."""
-    dtypes = (*HALF, FLOAT32, TF32) if gpu else HALF[1:]
-    return itertools.product(cases or (THOROUGH if thorough else CASES), dtypes, (False, True))
+    """Arguments of ``run``: block, dtype, masked. Float32 has no fused kernels, so few blocks."""
+    blocks = cases or (THOROUGH if thorough else CASES)
+    wanted = itertools.product(blocks, HALF if gpu else HALF[1:])
+    full = itertools.product(cases or CASES, (FLOAT32, TF32) if gpu else ())
+    for (case, dtype), masked in itertools.product((*wanted, *full), (False, True)):
+        yield case, dtype, masked
 
 
 def run(case, dtype, masked, device, every=False):

@@ -196,3 +196,30 @@ def test_a_kernel_that_faults_ends_the_check(small, monkeypatch, capsys):
     monkeypatch.setattr(project_gather, "gather_from_x_kernel", Faulting())
     assert selfcheck.main([]) == 1
     assert "gather_from_x: AcceleratorError: CUDA error: an illegal" in capsys.readouterr().out
+
+
+TILES = """
+import json, torch
+from unittest import mock
+from bench.codegen import compiler, launches
+from da_triton import selfcheck
+from da_triton.kernels import configs, fused_tiles
+reached, tile = set(), configs.fused_tile
+def spy(kernel, x, *sizes):
+    if x.element_size() == 2:
+        reached.add((kernel, *configs.fused_blocks(kernel, *sizes)))
+    return tile(kernel, x, *sizes)
+with launches.on("sm_90"), compiler.record(), mock.patch.object(configs, "fused_tile", spy):
+    for case in selfcheck.THOROUGH:
+        selfcheck.run(case, torch.bfloat16, False, torch.device("meta"), True)
+print(json.dumps(sorted({key[1:] for key in fused_tiles.TILES if key[0] == "sm_90"} - reached)))
+"""
+
+
+def test_a_thorough_check_reaches_every_fused_tile():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", TILES]
+    ended = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    left = json.loads(ended.stdout)
+    assert left == [["gather_side", 64, 256]]  # no tile of distribute_side goes with it
