@@ -261,10 +261,12 @@ def _versions() -> dict[str, Any]:
 
 
 def _gpu(device) -> dict[str, Any]:
-    from .kernels import compilers
+    from .kernels import compilers, launch
 
     if device.type != "cuda":
-        return {"device": f"{device}, in Triton's interpreter"}
+        return {
+            "device": f"{device}, in Triton's interpreter" if launch.INTERPRETED else str(device)
+        }
     name = torch.cuda.get_device_name(device)
     if torch.version.hip:
         return {"GPU": name, "ROCm": torch.version.hip}
