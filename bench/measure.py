@@ -16,6 +16,7 @@ import torch
 
 from . import floors, problems
 from .floors import Ceilings
+from .isolation import SILENT
 from .observe import host_microseconds, launches, on_gpu, peak_bytes, prepare, usable
 from .problems import Problem
 from .providers import GRAPH, OURS, Closure, Provider
@@ -27,7 +28,7 @@ CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in 
 # How statuses begin of what was ended or left out before it could succeed or fail; those of a
 # provider that hung are among them.
 CUT_SHORT = ("not run", "not measured", "killed")
-LEFT_OUT, HUNG = "not measured again", "without a result"
+LEFT_OUT = "not measured again"
 FLUSH_BYTES = 256 * 2**20
 FLUSHES_AHEAD = 4
 CONDITIONS = (
@@ -46,7 +47,7 @@ def cut_short(row: Row) -> bool:
 def undecided(row: Row) -> bool:
     """Whether the provider might have been timed, with more time or without the others."""
     status = row["status"]
-    hung = status.startswith(LEFT_OUT) or (status.startswith("killed") and status.endswith(HUNG))
+    hung = status.startswith(LEFT_OUT) or (status.startswith("killed") and status.endswith(SILENT))
     return cut_short(row) and not hung
 
 

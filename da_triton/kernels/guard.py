@@ -220,7 +220,7 @@ def _prove(spec, given, case):
                 truth = _run(spec, spec.stand_in, wide)
             except Exception as failure:
                 raise _UnprovedError from failure
-            with launch.traced(tiles), launch.in_splits(spec.splits(**given)):
+            with launch.trial(spec.splits(**given), tiles):
                 runs = [_run(spec, spec.launcher, small) for _ in range(_state.repetitions)]
             error = max(map(_error, runs[0], truth))
             if not error <= allowed:

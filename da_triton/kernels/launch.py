@@ -79,23 +79,15 @@ _trial = _Trial()
 
 
 @contextlib.contextmanager
-def in_splits(splits):
-    """Positions of this thread's launches are split over ``splits`` programs, blocks permitting."""
-    before, _trial.splits = _trial.splits, splits
+def trial(splits, tiles):
+    """Splits positions of this thread's launches over ``splits`` programs, blocks permitting, and
+    adds the tile of every launch to the list ``tiles``, in words."""
+    before = _trial.splits, _trial.tiles
+    _trial.splits, _trial.tiles = splits, tiles
     try:
         yield
     finally:
-        _trial.splits = before
-
-
-@contextlib.contextmanager
-def traced(tiles):
-    """Adds the tile of every launch of this thread to a list, in words."""
-    before, _trial.tiles = _trial.tiles, tiles
-    try:
-        yield
-    finally:
-        _trial.tiles = before
+        _trial.splits, _trial.tiles = before
 
 
 def chunks(programs, length, tile, device):
