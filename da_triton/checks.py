@@ -160,11 +160,12 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
     return ends
 
 
-def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, batch: int) -> None:
+def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | None) -> None:
     """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the maps' dtype and device.
 
-    ``batch``: N, or the number of packed sequences.
+    ``sequences``: N of packed maps.
     """
+    batch = a.shape[0] if sequences is None else sequences
     if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
         raise TypeError(
             "extra must be a pair (extra_a, extra_b) of tensors (1 or N, channels, K), "
@@ -216,11 +217,12 @@ def flag(**values: bool) -> None:
             raise TypeError(f"{name} must be True or False, got {kind.__name__}.")
 
 
-def descriptors(g: Tensor, v: Tensor, batch: int) -> None:
+def descriptors(g: Tensor, v: Tensor, sequences: int | None) -> None:
     """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32.
 
-    ``batch``: N, or the number of packed sequences.
+    ``sequences``: N of packed maps.
     """
+    batch = v.shape[0] if sequences is None else sequences
     tensor("g", g)
     if g.dim() != 4 or 0 in g.shape[1:]:
         raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
@@ -251,10 +253,11 @@ def positive(**values: int) -> None:
             raise ValueError(f"{name} must be below 2³¹.")
 
 
-def layer_input(name: str, x: Tensor, channels: int, group=None) -> None:
-    """A feature map of the layer's channels; a rank of a process group may have no position."""
+def layer_input(name: str, x: Tensor, channels: int | None, group=None) -> None:
+    """A feature map of the layer's channels, where these are known; a rank of a process group may
+    have no position."""
     feature_map(name, x, may_have_no_positions=group is not None)
-    if x.shape[1] != channels:
+    if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels (axis 1), got shape {_shape(x)}.")
 
 
@@ -312,8 +315,8 @@ def process_group(group, backend: str, order: str = "auto") -> None:
         )
 
 
-def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
-    """A pointwise weight as ``(out, in)``, from that or with trailing 1-axes."""
+def weight(name: str, w: Tensor, in_channels: int) -> None:
+    """A pointwise weight ``(out, in)``, perhaps with trailing 1-axes."""
     tensor(name, w)
     if w.dim() < 2 or any(size != 1 for size in w.shape[2:]) or 0 in w.shape:
         raise ValueError(
@@ -322,7 +325,6 @@ def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
         )
     if w.shape[1] != in_channels:
         raise ValueError(f"{name} must take {in_channels} channels, got shape {_shape(w)}.")
-    return w.flatten(1)
 
 
 def bias(name: str, b: Tensor | None, channels: int) -> None:
@@ -336,11 +338,11 @@ def bias(name: str, b: Tensor | None, channels: int) -> None:
 def block_weights(
     x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
 ):
-    """The block's weights by name, as ``(out, in)`` matrices that fit each other and x."""
+    """The block's weights, which fit each other and x."""
     channels = x.shape[1]
-    weight_a = weight("weight_a", weight_a, channels)
-    weight_b = weight("weight_b", weight_b, channels)
-    weight_v = weight("weight_v", weight_v, channels)
+    weight("weight_a", weight_a, channels)
+    weight("weight_b", weight_b, channels)
+    weight("weight_v", weight_v, channels)
     c_m, c_n = weight_a.shape[0], weight_b.shape[0]
     if weight_v.shape[0] != c_n:
         raise ValueError(
@@ -352,7 +354,7 @@ def block_weights(
     bias("bias_v", bias_v, c_n)
     out_channels = c_m
     if weight_out is not None:
-        weight_out = weight("weight_out", weight_out, c_m)
+        weight("weight_out", weight_out, c_m)
         out_channels = weight_out.shape[0]
         bias("bias_out", bias_out, out_channels)
     elif bias_out is not None:
@@ -362,10 +364,6 @@ def block_weights(
             f"residual=True adds x, so the block must give x's {channels} channels; it gives "
             f"{out_channels}."
         )
-    return {
-        "weight_a": weight_a, "bias_a": bias_a, "weight_b": weight_b, "bias_b": bias_b,
-        "weight_v": weight_v, "bias_v": bias_v, "weight_out": weight_out, "bias_out": bias_out,
-    }  # fmt: skip
 
 
 def _shape(x: Tensor) -> tuple:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import checks
 from .functional import distribute, gather_part
-from .modules import DoubleAttention, _call
+from .modules import DoubleAttention, check_input
+from .modules import call as _call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -325,7 +326,7 @@ class StreamingDoubleAttention:
         self.state = None
 
     def _check(self, frame: Tensor) -> None:
-        checks.layer_input("frame", frame, self.layer.in_channels)
+        check_input(self.layer, "frame", frame)
 
 
 def _before(later: Descriptors, frame: Descriptors) -> Descriptors:

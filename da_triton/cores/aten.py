@@ -11,7 +11,7 @@ are, and work in the dtype of sums, as the kernels do.
 import torch
 
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
-from ..precision import accumulator, lse_dtype
+from ..precision import accumulator, converted, lse_dtype
 
 
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -31,7 +31,7 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z (N, heads, m, L)`` in v's dtype."""
     q = distribution_weights(v, softmax, logit_scale) if softmax else v
     factor = scale if softmax else scale * logit_scale
-    g = (g if factor == 1.0 else factor * g).to(v.dtype)
+    g = converted(g if factor == 1.0 else factor * g, v.dtype)
     if v.stride(-2) == 1 and v.shape[1] == 1:
         return (q.transpose(-1, -2) @ g.transpose(-1, -2)).transpose(-1, -2)
     return g @ q

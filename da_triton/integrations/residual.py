@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks
 from ..functional import double_attention_block
-from ..modules import OPTIONS, DoubleAttention, is_plain, is_unobserved
+from ..modules import OPTIONS, DoubleAttention, check_input, fuses, is_plain, is_unobserved
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 Norm = str | Callable[[int], nn.Module] | None
@@ -86,7 +86,7 @@ class ResidualDoubleAttention(nn.Module):
         if last is None:
             y = attention(x) if mask is None else attention(x, mask)
             return x + (y if self.norm is None else self.norm(y))
-        checks.layer_input("x", x, attention.in_channels, attention.process_group)
+        check_input(attention, "x", x)
         first = (attention.convA, attention.convB, attention.convV)
         weights: list[Any] = [w for conv in first for w in (conv.weight, conv.bias)]
         options = {name: getattr(attention, name) for name in OPTIONS} | {"residual": True}
@@ -97,6 +97,8 @@ class ResidualDoubleAttention(nn.Module):
         attention: Any = self.attention
         norm: Any = self.norm
         if type(attention) is not DoubleAttention or not is_unobserved(attention):
+            return None
+        if not fuses(attention.order):
             return None
         if not all(is_plain(conv) for conv in attention.children()):
             return None
