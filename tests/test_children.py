@@ -146,6 +146,15 @@ def test_quantised_weights_are_left_to_their_modules(layer, positions):
             torch.testing.assert_close(found, expected)
 
 
+def test_quantised_weights_load_as_they_are(layer):
+    given, twin = quantised(layer), copy.deepcopy(layer)
+    twin.load_state_dict(given.state_dict(), assign=True)
+    assert {type(conv.weight.data) for conv in twin.children()} == {Quantised}
+    x = torch.randn(2, 8, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), layer(x))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_norm_is_folded_into_quantised_weights(training):
     block = ResidualDoubleAttention(8, zero_init=False).train(training)
