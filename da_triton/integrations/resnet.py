@@ -6,6 +6,7 @@ transformers' ResNets are known by the names of their stages; other modules can 
 """
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,11 @@ def insert_double_attention(
                 f"the output channels of {name!r} ({type(module).__name__}) cannot be told. "
                 f"Give them: positions={{{name!r}: channels}}."
             )
-        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
+        around = itertools.chain(module.parameters(), model.parameters())
+        like = next(
+            (p for p in around if p.is_floating_point()),
+            torch.empty((), device=torch.get_default_device()),
+        )
         blocks[module] = ResidualDoubleAttention(
             channels, c_m, c_n, norm=norm, zero_init=zero_init, position_axes=axes,
             device=like.device, dtype=like.dtype, **options,
