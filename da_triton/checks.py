@@ -20,24 +20,36 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
         raise TypeError(f"{name} must be a torch.Tensor{kind}, got {type(x).__name__}.{hint}")
     if x.is_nested:
         raise TypeError(
-            f"{name} must not be a nested tensor. da_triton.packed joins maps of several sizes."
+            f"{name} must not be a nested tensor. Maps (C, *positions) of several sizes are joined "
+            f"by da_triton.packed.pack({name}.unbind())."
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}. Convert it with {name}.to_dense().")
+    if x.is_quantized:
+        raise TypeError(
+            f"{name} must not be quantised, got {x.dtype}. Convert it with {name}.dequantize()."
+        )
+
+
+def floating(name: str, x: Tensor) -> None:
+    """A tensor of a dtype that is computed in."""
+    tensor(name, x)
+    if x.dtype not in DTYPES:
+        # float() drops the imaginary part.
+        by = f"{name}.abs() or {name}.real" if x.is_complex() else f"{name}.float()"
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
+            f"Convert it with {by}."
+        )
 
 
 def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) -> None:
     """``(N, channels, *positions)`` with one to three position axes, floating, not empty."""
-    tensor(name, x)
+    floating(name, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{name} must be (N, channels, *positions) with 1, 2 or 3 position axes, "
             f"got shape {_shape(x)}. Add the missing axes, or flatten the extra ones."
-        )
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
-            f"Convert it with {name}.float()."
         )
     if 0 in (x.shape[1:2] if may_have_no_positions else x.shape[1:]):
         what = "" if may_have_no_positions else " and one position"
@@ -52,10 +64,11 @@ def one_kind(**tensors: Tensor | None) -> None:
     given = {name: x for name, x in tensors.items() if x is not None}
     first, *others = given
     for name in others:
-        if given[name].dtype != given[first].dtype:
+        dtype, other = given[first].dtype, given[name].dtype
+        if other != dtype:
             raise TypeError(
-                f"{first} and {name} must share one dtype, got {given[first].dtype} and "
-                f"{given[name].dtype}. Convert one of them, or use torch.autocast."
+                f"{first} and {name} must share one dtype, got {dtype} and {other}. "
+                f"Convert it with {name}.to({dtype})."
             )
     one_device(**tensors)
 
@@ -127,13 +140,14 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
         tensor(name, x)
         if x.dim() != 3 or x.shape[0] != 1:
             raise ValueError(
-                f"with cu_seqlens, {name} must be (1, channels, total): all sequences behind each "
-                f"other, got shape {_shape(x)}. da_triton.packed.pack makes it from a list."
+                f"with cu_seqlens, {name} must be (1, channels, total), all sequences joined; got "
+                f"shape {_shape(x)}. da_triton.packed.pack makes it from a list."
             )
     tensor("cu_seqlens", offsets, " of int32 or int64", " Use torch.tensor(cu_seqlens).")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"cu_seqlens must be int32 or int64, got {offsets.dtype}. Convert it with .long()."
+            f"cu_seqlens must be int32 or int64, got {offsets.dtype}. "
+            "Convert it with cu_seqlens.long()."
         )
     if offsets.dim() != 1 or len(offsets) < 2:
         raise ValueError(
@@ -143,7 +157,7 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
     if offsets.device.type == "meta":
         raise RuntimeError("cu_seqlens must hold numbers, and is on meta. Keep it on the CPU.")
     ends = offsets.tolist()
-    advice = "Lengths become offsets by lengths.cumsum(0) behind a 0."
+    advice = "Make offsets of lengths with torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {ends[0]}. {advice}")
     for start, end in itertools.pairwise(ends):
@@ -175,7 +189,7 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | 
         ("extra[0]", "a", tokens[0], a),
         ("extra[1]", "b", tokens[1], b),
     ):
-        tensor(name, token)
+        floating(name, token)
         if (
             token.dim() != 3
             or token.shape[0] not in (1, batch)
@@ -223,7 +237,7 @@ def descriptors(g: Tensor, v: Tensor, sequences: int | None) -> None:
     ``sequences``: N of packed maps.
     """
     batch = v.shape[0] if sequences is None else sequences
-    tensor("g", g)
+    floating("g", g)
     if g.dim() != 4 or 0 in g.shape[1:]:
         raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
     if batch == v.shape[0]:
@@ -240,7 +254,7 @@ def descriptors(g: Tensor, v: Tensor, sequences: int | None) -> None:
     if g.dtype not in (v.dtype, torch.float32) or (g.dtype != v.dtype and v.dtype == torch.float64):
         raise TypeError(
             f"g must have v's dtype, or float32 beside lower-precision maps; got {g.dtype} "
-            f"and {v.dtype}."
+            f"and {v.dtype}. Convert it with g.to({v.dtype})."
         )
     one_device(g=g, v=v)
 
@@ -317,7 +331,7 @@ def process_group(group, backend: str, order: str = "auto") -> None:
 
 def weight(name: str, w: Tensor, in_channels: int) -> None:
     """A pointwise weight ``(out, in)``, perhaps with trailing 1-axes."""
-    tensor(name, w)
+    floating(name, w)
     if w.dim() < 2 or any(size != 1 for size in w.shape[2:]) or 0 in w.shape:
         raise ValueError(
             f"{name} must be (out, in), perhaps with trailing axes of size 1 as a pointwise "
@@ -331,6 +345,7 @@ def bias(name: str, b: Tensor | None, channels: int) -> None:
     if b is None:
         return
     tensor(name, b, " or None")
+    floating(name, b)
     if tuple(b.shape) != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {_shape(b)}.")
 

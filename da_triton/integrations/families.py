@@ -291,4 +291,4 @@ def _feature_map(conv: Any, positions: tuple[int, int]) -> Tensor:
 
 def _like(layer: Any, *shape: int) -> Tensor:
     """Random numbers on the layer's device."""
-    return torch.randn(shape, dtype=torch.float64).to(layer.weight.device)
+    return torch.randn(shape, dtype=torch.float64, device="cpu").to(layer.weight.device)

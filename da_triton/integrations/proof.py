@@ -68,11 +68,12 @@ def randomised(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for b in twin.buffers():
             if b.is_floating_point():  # variances stay positive
-                b.copy_((b + 0.5) * (1 + torch.rand(b.shape, dtype=torch.float64)).to(b))
+                noise = torch.rand(b.shape, dtype=torch.float64, device="cpu")
+                b.copy_((b + 0.5) * (1 + noise).to(b))
         for p in twin.parameters():
             if p.is_floating_point():
                 deviation = 2 / math.sqrt(p[0].numel()) if p.dim() > 1 else 1.0
-                p.copy_(deviation * torch.randn(p.shape, dtype=torch.float64))
+                p.copy_(deviation * torch.randn(p.shape, dtype=torch.float64, device="cpu"))
     return twin
 
 
@@ -159,7 +160,7 @@ def _results(
             raise ValueError("it gives values that are not finite, which compare with nothing")
         if not gradients:
             return [out.detach()]
-        upstream = torch.randn(out.shape, dtype=torch.float64).to(out)
+        upstream = torch.randn(out.shape, dtype=torch.float64, device="cpu").to(out)
         wanted = [*fresh.tensors, *twin.parameters()]
         found = torch.autograd.grad(out, wanted, upstream, allow_unused=True)
     zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True))

@@ -7,6 +7,7 @@ transformers' ResNets are known by the names of their stages; other modules can 
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,11 @@ def insert_double_attention(
                 f"cannot infer the output channels of {name!r} ({type(module).__name__}). "
                 f"Give them: positions={{{name!r}: channels}}."
             )
-        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
+        around = itertools.chain(module.parameters(), model.parameters())
+        like = next(
+            (p for p in around if p.is_floating_point()),
+            torch.empty((), device=torch.get_default_device()),
+        )
         kind = {"device": like.device, "dtype": like.dtype, "position_axes": axes, **options}
         block = InsertedDoubleAttention(channels, c_m, c_n, norm=norm, zero_init=zero_init, **kind)
         block.place = name
