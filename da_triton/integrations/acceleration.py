@@ -24,7 +24,7 @@ from ..modules import DoubleAttention
 from .examples import calls_in
 from .families import FAMILIES, Family
 from .proof import EXACT, Call, Reference, UnprovableError, dtype_of, randomised, seeded
-from .replacement import CLASSES, Accelerated, Choice, replace, split
+from .replacement import CLASSES, Accelerated, Choice, is_overridden, replace, split
 
 SHAPES = ((5, 6), (7, 9))
 LIMITS = (3, 5)
@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> list[str]:
     """Undoes :func:`accelerate`: the layers get their own class back. Returns their names.
 
     Raises:
-        RuntimeError: a layer's class was changed since. The model is then unchanged.
+        RuntimeError: a layer's class or forward was changed since. The model is then unchanged.
 
     Warns:
         UserWarning: the model has no accelerated layer.
@@ -151,7 +151,13 @@ def restore(model: nn.Module) -> list[str]:
                 f"the class of {name!r} was changed after accelerate, to {type(module).__name__}, "
                 "as parametrisations and sharding do. Undo that first."
             )
+        if is_overridden(module):
+            raise RuntimeError(
+                f"the forward of {name!r} was replaced on the instance after accelerate, as "
+                "offloading hooks do. Undo that first."
+            )
     for module in found.values():
+        module.__dict__.pop("forward", None)
         module.__class__ = module._original
         del module._accelerated
     names = list(found)
@@ -191,7 +197,7 @@ def _obstacle(module: nn.Module) -> str:
             "its forward was replaced on the instance by a hook of the accelerate library "
             f"(device_map or offloading): call {HOOKED}, then accelerate, then dispatch_model again"
         )
-    if "forward" in module.__dict__:
+    if is_overridden(module):
         return "its forward was replaced on the instance: it may do anything"
     return ""
 
@@ -242,8 +248,8 @@ def _random_references(twin: nn.Module, family: type[Family], given: list[Call])
             if not given:
                 shape = tuple(random[0].tensors[0].shape)
                 raise ValueError(
-                    f"its forward does not take a random input of shape {shape} ({problem}): give "
-                    "accelerate an example input of the model"
+                    f"its forward does not take a random input of shape {shape}: give accelerate "
+                    f"an example input of the model ({type(problem).__name__}: {problem})"
                 ) from problem
     _check_arguments(twin, family, given[0])
     references = []

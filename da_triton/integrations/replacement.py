@@ -48,7 +48,16 @@ class Accelerated:
         return _blank, (self._original,), *made[2:]
 
 
+def is_overridden(module: Any) -> bool:
+    """Whether another forward than the class's own was set on the instance; a hook of the
+    accelerate library leaves the class's own there when it is removed."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (own and forward.__self__ is module)
+
+
 def replace(module: Any, choice: Choice) -> None:
+    module.__dict__.pop("forward", None)
     module.__class__ = accelerated(type(module))
     module._accelerated = choice
 
