@@ -21,9 +21,13 @@ Options = dict[str, Any]
 
 
 class Family:
-    """``name``: how it is called. All methods are static: a family has no state."""
+    """``name``: how it is called. ``arguments``: how many ``forward`` takes after the module.
+
+    All methods are static: a family has no state.
+    """
 
     name: str
+    arguments = 1
 
     @staticmethod
     def has_children(module: nn.Module) -> bool:
@@ -190,6 +194,7 @@ class LinearAttention(Family):
 
 class FactorAttention(Family):
     name = "factor attention (CoaT)"
+    arguments = 2
 
     @staticmethod
     def has_children(module):
