@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import planner
 from ..projection import project
 from . import aten, cpu_block, cpu_products
+from .operators import transformed
 
 
 def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **options) -> Tensor:
@@ -37,7 +38,8 @@ def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **option
     if on_a_cpu and not cpu_products.too_narrow(x, len(weights["weight_b"])):
         return _on_a_cpu(x, weights, order=order, recompute=recompute is True, **options)
     composed: Any = functools.partial(compose, order=order, **options)
-    if recompute is not True or not torch.is_grad_enabled():
+    # Transforms of ``torch.func`` cannot follow a checkpoint.
+    if recompute is not True or not torch.is_grad_enabled() or transformed():
         return composed(x, **weights)
     return checkpoint(composed, x, **weights, use_reentrant=False, preserve_rng_state=False)
 
