@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, cores, distributed, eager, packed
+from .cores.operators import transformed
 from .projection import split_heads
 from .tracing import constant, exporting, sizes, unrecorded
 
@@ -248,7 +249,7 @@ def double_attention_block(
             ``torch``, what makes backward fast). ``"auto"``: V is projected again where a model
             says that it costs under a tenth of a training step; with ``torch`` as False. Through
             ``torch`` on anything but a CPU's float32 or float64, a graph made with True can be
-            differentiated once, not twice, and not by ``torch.func``.
+            differentiated once, not twice; inside ``torch.func`` all is kept.
         backend: as :func:`gather`.
         process_group: as :func:`gather`: x and mask are this rank's slice of the positions. The
             order is the paper's, and the weights' gradients are this rank's share: see
@@ -305,7 +306,7 @@ def double_attention_block(
             # An exported program has no gradients, and a trace of it is checked without them.
             wanted = torch.is_grad_enabled() and not exporting()
             if unused is not None and wanted:
-                weights["weight_b"] = _ZeroGradient.apply(weights["weight_b"], unused)
+                weights["weight_b"] = _zero_gradient(weights["weight_b"], unused)
             out = core.block(inputs, weights, order=order, recompute=recompute, **options)
     return _positions_of(out, x, x.shape[0])
 
@@ -405,21 +406,24 @@ def _autocast_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
-class _ZeroGradient(torch.autograd.Function):
+def _zero_gradient(weight: Tensor, bias: Tensor) -> Tensor:
     """``weight`` itself; ``bias`` gets the zero gradient that it has, instead of none.
 
-    A parameter without a gradient would stop distributed training.
+    A parameter without a gradient would stop distributed training. What transforms and the compiler
+    can follow makes a copy of the weight: a sum of nothing, so that NaN in the bias stays there.
     """
+    if torch.compiler.is_exporting():
+        return weight
+    if torch.compiler.is_compiling() or transformed():
+        return weight + bias[:0].sum()
+    return _ZeroGradient.apply(weight, bias)
 
-    generate_vmap_rule = True
 
+class _ZeroGradient(torch.autograd.Function):
     @staticmethod
-    def forward(weight, bias):
+    def forward(ctx, weight, bias):
+        ctx.save_for_backward(bias)
         return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import eager, tracing
-from . import aten, aten_block
+from . import aten, aten_block, operators
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -52,6 +52,8 @@ def select(name: str, x: torch.Tensor) -> Backend:
     if name == "auto" and (not x.is_cuda or tracing.exporting()):
         return TORCH
     obstacle = _obstacle(x)
+    if obstacle is None and operators.needs_aten():
+        return TORCH  # as for second derivatives: what the kernels compute, differentiable
     if obstacle is None:
         from . import triton, triton_block
 

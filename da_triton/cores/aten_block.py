@@ -24,6 +24,7 @@ from .. import planner, tracing
 from ..precision import converted
 from ..projection import project, split_heads
 from . import aten, cpu_block, cpu_products
+from .operators import transformed
 
 
 def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **options) -> Tensor:
@@ -38,7 +39,8 @@ def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **option
     if on_a_cpu and not cpu_products.too_narrow(x, len(weights["weight_b"])):
         return _on_a_cpu(x, weights, order=order, recompute=recompute is True, **options)
     composed: Any = functools.partial(compose, order=order, **options)
-    if recompute is not True or not torch.is_grad_enabled():
+    # Transforms of ``torch.func`` cannot follow a checkpoint.
+    if recompute is not True or not torch.is_grad_enabled() or transformed():
         return composed(x, **weights)
     return checkpoint(composed, x, **weights, use_reentrant=False, preserve_rng_state=False)
 
