@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from . import checks, precision
 from .functional import distribute, gather_part
-from .modules import DoubleAttention, check_input
-from .modules import call as _call
+from .modules import DoubleAttention, call, check_input
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -326,7 +325,7 @@ class StreamingDoubleAttention(nn.Module):
         if mask is not None:
             checks.mask(mask, frame, "frame")
         new = Descriptors.of(
-            _call(layer.convA, frame), _call(layer.convB, frame), heads=layer.heads, mask=mask,
+            call(layer.convA, frame), call(layer.convB, frame), heads=layer.heads, mask=mask,
             logit_scale=layer.logit_scale, backend=layer.backend,
         )  # fmt: skip
         state = self.state
@@ -353,11 +352,11 @@ class StreamingDoubleAttention(nn.Module):
             raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
         layer = self.layer
         y = distribute(
-            self.state.read(), _call(layer.convV, frame), scale=layer.scale,
+            self.state.read(), call(layer.convV, frame), scale=layer.scale,
             softmax=layer.softmax_v, logit_scale=layer.logit_scale_v, backend=layer.backend,
         )  # fmt: skip
         if layer.conv_reconstruct is not None:
-            y = _call(layer.conv_reconstruct, y)
+            y = call(layer.conv_reconstruct, y)
         return frame + y if layer.residual else y
 
     def detach(self) -> None:
