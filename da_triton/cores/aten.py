@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
-from ..precision import accumulator, lse_dtype
+from ..precision import accumulator, converted, lse_dtype
 
 # Weights 1/L of so many positions are normal numbers of float16, whose smallest is 2^-14.
 FLOAT16_POSITIONS = 2**14
@@ -32,13 +32,13 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
         b = torch.cat([b, extra_b], -1)
         if keep is not None:
             keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_b.shape[-1])], -1)
-    weights = gather_weights(_logits(b, logit_scale, dtype), keep).to(dtype)
+    weights = converted(gather_weights(_logits(b, logit_scale, dtype), keep), dtype)
     total = weights.sum(-1) if dtype.itemsize > 2 and _chunk(weights) is not None else None
     if extra is None:
         g = sum_over_positions(a, weights)
     else:
         weights, extra_weights = weights.split([a.shape[-1], extra_a.shape[-1]], -1)
-        g = sum_over_positions(a, weights) + extra_a.to(dtype) @ extra_weights.mT
+        g = sum_over_positions(a, weights) + converted(extra_a, dtype) @ extra_weights.mT
     if total is None:
         return g
     return g / total.masked_fill(total == 0, 1)[:, :, None]  # softmax adds one after the other, too
@@ -48,16 +48,17 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z (N, heads, m, L)`` in v's dtype."""
     dtype = _product_dtype(v)
     factor = scale if softmax else scale * logit_scale
-    g = (g if factor == 1.0 else factor * g).to(dtype)
-    q = (distribution_weights(_logits(v, logit_scale, dtype)) if softmax else v).to(dtype)
+    g = converted(g if factor == 1.0 else factor * g, dtype)
+    q = distribution_weights(_logits(v, logit_scale, dtype)) if softmax else v
+    q = converted(q, dtype)
     pairs = [(g, q)]
     chunk = _chunk(q) if g.requires_grad else None
     if chunk is not None:  # dG is a sum over positions
         parts = q.split(chunk, -1)
         pairs = list(zip(g.expand(len(parts), *g.shape).unbind(), parts, strict=True))
     if v.stride(-2) == 1 and v.shape[1] == 1:
-        return _cat([x.mT @ y.mT for y, x in pairs], -2).to(v.dtype).mT
-    return _cat([y @ x for y, x in pairs], -1).to(v.dtype)
+        return converted(_cat([x.mT @ y.mT for y, x in pairs], -2), v.dtype).mT
+    return converted(_cat([y @ x for y, x in pairs], -1), v.dtype)
 
 
 def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -129,7 +130,7 @@ def _any_length(x: Tensor) -> bool:
 def _logits(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · x`` in ``dtype``, or where it is scaled, in the dtype of sums."""
     if scale == 1:
-        return x.to(dtype)
+        return converted(x, dtype)
     wide = x.to(accumulator(x.dtype))
     return scale * x if wide is x else wide.mul_(scale)
 
@@ -138,9 +139,9 @@ def sum_over_positions(a: Tensor, weights: Tensor) -> Tensor:
     """``a @ weightsᵀ`` in the dtype of ``weights``."""
     chunk = _chunk(weights)
     if chunk is None:
-        return a.to(weights.dtype) @ weights.mT
+        return converted(a, weights.dtype) @ weights.mT
     pairs = zip(a.split(chunk, -1), weights.split(chunk, -1), strict=True)
-    return torch.stack([x.to(y.dtype) @ y.mT for x, y in pairs]).sum(0)
+    return torch.stack([converted(x, y.dtype) @ y.mT for x, y in pairs]).sum(0)
 
 
 def _chunk(x: Tensor) -> int | None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
+from .. import tracing
+
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
 MOST_POSITIONS = 2**16  # of a piece: the sum in a softmax loses digits with more
@@ -42,7 +44,9 @@ PIECE = piece_for(last_level_cache())
 
 def suits(tensors: list[Tensor]) -> bool:
     """Whether these are a CPU's plain tensors and nothing but autograd watches what is done."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+    if torch.compiler.is_compiling() or tracing.exporting() or transformed():
+        return False
+    if tracing.checkpointed():  # a dispatch mode may be active in one run of the two
         return False
     return all(
         type(x) in (Tensor, torch.nn.Parameter)

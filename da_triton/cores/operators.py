@@ -2,7 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
+
+from ..tracing import constant
 
 
 def or_empty(gradient, like):
@@ -18,25 +21,67 @@ def unviewed(x):
     return x.new_empty(0).set_(x)
 
 
-def wants_graph():
-    """Whether the backward pass is itself to be differentiated (``create_graph=True``)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+@constant
+def transformed():
+    """Whether ``torch.func`` or forward-mode differentiation is at work.
+
+    A constant of a compilation: the compiler guards both itself. So are the next two.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+@constant
+def forward_mode():
+    """Whether tensors may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
+@constant
+def _vectorised():
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def needs_aten():
+    """Whether a transform is at work that cannot follow the operators, nor their Functions.
+
+    The compiler cannot trace a Function under ``torch.vmap``.
+    """
+    return forward_mode() or (torch.compiler.is_compiling() and _vectorised())
+
+
+def wants_graph(*upstream):
+    """Whether a backward pass is to be made of differentiable operations.
+
+    It is itself differentiated (``create_graph=True``, tangents), or ``is_grads_batched=True`` has
+    joined gradients in a way that operators cannot see.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    batched = map(torch._C._functorch.is_legacy_batchedtensor, upstream)
+    return torch.is_grad_enabled() or forward_mode() or any(batched)
 
 
 def differentiable(forward, inputs, needs, upstream):
-    """Gradients of ``forward`` as a graph that autograd can differentiate again.
+    """Gradients of ``forward`` as operations that can be differentiated and transformed.
 
     Taken with respect to views: the inputs themselves may depend on each other. An input that no
     longer asks for a gradient (behind ``torch.func.vjp``) gets one of its own.
     """
-    with torch.enable_grad():
-        inputs = [None if x is None else x.view_as(x) for x in inputs]
-        inputs = [
-            x.detach().requires_grad_() if need and not x.requires_grad else x
-            for x, need in zip(inputs, needs, strict=True)
-        ]
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(forward(*inputs), wanted, upstream, create_graph=True))
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+
+    def of_wanted(*wanted):
+        given = iter(wanted)
+        return forward(*(next(given) if need else x for x, need in zip(inputs, needs, strict=True)))
+
+    if torch._C._are_functorch_transforms_active():
+        found = torch.func.vjp(of_wanted, *wanted)[1](upstream)
+    else:  # hooks on saved tensors, which torch.func rejects, work here
+        with torch.enable_grad():
+            wanted = [x.view_as(x) if x.requires_grad else x.detach() for x in wanted]
+            wanted = [x.requires_grad_() for x in wanted]
+            found = torch.autograd.grad(of_wanted(*wanted), wanted, upstream, create_graph=True)
+    found = iter(found)
     return [next(found) if need else None for need in needs]
 
 

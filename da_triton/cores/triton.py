@@ -131,6 +131,7 @@ def gather_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """dA and dB; empty where not needed."""
     keep = None if keep is None else keep.view(torch.uint8)
+    g, lse = g.contiguous(), lse.contiguous()  # torch.vmap expands them
     da, db = gather_kernels.gather_backward(
         dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b
     )
@@ -161,7 +162,7 @@ def _gather_gradients(ctx, dg, dlse):
     if dg is None and dlse is None:
         return (None,) * 6
     dg = torch.zeros_like(g) if dg is None else dg
-    if wants_graph():
+    if wants_graph(dg):
         upstream = dg if dlse is None else (dg, dlse)
 
         def forward(a, b, keep, extra_a, extra_b):
@@ -253,7 +254,7 @@ def _distribute_gradients(ctx, dz):
     g, v = ctx.saved_tensors
     scale, softmax, logit_scale = ctx.options
     need_g, need_v = ctx.needs_input_grad[:2]
-    if wants_graph():
+    if wants_graph(dz):
 
         def forward(g, v):
             return aten.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)

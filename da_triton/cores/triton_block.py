@@ -153,7 +153,7 @@ def _gradients(ctx, dout, *_):
     nothing = (None,) * 9  # keep and the options
     if dout is None or not any(needs):
         return (None,) * 8 + nothing
-    if wants_graph():
+    if wants_graph(dout):
         grads = differentiable(_composition(ctx, tensors[8]), tensors[:8], needs, dout)
         return *grads, *nothing
     found = block_backward_op(
