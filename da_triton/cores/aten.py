@@ -38,7 +38,9 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
         g = sum_over_positions(a, weights)
     else:
         weights, extra_weights = weights.split([a.shape[-1], extra_a.shape[-1]], -1)
-        g = sum_over_positions(a, weights) + converted(extra_a, dtype) @ extra_weights.mT
+        g = sum_over_positions(a, weights) + converted(extra_a, dtype) @ extra_weights.transpose(
+            -1, -2
+        )
     if total is None:
         return g
     return g / total.masked_fill(total == 0, 1)[:, :, None]  # softmax adds one after the other, too
@@ -57,7 +59,9 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
         parts = q.split(chunk, -1)
         pairs = list(zip(g.expand(len(parts), *g.shape).unbind(), parts, strict=True))
     if v.stride(-2) == 1 and v.shape[1] == 1:
-        return converted(_cat([x.mT @ y.mT for y, x in pairs], -2), v.dtype).mT
+        return converted(
+            _cat([x.transpose(-1, -2) @ y.transpose(-1, -2) for y, x in pairs], -2), v.dtype
+        ).transpose(-1, -2)
     return converted(_cat([y @ x for y, x in pairs], -1), v.dtype)
 
 
@@ -139,7 +143,7 @@ def sum_over_positions(a: Tensor, weights: Tensor) -> Tensor:
     """``a @ weightsᵀ`` in the dtype of ``weights``."""
     chunk = _chunk(weights)
     if chunk is None:
-        return converted(a, weights.dtype) @ weights.mT
+        return converted(a, weights.dtype) @ weights.transpose(-1, -2)
     pairs = zip(a.split(chunk, -1), weights.split(chunk, -1), strict=True)
     return torch.stack([converted(x, y.dtype) @ y.mT for x, y in pairs]).sum(0)
 
