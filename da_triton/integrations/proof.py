@@ -50,7 +50,7 @@ class Call:
         def fresh(x):
             short = math.inf if limit is None else limit
             shape = [size if i < 2 else min(size, short + i) for i, size in enumerate(x.shape)]
-            return torch.randn(shape, dtype=torch.float64).to(x.device)
+            return torch.randn(shape, dtype=torch.float64, device="cpu").to(x.device)
 
         return self.of(fresh)
 

@@ -54,11 +54,6 @@ def core(module):
     return next(m for m in module.modules() if isinstance(m, DoubleAttention))
 
 
-reads_as_it_is = pytest.mark.xfail(
-    strict=True, raises=NotImplementedError, reason="checkpoints reshape weights of the right shape"
-)
-
-
 @each_kind
 @each_rank
 @each_mode
@@ -120,7 +115,6 @@ def test_the_layer_knows_its_sizes():
     assert layer.extra_repr().startswith("16, c_m=8, c_n=6,")
 
 
-@reads_as_it_is
 @each_kind
 def test_copies_and_state_dicts(kind):
     ours, x = quantised(blocks(kind)[0]), images()
@@ -133,7 +127,6 @@ def test_copies_and_state_dicts(kind):
     torch.testing.assert_close(other(x), expected)
 
 
-@reads_as_it_is
 @each_kind
 def test_saved_quantised_weights(kind, tmp_path):
     ours, x = quantised(blocks(kind)[0]), images()
