@@ -21,13 +21,15 @@ TESTS = ROOT / "tests"
 # Files that a GPU adds nothing to, by what they test.
 LEFT_OUT = (
     # the benchmark, other libraries, notebooks and documents
-    "bench", "integrations", "test_export.py", "test_layers.py", "test_notebooks.py",
-    "test_readme.py",
+    "bench", "integrations", "test_export.py", "test_export_formats.py", "test_layers.py",
+    "test_notebooks.py", "test_readme.py",
     # code of CPUs, and ranks that are CPU processes
     "cores/test_cpu_block.py", "test_data_parallel.py", "test_distributed.py", "test_sharding.py",
-    # host code: checks, tables, names, parameters, the reference implementation
-    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "test_checkpoints.py",
-    "test_checks.py", "test_eager.py", "test_package.py", "test_streaming_refusals.py",
+    # host code: checks, tables, names, parameters, the reference implementation, modules
+    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "test_checkpointing.py",
+    "test_checkpoints.py", "test_checks.py", "test_children.py", "test_copies.py",
+    "test_default_device.py", "test_eager.py", "test_hints.py", "test_package.py",
+    "test_streaming_refusals.py",
     # ahead-of-time compilation, what only the interpreter can count, and what ``da_triton.check``
     # says, which the smoke stage runs
     "kernels/test_aot.py", "kernels/test_layouts.py", "test_selfcheck.py",
