@@ -64,9 +64,9 @@ def test_gradients_of_a_sum_over_all_positions(dtype):
         return torch.autograd.grad(z, leaves, torch.ones_like(z))
 
     found, expected = run(maps, "torch"), run([x.double() for x in maps], "eager")
-    check(found[0], expected[0], dtype, what="dA", slack=2)
-    # dB is a difference of two terms that are ten times as large.
-    check(found[1], expected[1], dtype, what="dB", slack=20)
+    check(found[0], expected[0], dtype, what="dA")
+    # dB is a small difference of two terms, of which bfloat16 products round one, as eager does.
+    check(found[1], expected[1], dtype, what="dB", slack=4 if dtype == torch.bfloat16 else 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])
