@@ -31,9 +31,9 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
         )
 
 
-def floating(name: str, x: Tensor) -> None:
+def floating(name: str, x: Tensor, kind: str = "") -> None:
     """A tensor of a dtype that is computed in."""
-    tensor(name, x)
+    tensor(name, x, kind)
     if x.dtype not in DTYPES:
         # float() drops the imaginary part.
         by = f"{name}.abs() or {name}.real" if x.is_complex() else f"{name}.float()"
@@ -68,7 +68,7 @@ def one_kind(**tensors: Tensor | None) -> None:
         if other != dtype:
             raise TypeError(
                 f"{first} and {name} must share one dtype, got {dtype} and {other}. "
-                f"Convert it with {name}.to({dtype})."
+                f"Convert {first} to {other}, or {name} to {dtype}. Use {name}.to({dtype})."
             )
     one_device(**tensors)
 
@@ -344,8 +344,7 @@ def weight(name: str, w: Tensor, in_channels: int) -> None:
 def bias(name: str, b: Tensor | None, channels: int) -> None:
     if b is None:
         return
-    tensor(name, b, " or None")
-    floating(name, b)
+    floating(name, b, " or None")
     if tuple(b.shape) != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {_shape(b)}.")
 

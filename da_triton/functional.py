@@ -412,8 +412,6 @@ def _zero_gradient(weight: Tensor, bias: Tensor) -> Tensor:
     A parameter without a gradient would stop distributed training. What transforms and the compiler
     can follow makes a copy of the weight: a sum of nothing, so that NaN in the bias stays there.
     """
-    if torch.compiler.is_exporting():
-        return weight
     if torch.compiler.is_compiling() or transformed():
         return weight + bias[:0].sum()
     return _ZeroGradient.apply(weight, bias)

@@ -32,7 +32,8 @@ class DoubleAttention(nn.Module):
         residual: adds the input, as the paper does. Without ``reconstruct`` it needs
             ``c_m == in_channels``.
         bias: biases in all convolutions.
-        order, recompute, backend: see :func:`da_triton.double_attention_block`.
+        order, recompute, backend: see :func:`da_triton.double_attention_block`. The first two have
+            no effect where convolutions are called as modules, as described below.
         process_group: x and mask are this rank's slice of the positions, split over the ranks of
             the group (see :mod:`da_triton.distributed`). ``torch.distributed.group.WORLD`` is None,
             and splits nothing, before ``init_process_group``. The gradients of the parameters are
@@ -239,8 +240,11 @@ def attend(
         )
     if mask is not None:
         checks.mask(mask, x, "x")
-    a, b, v = (call(conv, x) for conv in convolutions[:3])
     checks.flag(residual=residual)
+    checks.order(order, last is not None, options.get("backend", "auto"))
+    checks.recompute(recompute, options.get("backend", "auto"))
+    a, v = call(conv_a, x), call(conv_v, x)
+    b = call(conv_b, x, _shift_free(conv_b) if tracing.checkpointed() else None)
     y = double_attention(a, b, v, mask=mask, **options)
     if last is not None:
         y = call(last, y)
@@ -257,6 +261,14 @@ def fuses(order: str = "auto") -> bool:
     if tracing.exporting():
         return order not in ("auto", "AZ")
     return not tracing.checkpointed()
+
+
+def _shift_free(conv: Any) -> dict[str, Tensor] | None:
+    """Parameters of a plain ``convB`` whose bias has the gradient that it has in the fused block:
+    zero, without rounding, since a softmax over positions removes it."""
+    if not is_plain(conv) or conv.bias is None:
+        return None
+    return {"weight": conv.weight + conv.bias[:0].sum(), "bias": conv.bias.detach()}
 
 
 def check_input(layer: DoubleAttention, name: str, x: Tensor) -> None:
@@ -315,33 +327,54 @@ def is_pointwise(conv: Any) -> bool:
     )
 
 
-def call(child: nn.Module, x: Tensor) -> Tensor:
+def call(child: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """A convolution, or what replaced or wraps it, on maps with any number of position axes.
 
+    ``parameters``: used in place of its own.
+
     Raises:
-        ValueError: a convolution over several positions, for another number of axes.
+        ValueError: for another number of axes than two, a child with no convolution inside, and for
+            another number than its own, one that sees several positions at a time.
     """
     sizes = tracing.sizes(x)
     if 0 in sizes[2:]:  # PyTorch does not convolve without positions
         missing = [p for size in reversed(x.shape[2:]) for p in (0, int(size == 0))]
-        padded = call(child, nn.functional.pad(x, missing))
+        padded = call(child, nn.functional.pad(x, missing), parameters)
         inside = (slice(None), slice(None), *map(slice, x.shape[2:]))
         return padded[inside]
-    convolutions = _convolutions(child)
-    axes = len(convolutions[0].kernel_size) if convolutions else 2
-    if len(sizes) - 2 == axes:
-        return child(x)
-    for conv in convolutions:
-        if not is_pointwise(conv):
+    axes = _position_axes(child, len(sizes) - 2)
+    maps = x
+    if len(sizes) - 2 != axes:
+        maps = x.flatten(2)
+        for _ in range(1, axes):
+            maps = maps.unsqueeze(-1)
+    if parameters is None:
+        y = child(maps)
+    else:
+        y = torch.func.functional_call(child, parameters, (maps,))
+    return y if maps is x else y.reshape(*y.shape[:2], *x.shape[2:])
+
+
+def _position_axes(child: nn.Module, given: int) -> int:
+    """How many position axes a child takes, for maps that have ``given``."""
+    kernels = [m for m in child.modules() if getattr(m, "kernel_size", None) is not None]
+    axes = next((len(m.kernel_size) for m in kernels if isinstance(m.kernel_size, tuple)), None)
+    if given == axes or (axes is None and given == 2):
+        return given
+    if axes is None:
+        raise ValueError(
+            f"{type(child).__name__} replaces a convolution and has none inside, so it does not "
+            f"say how many position axes it takes; got maps with {given}. Give it a kernel_size "
+            f"like that of nn.Conv2d: {(1,) * given} to receive such maps as they are."
+        )
+    for m in kernels:
+        pointwise = is_pointwise(m) if isinstance(m, CONVOLUTIONS) else m.kernel_size == (1,) * axes
+        if not pointwise:
             raise ValueError(
-                f"a convolution over several positions takes maps with {axes} position axes, got "
-                f"{len(sizes) - 2}: {conv}. Replace it by one for maps of that rank."
+                f"a child that sees several positions at a time takes maps with {axes} position "
+                f"axes, got {given}: {m}. Replace it by one for maps of that rank."
             )
-    flat = x.flatten(2)
-    for _ in range(1, axes):
-        flat = flat.unsqueeze(-1)
-    y = child(flat)
-    return y.reshape(*y.shape[:2], *x.shape[2:])
+    return axes
 
 
 def _convolutions(child: nn.Module) -> list[Any]:
@@ -352,10 +385,15 @@ def _convolutions(child: nn.Module) -> list[Any]:
 
 
 def _channels(child: nn.Module) -> tuple[int | None, int | None]:
-    """How many channels a child takes and gives, by its first convolution."""
-    for conv in _convolutions(child):
-        weight = conv._parameters.get("weight")  # a parametrised one would be computed
-        if type(weight) in DENSE:
-            return tracing.sizes(weight)[1] * conv.groups, tracing.sizes(weight)[0]
-        return conv.in_channels, conv.out_channels
-    return None, None
+    """How many channels a child takes and gives, by its first and its last convolution."""
+    convolutions = _convolutions(child)
+    if not convolutions:
+        return None, None
+    return _channels_of(convolutions[0])[0], _channels_of(convolutions[-1])[1]
+
+
+def _channels_of(conv: Any) -> tuple[int, int]:
+    weight = conv._parameters.get("weight")  # a parametrised one would be computed
+    if type(weight) in DENSE and weight.dim() > 2:  # else sharded or offloaded: as constructed
+        return tracing.sizes(weight)[1] * conv.groups, tracing.sizes(weight)[0]
+    return conv.in_channels, conv.out_channels

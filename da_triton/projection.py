@@ -1,4 +1,4 @@
-"""Pointwise convolutions as one library product, in any memory format; channels split by head."""
+"""Pointwise convolutions as one GEMM, in any memory format; channels split by head."""
 
 import torch
 from torch import Tensor

@@ -28,7 +28,7 @@ def checkpointed() -> bool:
     if torch.compiler.is_compiling():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == checkpoint.__name__
+    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
 
 
 def unrecorded(function: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -98,6 +98,30 @@ def test_a_watcher_of_one_run_changes_no_gradient(watch, backend, make, reentran
         torch.testing.assert_close(found, plain)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 7), (2, 6, 3, 4), (2, 6, 2, 3, 4)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_bias_of_the_maps_has_a_gradient_of_zero(backend, shape):
+    block, x = DoubleAttention(6, 4, 4, backend=backend), torch.randn(shape)
+    checkpoint(block, x, use_reentrant=False).square().sum().backward()
+    assert block.convB.bias.grad.equal(torch.zeros(4))
+
+
+def test_hooks_on_saved_tensors_may_be_methods():
+    block, x = DoubleAttention(6, 4, 4, backend="torch"), torch.randn(2, 6, 3, 4)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.double, torch.Tensor.float):
+        y = block(x)
+    y.sum().backward()
+    assert block.convA.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("order", "ZA"), ("recompute", "maybe")])
+def test_options_are_checked_there_too(name, value):
+    block, x = DoubleAttention(6, 4, 4), torch.randn(2, 6, 3, 4)
+    setattr(block, name, value)
+    with pytest.raises(ValueError, match=f"{name} must be one of .* got '{value}'"):
+        checkpoint(block, x, use_reentrant=False)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_checkpoint_within_a_checkpoint(backend):
     torch.manual_seed(0)

@@ -36,10 +36,11 @@ class Adapter(nn.Module):
 
 
 class Opaque(nn.Module):
-    """No convolution to be found in it."""
+    """No convolution to be found in it, but its number of position axes."""
 
     def __init__(self, conv):
         super().__init__()
+        self.kernel_size = conv.kernel_size
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x):
@@ -112,6 +113,41 @@ def test_a_convolution_over_several_positions_needs_its_own_rank(layer):
     for positions in ((30,), (2, 3, 5)):
         with pytest.raises(ValueError, match=r"2 position axes, got \d: Conv2d\(8, 4, kernel_size"):
             layer(torch.randn(8, 8, *positions))
+
+
+@pytest.mark.parametrize("positions", [(30,), (2, 3, 5)])
+def test_a_child_without_a_convolution_says_how_many_axes_it_takes(layer, positions):
+    """Maps with their axes joined would give other results, and no error."""
+
+    class Shifted(nn.Module):
+        """The features of the position before, along the first axis."""
+
+        def __init__(self, conv):
+            super().__init__()
+            self.weight, self.bias = conv.weight.flatten(1), conv.bias
+
+        def forward(self, x):
+            y = torch.einsum("oc,nc...->no...", self.weight, x.roll(1, 2))
+            return y + self.bias.view(-1, *[1] * (x.dim() - 2))
+
+    x = torch.randn(2, 8, *positions)
+    plain, layer.convA = copy.deepcopy(layer), Shifted(layer.convA)
+    with pytest.raises(ValueError, match=r"Shifted replaces a convolution .* got maps with \d\."):
+        layer(x)
+    layer.convA.kernel_size = (1,) * len(positions)
+    a = layer.convA(x)
+    expected = plain(x).detach()
+    assert not torch.allclose(layer(x), expected)
+    layer.convA.register_forward_hook(lambda module, args, out: out.roll(-1, 2))
+    assert layer.convA(x).equal(a.roll(-1, 2))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_pooling_in_a_child_needs_its_own_rank(layer):
+    layer.convA = nn.Sequential(layer.convA, nn.MaxPool2d(3, 1, 1))
+    assert layer(torch.randn(2, 8, 5, 6)).shape == (2, 8, 5, 6)
+    with pytest.raises(ValueError, match=r"several positions .* got 3: MaxPool2d"):
+        layer(torch.randn(2, 8, 2, 3, 5))
 
 
 class Quantised(torch.Tensor):
@@ -190,6 +226,26 @@ def test_weights_cut_by_hand_count(layer):
         child.weight, child.bias = conv.weight, conv.bias
     assert (layer.in_channels, layer.c_m, layer.c_n) == (5, 4, 2)
     assert layer(torch.randn(2, 5, 3, 4)).shape == (2, 5, 3, 4)
+
+
+def test_weights_that_arrive_when_a_child_is_called(layer):
+    """As libraries that shard or offload leave them: empty until a hook of the child fills them."""
+    x = torch.randn(2, 8, 5, 6)
+    expected, weight = layer(x), layer.convA.weight.data
+    layer.convA.weight.data = torch.empty(0)
+    assert (layer.in_channels, layer.c_m) == (8, 6)
+    assert "8, c_m=6, c_n=4" in repr(layer)
+
+    def gather(conv, args):
+        conv.weight.data = weight
+
+    layer.convA.register_forward_pre_hook(gather)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_factors_of_a_convolution_give_what_the_last_one_gives(layer):
+    layer.convA = nn.Sequential(nn.Conv2d(8, 2, 1), nn.Conv2d(2, 6, 1))
+    assert (layer.in_channels, layer.c_m) == (8, 6)
 
 
 def test_a_residual_block_takes_the_channels_of_its_children():

@@ -1,8 +1,6 @@
 """Copies, pickles and wrappers of the layer behave like those of ``nn.Conv2d``."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -12,17 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from da_triton import DoubleAttention
 from da_triton.integrations import ResidualDoubleAttention, accelerate
-
-
-def saved(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def pickled(module):
-    return pickle.loads(pickle.dumps(module))
+from support.copies import WAYS
 
 
 class Copied(nn.Module):
@@ -54,7 +42,7 @@ X = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
 @each_layer
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("duplicate", WAYS)
 def test_a_copy_of_a_layer_compiled_in_place_runs_its_own_weights(make, duplicate):
     torch._dynamo.reset()
     layer = make()

@@ -109,7 +109,7 @@ def tangent_of_a_gradient(f, x):
         return forward_ad.unpack_dual(found).tangent
 
 
-REVERSE = {
+DERIVATIVES = {
     "jacrev": lambda f, x: jacrev(f)(x),
     "vmap_of_grad": lambda f, x: torch.vmap(grad(loss(f)))(two(x)),
     "vmap_of_jacrev": lambda f, x: torch.vmap(jacrev(f))(two(x)),
@@ -120,16 +120,15 @@ REVERSE = {
     "batched": batched,
     "batched_of_a_graph": batched_of_a_graph,
     "penalty_with_hooks": penalty_with_hooks,
-}
-FORWARD = {
+    # forward mode
     "jvp": lambda f, x: jvp(f, (x,), (x.flip(-1),)),
     "jacfwd": lambda f, x: jacfwd(f)(x),
-    "hessian": lambda f, x: torch.func.hessian(loss(f))(x),
+    "hessian_by_forward": lambda f, x: torch.func.hessian(loss(f))(x),
     "reverse_of_forward": lambda f, x: jacrev(jacfwd(loss(f)))(x),
     "forward_of_forward": lambda f, x: jacfwd(jacfwd(loss(f)))(x),
     "linearize": lambda f, x: linearize(f, x)[1](x.flip(-1)),
     "vmap_of_jacfwd": lambda f, x: torch.vmap(jacfwd(f))(two(x)),
-    "jacobian": lambda f, x: jacobian(f, x, vectorize=True, strategy="forward-mode"),
+    "jacobian_by_forward": lambda f, x: jacobian(f, x, vectorize=True, strategy="forward-mode"),
     "pulled": pulled,
     "tangent": tangent,
     "tangent_of_a_gradient": tangent_of_a_gradient,
@@ -147,21 +146,10 @@ def compare(ours, truth):
 @each_backend
 @each_function
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own operators
-@pytest.mark.parametrize("derivative", REVERSE)
-def test_reverse_mode(derivative, function, backend):
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(derivative, function, backend):
     x = torch.randn(1, 6, 4, device=DEVICE)
-    take = REVERSE[derivative]
-    ours = take(lambda x: function(x, backend), x)
-    compare(ours, take(lambda x: function(x, "eager"), x.double()))
-
-
-@each_backend
-@each_function
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("derivative", FORWARD)
-def test_forward_mode(derivative, function, backend):
-    x = torch.randn(1, 6, 4, device=DEVICE)
-    take = FORWARD[derivative]
+    take = DERIVATIVES[derivative]
     ours = take(lambda x: function(x, backend), x)
     compare(ours, take(lambda x: function(x, "eager"), x.double()))
 

@@ -43,7 +43,8 @@ def select(name: str, x: torch.Tensor) -> Backend:
 
     ``"auto"`` is Triton where it can run, else ``"torch"``, which is also what an exported program
     holds. A named backend is never exchanged for another: where it cannot run, RuntimeError says
-    why.
+    why. One exception: transforms that cannot follow the kernels (forward mode, ``torch.vmap`` in
+    the compiler) get the same function in ATen operations.
     """
     if name == "eager":
         return EAGER

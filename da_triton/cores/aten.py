@@ -16,7 +16,7 @@ from torch import Tensor
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
 from ..precision import accumulator, converted, lse_dtype
 
-# Weights 1/L of so many positions are normal numbers of float16, whose smallest is 2^-14.
+# The most positions whose weights 1/L are normal numbers in float16; the smallest is 2^-14.
 FLOAT16_POSITIONS = 2**14
 # Positions of one product on a CPU, in float32 or float64 and in half precision. Libraries add one
 # position after the other: 10^6 equal terms in one float32 sum are wrong by 10^-3.
@@ -115,7 +115,7 @@ def _kept_features(a, keep):
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """The maps' dtype, but float32 for so many positions of float16 that weights would underflow.
+    """The maps' dtype, but float32 where float16 has more positions than its weights can represent.
 
     A graph for any number of positions has the product that is right for all of them.
     """

@@ -47,9 +47,9 @@ from .cpu_products import (
     split,
     split_positions,
     times,
-    transformed,
+    watched,
 )
-from .operators import differentiable, unviewed
+from .operators import differentiable, unviewed, wants_graph
 
 
 class Weights(NamedTuple):
@@ -111,8 +111,7 @@ class Block(torch.autograd.Function):
         keep, x, *rest = ctx.saved_tensors
         weights, kept = rest[: len(Weights._fields)], iter(rest[len(Weights._fields) :])
         needs = ctx.needs_input_grad[3:]
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # is_grads_batched=True
-        if torch.is_grad_enabled() or batched or transformed():
+        if wants_graph(grad) or watched():
             return None, None, None, *differentiable(ctx.plain, (x, *weights), needs, grad)
         tokens, w = position_major(x), Weights(*weights)
         grad = lying_as(grad.transpose(1, 2), tokens)

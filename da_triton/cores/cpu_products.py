@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from .. import tracing
+from .operators import transformed
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
@@ -44,7 +44,7 @@ PIECE = piece_for(last_level_cache())
 
 def suits(tensors: list[Tensor]) -> bool:
     """Whether these are a CPU's plain tensors and nothing but autograd watches what is done."""
-    if torch.compiler.is_compiling() or tracing.exporting() or transformed():
+    if torch.compiler.is_compiling() or tracing.exporting() or watched():
         return False
     if tracing.checkpointed():  # a dispatch mode may be active in one run of the two
         return False
@@ -56,13 +56,9 @@ def suits(tensors: list[Tensor]) -> bool:
     )
 
 
-def transformed() -> bool:
+def watched() -> bool:
     """Whether a transform of ``torch.func``, forward-mode AD or a dispatch mode is active."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _python_dispatch._get_current_dispatch_mode() is not None
-    )
+    return transformed() or _python_dispatch._get_current_dispatch_mode() is not None
 
 
 def position_major(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ CLASSES: dict[type[nn.Module], type] = {}
 class Choice:
     """A formula that a layer may compute.
 
-    ``frames``: the axis of x over which it runs frame by frame; None if there is no such axis.
+    ``frames``: the axis of x over which it runs frame by frame; None for all at once.
     """
 
     family: str

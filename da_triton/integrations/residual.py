@@ -74,7 +74,12 @@ class ResidualDoubleAttention(nn.Module):
 
     def zero_init_last(self) -> None:
         """Zeros at the end of the block, if ``zero_init``. timm calls this after it has initialised
-        every convolution of a network again."""
+        every convolution of a network again.
+
+        Raises:
+            ValueError: the last weight is no longer a parameter (parametrised, or frozen in a
+                buffer). Nothing is changed then.
+        """
         if self.zero_init:
             for parameter in self._last_parameters():
                 nn.init.zeros_(parameter)
@@ -86,7 +91,13 @@ class ResidualDoubleAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """New values for everything in the block, distributed as the constructor's: the identity
-        again, if ``zero_init``."""
+        again, if ``zero_init``.
+
+        Raises:
+            ValueError: as :meth:`zero_init_last`.
+        """
+        if self.zero_init:
+            self._last_parameters()
         for child in self.children():
             _reset(child)
         self.zero_init_last()
@@ -103,7 +114,7 @@ class ResidualDoubleAttention(nn.Module):
         # lacks: norms with ones, and what it does not know with nothing at all.
         state = (*self.parameters(), *self.buffers())
         loaded = [t for t in state if getattr(t, "_is_hf_initialized", False)]
-        if len(loaded) < len(state):
+        if value and len(loaded) < len(state):
             values = [t.clone() for t in loaded]
             self.reset_parameters()
             for t, kept in zip(loaded, values, strict=True):
@@ -183,8 +194,8 @@ def _reset(module: nn.Module) -> None:
 def _dead(norm: Any) -> ValueError:
     return ValueError(
         f"zero_init needs a norm with a weight that learns, got {type(norm).__name__}, whose "
-        "weight is missing or frozen: the block would be the identity for ever. "
-        "Choose zero_init=False, or a norm with trainable parameters."
+        "weight is missing or frozen, or parametrised: it would not learn, or not stay zero. "
+        "Choose zero_init=False, a norm with trainable parameters, or remove the parametrisation."
     )
 
 

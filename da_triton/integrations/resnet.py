@@ -205,7 +205,11 @@ def _attend(path: str, module: nn.Module, args: Any, output: Any) -> Tensor:
 
 def _home(name: str, module: nn.Module) -> tuple[nn.Module, str]:
     """The module whose child the block after ``module`` becomes, and the block's name below
-    ``module``."""
+    ``module``.
+
+    A container that loops over its children would run another one, so the block belongs to its
+    first layer. A layer that loops over its own children in turn runs the block twice.
+    """
     if getattr(module.forward, "__func__", None) is nn.Module.forward:
         raise ValueError(
             f"{name!r} is a {type(module).__name__}, which is never called. Name the modules in it."

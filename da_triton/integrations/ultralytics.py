@@ -1,7 +1,7 @@
 """Double attention in Ultralytics' YOLO: names for YAML rows, and YAML files that use them.
 
 Ultralytics looks for the module of a YAML row among the globals of ``ultralytics.nn.tasks``; there
-is no other way in. :func:`register_ultralytics` puts the names there, and
+is only this way in. :func:`register_ultralytics` puts the names there, and
 ``python -m da_triton.integrations.yolo`` is the library's command line with the names. Two kinds of
 process get them with what they unpickle instead: one that reads a checkpoint, by the blocks in it,
 and a worker of distributed training, which may be given no more of a network than the path of its
@@ -33,6 +33,8 @@ class _Row(nn.Module):
         if arguments and isinstance(arguments[-1], dict):
             arguments, options = arguments[:-1], arguments[-1] | options
         if arguments and isinstance(arguments[0], list):
+            if len(arguments) < 2:
+                raise ValueError("ch must be followed by f, the number of a row: [ch, f].")
             channels, row = arguments[:2]
             arguments = (channels[row], *arguments[2:])
         super().__init__(*arguments, **options)
@@ -46,7 +48,7 @@ class _Row(nn.Module):
             return super().forward(x, mask)
         except ValueError as error:
             expected = next(self.parameters()).shape[1]
-            if x.shape[1] == expected:
+            if x.dim() < 2 or x.shape[1] == expected:
                 raise
             # The parser sets i and f, the numbers of a row and of the row that it reads, where the
             # row is not repeated.

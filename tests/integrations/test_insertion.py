@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import io
-import pickle
 from collections import OrderedDict
 
 import pytest
@@ -13,8 +11,10 @@ import torchvision
 from torch import nn
 
 from da_triton.integrations import ResidualDoubleAttention, insert_double_attention
+from support.copies import WAYS
 
 models = torchvision.models
+
 googlenet = functools.partial(models.googlenet, init_weights=False, aux_logits=False)
 vit = functools.partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=1)
 densenet = functools.partial(
@@ -239,14 +239,8 @@ def test_copies_files_and_compilation_of_a_container_with_a_block():
     x = image(64)
     with torch.no_grad():
         expected = model(x)
-        torch.save(model, buffer := io.BytesIO())
-        buffer.seek(0)
-        for twin in (
-            copy.deepcopy(model),
-            pickle.loads(pickle.dumps(model)),
-            torch.load(buffer, weights_only=False),
-        ):
-            assert torch.equal(twin(x), expected)
+        for duplicate in WAYS:
+            assert torch.equal(duplicate(model)(x), expected)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), expected)
         program = torch.export.export(model, (x,))

@@ -7,6 +7,7 @@ import timm.layers
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrFrozenBatchNorm2d
 
 from da_triton.integrations import ResidualDoubleAttention, insert_double_attention
@@ -194,6 +195,22 @@ def moved(norm, **options):
     for name, value in block.state_dict().items():
         value.fill_(7) if "tracked" in name else nn.init.uniform_(value, 2.0, 3.0)
     return block
+
+
+def test_a_block_marked_as_not_initialised_keeps_its_weights():
+    block = ResidualDoubleAttention(8, zero_init=False)
+    before = [t.clone() for t in block.state_dict().values()]
+    block._is_hf_initialized = False
+    assert all(map(torch.equal, block.state_dict().values(), before))
+
+
+def test_a_reset_that_cannot_end_in_zeros_changes_nothing():
+    block = ResidualDoubleAttention(8, norm=None)
+    parametrizations.weight_norm(block.attention.conv_reconstruct)
+    before = [t.clone() for t in block.state_dict().values()]
+    with pytest.raises(ValueError, match="or remove the parametrisation"):
+        block.reset_parameters()
+    assert all(map(torch.equal, block.state_dict().values(), before))
 
 
 @pytest.mark.parametrize("norm", NORMS)

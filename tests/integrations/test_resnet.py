@@ -1,8 +1,6 @@
 """Double attention in the ResNets of torchvision, timm and transformers."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import timm
@@ -20,6 +18,7 @@ from da_triton.integrations import (
     a2_resnet152,
     insert_double_attention,
 )
+from support.copies import WAYS
 from support.numerics import relative_rms
 
 PLACES = ["layer2.0", "layer2.2", "layer3.0", "layer3.2", "layer3.4"]
@@ -238,15 +237,8 @@ def test_copies_files_and_compilation():
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        for twin in (
-            copy.deepcopy(model),
-            pickle.loads(pickle.dumps(model)),
-            torch.load(buffer, weights_only=False),
-        ):
-            assert torch.equal(twin(x), expected)
+        for duplicate in WAYS:
+            assert torch.equal(duplicate(model)(x), expected)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert relative_rms(compiled(x), expected) < 1e-4
         fresh = insert_double_attention(small_torchvision()).eval()

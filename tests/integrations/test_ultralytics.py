@@ -277,6 +277,10 @@ def test_rows_with_channels_of_another_row(block, tmp_path):
 
 def test_other_errors_of_a_block_stay_as_they_are():
     block = ours.ResidualDoubleAttention(8)
+    with pytest.raises(ValueError, match=r"x must be \(N, channels, \*positions\)"):
+        block(torch.ones(3))
+    with pytest.raises(ValueError, match=r"ch must be followed by f"):
+        ours.ResidualDoubleAttention([8, 16])
     with pytest.raises(ValueError, match="mask") as caught:
         block(torch.rand(1, 8, 3, 3), torch.ones(1, 2, 2, dtype=torch.bool))
     assert "YAML" not in str(caught.value)
