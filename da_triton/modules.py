@@ -243,8 +243,9 @@ def attend(
     checks.flag(residual=residual)
     checks.order(order, last is not None, options.get("backend", "auto"))
     checks.recompute(recompute, options.get("backend", "auto"))
-    a, v = call(conv_a, x), call(conv_v, x)
+    a = call(conv_a, x)
     b = call(conv_b, x, _shift_free(conv_b) if tracing.checkpointed() else None)
+    v = call(conv_v, x)
     y = double_attention(a, b, v, mask=mask, **options)
     if last is not None:
         y = call(last, y)
