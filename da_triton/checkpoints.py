@@ -33,5 +33,6 @@ def adapt(state: MutableMapping[str, Tensor], prefix: str, own: Mapping[str, tor
 
 def _reshaped(value: Tensor, shape: torch.Size) -> Tensor:
     """``value`` in ``shape``, where they differ by trailing 1-axes only."""
-    same = value.shape[:2] == shape[:2] and value.numel() == shape.numel()
-    return value.reshape(shape) if same else value
+    if value.shape == shape or value.shape[:2] != shape[:2] or value.numel() != shape.numel():
+        return value  # a quantised weight of the right shape cannot be reshaped
+    return value.reshape(shape)

@@ -20,24 +20,36 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
         raise TypeError(f"{name} must be a torch.Tensor{kind}, got {type(x).__name__}.{hint}")
     if x.is_nested:
         raise TypeError(
-            f"{name} must not be a nested tensor. da_triton.packed joins maps of several sizes."
+            f"{name} must not be a nested tensor. Maps (C, *positions) of several sizes are joined "
+            f"by da_triton.packed.pack({name}.unbind())."
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}. Convert it with {name}.to_dense().")
+    if x.is_quantized:
+        raise TypeError(
+            f"{name} must not be quantised, got {x.dtype}. Convert it with {name}.dequantize()."
+        )
+
+
+def floating(name: str, x: Tensor) -> None:
+    """A tensor of a dtype that is computed in."""
+    tensor(name, x)
+    if x.dtype not in DTYPES:
+        # float() drops the imaginary part.
+        by = f"{name}.abs() or {name}.real" if x.is_complex() else f"{name}.float()"
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
+            f"Convert it with {by}."
+        )
 
 
 def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) -> None:
     """``(N, channels, *positions)`` with one to three position axes, floating, not empty."""
-    tensor(name, x)
+    floating(name, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{name} must be (N, channels, *positions) with 1, 2 or 3 position axes, "
             f"got shape {_shape(x)}. Add the missing axes, or flatten the extra ones."
-        )
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}. "
-            f"Convert it with {name}.float()."
         )
     if 0 in (x.shape[1:2] if may_have_no_positions else x.shape[1:]):
         what = "" if may_have_no_positions else " and one position"
@@ -52,10 +64,11 @@ def one_kind(**tensors: Tensor | None) -> None:
     given = {name: x for name, x in tensors.items() if x is not None}
     first, *others = given
     for name in others:
-        if given[name].dtype != given[first].dtype:
+        dtype, other = given[first].dtype, given[name].dtype
+        if other != dtype:
             raise TypeError(
-                f"{first} and {name} must share one dtype, got {given[first].dtype} and "
-                f"{given[name].dtype}. Convert one of them, or use torch.autocast."
+                f"{first} and {name} must share one dtype, got {dtype} and {other}. "
+                f"Convert it with {name}.to({dtype})."
             )
     one_device(**tensors)
 
@@ -127,13 +140,14 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
         tensor(name, x)
         if x.dim() != 3 or x.shape[0] != 1:
             raise ValueError(
-                f"with cu_seqlens, {name} must be (1, channels, total): all sequences behind each "
-                f"other, got shape {_shape(x)}. da_triton.packed.pack makes it from a list."
+                f"with cu_seqlens, {name} must be (1, channels, total), all sequences joined; got "
+                f"shape {_shape(x)}. da_triton.packed.pack makes it from a list."
             )
     tensor("cu_seqlens", offsets, " of int32 or int64", " Use torch.tensor(cu_seqlens).")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"cu_seqlens must be int32 or int64, got {offsets.dtype}. Convert it with .long()."
+            f"cu_seqlens must be int32 or int64, got {offsets.dtype}. "
+            "Convert it with cu_seqlens.long()."
         )
     if offsets.dim() != 1 or len(offsets) < 2:
         raise ValueError(
@@ -143,7 +157,7 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
     if offsets.device.type == "meta":
         raise RuntimeError("cu_seqlens must hold numbers, and is on meta. Keep it on the CPU.")
     ends = offsets.tolist()
-    advice = "Lengths become offsets by lengths.cumsum(0) behind a 0."
+    advice = "Make offsets of lengths with torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {ends[0]}. {advice}")
     for start, end in itertools.pairwise(ends):
@@ -160,11 +174,12 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
     return ends
 
 
-def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, batch: int) -> None:
+def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | None) -> None:
     """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the maps' dtype and device.
 
-    ``batch``: N, or the number of packed sequences.
+    ``sequences``: N of packed maps.
     """
+    batch = a.shape[0] if sequences is None else sequences
     if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
         raise TypeError(
             "extra must be a pair (extra_a, extra_b) of tensors (1 or N, channels, K), "
@@ -174,7 +189,7 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, batch: int) -> No
         ("extra[0]", "a", tokens[0], a),
         ("extra[1]", "b", tokens[1], b),
     ):
-        tensor(name, token)
+        floating(name, token)
         if (
             token.dim() != 3
             or token.shape[0] not in (1, batch)
@@ -216,12 +231,13 @@ def flag(**values: bool) -> None:
             raise TypeError(f"{name} must be True or False, got {kind.__name__}.")
 
 
-def descriptors(g: Tensor, v: Tensor, batch: int) -> None:
+def descriptors(g: Tensor, v: Tensor, sequences: int | None) -> None:
     """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32.
 
-    ``batch``: N, or the number of packed sequences.
+    ``sequences``: N of packed maps.
     """
-    tensor("g", g)
+    batch = v.shape[0] if sequences is None else sequences
+    floating("g", g)
     if g.dim() != 4 or 0 in g.shape[1:]:
         raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
     if batch == v.shape[0]:
@@ -238,7 +254,7 @@ def descriptors(g: Tensor, v: Tensor, batch: int) -> None:
     if g.dtype not in (v.dtype, torch.float32) or (g.dtype != v.dtype and v.dtype == torch.float64):
         raise TypeError(
             f"g must have v's dtype, or float32 beside lower-precision maps; got {g.dtype} "
-            f"and {v.dtype}."
+            f"and {v.dtype}. Convert it with g.to({v.dtype})."
         )
     one_device(g=g, v=v)
 
@@ -251,10 +267,11 @@ def positive(**values: int) -> None:
             raise ValueError(f"{name} must be below 2³¹.")
 
 
-def layer_input(name: str, x: Tensor, channels: int, group=None) -> None:
-    """A feature map of the layer's channels; a rank of a process group may have no position."""
+def layer_input(name: str, x: Tensor, channels: int | None, group=None) -> None:
+    """A feature map of the layer's channels, where these are known; a rank of a process group may
+    have no position."""
     feature_map(name, x, may_have_no_positions=group is not None)
-    if x.shape[1] != channels:
+    if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels (axis 1), got shape {_shape(x)}.")
 
 
@@ -312,9 +329,9 @@ def process_group(group, backend: str, order: str = "auto") -> None:
         )
 
 
-def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
-    """A pointwise weight as ``(out, in)``, from that or with trailing 1-axes."""
-    tensor(name, w)
+def weight(name: str, w: Tensor, in_channels: int) -> None:
+    """A pointwise weight ``(out, in)``, perhaps with trailing 1-axes."""
+    floating(name, w)
     if w.dim() < 2 or any(size != 1 for size in w.shape[2:]) or 0 in w.shape:
         raise ValueError(
             f"{name} must be (out, in), perhaps with trailing axes of size 1 as a pointwise "
@@ -322,13 +339,13 @@ def weight(name: str, w: Tensor, in_channels: int) -> Tensor:
         )
     if w.shape[1] != in_channels:
         raise ValueError(f"{name} must take {in_channels} channels, got shape {_shape(w)}.")
-    return w.flatten(1)
 
 
 def bias(name: str, b: Tensor | None, channels: int) -> None:
     if b is None:
         return
     tensor(name, b, " or None")
+    floating(name, b)
     if tuple(b.shape) != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {_shape(b)}.")
 
@@ -336,11 +353,11 @@ def bias(name: str, b: Tensor | None, channels: int) -> None:
 def block_weights(
     x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
 ):
-    """The block's weights by name, as ``(out, in)`` matrices that fit each other and x."""
+    """The block's weights, which fit each other and x."""
     channels = x.shape[1]
-    weight_a = weight("weight_a", weight_a, channels)
-    weight_b = weight("weight_b", weight_b, channels)
-    weight_v = weight("weight_v", weight_v, channels)
+    weight("weight_a", weight_a, channels)
+    weight("weight_b", weight_b, channels)
+    weight("weight_v", weight_v, channels)
     c_m, c_n = weight_a.shape[0], weight_b.shape[0]
     if weight_v.shape[0] != c_n:
         raise ValueError(
@@ -352,7 +369,7 @@ def block_weights(
     bias("bias_v", bias_v, c_n)
     out_channels = c_m
     if weight_out is not None:
-        weight_out = weight("weight_out", weight_out, c_m)
+        weight("weight_out", weight_out, c_m)
         out_channels = weight_out.shape[0]
         bias("bias_out", bias_out, out_channels)
     elif bias_out is not None:
@@ -362,10 +379,6 @@ def block_weights(
             f"residual=True adds x, so the block must give x's {channels} channels; it gives "
             f"{out_channels}."
         )
-    return {
-        "weight_a": weight_a, "bias_a": bias_a, "weight_b": weight_b, "bias_b": bias_b,
-        "weight_v": weight_v, "bias_v": bias_v, "weight_out": weight_out, "bias_out": bias_out,
-    }  # fmt: skip
 
 
 def _shape(x: Tensor) -> tuple:

@@ -8,7 +8,8 @@ The core works on ``(N, heads, channels, positions)``; the block on ``(N, channe
 
 import torch
 
-from .precision import accumulator
+from .precision import accumulator, converted
+from .projection import split_heads
 
 
 def gather_weights(b, keep=None, logit_scale=1.0):
@@ -74,7 +75,7 @@ def exponentials(logits, masked):
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z = scale · G Q``: every position's mixture of the n descriptors."""
-    return scale * (g.to(v.dtype) @ distribution_weights(v, softmax, logit_scale))
+    return scale * (converted(g, v.dtype) @ distribution_weights(v, softmax, logit_scale))
 
 
 def block(
@@ -90,11 +91,8 @@ def block(
         out = weight @ maps
         return out if bias is None else out + bias[:, None]
 
-    def split_heads(maps):
-        return maps.unflatten(1, (heads, -1))
-
     def project(weight, bias):
-        return split_heads(convolution(x, weight, bias))
+        return split_heads(convolution(x, weight, bias), heads)
 
     a, b, v = project(weight_a, bias_a), project(weight_b, bias_b), project(weight_v, bias_v)
     g = gather(a, b, keep=keep, logit_scale=logit_scale)

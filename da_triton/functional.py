@@ -1,6 +1,7 @@
 """The public functions: checks, autocast, choice of backend and order, shapes in and out."""
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from . import checks, cores, distributed, eager, packed
 from .cores.operators import transformed
-from .tracing import constant
+from .projection import split_heads
+from .tracing import constant, exporting, sizes, unrecorded
 
 
 def gather(
@@ -54,7 +56,7 @@ def gather(
         RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
+    unrecorded(_check_gather, a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
     offsets = _offsets(cu_seqlens, process_group, a=a, b=b)
     a, b = _autocast(a, b)
     checks.one_kind(a=a, b=b)
@@ -80,7 +82,7 @@ def gather_part(
     Arguments and errors as :func:`gather`.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask)
+    unrecorded(_check_gather, a, b, heads, logit_scale, mask)
     a, b = _autocast(a, b)
     checks.one_kind(a=a, b=b)
     core = cores.select(backend, b)
@@ -118,18 +120,19 @@ def distribute(
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
     checks.backend(backend)
-    checks.feature_map("v", v, may_have_no_positions=cu_seqlens is not None)
+    some = cu_seqlens is not None
+    unrecorded(checks.feature_map, "v", v, may_have_no_positions=some)
     checks.number(scale=scale, logit_scale=logit_scale)
     checks.flag(softmax=softmax)
     offsets = _offsets(cu_seqlens, None, v=v)
     (v,) = _autocast(v)
-    checks.descriptors(g, v, v.shape[0] if offsets is None else len(offsets) - 1)
+    unrecorded(checks.descriptors, g, v, None if offsets is None else len(offsets) - 1)
     core = _select(backend, v, None, offsets)
     with _autocast_off(v):
         z = core.distribute(
-            g, _by_head(v, g.shape[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
+            g, _by_head(v, sizes(g)[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
         )
-    return _positions_of(z.flatten(1, 2), v)
+    return _positions_of(z, v, v.shape[0])
 
 
 def double_attention(
@@ -176,37 +179,30 @@ def double_attention(
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
     checks.backend(backend)
-    _check_gather(a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
+    unrecorded(_check_gather, a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
     some = process_group is not None or cu_seqlens is not None
-    checks.feature_map("v", v, may_have_no_positions=some)
-    checks.heads(heads, v=v.shape[1])
-    checks.same_batch("b", b, "v", v)
-    if v.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
-        )
-    checks.number(logit_scale_v=logit_scale_v, scale=scale)
-    checks.flag(softmax_v=softmax_v)
+    unrecorded(_check_distribute, b, v, heads, logit_scale_v, scale, softmax_v, some)
     offsets = _offsets(cu_seqlens, process_group, a=a, b=b, v=v)
     batch = a.shape[0] if offsets is None else len(offsets) - 1
     if extra is not None:
-        checks.extra(extra, a, b, batch)
+        unrecorded(checks.extra, extra, a, b, None if offsets is None else batch)
     a, b, v, *tokens = _autocast(a, b, v, *(extra or ()))
     checks.one_kind(a=a, b=b, v=v, **dict(zip(("extra_a", "extra_b"), tokens, strict=False)))
     core = _select(backend, b, process_group, offsets)
+    n = a.shape[0]
     with _autocast_off(a):
         tokens = [_by_head(token.expand(batch, -1, -1), heads) for token in tokens]
         g = core.gather(
-            _by_head(a, heads),
-            _by_head(b, heads),
+            _by_head(a, heads, n),
+            _by_head(b, heads, n),
             keep=_keep(mask),
             extra=tokens or None,
             logit_scale=logit_scale,
         )
         z = core.distribute(
-            g, _by_head(v, heads), scale=scale, softmax=softmax_v, logit_scale=logit_scale_v
+            g, _by_head(v, heads, n), scale=scale, softmax=softmax_v, logit_scale=logit_scale_v
         )
-    return _positions_of(z.flatten(1, 2), v)
+    return _positions_of(z, v, n)
 
 
 def double_attention_block(
@@ -268,21 +264,26 @@ def double_attention_block(
     """
     checks.backend(backend)
     checks.recompute(recompute, backend)
-    checks.feature_map("x", x, may_have_no_positions=process_group is not None)
+    unrecorded(checks.feature_map, "x", x, may_have_no_positions=process_group is not None)
     checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
     checks.flag(softmax_v=softmax_v, residual=residual)
-    weights = checks.block_weights(
-        x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, residual
-    )
+    weights: dict[str, Any] = {
+        "weight_a": weight_a, "bias_a": bias_a, "weight_b": weight_b, "bias_b": bias_b,
+        "weight_v": weight_v, "bias_v": bias_v, "weight_out": weight_out, "bias_out": bias_out,
+    }  # fmt: skip
+    unrecorded(checks.block_weights, x, **weights, residual=residual)
     reconstruct = weight_out is not None
     checks.order(order, reconstruct, backend)
     if process_group is not None:
         checks.process_group(process_group, backend, order)
-    c_m, c_n = weight_a.shape[0], weight_b.shape[0]
-    checks.heads(heads, weight_a=c_m, weight_b=c_n)
+    checks.heads(heads, weight_a=sizes(weight_a)[0], weight_b=sizes(weight_b)[0])
     if mask is not None:
-        checks.mask(mask, x, "x")
-    cast, *values = _autocast(x, *weights.values())
+        unrecorded(checks.mask, mask, x, "x")
+    matrices = (
+        w.flatten(1) if name.startswith("weight") and w is not None else w
+        for name, w in weights.items()
+    )
+    cast, *values = _autocast(x, *matrices)
     weights = dict(zip(weights, values, strict=True))
     checks.one_kind(x=cast, **weights)
 
@@ -302,12 +303,12 @@ def double_attention_block(
             out = eager.block(inputs, **weights, **options)
         else:
             unused = weights.pop("bias_b")
-            # A trace is checked without gradients, and must be the same then.
-            wanted = torch.is_grad_enabled() and not torch.jit.is_tracing()
+            # An exported program has no gradients, and a trace of it is checked without them.
+            wanted = torch.is_grad_enabled() and not exporting()
             if unused is not None and wanted:
                 weights["weight_b"] = _zero_gradient(weights["weight_b"], unused)
             out = core.block(inputs, weights, order=order, recompute=recompute, **options)
-    return _positions_of(out, x)
+    return _positions_of(out, x, x.shape[0])
 
 
 def _check_gather(
@@ -323,6 +324,18 @@ def _check_gather(
     checks.number(logit_scale=logit_scale)
     if mask is not None:
         checks.mask(mask, a, "a")
+
+
+def _check_distribute(b, v, heads, logit_scale_v, scale, softmax_v, may_have_no_positions):
+    checks.feature_map("v", v, may_have_no_positions=may_have_no_positions)
+    checks.heads(heads, v=v.shape[1])
+    checks.same_batch("b", b, "v", v)
+    if v.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
+        )
+    checks.number(logit_scale_v=logit_scale_v, scale=scale)
+    checks.flag(softmax_v=softmax_v)
 
 
 def _offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor) -> list[int] | None:
@@ -344,12 +357,16 @@ def _select(
     return core if process_group is None else distributed.split(core, process_group)
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
+def _by_head(x: Tensor, heads: int, batch: int | None = None) -> Tensor:
     """``(N, heads·c, *positions)`` as ``(N, heads, c, L)``.
 
-    A view, unless the positions are not evenly spaced in memory (a crop of inner axes).
+    A view, unless the positions are not evenly spaced in memory (a crop of inner axes). ``batch``:
+    N, which an exported program then reads once for several maps.
     """
-    return x.flatten(2).unflatten(1, (heads, -1))
+    if exporting():  # where the batch is never empty, one operation does it
+        batch = x.shape[0] if batch is None else batch
+        return x.reshape(batch, heads, sizes(x)[1] // heads, -1)
+    return split_heads(x.flatten(2), heads)
 
 
 def _keep(mask: Tensor | None) -> Tensor | None:
@@ -357,9 +374,10 @@ def _keep(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.flatten(1)
 
 
-def _positions_of(z: Tensor, like: Tensor) -> Tensor:
-    """``(N, channels, L)`` with the position axes and the memory format of ``like``."""
-    z = z.reshape(*z.shape[:2], *like.shape[2:])  # a traced unflatten would fix the sizes
+def _positions_of(z: Tensor, like: Tensor, batch: int) -> Tensor:
+    """``(N, [heads,] channels, L)`` with the position axes and the memory format of ``like``."""
+    channels = math.prod(sizes(z)[1:-1])
+    z = z.reshape(batch, channels, *like.shape[2:])
     if like.stride(1) == 1 and like.stride(-1) != 1:
         return z.movedim(1, -1).contiguous().movedim(-1, 1)
     return z.contiguous()

@@ -1,13 +1,14 @@
 """``DoubleAttention``: the block as a layer, with the parameters of the widely used ones."""
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from . import checkpoints, checks, distributed, eager
+from . import checkpoints, checks, distributed, eager, tracing
 from .functional import double_attention, double_attention_block
 
 
@@ -38,13 +39,15 @@ class DoubleAttention(nn.Module):
             then this rank's share of them, for a loss that is the sum of the ranks' losses: add
             them up with ``torch.distributed.all_reduce(p.grad, group=process_group)``, or wrap the
             model in DistributedDataParallel and multiply the loss by the number of ranks, whose
-            mean it takes. A copy of the module shares the group; a pickle of it is refused.
+            mean it takes. A copy of the module shares the group; pickling it is a TypeError.
         device, dtype: of the parameters.
 
     The children ``convA``, ``convB``, ``convV`` and ``conv_reconstruct`` are real
-    ``nn.Conv2d(…, 1)``. A child that carries hooks or a parametrisation, or has been replaced, is
-    called as a module, and only the core is accelerated. State dicts of the common implementations
-    load: see ``da_triton.checkpoints``.
+    ``nn.Conv2d(…, 1)``. A child that has hooks, a parametrisation or quantised weights, or has been
+    replaced or wrapped, is called as a module, and only the core is accelerated; so are all of them
+    in an exported program and under ``torch.utils.checkpoint``. ``in_channels``, ``c_m`` and
+    ``c_n`` are what the children have: pruning them changes these. State dicts of the common
+    implementations load: see ``da_triton.checkpoints``.
 
     Example:
         >>> block = DoubleAttention(64, residual=True)
@@ -93,9 +96,6 @@ class DoubleAttention(nn.Module):
                 "residual=True without reconstruct needs c_m == in_channels, got "
                 f"c_m={c_m} and in_channels={in_channels}."
             )
-        self.in_channels = in_channels
-        self.c_m = c_m
-        self.c_n = c_n
         self.reconstruct = reconstruct
         self.heads = heads
         self.logit_scale = logit_scale
@@ -120,7 +120,7 @@ class DoubleAttention(nn.Module):
         ``mask``: bool, ``(N, *positions)`` or ``(N, 1, *positions)``, True where a position takes
         part in the gather.
         """
-        checks.layer_input("x", x, self.in_channels, self.process_group)
+        check_input(self, "x", x)
         convolutions = (self.convA, self.convB, self.convV, self.conv_reconstruct)
         options = {name: getattr(self, name) for name in OPTIONS}
         return attend(x, *convolutions, mask=mask, **options)
@@ -135,12 +135,12 @@ class DoubleAttention(nn.Module):
         (TF32 by default); ``forward`` follows ``torch.backends.cuda.matmul.fp32_precision``. With a
         process group, P sums to 1 over the positions of all ranks and carries no gradient.
         """
-        checks.layer_input("x", x, self.in_channels, self.process_group)
+        check_input(self, "x", x)
         if mask is not None:
             checks.mask(mask, x, "x")
             mask = mask.flatten(1)
         b, v = (
-            _call(conv, x).flatten(2).unflatten(1, (self.heads, -1))
+            call(conv, x).flatten(2).unflatten(1, (self.heads, -1))
             for conv in (self.convB, self.convV)
         )
         if self.process_group is None:
@@ -160,27 +160,41 @@ class DoubleAttention(nn.Module):
                 text += f", {name}={value!r}"
         return text
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DoubleAttention":
-        """A copy in the same process group, which cannot be copied."""
-        if self.process_group is not None:
-            memo[id(self.process_group)] = self.process_group
-        copied = memo[id(self)] = self.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+    @property
+    def in_channels(self) -> int | None:
+        """Channels that ``convA`` takes; None if it was replaced by a module that does not say."""
+        return _channels(self.convA)[0]
 
-    def __copy__(self) -> "DoubleAttention":
-        copied = self.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
+    @property
+    def c_m(self) -> int | None:
+        """Channels that ``convA`` gives."""
+        return _channels(self.convA)[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self.process_group is not None:
-            raise TypeError(
-                "A DoubleAttention with a process group cannot be pickled: the group belongs to "
-                "this process. Save its state_dict(), or set process_group = None first and give "
-                "the loaded module its group."
-            )
-        return self.__dict__
+    @property
+    def c_n(self) -> int | None:
+        """Channels that ``convB`` gives: the number of maps."""
+        return _channels(self.convB)[1]
+
+    @property
+    def process_group(self) -> Any:
+        """The group whose ranks hold the positions, or None."""
+        return None if self._group is None else self._group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._group = None if group is None else _Group(group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoubleAttention":
+        def of_any_rank(t: Tensor) -> Tensor:
+            try:
+                return fn(t)
+            except RuntimeError:
+                if t.dim() != 4:
+                    raise
+                # A network of videos goes to channels_last_3d, which takes 5-D weights only.
+                return fn(t.unsqueeze(-1)).squeeze(-1)
+
+        return super()._apply(of_any_rank, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         own = {name: p.shape for name, p in self.named_parameters()}
@@ -188,15 +202,35 @@ class DoubleAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _Group:
+    """A process group as a layer holds it: copies share it, since it belongs to this process."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __copy__(self) -> "_Group":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Group":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A DoubleAttention with a process group cannot be pickled: the group belongs to this "
+            "process. Save its state_dict(), or set process_group = None first and give the loaded "
+            "module its group."
+        )
+
+
 def attend(
     x: Tensor, conv_a: nn.Module, conv_b: nn.Module, conv_v: nn.Module, last: nn.Module | None, *,
     residual: bool = False, mask: Tensor | None = None, order: str = "auto",
     recompute: bool | str = "auto", **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The block with these convolutions: as one operation, or, where a module has to be called (it
-    carries hooks, say), as modules around the core."""
+    """The block with these convolutions: as one operation where they are plain, else as modules
+    around the core."""
     convolutions = (conv_a, conv_b, conv_v, last)
-    if all(conv is None or is_plain(conv) for conv in convolutions):
+    if fuses(order) and all(conv is None or is_plain(conv) for conv in convolutions):
         weights: list[Any] = []
         for conv in convolutions:
             weights += [None, None] if conv is None else [conv.weight, conv.bias]
@@ -205,12 +239,29 @@ def attend(
         )
     if mask is not None:
         checks.mask(mask, x, "x")
-    a, b, v = (_call(conv, x) for conv in convolutions[:3])
+    a, b, v = (call(conv, x) for conv in convolutions[:3])
     checks.flag(residual=residual)
     y = double_attention(a, b, v, mask=mask, **options)
     if last is not None:
-        y = _call(last, y)
+        y = call(last, y)
     return x + y if residual else y
+
+
+def fuses(order: str = "auto") -> bool:
+    """Whether plain convolutions may be part of one operation.
+
+    Not in an exported program, where quantisers and runtimes look for convolutions of parameters,
+    unless another order than the paper's was asked for. Not under ``torch.utils.checkpoint``, which
+    compares the tensors saved by two runs: these must not depend on who watches each run.
+    """
+    if tracing.exporting():
+        return order not in ("auto", "AZ")
+    return not tracing.checkpointed()
+
+
+def check_input(layer: DoubleAttention, name: str, x: Tensor) -> None:
+    """A feature map of the layer's channels; a rank of a process group may have no position."""
+    tracing.unrecorded(checks.layer_input, name, x, layer.in_channels, layer.process_group)
 
 
 # Options of the block, kept as attributes of the layer, and their defaults.
@@ -228,6 +279,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Weights with every operation. Other subclasses, quantised ones, have what their module needs.
+DENSE = (Tensor, nn.Parameter, FakeTensor)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -238,7 +291,12 @@ _HOOKS = (
 
 def is_plain(conv: nn.Module) -> bool:
     """Whether using the weight directly equals calling the module, to everyone who watches it."""
-    return type(conv) in CONVOLUTIONS and is_pointwise(conv) and is_unobserved(conv)
+    return (
+        type(conv) in CONVOLUTIONS
+        and is_pointwise(conv)
+        and is_unobserved(conv)
+        and (type(conv.weight) in DENSE or type(conv.weight).__name__ == "DTensor")
+    )
 
 
 def is_unobserved(module: nn.Module) -> bool:
@@ -257,13 +315,47 @@ def is_pointwise(conv: Any) -> bool:
     )
 
 
-def _call(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution module on its input; a pointwise Conv2d on any number of position axes."""
-    if 0 in x.shape[2:]:  # PyTorch refuses to convolve nothing
+def call(child: nn.Module, x: Tensor) -> Tensor:
+    """A convolution, or what replaced or wraps it, on maps with any number of position axes.
+
+    Raises:
+        ValueError: a convolution over several positions, for another number of axes.
+    """
+    sizes = tracing.sizes(x)
+    if 0 in sizes[2:]:  # PyTorch does not convolve without positions
         missing = [p for size in reversed(x.shape[2:]) for p in (0, int(size == 0))]
-        padded = _call(conv, nn.functional.pad(x, missing))
+        padded = call(child, nn.functional.pad(x, missing))
         inside = (slice(None), slice(None), *map(slice, x.shape[2:]))
         return padded[inside]
-    if x.dim() == 4 or not (isinstance(conv, nn.Conv2d) and is_pointwise(conv)):
-        return conv(x)
-    return conv(x.flatten(2).unsqueeze(-1)).flatten(2).unflatten(2, x.shape[2:])
+    convolutions = _convolutions(child)
+    axes = len(convolutions[0].kernel_size) if convolutions else 2
+    if len(sizes) - 2 == axes:
+        return child(x)
+    for conv in convolutions:
+        if not is_pointwise(conv):
+            raise ValueError(
+                f"a convolution over several positions takes maps with {axes} position axes, got "
+                f"{len(sizes) - 2}: {conv}. Replace it by one for maps of that rank."
+            )
+    flat = x.flatten(2)
+    for _ in range(1, axes):
+        flat = flat.unsqueeze(-1)
+    y = child(flat)
+    return y.reshape(*y.shape[:2], *x.shape[2:])
+
+
+def _convolutions(child: nn.Module) -> list[Any]:
+    """The convolutions in a child: itself, or those inside of a wrapper such as LoRA's."""
+    if type(child) in CONVOLUTIONS:
+        return [child]
+    return [module for module in child.modules() if isinstance(module, CONVOLUTIONS)]
+
+
+def _channels(child: nn.Module) -> tuple[int | None, int | None]:
+    """How many channels a child takes and gives, by its first convolution."""
+    for conv in _convolutions(child):
+        weight = conv._parameters.get("weight")  # a parametrised one would be computed
+        if type(weight) in DENSE:
+            return tracing.sizes(weight)[1] * conv.groups, tracing.sizes(weight)[0]
+        return conv.in_channels, conv.out_channels
+    return None, None

@@ -30,16 +30,21 @@ def mask_from_sizes(
 
     Raises:
         ValueError: sizes below 0 or over ``shape``, or of another number of axes.
-        TypeError: sizes that are no integers.
+        TypeError: sizes that are not integers.
 
     Example:
         >>> mask_from_sizes([(1, 2), (2, 1)], (2, 2)).int().tolist()
         [[[1, 1], [0, 0]], [[1, 0], [1, 0]]]
     """
     shape = tuple(shape)
+    if device is None:  # as_tensor would move sizes to the default device
+        device = sizes.device if isinstance(sizes, Tensor) else "cpu"
     given = torch.as_tensor(sizes, device=device)
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"sizes must be integers, got {given.dtype}.")
+        raise TypeError(
+            f"sizes must be integers, got {given.dtype}. Convert them with "
+            "torch.as_tensor(sizes).long()."
+        )
     if not 1 <= len(shape) <= 3 or given.dim() != 2 or given.shape[1] != len(shape):
         raise ValueError(
             "sizes must be (N, axes) and shape have as many axes, 1 to 3, got sizes of shape "
@@ -82,7 +87,7 @@ def pack(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         checks.one_kind(**{"maps[0]": maps[0], f"maps[{i}]": x})
     rows = [x.flatten(1) for x in maps]
     offsets = [0, *itertools.accumulate(x.shape[1] for x in rows)]
-    return torch.cat(rows, 1)[None], torch.tensor(offsets)
+    return torch.cat(rows, 1)[None], torch.tensor(offsets, device="cpu")
 
 
 def unpack(

@@ -16,6 +16,11 @@ def lse_dtype(dtype):
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
+def converted(x, dtype):
+    """``x`` in ``dtype``: what has it already leaves no conversion in an exported program."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 @contextlib.contextmanager
 def matmul_precision(wanted):
     """PyTorch's switch for products of float32 on a GPU, "ieee" or "tf32", for a while."""

@@ -1,7 +1,17 @@
-"""Pointwise convolutions as one library product, in any memory format."""
+"""Pointwise convolutions as one library product, in any memory format; channels split by head."""
 
 import torch
 from torch import Tensor
+
+from . import tracing
+
+
+def split_heads(x: Tensor, heads: int, axis: int = 1) -> Tensor:
+    """A view whose ``axis`` of heads·c channels is two: heads, and c."""
+    if heads == 1:
+        return x.unsqueeze(axis)
+    channels = tracing.sizes(x)[axis] // heads
+    return x.reshape(*x.shape[:axis], heads, channels, *x.shape[axis + 1 :])
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:

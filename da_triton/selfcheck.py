@@ -199,7 +199,7 @@ def run(case, dtype, masked, device, every=False):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     x = normal(2, case.channels, case.length)
     x = x.mT.contiguous().mT if case.channels_last else x
@@ -210,7 +210,8 @@ def run(case, dtype, masked, device, every=False):
     )
     keep = None
     if masked:
-        keep = (torch.rand(2, case.length, generator=generator) < 0.7).to(device, torch.uint8)
+        kept = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
+        keep = kept.to(device, torch.uint8)
     options = block.Options(case.heads, 1.0, 1.0, 1.0, True, True)
     with torch.no_grad(), matmul_precision(precision):
         for route, keep_v in _routes(x, case, every):

@@ -5,7 +5,9 @@ The softmax over positions is taken over all frames seen so far. Per map, ``maxi
 over positions with logit x and features a. Two sets of positions merge by rescaling to the larger
 pivot (the online softmax of Milakov and Gimelshein, arXiv 1805.02867), ``G = weighted / total``:
 
-    μ' = max(μ₁, μ₂)    total' = total₁·exp(μ₁ − μ') + total₂·exp(μ₂ − μ')    weighted' likewise
+    μ' = max(μ₁, μ₂)    total' = total₁·exp(μ₁ − μ') + total₂·exp(μ₂ − μ')
+
+and ``weighted'`` in the same way.
 
 All frames at once give the same G up to rounding. A state is as large after a million frames as
 after one; a window of W frames holds at most W + 1 of them.
@@ -18,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import checks
+from . import checks, precision
 from .functional import distribute, gather_part
-from .modules import DoubleAttention, _call
+from .modules import DoubleAttention, call, check_input
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +33,9 @@ class Descriptors:
 
     Sums are float32, and float64 for float64 maps, whatever the dtype of the frames. Gradients flow
     through ``update``, ``merge`` and ``read`` to every frame seen; :meth:`detach` cuts them off,
-    and without it under gradients memory grows with the frames. Can be pickled.
+    and without it under gradients memory grows with the frames. A deep copy is the state itself.
+    ``pickle`` and ``torch.save`` keep the values without the graph; ``torch.load`` reads them with
+    its default ``weights_only=True``, once this module is imported.
 
     Example:
         >>> state = Descriptors.init(1, 8, 4)
@@ -41,7 +45,9 @@ class Descriptors:
         torch.Size([1, 1, 8, 4])
     """
 
-    maximum: Tensor  # (N, heads, n): a constant to autograd, as G does not depend on the pivot
+    # (N, heads, n), float64: a float32 would lose digits of exp(logit − maximum) with every shift.
+    # A constant to autograd, as G does not depend on it.
+    maximum: Tensor
     total: Tensor  # (N, heads, n)
     weighted: Tensor  # (N, heads, m, n)
 
@@ -60,14 +66,10 @@ class Descriptors:
         ``dtype``: float32, or float64 for float64 frames.
         """
         checks.positive(m=m, n=n, heads=heads)
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"dtype must be torch.float32 or torch.float64, got {dtype}. Sums of float16 and "
-                "bfloat16 frames are float32."
-            )
+        _check_dtype(dtype)
         kind: dict[str, Any] = {"dtype": dtype, "device": device}
         return Descriptors(
-            torch.full((batch, heads, n), -torch.inf, **kind),
+            torch.full((batch, heads, n), -torch.inf, dtype=torch.float64, device=device),
             torch.zeros((batch, heads, n), **kind),
             torch.zeros((batch, heads, m, n), **kind),
         )
@@ -85,7 +87,7 @@ class Descriptors:
         """The state of one frame alone; arguments as :func:`da_triton.gather`."""
         options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
         g, maximum, total = gather_part(a, b, heads=heads, **options)
-        return Descriptors(maximum, total, g * total[:, :, None])
+        return Descriptors(maximum.double(), total, g * total[:, :, None])
 
     def update(
         self,
@@ -109,7 +111,7 @@ class Descriptors:
         """Of the positions of both, which must not overlap.
 
         Raises:
-            TypeError: ``other`` is no state, or its dtype differs.
+            TypeError: ``other`` is not a state, or its dtype differs.
             ValueError: another batch, heads, features or maps.
             RuntimeError: another device.
         """
@@ -117,7 +119,9 @@ class Descriptors:
         with torch.no_grad():
             maximum = torch.maximum(self.maximum, other.maximum)
             pivot = maximum.masked_fill(maximum == -torch.inf, 0)  # −inf − (−inf) would be NaN
-            old, new = (self.maximum - pivot).exp(), (other.maximum - pivot).exp()
+            old, new = (
+                (state.maximum - pivot).exp().to(state.total.dtype) for state in (self, other)
+            )
         return Descriptors(
             maximum,
             self.total * old + other.total * new,
@@ -130,15 +134,12 @@ class Descriptors:
         Before each update, it gives a frame of age t the logits ``x + t·log(decay)``.
         """
         _check_decay(decay)
+        shift = math.log(decay)
         with torch.no_grad():
-            # A total below 1 has its magnitude in the pivot, or a peak of long ago would hold the
-            # pivot up while total, and every later frame beneath it, underflows.
-            shift = (self.total.log() + math.log(decay)).clamp(max=0)
-            shift = shift.masked_fill(self.total == 0, 0)
-            factor = torch.where(shift < 0, 1 / self.total, decay)
-        return Descriptors(
-            self.maximum + shift, self.total * factor, self.weighted * factor[:, :, None]
-        )
+            maximum = self.maximum + shift
+            # What rounding took from the pivot; −inf − (−inf) where no position was seen.
+            rest = (self.maximum - maximum + shift).nan_to_num(0).exp().to(self.total.dtype)
+        return Descriptors(maximum, self.total * rest, self.weighted * rest[:, :, None])
 
     def read(self) -> Tensor:
         """``G (N, heads, m, n)`` in the dtype of the sums; a map without positions gives zeros."""
@@ -150,16 +151,36 @@ class Descriptors:
         kind: dict[str, Any] = {"dtype": self.weighted.dtype, "device": self.weighted.device}
         return Descriptors.init(batch, m, n, heads=heads, **kind)
 
-    def to(self, device: Any) -> "Descriptors":
-        """On another device."""
-        return self._map(lambda x: x.to(device))
+    def to(
+        self, device: Any = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> "Descriptors":
+        """On another device, with sums of another dtype: ``.to(device, dtype)`` or ``.to(dtype)``.
+
+        Raises:
+            TypeError: ``dtype`` is neither float32 nor float64, the dtypes of sums.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        dtype = self.total.dtype if dtype is None else dtype
+        _check_dtype(dtype)
+        maximum = self.maximum.to(device, non_blocking=non_blocking)
+        total, weighted = (
+            x.to(device, dtype, non_blocking=non_blocking) for x in (self.total, self.weighted)
+        )
+        return Descriptors(maximum, total, weighted)
 
     def detach(self) -> "Descriptors":
         """The same without the graph: gradients of what follows end here."""
-        return self._map(Tensor.detach)
+        return Descriptors(self.maximum.detach(), self.total.detach(), self.weighted.detach())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Descriptors":
-        return Descriptors(change(self.maximum), change(self.total), change(self.weighted))
+    def __copy__(self) -> "Descriptors":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Descriptors":
+        return self  # immutable; PyTorch does not copy tensors that have a graph
+
+    def __getstate__(self) -> dict[str, Tensor]:
+        return dict(vars(self.detach()))  # PyTorch would load what had a graph as leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,9 +229,11 @@ class Window:
         """``G (N, heads, m, n)`` as :meth:`Descriptors.read`."""
         return self.merged().read()
 
-    def to(self, device: Any) -> "Window":
-        """On another device."""
-        return self._map(lambda state: state.to(device))
+    def to(
+        self, device: Any = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> "Window":
+        """As :meth:`Descriptors.to`."""
+        return self._map(lambda state: state.to(device, dtype, non_blocking=non_blocking))
 
     def detach(self) -> "Window":
         """The same without the graph."""
@@ -221,7 +244,11 @@ class Window:
         return Window(self.size, older, newer, change(self.sum_newer))
 
 
-class StreamingDoubleAttention:
+# What torch.load may build with its default, weights_only=True.
+torch.serialization.add_safe_globals([Descriptors, Window])
+
+
+class StreamingDoubleAttention(nn.Module):
     """Runs a :class:`da_triton.DoubleAttention` layer on a video frame by frame.
 
     Causal: ``y = stream(frame)`` for each frame gives every frame what the frames up to it hold.
@@ -229,14 +256,24 @@ class StreamingDoubleAttention:
     each, the result is that of the layer on the whole clip.
 
     Args:
-        layer: its parameters are used, not copied. Its ``order`` and ``recompute`` are not: frames
-            are gathered from A and distributed to Z, as the paper draws it.
-        window: the last so many frames take part. Default: all.
+        layer: the child whose parameters are used, not copied. Its ``order`` and ``recompute`` are
+            not: frames are gathered from A and distributed to Z, as the paper draws it. Hooks of
+            its convolutions run; its own do not, as its ``forward`` is not called.
+        window: the number of most recent frames that take part. Default: all.
         decay: weights of older frames, times this for each frame since (0 < decay ≤ 1).
 
     ``state`` is None before the first frame, then :class:`Descriptors` or :class:`Window`, which
-    can be kept, pickled and put back. Gradients flow through all frames of the state; for a long
+    can be kept, saved and put back. Gradients flow through all frames of the state; for a long
     video call :meth:`detach` between frames, or update under ``torch.no_grad()``.
+
+    The state moves with the module: ``.to(device)`` takes it along, and after ``.half()`` its sums
+    are float32, after ``.double()`` float64. Copies and pickles of the module hold it. Its
+    ``state_dict`` does not, as the state belongs to a video rather than to the weights: a
+    checkpoint of the layer loads under the prefix ``layer.``, and ``torch.save(stream.state, …)``
+    saves the video's part.
+
+    ``torch.compile(stream)`` compiles once for the first frame and once for all others; with a
+    window, once for each number of frames in either half of it.
 
     Example:
         >>> stream = StreamingDoubleAttention(DoubleAttention(64, residual=True), window=16)
@@ -247,10 +284,11 @@ class StreamingDoubleAttention:
     def __init__(
         self, layer: DoubleAttention, window: int | None = None, decay: float | None = None
     ) -> None:
+        super().__init__()
         if not isinstance(layer, DoubleAttention):
             raise TypeError(
-                f"layer must be a DoubleAttention, got {type(layer).__name__}. Of a module that "
-                "holds one, give that: module.attention, say."
+                f"layer must be a DoubleAttention, got {type(layer).__name__}. If it holds one, "
+                "give that: module.attention, for example."
             )
         if layer.process_group is not None:
             raise ValueError(
@@ -271,7 +309,7 @@ class StreamingDoubleAttention:
         self.decay = decay
         self.state: Descriptors | Window | None = None
 
-    def __call__(self, frame: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, frame: Tensor, mask: Tensor | None = None) -> Tensor:
         """The frame joins the state, and gets its result from it."""
         self.update(frame, mask)
         return self.distribute(frame)
@@ -287,10 +325,16 @@ class StreamingDoubleAttention:
         if mask is not None:
             checks.mask(mask, frame, "frame")
         new = Descriptors.of(
-            _call(layer.convA, frame), _call(layer.convB, frame), heads=layer.heads, mask=mask,
+            call(layer.convA, frame), call(layer.convB, frame), heads=layer.heads, mask=mask,
             logit_scale=layer.logit_scale, backend=layer.backend,
         )  # fmt: skip
         state = self.state
+        size = getattr(state, "size", None)
+        if state is not None and size != self.window:
+            raise ValueError(
+                f"The state is of a stream with window={size}, and this one has "
+                f"window={self.window}. Put back a state of the same window, or call reset()."
+            )
         if state is None and self.window is not None:
             state = Window.init(self.window, new)
         if state is None:
@@ -308,11 +352,11 @@ class StreamingDoubleAttention:
             raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
         layer = self.layer
         y = distribute(
-            self.state.read(), _call(layer.convV, frame), scale=layer.scale,
+            self.state.read(), call(layer.convV, frame), scale=layer.scale,
             softmax=layer.softmax_v, logit_scale=layer.logit_scale_v, backend=layer.backend,
         )  # fmt: skip
         if layer.conv_reconstruct is not None:
-            y = _call(layer.conv_reconstruct, y)
+            y = call(layer.conv_reconstruct, y)
         return frame + y if layer.residual else y
 
     def detach(self) -> None:
@@ -324,8 +368,24 @@ class StreamingDoubleAttention:
         """No frame seen: another video."""
         self.state = None
 
+    def extra_repr(self) -> str:
+        given = {"window": self.window, "decay": self.decay}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "StreamingDoubleAttention":
+        super()._apply(fn, recurse)
+        if self.state is not None:
+            sums = self.state.sum_newer if isinstance(self.state, Window) else self.state
+            like = fn(sums.total.new_empty(0))
+            lost = sums.total.is_meta and not like.is_meta  # after to_empty()
+            dtype = precision.accumulator(like.dtype)
+            self.state = None if lost else self.state.to(like.device, dtype)
+        return self
+
     def _check(self, frame: Tensor) -> None:
-        checks.layer_input("frame", frame, self.layer.in_channels)
+        check_input(self.layer, "frame", frame)
 
 
 def _before(later: Descriptors, frame: Descriptors) -> Descriptors:
@@ -344,12 +404,20 @@ def _check_merge(state: Descriptors, other: Descriptors) -> None:
     if x.dtype != y.dtype:
         raise TypeError(
             f"The state is {x.dtype}, and what should join it {y.dtype}. Frames of one video share "
-            "a dtype; float64 frames need a state of dtype=torch.float64."
+            f"a dtype; to go on with another, convert the state: state.to({y.dtype})."
         )
     if x.device != y.device:
         raise RuntimeError(
             f"The state is on {x.device}, and what should join it on {y.device}. Move one of them "
             "with .to(device)."
+        )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype!r}. Sums of float16 and "
+            "bfloat16 frames are float32."
         )
 
 

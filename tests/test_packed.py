@@ -311,14 +311,14 @@ def distribute(g=G, v=V):
 
 REFUSALS = [
     (gather([0, 4, 9]), TypeError, r"int32 or int64, got list. Use torch.tensor\(cu_seqlens\)"),
-    (gather(GOOD.float()), TypeError, r"got torch.float32. Convert it with .long\(\)"),
+    (gather(GOOD.float()), TypeError, r"got torch.float32. Convert it with cu_seqlens.long\(\)"),
     (gather(GOOD.bool()), TypeError, "got torch.bool"),
     (gather(GOOD[None]), ValueError, r"must be \(S \+ 1,\).*got shape \(1, 3\)"),
     (gather(GOOD[:1]), ValueError, r"S ≥ 1 sequences.*got shape \(1,\)"),
     (gather(GOOD.to("meta")), RuntimeError, "is on meta. Keep it on the CPU"),
-    (gather(torch.tensor([1, 4, 9])), ValueError, r"begin with 0, got 1. Lengths become.*cumsum"),
+    (gather(torch.tensor([1, 4, 9])), ValueError, r"begin with 0, got 1. Make offsets.*cumsum"),
     (gather(torch.tensor([4, 5])), ValueError, "begin with 0, got 4"),
-    (gather(torch.tensor([0, 9, 4, 9])), ValueError, "must rise.*got 4 after 9. Lengths become"),
+    (gather(torch.tensor([0, 9, 4, 9])), ValueError, "must rise.*got 4 after 9. Make offsets"),
     (gather(torch.tensor([0, 4, 8])), ValueError, "end with the 9 positions of a, got 8"),
     (gather(torch.tensor([0, 4, 10])), ValueError, "end with the 9 positions of a, got 10"),
     (gather(GOOD, torch.zeros(2, 4, 9), torch.zeros(2, 6, 9)), ValueError, r"a must be \(1, chan"),

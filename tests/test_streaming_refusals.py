@@ -28,7 +28,12 @@ REFUSALS = [
     (lambda: Descriptors.of(A[:, :, :0], B[:, :, :0]), ValueError, "at least one"),
     (lambda: small.update(A[:1], B[:1]), ValueError, r"\(2, 2, 3, 4\).*of \(1, 2, 3, 4\)"),
     (lambda: small.update(B, A), ValueError, "Start a new state for another batch"),
-    (lambda: small.update(A.double(), B.double()), TypeError, "a state of dtype=torch.float64"),
+    (lambda: small.update(A.double(), B.double()), TypeError, r"state\.to\(torch\.float64\)"),
+    (lambda: small.to(torch.float64).merge(small), TypeError, r"state\.to\(torch\.float32\)"),
+    (lambda: small.to(torch.float16), TypeError, "got torch.float16. Sums of float16.*are float32"),
+    (lambda: small.to("cpu", torch.bfloat16), TypeError, "dtype must be torch.float32 or torch.f"),
+    (lambda: small.to(dtype=torch.int64), TypeError, "got torch.int64"),
+    (lambda: Window.init(2, small).to(torch.float16), TypeError, "got torch.float16"),
     (lambda: small.update(A.to("meta"), B.to("meta")), RuntimeError, r"on meta.*\.to\(device\)"),
     (lambda: small.merge(A), TypeError, "Descriptors merge with Descriptors, got Tensor"),
     (lambda: small.forget(0), ValueError, "decay must be over 0 and at most 1, got 0"),
@@ -37,7 +42,11 @@ REFUSALS = [
     (lambda: Window.init(0, small), ValueError, "size must be a positive integer, got 0"),
     (lambda: Window.init(2, small).update(B, A), ValueError, "Start a new state"),
     (lambda: Window.init(2, small).push(A), TypeError, "got Tensor"),
-    (lambda: StreamingDoubleAttention(torch.nn.ReLU()), TypeError, r"got ReLU.*module.attention"),
+    (
+        lambda: StreamingDoubleAttention(torch.nn.ReLU()),
+        TypeError,
+        r"got ReLU\. If.*module.attention",
+    ),
     (lambda: StreamingDoubleAttention(layer, window=0), ValueError, "window must be a positive"),
     (lambda: StreamingDoubleAttention(layer, decay=2), ValueError, "decay must be over 0"),
     (lambda: StreamingDoubleAttention(layer, window=2, decay=0.5), ValueError, "not both"),
@@ -61,6 +70,17 @@ def test_a_stream_refuses_another_batch():
     with pytest.raises(ValueError, match="Start a new state"):
         stream(A[:1])
     assert stream.state.read().shape[0] == 2  # as it was
+
+
+@pytest.mark.parametrize(("window", "given"), [(None, 3), (3, None), (3, 4)])
+def test_a_state_of_another_window_is_an_error(window, given):
+    other, stream = (StreamingDoubleAttention(layer, window=size) for size in (given, window))
+    other(A)
+    stream.state = other.state
+    with pytest.raises(ValueError, match=f"window={given}, and this one has window={window}. Put"):
+        stream(A)
+    stream.reset()
+    stream(A)
 
 
 def test_the_module_shows_what_it_does():

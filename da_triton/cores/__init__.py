@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import eager
+from .. import eager, tracing
 from . import aten, aten_block, operators
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -41,14 +41,15 @@ TORCH = Backend(
 def select(name: str, x: torch.Tensor) -> Backend:
     """The backend for tensors like ``x``.
 
-    ``"auto"`` is Triton where it can run, else ``"torch"``. A named backend is never exchanged for
-    another: where it cannot run, RuntimeError says why.
+    ``"auto"`` is Triton where it can run, else ``"torch"``, which is also what an exported program
+    holds. A named backend is never exchanged for another: where it cannot run, RuntimeError says
+    why.
     """
     if name == "eager":
         return EAGER
     if name == "torch":
         return TORCH
-    if name == "auto" and not x.is_cuda:
+    if name == "auto" and (not x.is_cuda or tracing.exporting()):
         return TORCH
     obstacle = _obstacle(x)
     if obstacle is None and operators.needs_aten():
@@ -67,6 +68,11 @@ def select(name: str, x: torch.Tensor) -> Backend:
 
 def _obstacle(x: torch.Tensor) -> str | None:
     """Why the kernels cannot run on tensors like ``x``, or None."""
+    if tracing.exporting():
+        return (
+            "traces and exported programs hold PyTorch operations only. Use backend='torch', or "
+            "'auto', which takes it while a program is exported."
+        )
     if not HAS_TRITON:
         return "Triton is not installed; pip install triton, or use backend='torch'."
     from . import triton

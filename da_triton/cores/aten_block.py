@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import planner
-from ..projection import project
+from .. import planner, tracing
+from ..precision import converted
+from ..projection import project, split_heads
 from . import aten, cpu_block, cpu_products
 from .operators import transformed
 
@@ -45,10 +46,8 @@ def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **option
 
 
 def _order(x, weights, heads):
-    c_m, channels = weights["weight_a"].shape
-    c_n, length = weights["weight_b"].shape[0], x.shape[2]
-    if torch.jit.is_tracing():  # where sizes are tensors
-        c_m, channels, c_n, length = map(int, (c_m, channels, c_n, length))
+    c_m, channels = tracing.sizes(weights["weight_a"])
+    c_n, length = tracing.sizes(weights["weight_b"])[0], tracing.sizes(x)[2]
     sizes = channels, c_m, c_n, heads, length, x.element_size()
     reconstruct = weights["weight_out"] is not None
     return planner.choose_order(*sizes, reconstruct, x.device.type == "cpu")
@@ -83,17 +82,17 @@ def compose(
     x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, *,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep, order,
 ):  # fmt: skip
-    b = _split_heads(project(x, weight_b, None), heads)
+    b = split_heads(project(x, weight_b, None), heads)
     if order[0] == "X":
         shared = x[:, None].expand(-1, heads, -1, -1)
         m = aten.gather(shared, b, keep=keep, logit_scale=logit_scale)
-        g = weight_a.unflatten(0, (heads, -1)).to(m.dtype) @ m
+        g = converted(split_heads(weight_a, heads, 0), m.dtype) @ m
     else:
-        a = _split_heads(project(x, weight_a, None), heads)
+        a = split_heads(project(x, weight_a, None), heads)
         g = aten.gather(a, b, keep=keep, logit_scale=logit_scale)
     if bias_a is not None:
-        g = g + _gathered_bias(bias_a.unflatten(0, (heads, -1)).to(g.dtype), keep)
-    v = _split_heads(project(x, weight_v, bias_v), heads)
+        g = g + _gathered_bias(converted(split_heads(bias_a, heads, 0), g.dtype), keep)
+    v = split_heads(project(x, weight_v, bias_v), heads)
 
     if order[1] == "Z":
         z = aten.distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v)
@@ -101,10 +100,10 @@ def compose(
         if weight_out is None:
             return z if residual is None else residual + z
         return project(z, weight_out, bias_out, add=residual)
-    per_head = weight_out.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, C, m)
-    h = scale * (per_head.to(g.dtype) @ g)
+    per_head = split_heads(weight_out, heads).transpose(0, 1)  # (heads, C, m)
+    h = scale * (converted(per_head, g.dtype) @ g)
     if bias_out is not None and softmax_v:
-        h = h + (bias_out.to(h.dtype) * (1 / heads))[:, None]
+        h = h + (converted(bias_out, h.dtype) * (1 / heads))[:, None]
     y = aten.distribute(h, v, softmax=softmax_v, logit_scale=logit_scale_v)
     y = y.squeeze(1) if heads == 1 else y.sum(1)
     if bias_out is not None and not softmax_v:
@@ -116,7 +115,3 @@ def _gathered_bias(bias: Tensor, keep: Tensor | None) -> Tensor:
     """What ba adds to G: itself, but nothing where a sample's positions are all masked."""
     bias = bias[:, :, None]
     return bias if keep is None else bias * keep.any(-1)[:, None, None, None]
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(1, (heads, -1))

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .aten import sum_over_positions
 from .cpu_products import (
     accumulate,
     add_product,
@@ -152,7 +153,7 @@ def _forward(x, positions, w, options, out, keeping) -> list[Tensor | None]:
         p, mass = softmax_and_mass(project(rows, w.b), alone=len(pieces) == 1)
         f = rows if from_x else project(rows, w.a, w.bias_a)
         if not short:
-            parts.append(split(f, k).mT @ split(p, k))
+            parts.append(sum_over_positions(split(f, k).mT, split(p, k).mT))
         masses.append(mass)
         if keeping:
             kept += [p, None if from_x else f]
@@ -229,7 +230,7 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
             dp = join(times(ds.mT, split(q, k)))
             dv = join(times(ds, split(p, k)))
         else:
-            part = split(dz, k).mT @ split(q, k)
+            part = sum_over_positions(split(dz, k).mT, split(q, k).mT)
             dd = part if dd is None else dd.add_(part)
             dv = join(times(split(dz, k), d))
         if options.softmax_v:

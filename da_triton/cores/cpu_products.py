@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
+from .. import tracing
+
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
+MOST_POSITIONS = 2**16  # of a piece: the sum in a softmax loses digits with more
 FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
 FEW_ELEMENTS = 2**14  # of a sample: with fewer, copying sample by sample costs more than it saves
 FEW_MAPS = 8  # so few that a softmax over positions is slow where they are adjacent in memory
@@ -41,7 +44,9 @@ PIECE = piece_for(last_level_cache())
 
 def suits(tensors: list[Tensor]) -> bool:
     """Whether these are a CPU's plain tensors and nothing but autograd watches what is done."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+    if torch.compiler.is_compiling() or tracing.exporting() or transformed():
+        return False
+    if tracing.checkpointed():  # a dispatch mode may be active in one run of the two
         return False
     return all(
         type(x) in (Tensor, torch.nn.Parameter)
@@ -120,7 +125,8 @@ def kept_positions(keep: Tensor | None, sample: slice) -> Tensor | None:
 def split_positions(x: Tensor) -> list[slice]:
     """Equal pieces of the positions of ``x (g, L, C)``."""
     length = x.shape[1]
-    step = -(-length // max(1, -(-x.numel() // _piece(x))))
+    count = max(1, -(-x.numel() // _piece(x)), -(-length // MOST_POSITIONS))
+    step = -(-length // count)
     return [slice(start, start + step) for start in range(0, length, step)] if length else []
 
 

@@ -1,33 +1,38 @@
 """``accelerate``: finds layers that are double attention under any name, proves it, replaces them.
 
 A replaced layer stays the same object with the same parameters, keys, hooks and attributes; its
-class becomes a subclass of its own class whose ``forward`` is ours. ``restore`` gives the class
+class becomes a subclass of its own class with another ``forward``. ``restore`` gives the class
 back. Nothing else of the model changes, and no class is patched.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import itertools
 import math
+import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import checks
 from ..modules import DoubleAttention
-from .families import FAMILIES, Family, Options
-from .proof import EXACT, Call, Reference, check_rounding, randomised, seeded
+from .examples import calls_in
+from .families import FAMILIES, Family
+from .proof import EXACT, Call, Reference, UnprovableError, dtype_of, randomised, seeded
+from .replacement import CLASSES, Accelerated, Choice, is_overridden, replace, split
 
 SHAPES = ((5, 6), (7, 9))
-CLASSES: dict[type[nn.Module], type] = {}
+LIMITS = (3, 5)
 MISFIT = (ValueError, TypeError, RuntimeError)  # what shapes raise that do not fit a formula
+HOOKED = "remove_hook_from_submodules(model) of accelerate.hooks"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """One layer: its name in the model, its class, the family that it resembles.
 
@@ -42,12 +47,12 @@ class Finding:
     note: str
 
 
-@dataclass
+@dataclasses.dataclass
 class Report:
     """What :func:`accelerate` did. Printable."""
 
-    replaced: list[Finding] = field(default_factory=list)
-    refused: list[Finding] = field(default_factory=list)
+    replaced: list[Finding] = dataclasses.field(default_factory=list)
+    refused: list[Finding] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
@@ -58,72 +63,67 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The formula that a layer was proved to compute."""
+def accelerate(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    backend: str = "auto",
+    progress: bool | Callable[[int, int, Finding], Any] = False,
+) -> Report:
+    """Replaces, in place, the layers of a model that compute what da_triton computes.
 
-    family: str
-    options: Options
-    backend: str
+    It recognises double attention under its several key families, Efficient Attention (Shen et
+    al.), the linear attention of diffusion U-Nets (denoising-diffusion-pytorch and others), also
+    frame by frame, of latent diffusion and Grad-TTS, CoaT's factor attention, and GCNet's global
+    context. A layer that looks like one is replaced only if da_triton gives the same output and
+    the same gradients of inputs and parameters as the layer itself: in float64 to a relative error
+    of 1e-9, on random inputs with random parameters and, with ``example_input``, on what the layer
+    receives in the model; in training and in evaluation; and then in the layer's own dtype, where
+    the error against float64 may be twice the layer's. A layer that computes in float32 inside is
+    compared in float64 throughout. Behaviour that depends on anything else is not detected: give
+    an example. Side effects of the original forward (counters, hooks on children that need not be
+    called) are lost, and a result has the memory format of the input.
 
-    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-        forward = FAMILIES[self.family].forward
-        return forward(module, *args, **{"backend": self.backend, **self.options, **kwargs})
-
-
-class Accelerated:
-    """What a replaced layer's class has before its own; ``forward`` is made for each class."""
-
-    _original: type[nn.Module]
-    _accelerated: Choice
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made here and has no address to be imported from: name its parts instead.
-        made: Any = super().__reduce_ex__(protocol)
-        return _blank, (self._original,), *made[2:]
-
-
-def accelerate(model: nn.Module, example_input: Any = None, *, backend: str = "auto") -> Report:
-    """Replaces, in place, the layers of a model that compute what ours compute.
-
-    Known are double attention under its several key families, Efficient Attention (Shen et al.),
-    the linear attention of diffusion U-Nets (denoising-diffusion-pytorch and others), of latent
-    diffusion and Grad-TTS, CoaT's factor attention, and GCNet's global context. A layer that looks
-    like one is replaced only if ours gives the same output and the same gradients of inputs and
-    parameters as the layer itself: in float64 to a relative error of 1e-9, on random inputs with
-    random parameters and, with ``example_input``, on what the layer receives in the model; in
-    training and in evaluation; and then in the layer's own dtype, where our error against float64
-    may be twice the layer's. What depends on anything else is not seen: give an example. What a
-    forward does besides (counters, hooks on children that ours need not call) ends, and a result
-    has the memory format of the input.
+    A replaced layer takes the arguments that its formula has. Another one may be given at the
+    default that the original forward has for it; any other value raises a TypeError.
 
     Args:
         model: any module. Its parameters, keys, hooks and modes stay as they are.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments of the model.
         backend: of the replaced layers; as in :func:`da_triton.gather`.
+        progress: True prints a line per layer to stderr. A function is called after each layer
+            with the number of layers that are done, the number of all, and the finding.
 
     Returns:
-        What was replaced, and what was refused and why. Print it.
+        What was replaced, and what was not and why. Print it.
 
     Warns:
         UserWarning: nothing was replaced.
     """
     checks.backend(backend)
     candidates = list(_candidates(model))
-    calls = _calls(model, [module for _, module, _ in candidates], example_input)
+    obstacles = [_obstacle(module) for _, module, _ in candidates]
+    provable = [c[1] for c, obstacle in zip(candidates, obstacles, strict=True) if not obstacle]
+    calls = calls_in(model, provable, example_input)
     report = Report()
-    for name, module, family in candidates:
-        kind = type(module).__name__
-        with torch.inference_mode(False):
-            choice, error, note = _judge(module, family, calls.get(module, []), backend)
-        if choice is not None and example_input is not None and module not in calls:
+    proved: dict[type[nn.Module], Choice] = {}
+    for (name, module, family), obstacle in zip(candidates, obstacles, strict=True):
+        kind = type(module)
+        given = calls.pop(module, [])
+        choice, error, note = None, math.nan, obstacle
+        if not obstacle:
+            with torch.inference_mode(False), seeded([]):
+                choice, error, note = _judge(module, family, given, backend, proved.get(kind))
+        if choice is not None and example_input is not None and not given:
             note += "; the example does not reach it"
-        finding = Finding(name, kind, family.name, error, note)
+        finding = Finding(name, kind.__name__, family.name, error, note)
         if choice is None:
             report.refused.append(finding)
         else:
-            _replace(module, choice)
+            replace(module, choice)
+            proved[kind] = choice
             report.replaced.append(finding)
+        _tell(progress, len(report.replaced) + len(report.refused), len(candidates), finding)
     if not report.replaced:
         done = sum(isinstance(module, Accelerated) for module in model.modules())
         what = str(report) if candidates else "no layer that looks like double attention"
@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> list[str]:
     """Undoes :func:`accelerate`: the layers get their own class back. Returns their names.
 
     Raises:
-        RuntimeError: a layer's class was changed since. The model is then unchanged.
+        RuntimeError: a layer's class or forward was changed since. The model is then unchanged.
 
     Warns:
         UserWarning: the model has no accelerated layer.
@@ -151,7 +151,13 @@ def restore(model: nn.Module) -> list[str]:
                 f"the class of {name!r} was changed after accelerate, to {type(module).__name__}, "
                 "as parametrisations and sharding do. Undo that first."
             )
+        if is_overridden(module):
+            raise RuntimeError(
+                f"the forward of {name!r} was replaced on the instance after accelerate, as "
+                "offloading hooks do. Undo that first."
+            )
     for module in found.values():
+        module.__dict__.pop("forward", None)
         module.__class__ = module._original
         del module._accelerated
     names = list(found)
@@ -170,48 +176,116 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Family]
                 break
 
 
+def _tell(progress: Any, done: int, count: int, finding: Finding) -> None:
+    if callable(progress):
+        progress(done, count, finding)
+    elif progress:
+        print(f"accelerate {done}/{count}: {finding.name}: {finding.note}", file=sys.stderr)
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why the layer cannot be examined; empty where it can."""
+    hooked = any(hasattr(m, "_hf_hook") for m in module.modules())
+    if any(x.is_meta for x in itertools.chain(module.parameters(), module.buffers())):
+        first = f"call {HOOKED}" if hooked else "load the model onto a CPU or a GPU"
+        return (
+            "its weights are on the meta device (offloaded, or not loaded yet), where nothing can "
+            f"be compared: {first}, then accelerate, then offload again"
+        )
+    if hasattr(module, "_hf_hook"):
+        return (
+            "its forward was replaced on the instance by a hook of the accelerate library "
+            f"(device_map or offloading): call {HOOKED}, then accelerate, then dispatch_model again"
+        )
+    if is_overridden(module):
+        return "its forward was replaced on the instance: it may do anything"
+    return ""
+
+
 def _judge(
-    module: nn.Module, family: type[Family], given: list[Call], backend: str
+    module: nn.Module, family: type[Family], given: list[Call], backend: str, proved: Choice | None
 ) -> tuple[Choice | None, float, str]:
-    """The proved formula or None, its error or that of the nearest one, and a sentence."""
-    if "forward" in module.__dict__:
-        return None, math.nan, "its forward was replaced on the instance: it may do anything"
+    """The proved formula or None, its error or that of the nearest one, and a sentence.
+
+    ``proved``: the formula of another layer of this class, which is tried first.
+    """
     try:
-        with seeded([]):
-            calls = [Call(family.inputs(module, shape), {}) for shape in SHAPES]
-            twin = randomised(module)
-        references = [Reference(twin, each) for each in calls]
-        error, options = _nearest(references[0], family)
+        references = _random_references(randomised(module), family, given)
+        error, choice = _nearest(references[0], family, backend, proved)
         if error > EXACT:
             return None, error, _explained(references[0], family, error)
-        choice = Choice(family.__name__, options, backend)
-        change = functools.partial(_replace, choice=choice)
         if not given:
-            _check_parameters(module, choice)
-        for each in given:
-            _check_arguments(module, choice, each)
-            references.append(Reference(module, each))
-        error = max(reference.error(change) for reference in references)
+            _check_parameters(module, family)
+        own = [_own_reference(module, family, call) for call in given]
+        if not given:
+            own = [Reference(module, references[0].call.to(dtype_of(module)))]
+        change = functools.partial(replace, choice=choice)
+        error = max(reference.error(change, enough=EXACT) for reference in (*references, *own))
         if error > EXACT:
             why = f"its gradients, or its answer to the example, differ by {error:.0e}"
             return None, error, why
-        for each in given or calls[:1]:
-            check_rounding(module, each, change)
+        for reference in own:
+            reference.check_rounding(change)
+        if dtype_of(module) == torch.float32:
+            references[0].check_autocast(change)
     except Exception as problem:
         return None, math.nan, f"the comparison fails: {type(problem).__name__}: {problem}"
     where = "random inputs and on the example" if given else "random inputs"
-    return choice, error, f"proved on {where}, relative error {error:.0e}"
+    frames = "" if choice.frames is None else " frame by frame"
+    return choice, error, f"proved{frames} on {where}, relative error {error:.0e}"
 
 
-def _nearest(reference: Reference, family: type[Family]) -> tuple[float, Options]:
-    """The formula whose output is nearest."""
-    best: tuple[float, Options] = math.inf, {}
-    for options in family.choices(reference.module):
-        change = functools.partial(_replace, choice=Choice(family.__name__, options, "eager"))
+def _random_references(twin: nn.Module, family: type[Family], given: list[Call]) -> list[Reference]:
+    """The twin on random inputs of two shapes: the family's, or, where the layer takes others,
+    shapes like those of the first given call."""
+    random = [Call(family.inputs(twin, shape), {}) for shape in SHAPES]
+    if not given or given[0].axes == random[0].axes:
+        try:
+            return [Reference(twin, call) for call in random]
+        except UnprovableError:
+            raise
+        except Exception as problem:
+            if not given:
+                shape = tuple(random[0].tensors[0].shape)
+                raise ValueError(
+                    f"its forward does not take a random input of shape {shape}: give accelerate "
+                    f"an example input of the model ({type(problem).__name__}: {problem})"
+                ) from problem
+    _check_arguments(twin, family, given[0])
+    references = []
+    for call in (given[0].few().random(limit) for limit in LIMITS):
+        with contextlib.suppress(Exception):
+            references.append(Reference(twin, call))
+    return references or [Reference(twin, given[0].random(None))]
+
+
+def _own_reference(module: nn.Module, family: type[Family], call: Call) -> Reference:
+    """The module on a given call: a batch of two, or all where it does not take two."""
+    _check_arguments(module, family, call)
+    with contextlib.suppress(Exception):
+        return Reference(module, call.few())
+    return Reference(module, call)
+
+
+def _choices(reference: Reference, family: type[Family], backend: str) -> Iterator[Choice]:
+    """Formulas that the module may compute, on frames if its input has an axis more."""
+    usual = Call(family.inputs(reference.module, SHAPES[0]), {}).axes
+    axes = (2, 1) if reference.call.axes == usual + 1 else (None,)
+    for frames, options in itertools.product(axes, family.choices(reference.module)):
+        yield Choice(family.__name__, options, backend, frames)
+
+
+def _nearest(
+    reference: Reference, family: type[Family], backend: str, proved: Choice | None
+) -> tuple[float, Choice]:
+    """The formula whose output is nearest, and its error; ``proved`` is tried first."""
+    best = math.inf, Choice(family.__name__, {}, backend)
+    for choice in sorted(_choices(reference, family, backend), key=lambda c: c != proved):
+        change = functools.partial(replace, choice=dataclasses.replace(choice, backend="eager"))
         with contextlib.suppress(*MISFIT):
-            error = reference.error(change, gradients=False)
+            error = reference.error(change, gradients=False, enough=best[0])
             if error < best[0]:
-                best = error, options
+                best = error, choice
             if error <= EXACT:
                 break
     return best
@@ -226,100 +300,25 @@ def _explained(reference: Reference, family: type[Family], error: float) -> str:
                 twin.forward = lambda *args: forward(twin, *args, **options)
 
             with contextlib.suppress(*MISFIT):
-                if reference.error(change, gradients=False) <= EXACT:
+                if reference.error(change, gradients=False, enough=EXACT) <= EXACT:
                     return meaning
     if error == math.inf:
         return "no formula of this family fits its children's shapes"
-    return f"it computes something else: the nearest formula's relative error is {error:.1e}"
+    rounded = "; it may round to float32 in compiled or scripted code" if error < 1e-6 else ""
+    return (
+        f"it computes something else: the nearest formula's relative error is {error:.1e}{rounded}"
+    )
 
 
-def _check_arguments(module: nn.Module, choice: Choice, call: Call) -> None:
-    """Ours takes the arguments that the layer gets in the model."""
-    forward = FAMILIES[choice.family].forward
-    try:
-        inspect.signature(forward).bind(
-            module, *call.args, backend=choice.backend, **choice.options, **call.kwargs
-        )
-    except TypeError as error:
-        raise TypeError(
-            f"in the model it is called with arguments that ours lacks ({error})"
-        ) from None
+def _check_arguments(module: nn.Module, family: type[Family], call: Call) -> None:
+    """With an example: the formula takes the arguments that the layer gets in the model."""
+    _, others = split(type(module).forward, family.arguments, call.args, call.kwargs)
+    if others:
+        raise TypeError(f"in the model it gets {', '.join(others)}, which the formula lacks")
 
 
-def _check_parameters(module: nn.Module, choice: Choice) -> None:
-    """Without an example: ours has every parameter that the layer's forward has."""
-    theirs = list(inspect.signature(type(module).forward).parameters)[2:]  # self, x
-    ours = inspect.signature(FAMILIES[choice.family].forward).parameters
-    if others := [name for name in theirs if name not in ours]:
+def _check_parameters(module: nn.Module, family: type[Family]) -> None:
+    """Without an example: the formula has every parameter that the layer's forward has."""
+    theirs = list(inspect.signature(type(module).forward).parameters)[1:]
+    if others := theirs[family.arguments :]:
         raise TypeError(f"its forward also takes {', '.join(others)}: give an example")
-
-
-def _calls(
-    model: nn.Module, candidates: list[nn.Module], example: Any
-) -> dict[nn.Module, list[Call]]:
-    """Calls that each candidate gets when the model runs on the example, of every form once.
-
-    Parameters, buffers, modes and generators are afterwards as before.
-    """
-    calls: dict[nn.Module, list[Call]] = {}
-    if example is None or not candidates:
-        return calls
-    forms = set()
-
-    def keep(module, args, kwargs):
-        def form(x):
-            return tuple(x.shape[1:]) if isinstance(x, Tensor) else repr(x)
-
-        def two(x):  # a batch of two shows as much as one of many
-            return x[:2].detach() if isinstance(x, Tensor) and x.dim() > 1 else x
-
-        key = (module, *map(form, args), *((name, form(x)) for name, x in kwargs.items()))
-        if key not in forms:
-            forms.add(key)
-            few = Call(tuple(map(two, args)), {name: two(x) for name, x in kwargs.items()})
-            calls.setdefault(module, []).append(few)
-
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in candidates]
-    named = example if isinstance(example, dict) else {}
-    args = example if isinstance(example, tuple) else () if named else (example,)
-    try:
-        model.eval()
-        with torch.no_grad(), seeded(devices):
-            model(*args, **named)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module, training in modes.items():
-            if module.training != training:  # train() may do more than set a flag
-                module.train(training)
-    return calls
-
-
-def _replace(module: Any, choice: Choice) -> None:
-    module.__class__ = _class(type(module))
-    module._accelerated = choice
-
-
-def _class(original: type[nn.Module]) -> Any:
-    if original not in CLASSES:
-
-        @functools.wraps(original.forward)  # whose signature exporters read
-        def forward(self, *args, **kwargs):
-            return self._accelerated(self, *args, **kwargs)
-
-        name = f"Accelerated{original.__name__}"
-        members = {"forward": forward, "_original": original}
-        CLASSES[original] = type(name, (Accelerated, original), members)
-    return CLASSES[original]
-
-
-def _blank(original: type[nn.Module]) -> nn.Module:
-    """What unpickling and deepcopy fill with the state."""
-    made = _class(original)
-    return made.__new__(made)

@@ -21,9 +21,13 @@ Options = dict[str, Any]
 
 
 class Family:
-    """``name``: how it is called. All methods are static: a family has no state."""
+    """``name``: how it is called. ``arguments``: how many ``forward`` takes after the module.
+
+    All methods are static: a family has no state.
+    """
 
     name: str
+    arguments = 1
 
     @staticmethod
     def has_children(module: nn.Module) -> bool:
@@ -190,6 +194,7 @@ class LinearAttention(Family):
 
 class FactorAttention(Family):
     name = "factor attention (CoaT)"
+    arguments = 2
 
     @staticmethod
     def has_children(module):
@@ -291,4 +296,4 @@ def _feature_map(conv: Any, positions: tuple[int, int]) -> Tensor:
 
 def _like(layer: Any, *shape: int) -> Tensor:
     """Random numbers on the layer's device."""
-    return torch.randn(shape, dtype=torch.float64).to(layer.weight.device)
+    return torch.randn(shape, dtype=torch.float64, device="cpu").to(layer.weight.device)

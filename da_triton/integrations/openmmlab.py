@@ -1,21 +1,47 @@
 """The block as a plugin layer of OpenMMLab's backbones, by name in a configuration."""
 
+from typing import Any
+
 from torch import nn
 
-from .residual import ResidualDoubleAttention
+from .residual import Norm, ResidualDoubleAttention
 
 NAME = "ResidualDoubleAttention"
 
 
 class PluginDoubleAttention(ResidualDoubleAttention):
-    """:class:`ResidualDoubleAttention` under a short name in the backbone, and again the identity
-    after ``init_weights`` of a model, which sets every normalisation to ones."""
+    """:class:`ResidualDoubleAttention` under a short name in the backbone.
+
+    Args:
+        norm_cfg: the norm as OpenMMLab's other layers take it, such as ``dict(type="GN",
+            num_groups=32)``; None for none. Without it, ``norm`` counts.
+        args, options: see :class:`ResidualDoubleAttention`.
+    """
 
     _abbr_ = "double_attention"
 
-    def init_weights(self) -> None:
-        """Called by a model's own ``init_weights``, before it loads pretrained weights."""
-        self.zero_init_last()
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if "norm_cfg" in options:
+            if "norm" in options:
+                raise ValueError(
+                    f"norm and norm_cfg both choose the norm, got norm={options['norm']!r} and "
+                    f"norm_cfg={options['norm_cfg']!r}. Give one of them."
+                )
+            options["norm"] = _norm(options.pop("norm_cfg"))
+        super().__init__(*args, **options)
+
+
+def _norm(cfg: Any) -> Norm:
+    if cfg is None:
+        return None
+    try:
+        from mmcv.cnn import build_norm_layer  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(
+            f"norm_cfg needs mmcv, which cannot be imported ({error}). "
+            "Install it: pip install mmcv-lite, or give norm instead."
+        ) from error
+    return lambda channels: build_norm_layer(cfg, channels)[1]
 
 
 def register_openmmlab() -> type[nn.Module]:
@@ -23,8 +49,8 @@ def register_openmmlab() -> type[nn.Module]:
 
     Afterwards, a backbone takes it as ``plugins=[dict(cfg=dict(type="ResidualDoubleAttention",
     c_m=64), stages=(False, True, True, False), position="after_conv3")]``, with the options of
-    :class:`ResidualDoubleAttention`; the backbone gives ``in_channels``. A second call does
-    nothing.
+    :class:`ResidualDoubleAttention` and ``norm_cfg``; the backbone gives ``in_channels``. A second
+    call does nothing.
 
     Returns:
         The registered class.

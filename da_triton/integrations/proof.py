@@ -1,4 +1,4 @@
-"""Whether two forms of a module are one function: forward and gradients, in float64 and as it is.
+"""Compares two forms of a module by numbers: outputs and gradients, in float64 and as they are.
 
 Both forms are deep copies of one module; the module itself is not run, and keeps its state.
 """
@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # Relative error in float64: rounding, and nothing that another formula could hide behind.
 EXACT = 1e-9
 # Relative error in the module's own dtype that is never too much.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CASTS = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
+NUMBERS = (torch.tensor, torch.full, torch.linspace)  # in the default dtype
+# Elements below which several threads cost more than they give, and many times more where other
+# processes use the cores: each small operation then waits for a thread that does not run.
+SMALL = 1 << 20
+
+
+class UnprovableError(ValueError):
+    """The module does something that no comparison of numbers can answer for."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +36,62 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, dtype: torch.dtype) -> "Call":
-        """Fresh copies that want gradients, floating tensors in ``dtype``."""
+    def to(self, dtype: torch.dtype | None) -> "Call":
+        """Fresh copies that want gradients, in ``dtype`` unless it is None."""
+        return self.of(lambda x: x.detach().to(dtype or x.dtype, copy=True).requires_grad_())
+
+    def few(self) -> "Call":
+        """The first two of the batch: they show as much as many."""
+        return self.of(lambda x: x[:2] if x.dim() > 1 else x, every=True)
+
+    def random(self, limit: int | None) -> "Call":
+        """Random numbers of the same shapes; with ``limit``, of shortened axes of positions."""
 
         def fresh(x):
-            if isinstance(x, Tensor) and x.is_floating_point():
-                return x.detach().to(dtype, copy=True).requires_grad_()
-            return x
+            short = math.inf if limit is None else limit
+            shape = [size if i < 2 else min(size, short + i) for i, size in enumerate(x.shape)]
+            return torch.randn(shape, dtype=torch.float64).to(x.device)
 
-        return Call(
-            tuple(map(fresh, self.args)), {name: fresh(x) for name, x in self.kwargs.items()}
-        )
+        return self.of(fresh)
+
+    def of(self, change: Callable[[Tensor], Tensor], *, every: bool = False) -> "Call":
+        """With other floating tensors, or with ``every`` other tensors of any dtype."""
+
+        def changed(x):
+            tensor = isinstance(x, Tensor) and (every or x.is_floating_point())
+            return change(x) if tensor else x
+
+        kwargs = {name: changed(x) for name, x in self.kwargs.items()}
+        return Call(tuple(map(changed, self.args)), kwargs)
 
     @property
     def tensors(self) -> list[Tensor]:
         values = (*self.args, *self.kwargs.values())
-        return [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+        return [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+
+    @property
+    def axes(self) -> int:
+        """The number of axes of the first tensor; 0 where there is none."""
+        return next((x.dim() for x in self.tensors), 0)
+
+
+class AllInFloat64(TorchFunctionMode):
+    """Gives float64 where a forward asks for a lower precision, as ``x.float()`` does.
+
+    In float64 such a forward would otherwise differ from its formula by roundings to float32,
+    among which another formula could hide.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def wide(x):
+            return torch.float64 if isinstance(x, torch.dtype) and x in ROUNDING else x
+
+        args = tuple(map(wide, args))
+        kwargs = {name: wide(x) for name, x in (kwargs or {}).items()}
+        out = CASTS.get(func, func)(*args, **kwargs)
+        if func in NUMBERS and out.dtype in ROUNDING:
+            return func(*args, **{**kwargs, "dtype": torch.float64})
+        return out
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -68,11 +118,12 @@ def randomised(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for b in twin.buffers():
             if b.is_floating_point():  # variances stay positive
-                b.copy_((b + 0.5) * (1 + torch.rand(b.shape, dtype=torch.float64)).to(b))
+                noise = torch.rand(b.shape, dtype=torch.float64, device="cpu")
+                b.copy_((b + 0.5) * (1 + noise).to(b))
         for p in twin.parameters():
             if p.is_floating_point():
                 deviation = 2 / math.sqrt(p[0].numel()) if p.dim() > 1 else 1.0
-                p.copy_(deviation * torch.randn(p.shape, dtype=torch.float64))
+                p.copy_(deviation * torch.randn(p.shape, dtype=torch.float64, device="cpu"))
     return twin
 
 
@@ -80,43 +131,97 @@ class Reference:
     """What a module gives for a call, in float64, in training and in evaluation.
 
     Raises:
-        ValueError: not one finite tensor, or it changes its own state.
+        UnprovableError: not one finite tensor, or it changes its own state.
     """
 
     def __init__(self, module: nn.Module, call: Call) -> None:
         self.module, self.call = module, call
         self.expected = {t: _results(module, call, torch.float64, t) for t in (True, False)}
 
-    def error(self, change: Callable[[nn.Module], Any], *, gradients: bool = True) -> float:
-        """The largest relative error of the changed module; without gradients, of the output."""
+    def error(
+        self,
+        change: Callable[[nn.Module], Any],
+        *,
+        gradients: bool = True,
+        enough: float = math.inf,
+    ) -> float:
+        """The largest relative error of the changed module, or one that exceeds ``enough``.
+
+        ``gradients``: of outputs and gradients, or of outputs alone.
+        """
         worst = 0.0
         for training, expected in self.expected.items():
             found = _results(
                 self.module, self.call, torch.float64, training, change, gradients=gradients
             )
             worst = max(worst, *_errors(found, expected[: len(found)], floor=1e-3))
+            if worst > enough:
+                break
         return worst
 
+    def check_rounding(self, change: Callable[[nn.Module], Any]) -> None:
+        """In the module's own dtype, the change returns the same dtype, and its errors against
+        float64 are at most twice the module's own.
 
-def check_rounding(module: nn.Module, call: Call, change: Callable[[nn.Module], Any]) -> None:
-    """In the module's own dtype, our errors against float64 are at most twice the module's own.
-
-    Raises:
-        ValueError: they are not.
-    """
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    if dtype == torch.float64:
-        return
-    rounded, training = call.to(dtype), module.training
-    exact = _results(module, rounded, torch.float64, training)
-    ours = _results(module, rounded, dtype, training, change)
-    theirs = _results(module, rounded, dtype, training)
-    errors = (_errors(found, exact, floor=0.1) for found in (ours, theirs))
-    for mine, their in zip(*errors, strict=True):
-        if not mine <= max(2 * their, ROUNDING.get(dtype, 0.0)):
+        Raises:
+            ValueError: that is not so.
+        """
+        dtype, training = dtype_of(self.module), self.module.training
+        if dtype == torch.float64:
+            return
+        ours = _results(self.module, self.call, None, training, change)
+        theirs = _results(self.module, self.call, None, training)
+        if ours[0].dtype != theirs[0].dtype:
             raise ValueError(
-                f"in {dtype} its relative error would be {mine:.1e}; the layer's own is {their:.1e}"
+                f"with parameters in {dtype} it returns {theirs[0].dtype}, the formula "
+                f"{ours[0].dtype}"
             )
+        errors = (_errors(found, self.expected[training], floor=0.1) for found in (ours, theirs))
+        for mine, their in zip(*errors, strict=True):
+            if not mine <= max(2 * their, ROUNDING.get(dtype, 0.0)):
+                raise ValueError(
+                    f"in {dtype} its relative error would be {mine:.1e}; the layer's own is "
+                    f"{their:.1e}"
+                )
+
+    def check_autocast(self, change: Callable[[nn.Module], Any]) -> None:
+        """Where the module keeps float32 under autocast, the change does too.
+
+        Raises:
+            ValueError: that is not so.
+        """
+        call = self.call.to(torch.float32)
+        errors: list[float] = []
+        for form in (None, change):
+            found = _results(
+                self.module, call, torch.float32, False, form, gradients=False, autocast=True
+            )
+            errors += _errors(found, self.expected[False][:1], floor=0.0)
+        theirs, ours = errors
+        if theirs <= ROUNDING[torch.float32] < ours:
+            raise ValueError(
+                f"it keeps float32 under autocast: the formula's relative error would be {ours:.1e}"
+            )
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of the first weight: a layer in half precision may have norms in float32."""
+    weights = (p for p in module.parameters() if p.is_floating_point() and p.dim() > 1)
+    return next((p.dtype for p in weights), torch.float32)
+
+
+@contextlib.contextmanager
+def threads_for(call: Call) -> Iterator[None]:
+    """One thread where the call is small."""
+    before = torch.get_num_threads()
+    small = before > 1 and sum(x.numel() for x in call.tensors) < SMALL
+    try:
+        if small:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if small:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -133,33 +238,42 @@ def seeded(devices: Iterable[torch.device]) -> Iterator[None]:
 def _results(
     module: nn.Module,
     call: Call,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     training: bool,
     change: Callable[[nn.Module], Any] | None = None,
     *,
     gradients: bool = True,
+    autocast: bool = False,
 ) -> list[Tensor]:
-    """Output, and gradients of the arguments and parameters, in a fixed order."""
-    twin = unwatched(module).to(dtype).train(training).requires_grad_(True)
+    """Output, and gradients of the arguments and parameters, in a fixed order.
+
+    ``dtype``: of the parameters and arguments; None leaves them as they are.
+    """
+    twin = unwatched(module).train(training).requires_grad_(True)
+    twin = twin if dtype is None else twin.to(dtype)
     if change is not None:
         change(twin)
     fresh = call.to(dtype)
     before = {name: b.clone() for name, b in twin.named_buffers(recurse=False)}
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
-    with seeded(devices), torch.autocast(device.type, enabled=False):  # dropout in both alike
-        with torch.enable_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(threads_for(call))
+        stack.enter_context(seeded([device] if device.type == "cuda" else []))  # dropout alike
+        stack.enter_context(torch.autocast(device.type, enabled=autocast))
+        if dtype == torch.float64:
+            stack.enter_context(AllInFloat64())
+        with torch.set_grad_enabled(gradients):
             out = twin(*fresh.args, **fresh.kwargs)
         if not isinstance(out, Tensor):
-            raise ValueError(f"it returns {type(out).__name__}, not one tensor")
+            raise UnprovableError(f"it returns {type(out).__name__}, not one tensor")
         after = dict(twin.named_buffers(recurse=False))
         if changed := [name for name in before if not torch.equal(before[name], after[name])]:
-            raise ValueError(f"its forward changes its own state ({', '.join(changed)})")
+            raise UnprovableError(f"its forward changes its own state ({', '.join(changed)})")
         if not out.isfinite().all():
-            raise ValueError("it gives values that are not finite, which compare with nothing")
+            raise UnprovableError("it returns values that are not finite, which cannot be compared")
         if not gradients:
             return [out.detach()]
-        upstream = torch.randn(out.shape, dtype=torch.float64).to(out)
+        upstream = torch.randn(out.shape, dtype=torch.float64, device="cpu").to(out)
         wanted = [*fresh.tensors, *twin.parameters()]
         found = torch.autograd.grad(out, wanted, upstream, allow_unused=True)
     zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True))

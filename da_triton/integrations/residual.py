@@ -9,9 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks
 from ..functional import double_attention_block
-from ..modules import OPTIONS, DoubleAttention, is_plain, is_unobserved
+from ..modules import OPTIONS, DoubleAttention, check_input, fuses, is_plain, is_unobserved
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+AXES: dict[type, int] = {
+    norm: axes for norms in (BATCH_NORMS, INSTANCE_NORMS) for axes, norm in norms.items()
+}
 Norm = str | Callable[[int], nn.Module] | None
 
 
@@ -35,8 +39,9 @@ class ResidualDoubleAttention(nn.Module):
         options: further options of :class:`da_triton.DoubleAttention` (``heads``, ``backend``, …).
 
     Raises:
-        ValueError: an unknown norm, one without a weight to initialise, ``residual`` or
-            ``reconstruct`` (the sum is part of this module and needs the channels of x).
+        ValueError: an unknown norm, ``zero_init`` with a norm whose weight cannot learn,
+            ``residual`` or ``reconstruct`` (the sum is part of this module and needs the channels
+            of x).
     """
 
     def __init__(
@@ -63,30 +68,75 @@ class ResidualDoubleAttention(nn.Module):
         self.attention = DoubleAttention(in_channels, c_m, c_n, **kind, **options)
         self.norm = _norm(norm, in_channels, position_axes, kind)
         self.zero_init = zero_init
+        if zero_init and not self._last_parameters()[0].requires_grad:
+            raise _dead(self.norm)
         self.zero_init_last()
 
     def zero_init_last(self) -> None:
-        """Zeros at the end of the block, if ``zero_init``. timm calls this once it has initialised
-        every convolution of a network anew."""
-        if not self.zero_init:
-            return
-        last: Any = self.attention.conv_reconstruct if self.norm is None else self.norm
-        if not isinstance(getattr(last, "weight", None), Tensor):
+        """Zeros at the end of the block, if ``zero_init``. timm calls this after it has initialised
+        every convolution of a network again."""
+        if self.zero_init:
+            for parameter in self._last_parameters():
+                nn.init.zeros_(parameter)
+
+    def init_weights(self) -> None:
+        """The same for OpenMMLab, whose models call it after they have initialised every
+        convolution and norm, and before they load pretrained weights."""
+        self.zero_init_last()
+
+    def reset_parameters(self) -> None:
+        """New values for everything in the block, distributed as the constructor's: the identity
+        again, if ``zero_init``."""
+        for child in self.children():
+            _reset(child)
+        self.zero_init_last()
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """transformers' mark on what its models have initialised or loaded."""
+        return self.__dict__.get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    @torch.no_grad()
+    def _is_hf_initialized(self, value: bool) -> None:
+        # A model's own initialisation sets the mark on the block after it has filled what a file
+        # lacks: norms with ones, and what it does not know with nothing at all.
+        state = (*self.parameters(), *self.buffers())
+        loaded = [t for t in state if getattr(t, "_is_hf_initialized", False)]
+        if len(loaded) < len(state):
+            values = [t.clone() for t in loaded]
+            self.reset_parameters()
+            for t, kept in zip(loaded, values, strict=True):
+                t.copy_(kept)
+        self.__dict__["_is_hf_initialized"] = value
+
+    def _last_parameters(self) -> list[nn.Parameter]:
+        """Weight and bias, if any, at the end of the block."""
+        last = self.attention.conv_reconstruct if self.norm is None else self.norm
+        weight, bias = getattr(last, "weight", None), getattr(last, "bias", None)
+        if not isinstance(weight, nn.Parameter):  # a frozen norm has buffers
+            raise _dead(last)
+        return [weight] if bias is None else [weight, bias]
+
+    def _check_axes(self, x: Tensor) -> None:
+        """BatchNorm checks this only where it is called, and InstanceNorm takes a missing axis for
+        a missing batch."""
+        wanted = AXES.get(type(self.norm)) if isinstance(x, Tensor) else None
+        if wanted is not None and (axes := x.dim() - 2) != wanted and axes in BATCH_NORMS:
             raise ValueError(
-                f"zero_init needs a norm with a weight, got {type(last).__name__}. "
-                "Choose zero_init=False, or a norm that is affine."
+                f"x has shape {tuple(x.shape)}, but the block's norm is a "
+                f"{type(self.norm).__name__}, which takes {wanted} position axes. "
+                f"Build the block with position_axes={axes}, or with another norm."
             )
-        nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(N, in_channels, *positions)`` to the same shape. ``mask``: see DoubleAttention."""
+        self._check_axes(x)
         attention, last = self.attention, self._last_convolution()
         if last is None:
             y = attention(x) if mask is None else attention(x, mask)
             return x + (y if self.norm is None else self.norm(y))
-        checks.layer_input("x", x, attention.in_channels, attention.process_group)
+        check_input(attention, "x", x)
         first = (attention.convA, attention.convB, attention.convV)
         weights: list[Any] = [w for conv in first for w in (conv.weight, conv.bias)]
         options = {name: getattr(attention, name) for name in OPTIONS} | {"residual": True}
@@ -97,6 +147,8 @@ class ResidualDoubleAttention(nn.Module):
         attention: Any = self.attention
         norm: Any = self.norm
         if type(attention) is not DoubleAttention or not is_unobserved(attention):
+            return None
+        if not fuses(attention.order):
             return None
         if not all(is_plain(conv) for conv in attention.children()):
             return None
@@ -116,6 +168,24 @@ class ResidualDoubleAttention(nn.Module):
             bias = bias + norm.bias
         weight = conv.weight * factor[:, None, None, None]
         return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def _reset(module: nn.Module) -> None:
+    """``reset_parameters`` of the module, or of its children if it has none."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    else:
+        for child in module.children():
+            _reset(child)
+
+
+def _dead(norm: Any) -> ValueError:
+    return ValueError(
+        f"zero_init needs a norm with a weight that learns, got {type(norm).__name__}, whose "
+        "weight is missing or frozen: the block would be the identity for ever. "
+        "Choose zero_init=False, or a norm with trainable parameters."
+    )
 
 
 def _norm(norm: Norm, channels: int, position_axes: int, kind: dict[str, Any]) -> nn.Module | None:

@@ -5,7 +5,9 @@ runs it; no other parameter changes its name, and no class is touched. torchvisi
 transformers' ResNets are known by the names of their stages; other modules can be named one by one.
 """
 
+import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ STAGES = (
     {"conv3": "layer2", "conv4": "layer3", "blocks": ""},  # torchvision, timm
     {"conv3": "encoder.stages.1", "conv4": "encoder.stages.2", "blocks": ".layers"},  # transformers
 )
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ASIDE = {"downsample", "shortcut", "se"}  # shortcuts; timm's channel attention
 
 
@@ -39,24 +42,28 @@ def insert_double_attention(
     ``out`` of such a module becomes ``out + norm(double attention(out))``, which is ``out`` itself
     until training moves the normalisation away from its zeros. The block is the module's child
     ``double_attention``: every key that the network had stays, and ``load_state_dict`` of older
-    weights reports nothing but the new ones as missing.
+    weights reports nothing but the new ones as missing. A container that loops over its children in
+    a forward of its own cannot have another child; its block belongs to the first layer in it.
 
     Args:
         model: changed in place.
         positions: ``"paper"``: after the residual blocks 1 and 3 of conv3 and 1, 3 and 5 of conv4,
             in a ResNet of torchvision, timm or transformers, by itself or inside a larger model.
             Or the names of modules, as ``model.named_modules()`` gives them, or a mapping from such
-            names to the channels of their outputs, where these cannot be read off.
+            names to the channels of their outputs, for modules that concatenate, say: channels are
+            otherwise those of the module's last convolution or norm.
         c_m, c_n: channels of A, and of B and V; half of the module's channels by default.
         norm, zero_init: see :class:`ResidualDoubleAttention`.
-        options: further options of :class:`da_triton.DoubleAttention`.
+        options: further options of it: ``position_axes``, by default as the module's last
+            convolution has, and those of :class:`da_triton.DoubleAttention`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no ResNet or several in the model, a name that is not there or already has a
-            block, channels that cannot be told. The model is then unchanged.
+        ValueError: no ResNet or several in the model, a name that is not there, already has a
+            block or is never called, channels that cannot be inferred. The model is then unchanged.
+            In the network's forward: a module's output that its block cannot take.
 
     Example:
         >>> from torchvision.models import resnet50
@@ -73,35 +80,69 @@ def insert_double_attention(
     if not names:
         raise ValueError("positions names no module: nothing would be inserted.")
     modules = dict(model.named_modules())
-    blocks = {}
+    blocks: dict[tuple[nn.Module, str], tuple[nn.Module, str, InsertedDoubleAttention]] = {}
     for name in names:
         if name not in modules:
             near = [other for other in modules if other.endswith("." + name)]
             hint = f" Did you mean {near[0]!r}?" if near else " See model.named_modules()."
             raise ValueError(f"positions names {name!r}, which the model does not have.{hint}")
         module = modules[name]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            raise ValueError(f"{name!r} is a {type(module).__name__}, which is never called.")
-        if CHILD in module._modules or module in blocks:
+        owner, path = _home(name, module)
+        child = path.rpartition(".")[2]
+        if child in owner._modules or (owner, child) in blocks:
             raise ValueError(f"{name!r} has a double attention block already.")
-        channels, axes = _channels_and_axes(name, module)
+        channels, axes = _channels_and_axes(module)
         if isinstance(positions, Mapping):
             channels = positions[name]
         if channels is None:
             raise ValueError(
-                f"the output channels of {name!r} ({type(module).__name__}) cannot be told. "
+                f"cannot infer the output channels of {name!r} ({type(module).__name__}). "
                 f"Give them: positions={{{name!r}: channels}}."
             )
-        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
-        blocks[module] = ResidualDoubleAttention(
-            channels, c_m, c_n, norm=norm, zero_init=zero_init, position_axes=axes,
-            device=like.device, dtype=like.dtype, **options,
-        ).train(module.training)  # fmt: skip
-    for module, block in blocks.items():
-        module.add_module(CHILD, block)
-        if type(module).forward is not nn.Sequential.forward:  # which runs every child
-            module.register_forward_hook(_attend)
+        around = itertools.chain(module.parameters(), model.parameters())
+        like = next(
+            (p for p in around if p.is_floating_point()),
+            torch.empty((), device=torch.get_default_device()),
+        )
+        kind = {"device": like.device, "dtype": like.dtype, "position_axes": axes, **options}
+        block = InsertedDoubleAttention(channels, c_m, c_n, norm=norm, zero_init=zero_init, **kind)
+        block.place = name
+        blocks[owner, child] = module, path, block.train(module.training)
+    for (owner, child), (module, path, block) in blocks.items():
+        owner.add_module(child, block)
+        if not _is_sequential(module):  # which runs every child
+            module.register_forward_hook(functools.partial(_attend, path))
     return model
+
+
+class InsertedDoubleAttention(ResidualDoubleAttention):
+    """A block whose errors name the module that it follows."""
+
+    place = ""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        try:
+            return super().forward(x, mask)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"The double attention block after {self.place!r} cannot take the output of that "
+                f"module: {error}{self._hint(x)}"
+            ) from error
+
+    def _hint(self, x: Any) -> str:
+        channels = self.attention.in_channels
+        if not isinstance(x, Tensor):
+            return " Name a module that returns one tensor (N, channels, *positions)."
+        if channels is None or x.dim() < 3 or x.shape[1] == channels:
+            return ""
+        given = f"give their number: positions={{{self.place!r}: {x.shape[1]}}}"
+        if x.shape[-1] != channels:
+            return f" To follow it, {given}."
+        return (
+            f" If axis 1 holds its channels, {given}. If the last axis does, name a module that "
+            "returns (N, channels, *positions)."
+        )
 
 
 def a2_resnet50(**options: Any) -> nn.Module:
@@ -157,14 +198,31 @@ def _a2_resnet(name: str, options: dict[str, Any], video: bool = False) -> nn.Mo
     return insert_double_attention(network, **{k: v for k, v in options.items() if k not in theirs})
 
 
-def _attend(module: nn.Module, args: Any, output: Any) -> Tensor:
+def _attend(path: str, module: nn.Module, args: Any, output: Any) -> Tensor:
     """The hook of a module that has a block."""
-    if isinstance(output, (tuple, list, dict)):
-        raise TypeError(
-            f"a double attention block follows {type(module).__name__}, which must then return one "
-            f"tensor, got {type(output).__name__}. Insert the block after another module."
+    return module.get_submodule(path)(output)
+
+
+def _home(name: str, module: nn.Module) -> tuple[nn.Module, str]:
+    """The module whose child the block after ``module`` becomes, and the block's name below
+    ``module``."""
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}, which is never called. Name the modules in it."
         )
-    return getattr(module, CHILD)(output)
+    owner, path = module, []
+    if not _is_sequential(module):
+        while isinstance(owner, CONTAINERS) and len(owner):
+            step, owner = next(owner.named_children())
+            path.append(step)
+    return owner, ".".join([*path, f"{CHILD}_{len(path)}" if path else CHILD])
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether it runs its children in turn, and does nothing else."""
+    kind = type(module)
+    known = kind.forward is nn.Sequential.forward and kind.__call__ is nn.Module.__call__
+    return known and "forward" not in module.__dict__
 
 
 def paper_places(model: nn.Module) -> list[str]:
@@ -197,7 +255,7 @@ def paper_places(model: nn.Module) -> list[str]:
     return places
 
 
-def _channels_and_axes(name: str, module: nn.Module) -> tuple[int | None, int]:
+def _channels_and_axes(module: nn.Module) -> tuple[int | None, int]:
     """Output channels and position axes, from the last normalisation or convolution outside
     shortcuts and channel attention."""
     channels, axes = None, 2
@@ -213,10 +271,11 @@ def _channels_and_axes(name: str, module: nn.Module) -> tuple[int | None, int]:
 
 
 def _main_path(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules in the order of their registration, shortcuts and channel attention left out."""
+    """Modules in the order of their registration, without shortcuts, channel attention and blocks
+    inserted before."""
     yield module
     for name, child in module.named_children():
-        if name not in ASIDE:
+        if name not in ASIDE and not isinstance(child, InsertedDoubleAttention):
             yield from _main_path(child)
 
 

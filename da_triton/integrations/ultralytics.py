@@ -1,10 +1,11 @@
 """Double attention in Ultralytics' YOLO: names for YAML rows, and YAML files that use them.
 
 Ultralytics looks for the module of a YAML row among the globals of ``ultralytics.nn.tasks``; there
-is no other way in. :func:`register_ultralytics` puts the names there. Two kinds of process get them
-with what they unpickle instead: one that reads a checkpoint, by the blocks in it, and a worker of
-distributed training, which may be given no more of a network than the path of its YAML file, by a
-callback.
+is no other way in. :func:`register_ultralytics` puts the names there, and
+``python -m da_triton.integrations.yolo`` is the library's command line with the names. Two kinds of
+process get them with what they unpickle instead: one that reads a checkpoint, by the blocks in it,
+and a worker of distributed training, which may be given no more of a network than the path of its
+YAML file, by a callback (Ultralytics 8.4.140 or newer; older workers need a checkpoint).
 """
 
 import copy
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import modules
 from . import residual
@@ -25,22 +26,53 @@ NETWORKS = ("yolov8", "yolo11")
 SCALES = "nsmlx"
 
 
-class _Known(nn.Module):
-    """Whoever unpickles such a module can build a network from YAML rows that name it."""
+class _Row(nn.Module):
+    """A module for YAML rows. A process that unpickles one can build networks from such rows."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if arguments and isinstance(arguments[-1], dict):
+            arguments, options = arguments[:-1], arguments[-1] | options
+        if arguments and isinstance(arguments[0], list):
+            channels, row = arguments[:2]
+            arguments = (channels[row], *arguments[2:])
+        super().__init__(*arguments, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _register([type(self)])
         super().__setstate__(state)
 
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        try:
+            return super().forward(x, mask)
+        except ValueError as error:
+            expected = next(self.parameters()).shape[1]
+            if x.shape[1] == expected:
+                raise
+            # The parser sets i and f, the numbers of a row and of the row that it reads, where the
+            # row is not repeated.
+            row = f"Row {self.i}" if hasattr(self, "i") else "The row"
+            source = getattr(self, "f", -1)
+            raise ValueError(
+                f"{error} {row} of the YAML file was given {expected} channels and reads "
+                f"{x.shape[1]}. c2 has the channels of the row before; write ch, f instead for "
+                f"those of the row that is read: [{source}, 1, {type(self).__name__}, [ch, f]]."
+            ) from None
 
-class DoubleAttention(_Known, modules.DoubleAttention):
-    """:class:`da_triton.DoubleAttention`, for YAML rows: ``[-1, 1, DoubleAttention, [c2]]``."""
+
+class DoubleAttention(_Row, modules.DoubleAttention):
+    """:class:`da_triton.DoubleAttention`, for YAML rows: ``[-1, 1, DoubleAttention, [c2]]``.
+
+    Arguments as those of :class:`ResidualDoubleAttention`. The parser assumes that a block keeps
+    the number of channels.
+    """
 
 
-class ResidualDoubleAttention(_Known, residual.ResidualDoubleAttention):
+class ResidualDoubleAttention(_Row, residual.ResidualDoubleAttention):
     """:class:`da_triton.integrations.ResidualDoubleAttention`, for YAML rows.
 
-    ``[-1, 1, ResidualDoubleAttention, [c2]]``, or ``[c2, 64, 64]`` with ``c_m`` and ``c_n``.
+    ``[-1, 1, ResidualDoubleAttention, [c2]]``, or ``[c2, 64, 64]`` with ``c_m`` and ``c_n``. A
+    mapping at the end gives options by name: ``[c2, {heads: 4, backend: torch}]``. A row that does
+    not read the row before takes ``ch, f`` instead of ``c2``: ``[4, 1, …, [ch, f, 64, 64]]``.
     """
 
 
@@ -50,10 +82,15 @@ BLOCKS = (DoubleAttention, ResidualDoubleAttention)
 def register_ultralytics() -> None:
     """Makes ``ResidualDoubleAttention`` and ``DoubleAttention`` known to Ultralytics' YAML files.
 
-    In a row ``[-1, 1, ResidualDoubleAttention, [c2]]``, ``c2`` stands for the channels of the row
-    before, as the network's scale has them. Checkpoints and the workers of distributed training
-    need no call of their own, except under ``ULTRALYTICS_SAFE_LOAD``, which imports nothing for a
-    checkpoint: call this first there. Calling it again changes nothing.
+    In a row ``[-1, 1, ResidualDoubleAttention, [c2]]``, ``c2`` is the number of channels of the row
+    before, at the network's scale; :class:`ResidualDoubleAttention` lists the other arguments. On
+    the command line, ``python -m da_triton.integrations.yolo`` in place of ``yolo`` calls this.
+
+    A process that loads a checkpoint needs no call, except under ``ULTRALYTICS_SAFE_LOAD``, which
+    imports nothing for a checkpoint: call this first there. Workers of distributed training need
+    none with Ultralytics 8.4.140 or newer. Older ones, and the processes of ``YOLO.tune`` there,
+    are given nothing but the path of the network: save it, and train ``YOLO("saved.pt")``. Calling
+    this again changes nothing.
 
     Raises:
         ImportError: Ultralytics cannot be imported.
@@ -107,7 +144,8 @@ def load_ultralytics(yolo: Any, weights: Any) -> None:
 
     Rows of double attention shift the numbers of later rows, which ``YOLO.load`` goes by: it would
     pass over most of the neck and the head. This renumbers, and then calls it. A network whose new
-    blocks are the identity gives the same answers as the one that the weights are from.
+    blocks are the identity gives the same answers as the one that the weights are from, and
+    ``yolo.train`` starts from them.
 
     Args:
         yolo: ``ultralytics.YOLO`` of a YAML file with rows of double attention.
@@ -118,9 +156,10 @@ def load_ultralytics(yolo: Any, weights: Any) -> None:
             without.
     """
     from ultralytics import YOLO
+    from ultralytics.engine.model import Model
 
     network = yolo.model
-    theirs: Any = YOLO(weights).model
+    theirs: Any = weights.model if isinstance(weights, Model) else YOLO(weights).model
     names = {block.__name__ for block in BLOCKS}
     new = [row[2] in names for row in network.yaml["backbone"] + network.yaml["head"]]
     if not any(new):
@@ -145,10 +184,17 @@ def load_ultralytics(yolo: Any, weights: Any) -> None:
     for name, value in network.state_dict().items():
         if not name.startswith(detector) and found.get(name) != value.shape:
             raise ValueError(
-                f"weights must be of the same network without double attention, not fused: "
-                f"expected {tuple(value.shape)} for {name}, got {found.get(name, 'nothing')}."
+                f"weights must be of the same network without double attention, neither fused: "
+                f"expected {tuple(value.shape)} for {name}, got {found.get(name, 'nothing')}. "
+                "Load before fuse() or, with Ultralytics before 8.4.140, predict()."
             )
     yolo.load(joined)
+    # So does the library itself from 8.4.140 on. Before, train() would build a network without the
+    # weights unless ckpt has something, predict() go on with the old ones, and names stay numbers.
+    yolo.ckpt, yolo.ckpt_path, yolo.predictor = {"model": network}, None, None
+    yolo.overrides.pop("pretrained", None)
+    if network.names == {i: str(i) for i in theirs.names}:
+        network.names = dict(theirs.names)
 
 
 def _tasks() -> ModuleType:

@@ -162,7 +162,7 @@ def test_arguments_that_ours_lacks_are_refused():
         def forward(self, x):
             return self.layer(x, temperature=2.0)
 
-    with pytest.warns(UserWarning, match="arguments that ours lacks"):
+    with pytest.warns(UserWarning, match="it gets temperature, which the formula lacks"):
         accelerate(Net(), torch.randn(X))
 
 

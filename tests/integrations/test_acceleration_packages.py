@@ -69,3 +69,57 @@ def test_global_context_of_timm():
     assert relative_rms(layers(x), before) < 1e-5
     with pytest.warns(UserWarning, match="no layer"):
         accelerate(nn.Sequential(GlobalContext(12, use_attn=False)))
+
+
+def attention():
+    from denoising_diffusion_pytorch.denoising_diffusion_pytorch import LinearAttention
+
+    return nn.Sequential(LinearAttention(16), nn.Conv2d(16, 16, 1))
+
+
+def test_offloaded_weights():
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model, x = attention(), torch.randn(2, 16, 5, 6)
+    expected = model(x)
+    cpu_offload(model, torch.device("cpu"))
+    message = (
+        r"on the meta device \(offloaded, or not loaded yet\), where nothing can be compared: call "
+        r"remove_hook_from_submodules\(model\) of accelerate.hooks, then accelerate, then offload"
+    )
+    with pytest.warns(UserWarning, match=message):
+        accelerate(model, x)
+    remove_hook_from_submodules(model)
+    assert len(accelerate(model, x).replaced) == 1
+    cpu_offload(model, torch.device("cpu"))
+    assert relative_rms(model(x), expected) < 1e-5
+    with pytest.raises(RuntimeError, match="forward of '0' was replaced on the instance after"):
+        restore(model)
+    remove_hook_from_submodules(model)
+    assert restore(model) == ["0"]
+    assert torch.equal(model(x), expected)
+
+
+def test_a_layer_with_a_hook_that_moves_its_inputs():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model, x = attention(), torch.randn(2, 16, 5, 6)
+    expected = model(x)
+    add_hook_to_module(model[0], AlignDevicesHook("cpu", io_same_device=True))
+    with pytest.warns(UserWarning, match="replaced on the instance by a hook of the accelerate"):
+        accelerate(model, x)
+    remove_hook_from_module(model[0])
+    assert len(accelerate(model, x).replaced) == 1
+    add_hook_to_module(model[0], AlignDevicesHook("cpu", io_same_device=True))
+    assert relative_rms(model(x), expected) < 1e-5
+
+
+def test_hooks_that_move_the_inputs_of_children():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, x = attention(), torch.randn(2, 16, 5, 6)
+    expected = model(x)
+    add_hook_to_module(model[0].to_qkv, AlignDevicesHook("cpu", io_same_device=True))
+    assert len(accelerate(model, x).replaced) == 1
+    assert relative_rms(model(x), expected) < 1e-5

@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 from mmcv.cnn import build_plugin_layer
+from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS, Registry
 from torch import nn
 
-from da_triton.integrations import ResidualDoubleAttention
+from da_triton.integrations import ResidualDoubleAttention, insert_double_attention
 from da_triton.integrations.openmmlab import NAME, PluginDoubleAttention, register_openmmlab
 
 CONFIG = {"type": NAME, "c_m": 8, "heads": 2}
@@ -141,3 +142,87 @@ def test_pretrained_weights_are_loaded_after_the_initialisation(tmp_path):
     model.init_weights()
     x = torch.randn(2, 16, 5, 6)
     assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+# -- norm_cfg --------------------------------------------------------------------------------------
+
+NORMS = [
+    ({"type": "GN", "num_groups": 4}, nn.GroupNorm, {"num_groups": 4, "eps": 1e-5}),
+    ({"type": "BN", "eps": 1e-3, "momentum": 0.01}, nn.BatchNorm2d, {"eps": 1e-3}),
+    ({"type": "SyncBN"}, nn.SyncBatchNorm, {}),
+    ({"type": "BN3d"}, nn.BatchNorm3d, {}),
+    ({"type": "IN", "affine": True}, nn.InstanceNorm2d, {}),
+    (ConfigDict(type="BN", requires_grad=True), nn.BatchNorm2d, {}),
+]
+
+
+@pytest.mark.parametrize(("cfg", "kind", "values"), NORMS)
+def test_norm_cfg_as_other_layers_take_it(cfg, kind, values):
+    register_openmmlab()
+    before = dict(cfg)
+    _, layer = build_plugin_layer({**CONFIG, "norm_cfg": cfg}, in_channels=16)
+    assert isinstance(layer.norm, kind)
+    assert {name: getattr(layer.norm, name) for name in values} == values
+    assert dict(cfg) == before
+    x = torch.randn(2, 16, 3, 5, 6) if kind is nn.BatchNorm3d else torch.randn(2, 16, 5, 6)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_norm_cfg_none_is_no_norm_and_none_given_is_a_batch_norm():
+    register_openmmlab()
+    assert MODELS.build({**CONFIG, "in_channels": 16, "norm_cfg": None}).norm is None
+    assert type(MODELS.build({**CONFIG, "in_channels": 16}).norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_norm_and_norm_cfg_exclude_each_other(norm):
+    message = r"norm and norm_cfg both choose the norm, got norm=.* and norm_cfg=\{'type': 'BN'\}"
+    with pytest.raises(ValueError, match=message):
+        PluginDoubleAttention(16, norm=norm, norm_cfg={"type": "BN"})
+
+
+def test_a_frozen_norm_needs_a_start_other_than_zero():
+    cfg = {"type": "BN", "requires_grad": False}
+    with pytest.raises(ValueError, match="got BatchNorm2d, whose weight is missing or frozen"):
+        PluginDoubleAttention(16, norm_cfg=cfg)
+    layer = PluginDoubleAttention(16, norm_cfg=cfg, zero_init=False)
+    assert not any(p.requires_grad for p in layer.norm.parameters())
+    assert (layer.norm.weight == 1).all()
+
+
+def test_norm_cfg_of_an_unknown_norm_gets_the_message_of_the_library():
+    with pytest.raises(KeyError, match="Cannot find"):
+        PluginDoubleAttention(16, norm_cfg={"type": "NoNorm"})
+
+
+def test_norm_cfg_without_mmcv_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmcv.cnn", None)
+    with pytest.raises(ImportError, match="pip install mmcv-lite"):
+        PluginDoubleAttention(16, norm_cfg={"type": "BN"})
+
+
+@pytest.mark.parametrize("cfg", [{"type": "GN", "num_groups": 4}, {"type": "SyncBN"}])
+def test_norm_cfg_and_the_initialisation_of_the_model(cfg):
+    register_openmmlab()
+    model = Sequential(Residual(16, [{**CONFIG, "norm_cfg": cfg}]), init_cfg=KAIMING)
+    model.init_weights()
+    x = torch.randn(2, 16, 5, 6)
+    layer = model[0].double_attention.eval()
+    assert torch.equal(layer(x), x)
+
+
+def test_an_inserted_block_is_the_identity_after_the_model_is_initialised():
+    model = Sequential(Residual(16, []), init_cfg=KAIMING)
+    insert_double_attention(model, ["0"])
+    model.init_weights()
+    x = torch.randn(2, 16, 5, 6)
+    assert torch.equal(model[0].double_attention(x), x)
+
+
+def test_a_stage_that_is_frozen_before_the_initialisation():
+    """The backbones of OpenMMLab freeze their first stages when they are built."""
+    register_openmmlab()
+    model = Sequential(Residual(16, [CONFIG]), init_cfg=KAIMING).requires_grad_(False)
+    model.init_weights()
+    x = torch.randn(2, 16, 5, 6)
+    assert torch.equal(model[0].double_attention(x), x)

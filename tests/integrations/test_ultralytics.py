@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from da_triton.integrations import residual
 from da_triton.integrations import ultralytics as ours
-from da_triton.integrations.ultralytics import (
-    load_ultralytics,
-    register_ultralytics,
-    ultralytics_config,
-)
-from support.yolo import NAMES, awaken, blocks, events, predict
+from da_triton.integrations.ultralytics import register_ultralytics, ultralytics_config
+from support.yolo import NAMES, awaken, blocks, events, features, predict
 
 pytestmark = [
     pytest.mark.xdist_group("ultralytics"),
@@ -126,12 +124,11 @@ def without_blocks(rows):
 @pytest.mark.parametrize("name", FILES)
 def test_rest_is_the_librarys_own_table(name):
     import ultralytics
-    from ultralytics.utils import YAML
 
     family = name.split("-")[0]
     models = Path(ultralytics.__file__).parent / "cfg/models"
-    stock = YAML.load(models / family.removeprefix("yolo") / f"{family}.yaml")
-    table = YAML.load(ours.CONFIGS / name)
+    stock = yaml.safe_load((models / family.removeprefix("yolo") / f"{family}.yaml").read_text())
+    table = yaml.safe_load((ours.CONFIGS / name).read_text())
     assert without_blocks(absolute(table)) == absolute(stock)
     assert absolute(table) != absolute(stock)
     assert {k: v for k, v in table.items() if k not in ("backbone", "head")} == {
@@ -172,103 +169,137 @@ def test_forward_and_backward(model, outputs):
     register_ultralytics()
     network = YOLO(ultralytics_config(model, outputs)).model.train()
     assert predict(network.eval(), torch.rand(2, 3, 64, 96)).shape == (2, 84, 12 * 8 + 6 * 4 + 6)
-    maps = network.train()(torch.rand(2, 3, 64, 64))["feats"]
+    maps = features(network.train(), torch.rand(2, 3, 64, 64))
     assert [tuple(m.shape[2:]) for m in maps] == [(8, 8), (4, 4), (2, 2)]
     sum(m.square().sum() for m in maps).backward()
     for block in blocks(network.model).values():
         assert block.norm.weight.grad.any()
 
 
-def test_rows_with_options(tmp_path):
+TINY = """
+nc: 4
+scales: {{n: [0.33, 0.50, 1024]}}
+backbone:
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv, [128, 3, 2]]
+  - [-1, 1, Conv, [256, 3, 2]]
+head:
+  - {row}
+  - [[3], 1, Detect, [nc]]
+"""
+
+
+def network_with(row, directory):
+    """A network with ``row`` as row 3, after rows of 32, 64 and 128 channels."""
     from ultralytics import YOLO
 
     register_ultralytics()
-    text = (ours.CONFIGS / FILES[-2]).read_text()
-    assert text.count("ResidualDoubleAttention, [c2]") == 3
-    text = text.replace("1, ResidualDoubleAttention, [c2]", "6, DoubleAttention, [c2, 12, 20]", 1)
-    file = tmp_path / "yolov8n-mine.yaml"
-    file.write_text(text)
-    network = YOLO(str(file)).model
-    row = network.model[16]
+    file = directory / "yolov8n-mine.yaml"
+    file.write_text(TINY.format(row=row))
+    return YOLO(str(file)).model
+
+
+def test_rows_with_sizes(tmp_path):
+    network = network_with("[-1, 6, DoubleAttention, [c2, 12, 20]]", tmp_path)
+    row = network.model[3]
     assert [type(block) for block in row] == [ours.DoubleAttention] * 2  # 6 times depth 0.33
-    assert (row[0].in_channels, row[0].c_m, row[0].c_n) == (64, 12, 20)
-    assert predict(network.eval(), torch.rand(1, 3, 64, 64)).shape == (1, 84, 84)
+    assert (row[0].in_channels, row[0].c_m, row[0].c_n) == (128, 12, 20)
+    assert predict(network.eval(), torch.rand(1, 3, 64, 64)).shape == (1, 8, 64)
 
 
-# Weights of the network without double attention
+@pytest.mark.parametrize("sizes", ["", "64, 32, ", "None, null, "])
+def test_rows_with_named_options(sizes, tmp_path):
+    """Each reaches the block, alone and in a checkpoint."""
+    options = (
+        "{heads: 4, norm: null, zero_init: false, softmax_v: false, order: XH, backend: torch}"
+    )
+    network = network_with(
+        f"[-1, 1, ResidualDoubleAttention, [c2, {sizes}{options}]]", tmp_path
+    ).eval()
+    x = torch.rand(2, 128, 4, 5)
+    for block in (network.model[3], pickle.loads(pickle.dumps(network)).model[3]):
+        attention = block.attention
+        assert (attention.heads, attention.order, attention.backend) == (4, "XH", "torch")
+        assert block.norm is None
+        assert not block.zero_init
+        assert not attention.softmax_v
+        assert (attention.c_m, attention.c_n) == ((64, 32) if "64" in sizes else (64, 64))
+        plain = residual.ResidualDoubleAttention(
+            128, attention.c_m, attention.c_n, heads=4, norm=None, softmax_v=False
+        )
+        plain.load_state_dict(block.state_dict())
+        torch.testing.assert_close(block(x), plain(x))
+    # The table of a network is what its next training is built from.
+    again = type(network)(network.yaml, verbose=False)
+    assert again.model[3].attention.heads == 4
 
 
-@pytest.mark.parametrize("outputs", [False, True])
-@pytest.mark.parametrize("model", ["yolov8n", "yolo11n"])
-def test_starts_as_the_network_it_came_from(model, outputs, tmp_path):
-    from ultralytics import YOLO
-
-    register_ultralytics()
-    stock = YOLO(f"{model}.yaml")
-    awaken(stock.model)
-    stock.model.names = {i: f"kind {i}" for i in range(80)}
-    stock.save(tmp_path / "stock.pt")
-    stock = YOLO(tmp_path / "stock.pt")  # as float16 has it
-    x = torch.rand(2, 3, 64, 96)
-    expected = predict(stock.model, x)
-    for source in (stock, tmp_path / "stock.pt"):
-        yolo = YOLO(ultralytics_config(model, outputs))
-        load_ultralytics(yolo, source)
-        assert torch.equal(predict(yolo.model.eval(), x), expected)
-        assert yolo.model.names == stock.model.names
-    yolo = YOLO(ultralytics_config(model, outputs))
-    yolo.load(tmp_path / "stock.pt")
-    assert not torch.allclose(predict(yolo.model.eval(), x), expected, rtol=0.1)
-
-
-def test_weights_for_other_classes():
-    from ultralytics import YOLO
-    from ultralytics.nn.tasks import DetectionModel
-
-    register_ultralytics()
-    stock, yolo = YOLO("yolov8n.yaml"), YOLO(ultralytics_config())
-    yolo.model = DetectionModel(ultralytics_config(), nc=3, verbose=False)
-    load_ultralytics(yolo, stock)
-    found, given = yolo.model.state_dict(), stock.model.state_dict()
-    assert torch.equal(found["model.22.cv1.conv.weight"], given["model.21.cv1.conv.weight"])
-    name = "cv2.0.0.conv.weight"  # the detector's branch for boxes
-    assert torch.equal(found[f"model.23.{name}"], given[f"model.22.{name}"])
-    assert yolo.model.model[-1].nc == 3
-
-
-def test_weights_of_another_network():
-    from ultralytics import YOLO
-
-    register_ultralytics()
-    yolo = YOLO(ultralytics_config("yolov8n"))
-    before = copy.deepcopy(yolo.model.state_dict())
-    for name, message in {
-        "yolov8s.yaml": r"expected \(16, 3, 3, 3\) for model.0.conv.weight, got \(32, 3, 3, 3\)",
-        "yolo11n.yaml": "expected 23 rows, got 24",
-        ultralytics_config("yolov8n"): "expected 23 rows, got 24",
+def test_rows_with_an_option_that_is_unknown_or_given_twice(tmp_path):
+    for arguments, message in {
+        "c2, {head: 4}": "unexpected keyword argument 'head'",
+        "c2, 8, {c_m: 8}": "multiple values for argument 'c_m'",
+        "c2, {backend: cuda}": "backend must be one of .*'torch'.*, got 'cuda'",
+        "{heads: 4}": "missing 1 required positional argument: 'in_channels'",
     }.items():
-        with pytest.raises(ValueError, match=message):
-            load_ultralytics(yolo, YOLO(name))
-    with pytest.raises(ValueError, match="got nothing"):
-        load_ultralytics(yolo, _fused(YOLO("yolov8n.yaml")))
-    with pytest.raises(ValueError, match=r"Use yolo\.load"):
-        load_ultralytics(YOLO("yolov8n.yaml"), yolo)
-    assert all(torch.equal(before[k], v) for k, v in yolo.model.state_dict().items())
+        with pytest.raises((TypeError, ValueError), match=message):
+            network_with(f"[-1, 1, ResidualDoubleAttention, [{arguments}]]", tmp_path)
 
 
-def _fused(yolo):
-    yolo.fuse()
-    return yolo
+@pytest.mark.parametrize("block", NAMES)
+@pytest.mark.parametrize("arguments", ["ch, f", "ch, f, 8, 4", "ch, f, {c_m: 8}"])
+@pytest.mark.parametrize(("source", "channels"), [(-1, 128), (0, 32), (-2, 64)])
+def test_rows_that_read_another_row(source, channels, arguments, block, tmp_path):
+    network = network_with(f"[{source}, 1, {block}, [{arguments}]]", tmp_path)
+    row = network.model[3]
+    assert type(row) is getattr(ours, block)
+    attention = getattr(row, "attention", row)
+    assert attention.convA.in_channels == attention.conv_reconstruct.out_channels == channels
+    assert attention.c_m == (8 if "8" in arguments else channels // 2)
 
 
-# Training, and what becomes of a trained network
+@pytest.mark.parametrize("block", NAMES)
+def test_rows_with_channels_of_another_row(block, tmp_path):
+    """The message names the row and the remedy, which works."""
+    message = (
+        r"x must have 128 channels .*, got shape \(1, 32, .*\)\. Row 3 of the YAML file was given "
+        r"128 channels and reads 32\. .* write ch, f instead .*: \[0, 1, (\w+), \[ch, f\]\]\."
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        network_with(f"[0, 1, {block}, [c2]]", tmp_path)
+    remedy = str(caught.value).split(": ")[-1].removesuffix(".")
+    assert remedy == f"[0, 1, {block}, [ch, f]]"
+    network_with(remedy, tmp_path)
+    with pytest.raises(ValueError, match=r"Row 3 .* was given 100 channels and reads 128\."):
+        network_with(f"[-1, 1, {block}, [100]]", tmp_path)
+    with pytest.raises(ValueError, match=r"\. The row .* was given 100 channels and reads 128\."):
+        network_with(f"[-1, 6, {block}, [100]]", tmp_path)
 
 
-def features(network, x):
+def test_other_errors_of_a_block_stay_as_they_are():
+    block = ours.ResidualDoubleAttention(8)
+    with pytest.raises(ValueError, match="mask") as caught:
+        block(torch.rand(1, 8, 3, 3), torch.ones(1, 2, 2, dtype=torch.bool))
+    assert "YAML" not in str(caught.value)
+
+
+@pytest.mark.parametrize("block", NAMES)
+def test_rows_compile_and_export_whole(block):
+    block = getattr(ours, block)([3, 8, 16], 1, 4, {"backend": "torch"}).eval()
+    x = torch.rand(2, 8, 4, 3)
+    expected = block(x)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.jit.trace(block, x)(x), expected)
+
+
+# What becomes of a network
+
+
+def joined_features(network, x):
     """What the detector reads, in float64: the outputs of the blocks."""
     with torch.no_grad():
-        maps = network(x)[1]["feats"]
-    return torch.cat([m.double().flatten(1) for m in maps], 1)
+        return torch.cat([m.double().flatten(1) for m in features(network, x)], 1)
 
 
 def distance(found, exact):
@@ -296,10 +327,10 @@ def test_low_precision(awake, dtype):
     x = torch.rand(2, 3, 64, 96)
     cast, autocast = [], []
     for network in awake:
-        exact = features(copy.deepcopy(network).double(), x.double())
-        cast.append(distance(features(copy.deepcopy(network).to(dtype), x.to(dtype)), exact))
+        exact = joined_features(copy.deepcopy(network).double(), x.double())
+        cast.append(distance(joined_features(copy.deepcopy(network).to(dtype), x.to(dtype)), exact))
         with torch.autocast("cpu", dtype):
-            autocast.append(distance(features(network, x), exact))
+            autocast.append(distance(joined_features(network, x), exact))
     assert cast[0] < 1.5 * cast[1] < 16 * torch.finfo(dtype).eps
     assert autocast[0] < 1.5 * autocast[1] < 16 * torch.finfo(dtype).eps
 
@@ -307,16 +338,16 @@ def test_low_precision(awake, dtype):
 def test_copies_fusion_and_channels_last(awake):
     network, silent = awake
     x = torch.rand(2, 3, 64, 96)
-    expected = features(network, x)
-    assert distance(features(silent, x), expected) > 0.5
-    assert torch.equal(features(copy.deepcopy(network), x), expected)
-    assert torch.equal(features(pickle.loads(pickle.dumps(network)), x), expected)
+    expected = joined_features(network, x)
+    assert distance(joined_features(silent, x), expected) > 0.5
+    assert torch.equal(joined_features(copy.deepcopy(network), x), expected)
+    assert torch.equal(joined_features(pickle.loads(pickle.dumps(network)), x), expected)
     fused = copy.deepcopy(network).fuse(verbose=False)
     assert fused.is_fused()
-    assert distance(features(fused, x), expected) < 1e-6
+    assert distance(joined_features(fused, x), expected) < 1e-6
     last = copy.deepcopy(network).to(memory_format=torch.channels_last)
     y = x.to(memory_format=torch.channels_last)
-    assert distance(features(last, y), expected) < 1e-6
+    assert distance(joined_features(last, y), expected) < 1e-6
     block = next(iter(blocks(last.model).values()))
     out = block(torch.rand(2, 64, 8, 12).to(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -328,7 +359,7 @@ def test_deterministic(awake, poisoned):
     twice = []
     for _ in range(2):
         network.zero_grad()
-        sum(m.square().sum() for m in network(x)["feats"]).backward()
+        sum(m.square().sum() for m in features(network, x)).backward()
         twice.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
     assert any("attention" in name for name in twice[0])
     assert all(torch.equal(grad, twice[1][name]) for name, grad in twice[0].items())

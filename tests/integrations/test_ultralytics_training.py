@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from da_triton.integrations.ultralytics import (
-    register_ultralytics,
-    ultralytics_config,
-)
-from support.yolo import CLASSES, NAMES, QUICK, TRAINING, blocks, fresh, predict
+from da_triton.integrations import register_ultralytics, ultralytics_config, yolo
+from support.yolo import CLASSES, QUICK, TRAINING, blocks, fresh, predict
 
 pytestmark = [
     pytest.mark.xdist_group("ultralytics"),
@@ -99,76 +96,66 @@ def test_onnx(trained, dynamic, tmp_path):
         assert not torch.allclose(predict(silent, x), expected, rtol=1e-4, atol=1e-3)
 
 
-def trainer_of(path, data, directory):
-    from ultralytics.models.yolo.detect import DetectionTrainer
+def test_interrupted_training_is_resumed(data, tmp_path):
+    from ultralytics import YOLO
 
-    # What it sets to be deterministic, only the end of its training would take back.
-    options = {"data": str(data), "epochs": 1, "project": str(directory), "deterministic": False}
-    return DetectionTrainer(overrides={"model": path, **options, **TRAINING})
-
-
-def test_worker_of_distributed_training(data, tmp_path):
-    """The script that the library writes for its workers, run as it is."""
-    from ultralytics.utils import dist
+    def interrupt(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
 
     register_ultralytics()
-    trainer = trainer_of(ultralytics_config("yolo11n"), data, tmp_path)
-    code = Path(dist.generate_ddp_file(trainer)).read_text()
-    assert "da_triton" not in code
-    done = fresh(code, tmp_path)
+    first = YOLO(ultralytics_config("yolov8n"))
+    first.add_callback("on_train_epoch_start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(data=str(data), epochs=2, project=str(tmp_path), **TRAINING)
+    second = YOLO(first.trainer.last)
+    second.train(resume=True)
+    assert (second.trainer.start_epoch, second.trainer.epoch) == (1, 1)
+    assert second.trainer.save_dir == first.trainer.save_dir
+    assert list(blocks(YOLO(second.trainer.best).model.model)) == [10]
+
+
+# Command line
+
+
+def test_command_line(data, tmp_path):
+    """By the name of one of the package's files, in a process that has registered nothing."""
+    from ultralytics import YOLO
+
+    options = TRAINING | {"data": data, "epochs": 1, "project": tmp_path, "name": "run"}
+    arguments = [f"{key}={value}" for key, value in options.items()]
+    model = "model=yolo11n-double-attention.yaml"
+    done = fresh_module(
+        "da_triton.integrations.yolo", tmp_path, "detect", "train", model, *arguments
+    )
     assert done.returncode == 0, done.stderr
-    assert Path(trainer.save_dir, "weights", "last.pt").exists()
-
-
-def test_what_makes_a_worker_know(tasks, data, tmp_path):
-    """The callback, where it is given the path of a YAML file, or a block."""
-    from ultralytics.utils import dist
-    from ultralytics.utils.patches import torch_load
-
-    def state(of):
-        """What a worker reads, once this process has forgotten the names."""
-        file = Path(dist.generate_ddp_file(of)).with_suffix(".pt")
-        for name in NAMES:
-            delattr(tasks, name)
-        return torch_load(file)
-
-    path = ultralytics_config("yolov8n")
-    register_ultralytics()
-    trainer = trainer_of(path, data, tmp_path)
-    assert state(trainer)["model"] == path
-    assert all(hasattr(tasks, name) for name in NAMES)
-    trainer.callbacks = {}
-    state(trainer)
-    assert not any(hasattr(tasks, name) for name in NAMES)
-    with pytest.raises(KeyError, match="ResidualDoubleAttention"):
-        tasks.DetectionModel(path, verbose=False)
-    register_ultralytics()
-    trainer.model = trainer.get_model(cfg=path, verbose=False)
-    network = state(trainer)["model"]
-    tasks.DetectionModel(network.yaml, verbose=False).load(network, verbose=False)
-
-
-def test_restricted_loading(trained, tmp_path):
-    """ULTRALYTICS_SAFE_LOAD imports nothing for a checkpoint; who has registered can load it."""
-    code = """if True:
-        import sys
-        from da_triton.integrations.ultralytics import register_ultralytics
-        assert "ultralytics" not in sys.modules
-        from ultralytics import YOLO
-        from ultralytics.nn.tasks import DetectionModel, _SafeLoad
-        assert _SafeLoad.restricted()
-        try:
-            YOLO(sys.argv[1])
-        except TypeError as error:
-            assert "references types outside" in str(error)
-        else:
-            raise SystemExit("loaded unknown types")
-        register_ultralytics()
-        yolo = YOLO(sys.argv[1])
-        DetectionModel(yolo.model.yaml, verbose=False).load(yolo.model, verbose=False)
-    """
-    done = fresh(code, tmp_path, trained.trainer.best, ULTRALYTICS_SAFE_LOAD="1")
+    last = tmp_path / "run/weights/last.pt"
+    assert list(blocks(YOLO(last).model.model)) == [11]
+    # A checkpoint needs no more than the library's own command.
+    options = QUICK | {"data": data, "project": tmp_path, "name": "val"}
+    arguments = [f"{key}={value}" for key, value in options.items()]
+    done = fresh_module("ultralytics.cfg.__init__", tmp_path, "val", f"model={last}", *arguments)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "val").is_dir()
 
 
-# Precision, memory formats, copies
+def fresh_module(name, directory, *arguments):
+    code = f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    return fresh(code, directory, *arguments)
+
+
+def test_names_on_the_command_line(monkeypatch, tmp_path):
+    """Those of the package's files become paths; others, and files that are there, do not."""
+    monkeypatch.chdir(tmp_path)
+    name = "yolov8s-double-attention-outputs.yaml"
+    path = ultralytics_config("yolov8s", outputs=True)
+    assert yolo._with_path(f"model={name}") == f"model={path}"
+    assert yolo._with_path("model=yolo11n-double-attention.yaml").endswith(
+        "configs/yolo11n-double-attention.yaml"
+    )
+    for argument in ("train", f"data={name}", "model=yolov8n.pt", f"model=mine/{name}"):
+        assert yolo._with_path(argument) == argument
+    with pytest.raises(ValueError, match=r"one of yolov8n, .*, got 'yolov5n'"):
+        yolo._with_path("model=yolov5n-double-attention.yaml")
+    (tmp_path / name).touch()
+    assert yolo._with_path(f"model={name}") == f"model={name}"

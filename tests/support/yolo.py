@@ -62,7 +62,12 @@ def quiet_ultralytics(home):
     threads = torch.get_num_threads()
     quiet = {"YOLO_CONFIG_DIR": str(home), "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
     with mock.patch.dict(os.environ, quiet), pytest.MonkeyPatch.context() as patch:
-        from ultralytics.utils import checks, dist, events
+        from ultralytics.utils import checks, dist
+
+        try:
+            from ultralytics.utils.events import events
+        except ImportError:  # before 8.3.200
+            from ultralytics.hub.utils import events
 
         directory = home / "Ultralytics"
         directory.mkdir(exist_ok=True)
@@ -72,7 +77,7 @@ def quiet_ultralytics(home):
         patch.setattr(checks, "ONLINE", False)
         patch.setattr(checks, "USER_CONFIG_DIR", directory)
         patch.setattr(dist, "USER_CONFIG_DIR", directory)
-        patch.setattr(events.events, "enabled", False)
+        patch.setattr(events, "enabled", False)
         yield
     torch.set_num_threads(threads)
 
@@ -115,6 +120,23 @@ def predict(network, x):
     with torch.no_grad():
         out = network(x)
     return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def features(network, x):
+    """The maps that the detector reads: what it returns has another form in every version."""
+    maps = []
+    hook = network.model[-1].register_forward_pre_hook(lambda _, inputs: maps.extend(inputs[0]))
+    network(x)
+    hook.remove()
+    return maps
+
+
+def trainer_of(path, data, directory, **options):
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    # What it sets to be deterministic, only the end of its training would take back.
+    options = {"data": str(data), "epochs": 1, "project": str(directory), **options}
+    return DetectionTrainer(overrides={"model": str(path), "deterministic": False} | options)
 
 
 def events(callbacks):
