@@ -116,15 +116,15 @@ def block_backward_op(
     """
     weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
     if x.shape[0] == 0:
-        inputs = zip((x, *weights), needs, strict=True)
+        inputs: Any = zip((x, *weights), needs, strict=True)
         return [torch.zeros_like(t) if need else x.new_empty(0) for t, need in inputs]
     options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     v_ = v if v.dim() == 3 else None
     route = _route(x, weights, heads, order, v_ is not None)
-    need = kernels.Weights(*needs[1:])
-    found = kernels.backward(
-        dout, x, weights, _bytes(keep), lse, g, v_, options, route, needs[0], need
-    )
+    need_x, *need_weights = needs
+    wanted = kernels.Weights(*need_weights)  # type: ignore[arg-type]
+    saved = lse, g, v_
+    found = kernels.backward(dout, x, weights, _bytes(keep), *saved, options, route, need_x, wanted)
     grads = [y if need else x.new_empty(0) for y, need in zip(found, needs, strict=True)]
     if needs[0]:
         grads[0] = _in_format_of(x, grads[0])

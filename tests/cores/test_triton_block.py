@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from da_triton import double_attention_block
 from da_triton.cores import triton_block as core
 from da_triton.costs import order_cost
+from da_triton.kernels import block as kernels
 from da_triton.planner import Route
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
@@ -133,7 +134,6 @@ def test_some_inputs_that_need_no_gradient(route, taking):
         ("fused", ("v", "out"), ["gather_side_kernel"]),
         ("fused", ("a", "b", "v", "out"), []),
         ("split", ("out",), ["delta_kernel", "gather_backward_kernel"]),
-        ("split", ("x",), []),  # the sums are products of the library here
     ],
 )
 def test_what_frozen_weights_spare(route, wanted, spared, taking):
@@ -157,8 +157,25 @@ def test_what_frozen_weights_spare(route, wanted, spared, taking):
     saved = every - some
     assert sorted(n for n in saved.elements() if n.endswith("_kernel")) == sorted(spared)
     assert not some - every
-    if route == "split":
-        assert saved["aten::bmm"] >= (2 if "x" in wanted else 1)
+
+
+@pytest.mark.parametrize(("wanted", "spared"), [("x", 4), ("b", 2), ("a", 2)])
+def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
+    """On the split route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
+    (x, *tensors, _), (heads, *scalars) = arguments()
+    w, route = kernels.Weights(*tensors), ROUTES["split"]
+    o = kernels.Options(heads, *scalars[:-1])
+    _, lse, g, _ = kernels.forward(x, w, None, o, route, False)
+
+    def products(*need):
+        with launches.count() as names:
+            kernels.backward(
+                x, x, w, None, lse, g, None, o, route, need[0], kernels.Weights(*need[1:])
+            )
+        return sum(name in ("aten::bmm", "aten::baddbmm", "aten::convolution") for name in names)
+
+    some = (name == wanted for name in ("x", "a", "bias_a", "b", "v", "bias_v", "out", "bias_out"))
+    assert products(*8 * [True]) - products(*some) == spared
 
 
 @pytest.mark.parametrize("biases", [False, True])
