@@ -66,7 +66,7 @@ def block(
     options = kernels.Options(2, 0.5, 0.5, 1.0, True, True)
     for maps in (x, x.mT.contiguous().mT):
         out, lse, g, v = kernels.forward(maps, w, keep, options, route, True)
-        kernels.backward(out, maps, w, keep, lse, g, v, options, route, True)
+        kernels.backward(out, maps, w, keep, lse, g, v, options, route)
 
 
 SMALL, BY_CHANNELS = (20, 6, 4), (130, 6, 68)

@@ -124,7 +124,7 @@ def step(work: Workload, device: torch.device, *, backward: bool) -> Closure:
         out, lse, g, v = block.forward(x, w, None, options, route, False)
         if not backward:
             return (out,)
-        grads = block.backward(out, x, w, None, lse, g, v, options, route, True)
+        grads = block.backward(out, x, w, None, lse, g, v, options, route)
         return out, *(grad for grad in grads if grad is not None)
 
     return run

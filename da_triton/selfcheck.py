@@ -216,7 +216,7 @@ def run(case, dtype, masked, device, every=False):
     with torch.no_grad(), matmul_precision(precision):
         for route, keep_v in _routes(x, case, every):
             _, lse, g, v = block.forward(x, weights, keep, options, route, keep_v)
-            block.backward(x, x, weights, keep, lse, g, v, options, route, True)
+            block.backward(x, x, weights, keep, lse, g, v, options, route)
 
 
 def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:

@@ -54,9 +54,9 @@ def register_sharding() -> None:
         return [shard, shard, shard, shard if given["keep_v"] else Replicate()]
 
     def block_backward(given, shard):
-        weights = [x for name, x in given.items() if name.startswith(WEIGHTS)]
-        gradients = [Replicate() if w is None else Partial() for w in weights]
-        return [shard if given["need_x"] else Replicate(), *gradients]
+        of_x, *of_weights = given["needs"]
+        gradients = [Partial() if need else Replicate() for need in of_weights]
+        return [shard if of_x else Replicate(), *gradients]
 
     rules = [
         (triton.gather_op, (0, 1), lambda given, shard: [shard, shard]),

@@ -92,7 +92,7 @@ def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list
     keep = _keep(v, batch)
     with compiler.record() as launches:
         _, lse, g, kept = block.forward(x, w, keep, options, route, v.keep_v)
-        block.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route, True)
+        block.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route)
     return launches
 
 

@@ -20,7 +20,7 @@ from ..kernels import block as kernels
 from ..kernels import configs, launch
 from ..precision import accumulator, lse_dtype
 from . import aten_block
-from .operators import differentiable, or_empty, unviewed, vectorise, wants_graph
+from .operators import differentiable, unviewed, vectorise, wants_graph
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
 
@@ -108,22 +108,23 @@ def block_backward_op(
     softmax_v: bool,
     residual: bool,
     order: str,
-    need_x: bool,
+    needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out and bias_out.
 
-    Empty where there is no such input, or x needs none.
+    ``needs``: which of them; the others are empty.
     """
     weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
-    inputs = (x if need_x else None, *weights)
     if x.shape[0] == 0:
-        return [x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs]
+        inputs: Any = zip((x, *weights), needs, strict=True)
+        return [torch.zeros_like(t) if need else x.new_empty(0) for t, need in inputs]
     options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     v_ = v if v.dim() == 3 else None
     route = _route(x, weights, heads, order, v_ is not None)
-    found = kernels.backward(dout, x, weights, _bytes(keep), lse, g, v_, options, route, need_x)
-    grads = [x.new_empty(0) if t is None else y for t, y in zip(inputs, found, strict=True)]
-    if need_x:
+    wanted = kernels.Gradients(*needs)
+    found = kernels.backward(dout, x, weights, _bytes(keep), lse, g, v_, options, route, wanted)
+    grads = [y if need else x.new_empty(0) for y, need in zip(found, needs, strict=True)]
+    if needs[0]:
         grads[0] = _in_format_of(x, grads[0])
     return grads
 
@@ -131,11 +132,12 @@ def block_backward_op(
 @block_backward_op.register_fake
 def _(
     dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
-    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, need_x,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs,
 ):  # fmt: skip
-    weights = (weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
-    dx = launch.empty_rows_like(x, x.shape[1]) if need_x else None
-    return [or_empty(dx, x), *(x.new_empty(0 if w is None else w.shape) for w in weights)]
+    inputs = (x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    given = zip(inputs, needs, strict=True)
+    _, *grads = (x.new_empty(t.shape if need else 0) for t, need in given)
+    return [launch.empty_rows_like(x, x.shape[1]) if needs[0] else x.new_empty(0), *grads]
 
 
 def _setup(ctx, inputs, output):
@@ -157,7 +159,7 @@ def _gradients(ctx, dout, *_):
         grads = differentiable(_composition(ctx, tensors[8]), tensors[:8], needs, dout)
         return *grads, *nothing
     found = block_backward_op(
-        dout, *tensors, lse, g, v, ctx.heads, *ctx.scalars, ctx.order, needs[0]
+        dout, *tensors, lse, g, v, ctx.heads, *ctx.scalars, ctx.order, list(needs)
     )
     return *(y if need else None for y, need in zip(found, needs, strict=True)), *nothing
 
@@ -238,10 +240,11 @@ def block_flops(
 @register_flop_formula(torch.ops.da_triton.block_backward)
 def block_backward_flops(
     dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
-    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, need_x, **_,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs, **_,
 ):  # fmt: skip
-    """Twice the forward pass, as of any layer; what is computed again is not counted."""
-    return 4 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+    """Once the forward pass for dX, once for the weights; what is computed again is not counted."""
+    passes = needs[0] + any(needs[1:])
+    return 2 * passes * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
 
 
 def _multiply_adds(x, weight_a, weight_b, weight_out, heads, order):

@@ -11,7 +11,7 @@ backward, which is fused in order XH or split in any order.
 X is ``(N, C, L)``. G is ``(N, heads, m, n)`` with ba, lse ``(N, heads·n)``.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,16 +58,19 @@ class Options(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of X and the weights; None where not needed."""
+    """Of X and the weights; None, or anything, where not needed. Or whether they are."""
 
-    x: Tensor | None
-    a: Tensor | None
-    bias_a: Tensor | None
-    b: Tensor | None
-    v: Tensor | None
-    bias_v: Tensor | None
-    out: Tensor | None
-    bias_out: Tensor | None
+    x: Any
+    a: Any
+    bias_a: Any
+    b: Any
+    v: Any
+    bias_v: Any
+    out: Any
+    bias_out: Any
+
+
+EVERY = Gradients(*(True,) * 8)
 
 
 def forward(x, w, keep, o, route, keep_v):
@@ -179,14 +182,14 @@ def _distribute(x, v, bias, d, start, w, o, through_h):
     return (y + x if o.residual else y).to(x.dtype)
 
 
-def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
-    """All gradients of the weights that are there, and of X if needed."""
+def backward(dout, x, w, keep, lse, g, v, o, route, needs=EVERY):
+    """Gradients of X and of the weights that are there, where needed."""
     if route.backward == "fused":
-        return _fused_backward(dout, x, w, keep, v, o, need_x)
-    return Gradients(*split_backward.backward(dout, x, w, keep, lse, g, v, o, route, need_x))
+        return _fused_backward(dout, x, w, keep, v, o, needs)
+    return Gradients(*split_backward.backward(dout, x, w, keep, lse, g, v, o, route, needs))
 
 
-def _fused_backward(dout, x, w, keep, v, o, need_x):
+def _fused_backward(dout, x, w, keep, v, o, needs):
     """Pass 1 again for M, then two passes over X and dO. M makes G and lse anew on its way."""
     maps = w.b.shape[0]
     parts = project_gather.gather_from_x(x, w.b, keep, o.logit_scale)
@@ -204,13 +207,17 @@ def _fused_backward(dout, x, w, keep, v, o, need_x):
         heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,
     )  # fmt: skip
     dh, dg, dm, delta = descriptors.backward(parts, lse, m, w, heads=o.heads, scale=o.scale)
-    dx = block_backward.gather_side(
-        x, dout, w.b, w.v, dm, lse, delta, keep, dv, db,
-        logit_scale=o.logit_scale, residual=o.residual, need_x=need_x,
-    )  # fmt: skip
+    dx = None
+    if needs.x or needs.b:
+        dx = block_backward.gather_side(
+            x, dout, w.b, w.v, dm, lse, delta, keep, dv, db,
+            logit_scale=o.logit_scale, residual=o.residual, need_x=needs.x,
+        )  # fmt: skip
+    if not any(needs[1:]):
+        return Gradients(dx, *[None] * 7)
     dwa, dba, dwb, dwv, dbv, dwo, dbo = weight_gradients.weight_gradients(
         both, x, dh, g, dg, m, w.a, scale=o.scale
     )
-    if not o.softmax_v:
+    if needs.bias_out and not o.softmax_v:
         dbo = dout.sum((0, 2), dtype=accumulator(x.dtype)).to(x.dtype)
     return Gradients(dx, dwa, dba, dwb, dwv, dbv, dwo, dbo)

@@ -21,8 +21,8 @@ from . import gather as core_gather
 from .products import by_head, shared
 
 
-def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
-    """dX (None if not needed), dWa, dba, dWb, dWv, dbv, dWo, dbo."""
+def backward(dout, x, w, keep, lse, g, v, o, route, needs):
+    """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None, or anything, where not in ``needs``."""
     from_x, to_z = route.backward_order[0] == "X", route.backward_order[1] == "Z"
     weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
     rows = [len(weight) for weight in weights]
@@ -40,12 +40,14 @@ def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
 
     # dV, and in the place of dB, until that is made, Q.
     through = _through_z if to_z else _through_h
-    parts, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o)
+    parts, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o, needs)
 
-    dx = dout if o.residual and need_x else None
-    if from_x:
-        dx, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, dx, need_x)
-    else:
+    dx = dout if o.residual and needs.x else None
+    needs_a, needs_b = needs.a or needs.bias_a, needs.x or needs.b
+    dwa = dba = None
+    if from_x and (needs_a or needs_b):
+        dx, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, dx, needs)
+    elif needs_a or needs_b:
         (a,), (da,), bias_a = a, da, w.bias_a
         if route.gather == "fused" and route.order[0] == "X":
             # Pass 1 took B before rounding; P of this B needs an lse and a G of its own.
@@ -53,28 +55,31 @@ def backward(dout, x, w, keep, lse, g, v, o, route, need_x):
             bias_a = None
         masked = None if keep is None else lse
         dg, correction = delta.rounded_and_delta(parts, g, x.dtype, bias=bias_a, lse=masked)
+        da, db = da if needs.x or needs_a else None, db if needs_b else None
         core_gather.backward(dg, correction, a, b, keep, lse, da, db, o.logit_scale)
-    if need_x:
+    if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
     del matrices, rounded, a, b, v, parts  # before the parts of the weights' gradients
-    found = [
-        gradient
-        for grad, run in zip(grads, runs, strict=True)
-        for gradient in weight_gradients.products(grad, x, *run)
-    ]
+    wanted = [needs.b, needs.v or needs.bias_v]
+    wanted = wanted if from_x else [needs_a, *wanted]
+    if len(runs) == 1:
+        wanted = [any(wanted)]
+    found = []
+    for grad, run, need in zip(grads, runs, wanted, strict=True):
+        found += weight_gradients.products(grad, x, *run) if need else [(None, None)] * len(run)
     if not from_x:
         dwa, dba = found.pop(0)
     (dwb, _), (dwv, dbv) = found
     return dx, dwa, dba, dwb, dwv, dbv, dwo, dbo
 
 
-def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o):
+def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     """Parts of dG, dWo and dbo; writes dV, and Q where it can be had."""
     dz, z = dout, None
     if w.out is not None:
         dz = project(dout, w.out.t(), None)
-        z = launch.empty_rows_like(dz, len(w.a))
+        z = launch.empty_rows_like(dz, len(w.a)) if needs.out or needs.bias_out else None
     parts = core_distribute.backward_parts(
         by_head(dz, o.heads), rounded, v, bias_v, dv, None if z is None else by_head(z, o.heads), q,
         scale=o.scale, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
@@ -85,7 +90,7 @@ def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o):
     return parts, dwo, dbo
 
 
-def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o):
+def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     """The same, without Z; dG from dH in one part."""
     h = products.reconstructing(g, w, o.heads, o.scale)
     h = h.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
@@ -94,25 +99,31 @@ def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o):
         scale=1.0, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
     ).sum(2)  # fmt: skip
     per_head = w.out.unflatten(1, (o.heads, -1)).transpose(0, 1).to(g.dtype)
-    dwo = o.scale * (dh @ g.mT).sum(0)  # (heads, C', m)
-    dwo = dwo.transpose(0, 1).flatten(1).to(w.out.dtype)
-    dbo = dout.sum((0, 2), dtype=g.dtype).to(dout.dtype)
+    dwo = dbo = None
+    if needs.out:
+        dwo = o.scale * (dh @ g.mT).sum(0)  # (heads, C', m)
+        dwo = dwo.transpose(0, 1).flatten(1).to(w.out.dtype)
+    if needs.bias_out:
+        dbo = dout.sum((0, 2), dtype=g.dtype).to(dout.dtype)
     return (o.scale * (per_head.mT @ dh))[:, :, None], dwo, dbo
 
 
-def _into_x(parts, x, b, keep, lse, w, db, o, dx, need_x):
-    """``dx`` with the gather's part of it, or None; dWa and dba; writes dB."""
+def _into_x(parts, x, b, keep, lse, w, db, o, dx, needs):
+    """``dx`` with the gather's part of it, or None; dWa and dba; writes dB, if needed."""
     dg = parts.sum(2)
     if keep is not None:
         dg = dg.masked_fill((lse == torch.inf).view(dg.shape[0], o.heads, 1, -1), 0)
     copies = shared(x, o.heads)
     m, lse = core_gather.gather_forward([(copies, b, keep)], o.logit_scale)
-    dwa, dba = (dg @ m.mT).sum(0).flatten(0, 1), dg.sum((0, 3)).flatten()
+    dwa = (dg @ m.mT).sum(0).flatten(0, 1).to(x.dtype) if needs.a else None
+    dba = dg.sum((0, 3)).flatten().to(x.dtype) if needs.bias_a else None
+    if not (needs.x or needs.b):
+        return None, dwa, dba
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
     dm, correction = delta.rounded_and_delta(dm[:, :, None], m, x.dtype)
-    through_m = launch.empty_map_like(copies) if need_x else None
+    through_m = launch.empty_map_like(copies) if needs.x else None
     core_gather.backward(dm, correction, copies, b, keep, lse, through_m, db, o.logit_scale)
-    if need_x:
+    if needs.x:
         through_m = through_m.squeeze(1) if o.heads == 1 else through_m.sum(1)
         dx = through_m if dx is None else through_m.add_(dx)
-    return dx, dwa.to(x.dtype), dba.to(x.dtype)
+    return dx, dwa, dba

@@ -1,6 +1,7 @@
 """The block's operators at PyTorch's boundary, on the fused and on the split route."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from da_triton import double_attention_block
 from da_triton.cores import triton_block as core
 from da_triton.costs import order_cost
+from da_triton.kernels import block as kernels
 from da_triton.planner import Route
+from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
 
 C, C_M, C_N, LENGTH = 12, 8, 6, 20
@@ -56,9 +59,9 @@ def test_opcheck(route, channels_last, masked, keep_v, taking):
         torch.library.opcheck(core.block_op, (*leaves, *options, keep_v))
     tensors = [None if t is None else t.detach() for t in tensors]
     out, *kept = core.block_op(*tensors, *options, keep_v)
-    for need_x in (False, True):
+    for needs in (8 * [True], [False] + 7 * [True], [True] + 7 * [False], 4 * [False, True]):
         torch.library.opcheck(
-            core.block_backward_op, (torch.randn_like(out), *tensors, *kept, *options, need_x)
+            core.block_backward_op, (torch.randn_like(out), *tensors, *kept, *options, needs)
         )
 
 
@@ -72,7 +75,7 @@ def test_fakes_have_the_true_strides(route, channels_last, out, taking):
 
     def both(tensors):
         out, lse, g, v = core.block_op(*tensors, *options, True)
-        grads = core.block_backward_op(out, *tensors, lse, g, v, *options, True)
+        grads = core.block_backward_op(out, *tensors, lse, g, v, *options, 8 * [True])
         return out, lse, g, v, *grads
 
     real = both(tensors)
@@ -120,6 +123,57 @@ def test_some_inputs_that_need_no_gradient(route, taking):
         grads = torch.autograd.grad(function(*some).square().sum(), [some[i] for i in wanted])
         for i, grad in zip(wanted, grads, strict=True):
             assert torch.equal(grad, every[i])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU, which would run")
+@pytest.mark.parametrize(
+    ("route", "wanted", "spared"),
+    [
+        # sums of dV Xᵀ and dB Xᵀ, and those of the descriptors
+        ("fused", ("x",), ["outer_kernel", "weight_gradients_kernel"]),
+        ("fused", ("v", "out"), ["gather_side_kernel"]),
+        ("fused", ("a", "b", "v", "out"), []),
+        ("split", ("out",), ["delta_kernel", "gather_backward_kernel"]),
+    ],
+)
+def test_what_frozen_weights_spare(route, wanted, spared, taking):
+    """Launches of the backward pass, and the library's products for dX."""
+    taking(route)
+    names = "x", "a", "bias_a", "b", "v", "bias_v", "out", "bias_out"
+    tensors, options = arguments()
+    options[5] = False  # no residual
+
+    def launched(wanted):
+        leaves = [
+            t.detach().requires_grad_(n in wanted) for n, t in zip(names, tensors[:-1], strict=True)
+        ]
+        with launches.count() as backward:
+            out = block_function(options, False)(*leaves)
+            backward.clear()
+            out.backward(torch.ones_like(out))
+        return Counter(backward)
+
+    every, some = launched(names), launched(wanted)
+    saved = every - some
+    assert sorted(n for n in saved.elements() if n.endswith("_kernel")) == sorted(spared)
+    assert not some - every
+
+
+@pytest.mark.parametrize(("wanted", "spared"), [("x", 4), ("b", 2), ("a", 2)])
+def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
+    """On the split route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
+    (x, *tensors, _), (heads, *scalars) = arguments()
+    w, route = kernels.Weights(*tensors), ROUTES["split"]
+    o = kernels.Options(heads, *scalars[:-1])
+    _, lse, g, _ = kernels.forward(x, w, None, o, route, False)
+
+    def products(*need):
+        with launches.count() as names:
+            kernels.backward(x, x, w, None, lse, g, None, o, route, kernels.Gradients(*need))
+        return sum(name in ("aten::bmm", "aten::baddbmm", "aten::convolution") for name in names)
+
+    some = (name == wanted for name in ("x", "a", "bias_a", "b", "v", "bias_v", "out", "bias_out"))
+    assert products(*8 * [True]) - products(*some) == spared
 
 
 @pytest.mark.parametrize("biases", [False, True])

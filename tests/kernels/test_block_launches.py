@@ -39,7 +39,7 @@ def counted(work, channels_last, masked):
     with launches.count() as forward:
         out, lse, g, _ = block.forward(x, w, keep, o, plan.route, False)
     with launches.count() as backward:
-        block.backward(torch.empty_like(out), x, w, keep, lse, g, None, o, plan.route, True)
+        block.backward(torch.empty_like(out), x, w, keep, lse, g, None, o, plan.route)
     return s, plan, forward, backward
 
 

@@ -99,7 +99,7 @@ def _measure(work, channels_last, monkeypatch):
     if route.backward == "fused":
         dout = torch.randn_like(x)
         with traffic.count() as backward:
-            block.backward(dout, x, w, None, lse, g, None, o, route, True)
+            block.backward(dout, x, w, None, lse, g, None, o, route)
     return Count(s, route, forward, backward)
 
 

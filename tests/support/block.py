@@ -95,5 +95,5 @@ def run(route, case, x, w, keep, upstream):
     mask = None if keep is None else keep.view(torch.uint8)
     out, lse, g, v = block.forward(x, w, mask, options, route, case.keep_v)
     assert (v is not None) == case.keep_v
-    grads = block.backward(upstream, x, w, mask, lse, g, v, options, route, True)
+    grads = block.backward(upstream, x, w, mask, lse, g, v, options, route)
     return out - x, *grads
