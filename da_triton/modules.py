@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from . import checkpoints, checks, distributed, eager, tracing
+from .cores import aten
 from .functional import double_attention, double_attention_block
 
 
@@ -145,10 +146,12 @@ class DoubleAttention(nn.Module):
             for conv in (self.convB, self.convV)
         )
         if self.process_group is None:
-            p = eager.gather_weights(b, mask, self.logit_scale)
+            logits = aten.logits_of(b, self.logit_scale, b.dtype)
+            p = eager.gather_weights(logits, mask).to(b.dtype)
         else:
             p = distributed.gather_weights(b, mask, self.logit_scale, self.process_group)
-        q = eager.distribution_weights(v, self.softmax_v, self.logit_scale_v)
+        logits = aten.logits_of(v, self.logit_scale_v, v.dtype)
+        q = eager.distribution_weights(logits, self.softmax_v).to(v.dtype)
         return p.unflatten(-1, x.shape[2:]), q.unflatten(-1, x.shape[2:])
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from da_triton import DoubleAttention, double_attention, double_attention_block, eager
-from support.numerics import DEVICE, check
+from support.numerics import DEVICE, HALVES, check
 
 
 def definition(block, x, mask=None):
@@ -270,6 +270,22 @@ def test_attention_maps(positions):
     z = (g @ q.flatten(3)).flatten(1, 2)
     out = block.conv_reconstruct.weight.flatten(1) @ z + block.conv_reconstruct.bias[:, None]
     check(block(x, mask).flatten(2), out.double(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_attention_maps_of_logits_that_half_precision_cannot_scale(dtype):
+    """Twice 40,000 overflows float16; bfloat16 rounds 0.3 times a hundred by up to 1/16."""
+    block = DoubleAttention(2, 2, 2, logit_scale=2.0, logit_scale_v=0.3).to(DEVICE, dtype)
+    with torch.no_grad():
+        for conv in (block.convB, block.convV):
+            conv.weight.copy_(torch.eye(2)[..., None, None])
+            conv.bias.zero_()
+    x = torch.linspace(-4e4, 4e4, 40, device=DEVICE).view(1, 2, 20).to(dtype)
+    maps = (100 + torch.arange(40, device=DEVICE).view(1, 20, 2).mT % 7 / 2).to(dtype)
+    p, _ = block.attention_maps(x)
+    _, q = block.attention_maps(maps)
+    check(p, (2 * x.double()).softmax(-1)[:, None], dtype)
+    check(q, (0.3 * maps.double()).softmax(1)[:, None], dtype)
 
 
 def test_the_layer_is_the_function():

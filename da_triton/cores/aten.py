@@ -32,7 +32,7 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
         b = torch.cat([b, extra_b], -1)
         if keep is not None:
             keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_b.shape[-1])], -1)
-    weights = converted(gather_weights(_logits(b, logit_scale, dtype), keep), dtype)
+    weights = converted(gather_weights(logits_of(b, logit_scale, dtype), keep), dtype)
     total = weights.sum(-1) if dtype.itemsize > 2 and _chunk(weights) is not None else None
     if extra is None:
         g = sum_over_positions(a, weights)
@@ -51,7 +51,7 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     dtype = _product_dtype(v)
     factor = scale if softmax else scale * logit_scale
     g = converted(g if factor == 1.0 else factor * g, dtype)
-    q = distribution_weights(_logits(v, logit_scale, dtype)) if softmax else v
+    q = distribution_weights(logits_of(v, logit_scale, dtype)) if softmax else v
     q = converted(q, dtype)
     pairs = [(g, q)]
     chunk = _chunk(q) if g.requires_grad else None
@@ -98,7 +98,7 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
 
 def scaled_logits(b, keep, logit_scale):
     """The gather's logits in the dtype of sums, −inf where a position is masked."""
-    logits = _logits(b, logit_scale, accumulator(b.dtype))
+    logits = logits_of(b, logit_scale, accumulator(b.dtype))
     return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
 
 
@@ -131,7 +131,7 @@ def _any_length(x: Tensor) -> bool:
     return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)
 
 
-def _logits(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def logits_of(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · x`` in ``dtype``, or where it is scaled, in the dtype of sums."""
     if scale == 1:
         return converted(x, dtype)
