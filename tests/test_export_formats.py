@@ -83,6 +83,17 @@ def test_onnx_of_any_opset_and_its_preparation_for_int8(make, opset, tmp_path):
     torch.testing.assert_close(run(prepared, X), block(X).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("opset", [9, 17])
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL.keys())
+def test_onnx_in_half_precision(make, opset, tmp_path):
+    block, path = make().eval(), str(tmp_path / "block.onnx")
+    expected = block(X).detach()
+    export(block.half(), path, opset, x=X.half())
+    found = run(path, X.half())
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=3e-3)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("opset", [9, 13])

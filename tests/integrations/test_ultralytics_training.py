@@ -71,8 +71,10 @@ def test_fresh_process(trained, data, tmp_path):
     torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_onnx(trained, dynamic, tmp_path):
+@pytest.mark.parametrize(("dynamic", "opset"), [(False, None), (True, None), (False, 11)])
+def test_onnx(trained, dynamic, opset, tmp_path):
+    """11 is what some boards' compilers take."""
+    import onnx
     import onnxruntime
     from ultralytics import YOLO
 
@@ -85,8 +87,10 @@ def test_onnx(trained, dynamic, tmp_path):
     yolo.save(tmp_path / "network.pt")
     yolo = YOLO(tmp_path / "network.pt")
     network = copy.deepcopy(yolo.model)
-    options = {"dynamic": dynamic, "simplify": False, "device": "cpu"}
+    options = {"dynamic": dynamic, "opset": opset, "simplify": False, "device": "cpu"}
     file = yolo.export(format="onnx", imgsz=(64, 96), **options)
+    if opset is not None:
+        assert onnx.load(file).opset_import[0].version == opset
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for shape in [(1, 3, 64, 96), *([(2, 3, 96, 64), (1, 3, 128, 96)] if dynamic else [])]:
         x = torch.rand(shape)
