@@ -45,8 +45,7 @@ class Descriptors:
         torch.Size([1, 1, 8, 4])
     """
 
-    # (N, heads, n), float64: a float32 would lose digits of exp(logit − maximum) with every shift.
-    # A constant to autograd, as G does not depend on it.
+    # (N, heads, n), see _pivot_dtype. A constant to autograd, as G does not depend on it.
     maximum: Tensor
     total: Tensor  # (N, heads, n)
     weighted: Tensor  # (N, heads, m, n)
@@ -67,12 +66,11 @@ class Descriptors:
         """
         checks.positive(m=m, n=n, heads=heads)
         _check_dtype(dtype)
-        kind: dict[str, Any] = {"dtype": dtype, "device": device}
-        return Descriptors(
-            torch.full((batch, heads, n), -torch.inf, dtype=torch.float64, device=device),
-            torch.zeros((batch, heads, n), **kind),
-            torch.zeros((batch, heads, m, n), **kind),
+        weighted = torch.zeros((batch, heads, m, n), dtype=dtype, device=device)
+        maximum = weighted.new_full(
+            (batch, heads, n), -torch.inf, dtype=_pivot_dtype(weighted.device)
         )
+        return Descriptors(maximum, weighted.new_zeros((batch, heads, n)), weighted)
 
     @staticmethod
     def of(
@@ -87,7 +85,7 @@ class Descriptors:
         """The state of one frame alone; arguments as :func:`da_triton.gather`."""
         options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
         g, maximum, total = gather_part(a, b, heads=heads, **options)
-        return Descriptors(maximum.double(), total, g * total[:, :, None])
+        return Descriptors(maximum.to(_pivot_dtype(a.device)), total, g * total[:, :, None])
 
     def update(
         self,
@@ -163,11 +161,13 @@ class Descriptors:
             device, dtype = None, device
         dtype = self.total.dtype if dtype is None else dtype
         _check_dtype(dtype)
-        maximum = self.maximum.to(device, non_blocking=non_blocking)
-        total, weighted = (
-            x.to(device, dtype, non_blocking=non_blocking) for x in (self.total, self.weighted)
-        )
-        return Descriptors(maximum, total, weighted)
+        device = self.total.device if device is None else torch.device(device)
+        kinds = {"maximum": _pivot_dtype(device), "total": dtype, "weighted": dtype}
+        moved = {
+            name: getattr(self, name).to(device, kind, non_blocking=non_blocking)
+            for name, kind in kinds.items()
+        }
+        return Descriptors(**moved)
 
     def detach(self) -> "Descriptors":
         """The same without the graph: gradients of what follows end here."""
@@ -419,6 +419,12 @@ def _check_dtype(dtype: torch.dtype) -> None:
             f"dtype must be torch.float32 or torch.float64, got {dtype!r}. Sums of float16 and "
             "bfloat16 frames are float32."
         )
+
+
+def _pivot_dtype(device: torch.device) -> torch.dtype:
+    """float64, as a float32 loses digits of exp(logit − pivot) with every shift; Apple's GPUs have
+    nothing wider than float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _check_decay(decay: float) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from da_triton.streaming import Descriptors
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check
@@ -43,6 +44,16 @@ def test_what_fades_in_ten_thousand_steps(total, logit, dtype):
     g = state.update(*frame(0.0, logit, dtype)).read().item()
     right = decay**10_000
     assert g == pytest.approx(right / (1 + right), rel=10 * TOLERANCE[dtype], abs=0)
+
+
+def test_devices_without_float64():
+    """Apple's GPUs: no device of that kind is needed to see which dtypes a state would have."""
+    with FakeTensorMode():
+        there = Descriptors.init(1, 2, 2, device="mps")
+        back = there.to("cpu")
+    assert there.maximum.device.type == "mps"
+    assert there.maximum.dtype == there.total.dtype == torch.float32
+    assert back.maximum.dtype == torch.float64
 
 
 @each_distance
