@@ -44,6 +44,8 @@ class ResidualDoubleAttention(nn.Module):
             of x).
     """
 
+    _alive: tuple[int, int] | None = None  # see _check_learns
+
     def __init__(
         self,
         in_channels: int,
@@ -93,6 +95,9 @@ class ResidualDoubleAttention(nn.Module):
         """New values for everything in the block, distributed as the constructor's: the identity
         again, if ``zero_init``.
 
+        A loop over all modules that resets parents before their children loses the identity, as it
+        resets the norm once more: call :meth:`zero_init_last` after it.
+
         Raises:
             ValueError: as :meth:`zero_init_last`.
         """
@@ -129,6 +134,23 @@ class ResidualDoubleAttention(nn.Module):
             raise _dead(last)
         return [weight] if bias is None else [weight, bias]
 
+    def _check_learns(self) -> None:
+        """A norm that is frozen while its weight is zero lets no gradient into the block, ever.
+
+        The values are read once for each state of the weight: reading them waits for a GPU.
+        """
+        weight = getattr(self.norm, "weight", None)
+        if weight is None or weight.requires_grad or torch.compiler.is_compiling():
+            return
+        wanted = any(p.requires_grad for p in self.attention.parameters())
+        if not wanted or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+            return
+        state = weight.data_ptr(), weight._version
+        if state != self._alive:
+            if not weight.any():
+                raise _dead(self.norm)
+            self._alive = state
+
     def _check_axes(self, x: Tensor) -> None:
         """BatchNorm checks this only where it is called, and InstanceNorm takes a missing axis for
         a missing batch."""
@@ -141,8 +163,14 @@ class ResidualDoubleAttention(nn.Module):
             )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(N, in_channels, *positions)`` to the same shape. ``mask``: see DoubleAttention."""
+        """``(N, in_channels, *positions)`` to the same shape. ``mask``: see DoubleAttention.
+
+        Raises:
+            ValueError: x, or a norm that cannot learn: it was frozen while its weight was zero.
+        """
         self._check_axes(x)
+        if self.training and self.zero_init and torch.is_grad_enabled():
+            self._check_learns()
         attention, last = self.attention, self._last_convolution()
         if last is None:
             y = attention(x) if mask is None else attention(x, mask)

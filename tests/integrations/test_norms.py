@@ -100,6 +100,42 @@ def test_a_block_that_is_frozen_later_keeps_its_start():
     assert not block.norm.weight.any()
 
 
+def freeze(block):
+    block.norm.requires_grad_(False)
+
+
+def convert(block):
+    block.norm = FrozenByBuffers(8)
+    block.norm.weight.zero_()
+    block.norm.bias.zero_()
+
+
+@pytest.mark.parametrize("late", [freeze, convert])
+def test_a_norm_that_is_frozen_while_it_is_zero_is_an_error_in_training(late):
+    block, x = ResidualDoubleAttention(8), torch.randn(INPUTS[2])
+    late(block)
+    with pytest.raises(ValueError, match=f"got {type(block.norm).__name__}.*missing or frozen"):
+        block(x)
+    assert torch.equal(block.eval()(x), x)
+    block.train()
+    with torch.no_grad():
+        assert torch.equal(block(x), x)
+    nn.init.ones_(block.norm.weight)
+    for _ in range(2):
+        block(x).square().sum().backward()
+    assert block.attention.convA.weight.grad.any()
+    block.norm.weight.zero_()
+    with pytest.raises(ValueError, match="missing or frozen"):
+        block(x)
+    with torch.device("meta"):
+        assert block.to("meta")(torch.empty(INPUTS[2])).shape == INPUTS[2]
+
+
+def test_a_block_that_is_frozen_whole_is_no_error():
+    block, x = ResidualDoubleAttention(8).requires_grad_(False), torch.randn(INPUTS[2])
+    assert torch.equal(block(x), x)
+
+
 def test_a_norm_that_is_frozen_later_is_not_overwritten():
     block = ResidualDoubleAttention(8)
     block.norm = FrozenByBuffers(8)
