@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
 from ..precision import accumulator, converted, lse_dtype
+from ..tracing import exporting
 
 # The most positions whose weights 1/L are normal numbers in float16; the smallest is 2^-14.
 FLOAT16_POSITIONS = 2**14
@@ -127,7 +128,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 def _any_length(x: Tensor) -> bool:
     """Whether what is recorded must not ask for the number of positions."""
     if torch.compiler.is_dynamo_compiling():
-        return torch.compiler.is_exporting()
+        return exporting()
     return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)
 
 

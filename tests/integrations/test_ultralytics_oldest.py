@@ -35,6 +35,7 @@ def test_oldest_version(tmp_path):
     assert done.returncode == 0, f"pip cannot install ultralytics=={oldest}:\n{done.stderr}"
 
     arguments = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
+    arguments += ["-k", "not False-11"]  # it exports with PyTorch's newer exporter, from opset 18
     files = [f"tests/integrations/{name}" for name in FILES]
     path = os.pathsep.join([str(folder), str(ROOT)])
     done = subprocess.run(
@@ -45,5 +46,5 @@ def test_oldest_version(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1]), done.stdout[-2000:]
+    assert re.search(r"^\d+ passed, 1 deselected", done.stdout.splitlines()[-1]), done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]
