@@ -4,11 +4,48 @@ r"""Between backward's two passes over positions: dG whole and rounded, and ``δ
 positions. ba, where A was used without its bias, is in G but not in dP.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from . import configs, launch
-from .tiles import load_matrix
+from .tiles import into_float16, load_matrix
+
+
+@triton.jit
+def _round(
+    dg_base, g_base, bias_base, rounded_base, rows_n, lse, factor, SLOTS, C_M, C_N,
+    stride_s, stride_m, stride_k,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Writes a block of dG, in float16 times ``factor``; returns δ of it, and its largest ``|dG|``
+    of every map, which is known in float16 only."""
+    acc: tl.constexpr = g_base.dtype.element_ty
+    dtype: tl.constexpr = rounded_base.dtype.element_ty
+    delta = tl.zeros(rows_n.shape, acc)
+    largest = tl.zeros(rows_n.shape, acc)
+    for m0 in range(0, C_M, BLOCK_M):
+        rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        dg = tl.zeros((rows_m.shape[0], rows_n.shape[0]), acc)
+        part = dg_base
+        for _ in range(0, SLOTS):
+            dg += load_matrix(part, rows_m, rows_n, C_M, C_N, stride_m, stride_k, acc)
+            part += stride_s
+        if HAS_MASK:
+            dg = tl.where((lse == float("inf"))[None, :], 0.0, dg)
+        if dtype == tl.float16:
+            largest = tl.maximum(largest, tl.max(tl.abs(dg), 0))
+            dg *= factor[None, :]
+        dg = dg.to(dtype)
+        inside = (rows_m < C_M)[:, None] & (rows_n < C_N)[None, :]
+        offs = rows_m[:, None] * C_N + rows_n[None, :]
+        tl.store(rounded_base + offs, dg, mask=inside)
+        g = tl.load(g_base + offs, mask=inside, other=0.0)
+        if HAS_BIAS:
+            bias = tl.load(bias_base + rows_m, mask=rows_m < C_M, other=0.0)
+            g -= bias.to(acc)[:, None]
+        delta += tl.sum(dg.to(acc) * g, 0)
+    return delta, largest
 
 
 @triton.jit(do_not_specialize=["HEADS", "SLOTS"])
@@ -16,9 +53,11 @@ def delta_kernel(
     dg_ptr,  # (N, heads, SLOTS, C_M, C_N), any strides: parts of dG
     g_ptr,  # (N·heads, C_M, C_N)
     bias_ptr,  # (heads·C_M,): ba; read if HAS_BIAS
-    lse_ptr,  # (N·heads, C_N): +inf where a map has no position; read if HAS_MASK
+    lse_ptr,  # (N·heads, C_N): +inf where a map has no position; read if HAS_MASK, and in float16
+    dlse_ptr,  # (N·heads, C_N), taken from δ; read if HAS_DLSE
     rounded_ptr,  # (N·heads, C_M, C_N): dG in the dtype of the maps
     delta_ptr,  # (N·heads, C_N)
+    shifted_ptr,  # (N·heads, C_N): lse of the weights that go with ``rounded``; float16 only
     HEADS,
     SLOTS,
     C_M,
@@ -30,6 +69,7 @@ def delta_kernel(
     stride_dg_k,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -44,49 +84,55 @@ def delta_kernel(
     n = (pid // blocks // HEADS).to(tl.int64)
     nh = n * HEADS + h
     rows_n = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside_n = rows_n < C_N
     dg_base = dg_ptr + n * stride_dg_n + h.to(tl.int64) * stride_dg_h
     base = nh * C_M * C_N
+    maps = nh * C_N + rows_n
     acc: tl.constexpr = g_ptr.dtype.element_ty
-    if HAS_MASK:
-        lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=rows_n < C_N, other=0.0)
-    delta = tl.zeros((BLOCK_N,), acc)
-    for m0 in range(0, C_M, BLOCK_M):
-        rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-        dg = tl.zeros((BLOCK_M, BLOCK_N), acc)
-        part = dg_base
-        for _ in range(0, SLOTS):
-            dg += load_matrix(part, rows_m, rows_n, C_M, C_N, stride_dg_m, stride_dg_k, acc)
-            part += stride_dg_s
-        if HAS_MASK:
-            dg = tl.where((lse == float("inf"))[None, :], 0.0, dg)
-        dg = dg.to(rounded_ptr.dtype.element_ty)
-        inside = (rows_m < C_M)[:, None] & (rows_n < C_N)[None, :]
-        offs = base + rows_m[:, None] * C_N + rows_n[None, :]
-        tl.store(rounded_ptr + offs, dg, mask=inside)
-        g = tl.load(g_ptr + offs, mask=inside, other=0.0)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + h * C_M + rows_m, mask=rows_m < C_M, other=0.0)
-            g -= bias.to(acc)[:, None]
-        delta += tl.sum(dg.to(acc) * g, 0)
-    tl.store(delta_ptr + nh * C_N + rows_n, delta, mask=rows_n < C_N)
+    half: tl.constexpr = rounded_ptr.dtype.element_ty == tl.float16
+    factor = tl.full((BLOCK_N,), 1.0, acc)
+    lse = factor  # not read
+    if HAS_MASK or half:
+        lse = tl.load(lse_ptr + maps, mask=inside_n, other=0.0)
+    delta, largest = _round(
+        dg_base, g_ptr + base, bias_ptr + h * C_M, rounded_ptr + base, rows_n, lse, factor,
+        SLOTS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half, BLOCK_M,
+    )  # fmt: skip
+    if half:
+        shifted, factor = into_float16(largest, lse)
+        tl.store(shifted_ptr + maps, shifted, mask=inside_n)
+        if tl.min(factor) < 1.0:  # few calls read dG twice
+            tl.debug_barrier()  # between stores to the same addresses
+            delta, largest = _round(
+                dg_base, g_ptr + base, bias_ptr + h * C_M, rounded_ptr + base, rows_n, lse, factor,
+                SLOTS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True, BLOCK_M,
+            )  # fmt: skip
+    if HAS_DLSE:
+        dlse = tl.load(dlse_ptr + maps, mask=inside_n, other=0.0).to(acc)
+        delta -= dlse * factor if half else dlse
+    tl.store(delta_ptr + maps, delta, mask=inside_n)
 
 
-def rounded_and_delta(parts, g, dtype, *, bias=None, lse=None):
-    """dG in ``dtype``, ``(N, heads, m, n)``, and δ, ``(N, heads, n)`` in the dtype of G.
+def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None):
+    """dG in ``dtype``, ``(N, heads, m, n)``, δ, ``(N, heads, n)`` in the dtype of G, and lse.
 
     ``parts``: ``(N, heads, slots, m, n)`` in any strides, added in order. ``g``, ``(N, heads, m,
-    n)``, and ``lse``, ``(N, heads·n)``, of maps that may be masked, are contiguous.
+    n)``, and ``lse``, of all maps, are contiguous. A map's P is the gradient of its lse: ``dlse``
+    is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
+    is returned (see ``into_float16``).
     """
     batch, heads, slots, c_m, c_n = parts.shape
     delta = g.new_empty((batch, heads, c_n))
     rounded = g.new_empty((batch, heads, c_m, c_n), dtype=dtype)
+    shifted = torch.empty_like(lse) if dtype == torch.float16 else lse
     tile = configs.tile("delta", delta, c_m, c_n)
     with launch.device_of(g):
         delta_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
-            parts, g, g if bias is None else bias, g if lse is None else lse, rounded, delta,
+            parts, g, g if bias is None else bias, lse,
+            lse if dlse is None else dlse.contiguous(), rounded, delta, shifted,
             heads, slots, c_m, c_n, *parts.stride(),
-            HAS_BIAS=bias is not None, HAS_MASK=lse is not None,
+            HAS_BIAS=bias is not None, HAS_MASK=mask, HAS_DLSE=dlse is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    return rounded, delta
+    return rounded, delta, shifted

@@ -13,12 +13,13 @@ positions multiply with them; δ is made from dM so rounded (see ``delta_kernel`
 are float32 (float64 for float64).
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from ..precision import accumulator, lse_dtype
 from . import configs, guard, launch
-from .tiles import dot_wide, exp, load_matrix, log_sum, scalar
+from .tiles import GRADIENT_RANGE, dot_wide, exp, into_float16, load_matrix, log_sum, scalar
 
 
 @triton.jit
@@ -161,6 +162,7 @@ def descriptors_backward_kernel(
     dg_ptr,  # (N, HEADS, C_M, C_N)
     dm_ptr,  # (N, C, maps)
     delta_ptr,  # (N, maps)
+    shifted_ptr,  # (N, maps): lse of the weights that go with dM; written in float16
     scale_h: "fp64",
     HEADS,
     C,
@@ -185,6 +187,7 @@ def descriptors_backward_kernel(
     maps = HEADS * C_N
     first = head * C_N
     dtype: tl.constexpr = dm_ptr.dtype.element_ty
+    half: tl.constexpr = dtype == tl.float16
 
     dg = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for c0 in range(0, C_OUT, BLOCK_C):
@@ -198,11 +201,19 @@ def descriptors_backward_kernel(
         tl.store(ptrs, dh, mask=inside)
         wo_base = wo_ptr + head * C_M
         wo = load_matrix(wo_base, rows_m, rows_c, C_M, C_OUT, 1, HEADS * C_M, dtype)
+        if half:
+            dh = dh * (1.0 / GRADIENT_RANGE)
         dg = dot_wide(wo, dh, dg, PRECISION)
+    if half:
+        dg = dg * GRADIENT_RANGE
     lse = tl.load(lse_ptr + n * maps + first + cols, mask=inside_n, other=0.0)
     dg = tl.where((lse == float("inf"))[None, :], 0.0, dg * scalar(scale_h, ACC))
     ptrs = dg_ptr + ((n * HEADS + head) * C_M + rows_m)[:, None] * C_N + cols[None, :]
     tl.store(ptrs, dg, mask=(rows_m < C_M)[:, None] & inside_n[None, :])
+    if half:  # no element of dM is larger than the sum, where no weight is larger than 1
+        shifted, factor = into_float16(tl.sum(tl.abs(dg), 0), lse)
+        tl.store(shifted_ptr + n * maps + first + cols, shifted, mask=inside_n)
+        dg = dg * factor[None, :]
 
     delta = tl.zeros((BLOCK_N,), ACC)
     for c0 in range(0, C, BLOCK_C):
@@ -279,19 +290,23 @@ def _descriptors(
 
 @guard.proved({"parts": "NS--", "lse": "N", "m": "N--"})
 def backward(parts, lse, m, weights, *, heads, scale):
-    """``(dH, dG, dM, δ)`` from the parts of dH, ``(N, SLOTS, maps, C')``."""
+    """``(dH, dG, dM, δ, lse)`` from the parts of dH, ``(N, SLOTS, maps, C')``.
+
+    In float16, the weights that go with dM and δ are those of the lse that is returned.
+    """
     batch, slots, maps, c_out = parts.shape
     c_m, c_n, channels = weights.a.shape[0] // heads, maps // heads, weights.a.shape[1]
     dh = parts.new_empty((batch, c_out, maps))
     dg = parts.new_empty((batch, heads, c_m, c_n))
     dm = weights.a.new_empty((batch, channels, maps))
     delta = parts.new_empty((batch, maps))
+    shifted = torch.empty_like(lse) if dm.dtype == torch.float16 else lse
     tile = configs.fused_tile("descriptors_backward", weights.a, c_m, c_n)
     with launch.device_of(parts):
         descriptors_backward_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
-            parts, lse, m, weights.a, weights.out, dh, dg, dm, delta,
+            parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted,
             scale, heads, channels, c_m, c_n, c_out, slots,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_l,
             **launch.options(weights.a, tile),
         )  # fmt: skip
-    return dh, dg, dm, delta
+    return dh, dg, dm, delta, shifted

@@ -392,16 +392,11 @@ def _gather(sources, logit_scale, results, bias, rounded, final):
 
 
 def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
-    """dA and dB (None where not needed) from dG and dlse (or None), the inputs, ``G`` and ``lse``.
-
-    A map's P is the gradient of its lse: dlse is subtracted from δ.
-    """
+    """dA and dB (None where not needed) from dG and dlse (or None), the inputs, G and lse."""
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
     if a.shape[0] and (need_a or need_b):
-        dg, correction = delta.rounded_and_delta(dg[:, :, None], g, a.dtype)
-        if dlse is not None:
-            correction = correction - dlse.reshape(correction.shape).to(correction.dtype)
+        dg, correction, lse = delta.rounded_and_delta(dg[:, :, None], g, a.dtype, lse, dlse=dlse)
         backward(dg, correction, a, b, keep, lse, da, db, logit_scale)
     return da, db
 
@@ -420,7 +415,7 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
     writes=("da", "db"),
 )
 def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
-    """Writes dA and dB, unless None, from dG in the dtype of the maps and δ (see ``delta``)."""
+    """Writes dA and dB, unless None, from dG in the dtype of the maps, δ and lse (``delta``)."""
     batch, heads, c_m, length = a.shape
     c_n = b.shape[2]
     need_a, need_b = da is not None, db is not None

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
+from .tiles import GRADIENT_RANGE
 
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -35,9 +36,10 @@ def p_scale(dtype):
     """Factor that keeps normalised gather weights out of float16's subnormals.
 
     P ≤ 1 sums to 1 over up to 2^21 positions, so most of it is below 2^-14, the smallest normal
-    float16. 2^15 · P still fits; the product is scaled back in float32. Exact: a power of two.
+    float16. 2^15 · P still fits, where P may be larger by the range that ``into_float16`` gives
+    to gradients; the product is scaled back in float32. Exact: a power of two.
     """
-    return 32768.0 if dtype == torch.float16 else 1.0
+    return 32768.0 / GRADIENT_RANGE.value if dtype == torch.float16 else 1.0
 
 
 def strides(x, align):

@@ -53,8 +53,9 @@ def backward(dout, x, w, keep, lse, g, v, o, route, needs):
             # Pass 1 took B before rounding; P of this B needs an lse and a G of its own.
             g, lse = core_gather.gather_forward([(a, b, keep)], o.logit_scale)
             bias_a = None
-        masked = None if keep is None else lse
-        dg, correction = delta.rounded_and_delta(parts, g, x.dtype, bias=bias_a, lse=masked)
+        dg, correction, lse = delta.rounded_and_delta(
+            parts, g, x.dtype, lse, bias=bias_a, mask=keep is not None
+        )
         da, db = da if needs.x or needs_a else None, db if needs_b else None
         core_gather.backward(dg, correction, a, b, keep, lse, da, db, o.logit_scale)
     if needs.x:
@@ -120,7 +121,7 @@ def _into_x(parts, x, b, keep, lse, w, db, o, dx, needs):
     if not (needs.x or needs.b):
         return None, dwa, dba
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
-    dm, correction = delta.rounded_and_delta(dm[:, :, None], m, x.dtype)
+    dm, correction, lse = delta.rounded_and_delta(dm[:, :, None], m, x.dtype, lse)
     through_m = launch.empty_map_like(copies) if needs.x else None
     core_gather.backward(dm, correction, copies, b, keep, lse, through_m, db, o.logit_scale)
     if needs.x:

@@ -206,7 +206,7 @@ def descriptors_backward(parts, lse, m, weights, *, heads, scale):
     dg = dg.masked_fill((lse == torch.inf).view(batch, heads, 1, -1), 0)
     dm = weights.a.unflatten(0, (heads, -1)).to(dg.dtype).mT @ dg
     dm = dm.transpose(1, 2).flatten(2).to(weights.a.dtype).contiguous()
-    return dh, dg.contiguous(), dm, (dm.to(m.dtype) * m).sum(1)
+    return dh, dg.contiguous(), dm, (dm.to(m.dtype) * m).sum(1), lse
 
 
 def outer(t, x):

@@ -1,11 +1,16 @@
 """Triton helpers on tiles, shared by all kernels: addresses, loads, one policy for products."""
 
+import math
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # |x − high| is at most 2^-9 |x| in bfloat16 and 2^-11 |x| in float16, so the product fits.
 LOW_SCALE = tl.constexpr(256.0)
+# In float16, gradients of descriptors may exceed its largest number by this factor.
+GRADIENT_RANGE = tl.constexpr(32.0)
+LOG_RANGE = tl.constexpr(math.log(32.0))
 
 
 @triton.jit
@@ -82,6 +87,19 @@ def exp_minus(x, lse):
         low = (lse - high.to(lse.dtype)).to(x.dtype)
         e -= tl.where(low == low, low, 0.0)  # inf − inf, where nothing is left to weigh
     return exp(e)
+
+
+@triton.jit
+def into_float16(largest, lse):
+    """``(lse', factor)`` for maps whose descriptors have gradients of up to ``largest``.
+
+    Those too large for float16 go to the matrix unit times ``factor``, and what recomputes P takes
+    lse': ``factor · exp(x − lse') = exp(x − lse)``. The factor comes from lse' as it is rounded.
+    """
+    above = tl.maximum(largest * (1.0 / 32768.0), 1.0)  # half of what float16 holds, for roundings
+    shift = tl.minimum(tl.log(above), LOG_RANGE)
+    shifted = tl.where(shift > 0.0, lse - shift, lse)
+    return shifted, tl.where(shift > 0.0, exp(shifted - lse), 1.0)
 
 
 @triton.jit

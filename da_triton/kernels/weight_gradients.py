@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..precision import accumulator
 from . import configs, guard, launch
-from .tiles import LOW_SCALE, dot, load_map, load_matrix, scalar, split
+from .tiles import GRADIENT_RANGE, LOW_SCALE, dot, load_map, load_matrix, scalar, split
 
 LEAST_BLOCKS = 4  # of positions in a chunk
 
@@ -95,10 +95,11 @@ def _product_of_descriptors(
 ):  # fmt: skip
     """``out[r, c] = scale · Σ_N Σ_k a[n, r, k] b[n, c, k]`` of one tile, and ``Σ a`` by rows.
 
-    a and b are in the accumulator's dtype; in half precision each goes to the matrix unit in two
-    parts, and only the product of the two low parts is left out.
+    a is a gradient. Both are in the accumulator's dtype; in half precision each goes to the matrix
+    unit in two parts, and only the product of the two low parts is left out.
     """
     acc_dtype: tl.constexpr = a_base.dtype.element_ty
+    half: tl.constexpr = tl.float16 == DTYPE
     tiles_c = tl.cdiv(COLS, BLOCK_R)
     rows = ((tile // tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = ((tile % tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -115,6 +116,8 @@ def _product_of_descriptors(
             if acc_dtype == DTYPE:
                 acc = dot(a, b, acc, PRECISION)
             else:
+                if half:
+                    a = a * (1.0 / GRADIENT_RANGE)
                 a_high, a_low = split(a, DTYPE)
                 b_high, b_low = split(b, DTYPE)
                 acc = dot(a_high, b_high, acc, PRECISION)
@@ -123,6 +126,8 @@ def _product_of_descriptors(
         a_base += stride_a_n
         b_base += stride_b_n
     acc += (low_a + low_b) * (1.0 / LOW_SCALE)
+    if half:
+        acc = acc * GRADIENT_RANGE
     ptrs = out_base + rows[:, None] * stride_out_r + cols[None, :]
     out_dtype: tl.constexpr = out_base.dtype.element_ty
     tl.store(ptrs, (acc * scale).to(out_dtype), mask=(rows < R)[:, None] & (cols < COLS)[None, :])
