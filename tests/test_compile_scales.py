@@ -110,7 +110,7 @@ def test_an_attribute_that_a_training_loop_assigns(name, children, backend):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = torch.randn(2, 6, 3, 4, device=DEVICE, dtype=WIDTH[backend])
-    for step in STEPS:
+    for step in STEPS[:5]:
         setattr(layer, name, step)
         compare(
             lambda x, *_: compiled(x), lambda x, *_: layer(x), [x, *layer.parameters()],
