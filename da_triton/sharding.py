@@ -60,18 +60,24 @@ def register_sharding() -> None:
 
     rules = [
         (triton.gather_op, (0, 1), lambda given, shard: [shard, shard]),
+        (triton.gather_of_tensors, (0, 1), lambda given, shard: [shard, shard]),
         (triton.gather_backward_op, (0, 1), needed("need_a", "need_b")),
+        (triton.gather_backward_of_tensors, (0, 1), needed("need_a", "need_b")),
         (triton.distribute_op, (0, 1), lambda given, shard: [shard]),
+        (triton.distribute_of_tensors, (0, 1), lambda given, shard: [shard]),
         (triton.distribute_backward_op, (0, 1), needed("need_g", "need_v")),
+        (triton.distribute_backward_of_tensors, (0, 1), needed("need_g", "need_v")),
         (triton_block.block_op, (0,), block),
+        (triton_block.block_of_tensors, (0,), block),
         (triton_block.block_backward_op, (0,), block_backward),
+        (triton_block.block_backward_of_tensors, (0,), block_backward),
     ]
     for op, axes, outputs in rules:
         overload = op._opoverload
         kinds = [str(argument.type) for argument in overload._schema.arguments]
-        options = next(i for i, kind in enumerate(kinds) if "Tensor" not in kind)
+        options = (i for i, kind in enumerate(kinds) if "Tensor" not in kind)
         DTensor._op_dispatcher.sharding_propagator.register_op_strategy(
             overload,
             functools.partial(strategy, outputs, axes),
-            RuntimeSchemaInfo(options, needs_pytree=True),
+            RuntimeSchemaInfo(next(options, len(kinds)), needs_pytree=True),
         )

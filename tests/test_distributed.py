@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import distributed, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -319,17 +320,19 @@ def test_attention_maps_sum_to_one_over_all_ranks(tmp_path):
 
 def compiled_on_a_rank(rank, backend):
     layer = block(distributed.group.WORLD, backend)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
     same = []
     for length in (5, 7, 8):
+        layer.scale = layer.logit_scale = 1 / length
         x = image()[..., rank : rank + length]
         found = [trained(layer, x, call=call) for call in (compiled, layer)]
         same.append(all(relative_rms(x, y) < 1e-13 for x, y in zip(*found, strict=True) if y.any()))
-    return same
+    return *same, counter.frame_count == 2
 
 
 @each_backend
-def test_compiled_without_a_break(backend, tmp_path):
+def test_compiled_without_a_break_and_once_for_all_sizes_and_scales(backend, tmp_path):
     assert all(map(all, ranks.run(2, compiled_on_a_rank, tmp_path, backend)))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import distributed
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -98,6 +99,58 @@ def sharded_block(rank):
 
 def test_the_block_on_shards_of_the_batch(tmp_path):
     assert all(ranks.run(2, sharded_block, tmp_path))
+
+
+def compiled_block(rank):
+    register_sharding()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = distribute_module(block(backend="triton"), mesh)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for scale in (0.9, 0.7, 0.6):
+        whole = block(backend="triton")
+        whole.scale = layer.scale = scale
+        leaf = distribute_tensor(image(), mesh, [Shard(0)])
+        for ours, expected in zip(
+            trained(layer, leaf, call=compiled), trained(whole, image()), strict=True
+        ):
+            check(ours.full_tensor(), expected, torch.float64)
+    return counter.frame_count
+
+
+def test_a_compiled_block_on_shards_whose_scale_changes(tmp_path):
+    assert ranks.run(2, compiled_block, tmp_path) == [2, 2]
+
+
+def core_of_tensors(rank):
+    """The core's operators for scales that are tensors: those of a rank belong to no mesh."""
+    register_sharding()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    scale = torch.tensor(0.7, dtype=torch.float64)
+    for axis in (0, 1):
+        found = []
+        a, b, v = (x[:2].unflatten(1, (2, -1)) for x in maps())
+        for tensors in ([a, b, v], [distribute_tensor(x, mesh, [Shard(axis)]) for x in (a, b, v)]):
+            with CommDebugMode() as sent:
+                found.append(each_of_the_core(*tensors, scale))
+            assert sent.get_total_counts() == 0
+        for whole, ours in zip(*found, strict=True):
+            assert ours.placements == (Shard(axis),)
+            check(ours.full_tensor(), whole, torch.float64)
+    return True
+
+
+def each_of_the_core(a, b, v, scale):
+    operators = torch.ops.da_triton
+    g, lse = operators.gather_of_tensors(a, b, None, None, None, scale)
+    z = operators.distribute_of_tensors(g, v, scale, True, scale)
+    dg, dv = operators.distribute_backward_of_tensors(z, g, v, scale, True, scale, True, True)
+    given = dg, a, b, None, g, lse, None, scale
+    return g, lse, z, dg, dv, *operators.gather_backward_of_tensors(*given, True, True)
+
+
+def test_the_core_on_shards_with_scales_that_change(tmp_path):
+    assert all(ranks.run(2, core_of_tensors, tmp_path))
 
 
 def redistributed(rank):

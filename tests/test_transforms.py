@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import da_triton
 from da_triton import DoubleAttention
-from support.numerics import DEVICE, check, relative_rms
+from support.numerics import DEVICE, TOLERANCE, check, relative_rms
 
 BACKENDS = ["triton", "torch", "eager"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -202,6 +202,32 @@ def test_torch_func(function, backend):
     each = torch.vmap(torch.func.grad(loss, tuple(wanted)))(*many)
     for found, truth in zip(each, expected, strict=True):
         check(found[1], truth, torch.float32, slack=2)
+
+
+def scaled(a, b, v, weight, backend):
+    z = da_triton.double_attention(
+        a, b, v, logit_scale=0.7, logit_scale_v=0.9, scale=1.3, backend=backend
+    )
+    return da_triton.double_attention_block(
+        z, weight, weight[:, 0], weight, None, weight, None, weight, None, logit_scale=0.7,
+        logit_scale_v=0.9, scale=1.3, residual=True, backend=backend,
+    )  # fmt: skip
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_torch_func_of_one_argument_beside_others_that_it_captures(dtype, backend):
+    _, b, v, _, weight, *_ = inputs()
+    given = [x.to(dtype) for x in (b, b, v, weight)]
+    for i in range(4):
+        x = given[i].clone().requires_grad_()
+        z = scaled(*given[:i], x, *given[i + 1 :], backend)
+        (expected,) = torch.autograd.grad(z.float().square().sum(), x)
+
+        def loss(x, i=i):
+            return scaled(*given[:i], x, *given[i + 1 :], backend).float().square().sum()
+
+        assert relative_rms(torch.func.grad(loss)(given[i]), expected) < 2 * TOLERANCE[dtype]
 
 
 @each_backend

@@ -60,7 +60,7 @@ def select(name: str, x: torch.Tensor) -> Backend:
 
         return Backend(
             triton.gather, triton.distribute, triton_block.block,
-            triton.gather_part, triton.gather_lse, triton.gather_backward_op,
+            triton.gather_part, triton.gather_lse, triton.gather_backward,
         )  # fmt: skip
     if name == "auto":
         return TORCH

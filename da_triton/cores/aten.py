@@ -16,6 +16,7 @@ from torch import Tensor
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
 from ..precision import accumulator, converted, lse_dtype
 from ..tracing import exporting
+from .operators import transformed
 
 # The most positions whose weights 1/L are normal numbers in float16; the smallest is 2^-14.
 FLOAT16_POSITIONS = 2**14
@@ -137,7 +138,9 @@ def logits_of(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if scale == 1:
         return converted(x, dtype)
     wide = x.to(accumulator(x.dtype))
-    return scale * x if wide is x else wide.mul_(scale)
+    if wide is x or transformed():  # transforms forbid changing what they have captured in place
+        return scale * wide
+    return wide.mul_(scale)
 
 
 def sum_over_positions(a: Tensor, weights: Tensor) -> Tensor:

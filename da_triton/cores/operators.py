@@ -1,4 +1,7 @@
-"""What the operators over kernels share: absent gradients, gradients of gradients, torch.vmap."""
+"""What the operators over kernels share.
+
+Scales that change, absent gradients, gradients of gradients, torch.vmap.
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +9,44 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from ..tracing import constant
+
+
+def scalars(*scales):
+    """The scales as operators take them: floats, or tensors for ``of_tensors``.
+
+    The compiler makes a constant of a float that an operator takes, and compiles again for the next
+    value. A scale that it traces as a variable, because it changes from call to call, becomes a
+    tensor, and the scales beside it too.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        # Imports sympy, which the compiler has imported already.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not all(map(has_static_value, scales)):
+            one = torch.ones((), dtype=torch.float64, device="cpu")
+            return [one * scale for scale in scales]
+    return map(float, scales)
+
+
+def of_tensors(op):
+    """``op`` with a 0-d float64 tensor on the CPU in place of each float.
+
+    Its fake implementation must be registered. A CUDA graph must not record what it reads on the
+    host.
+    """
+    schema = op._opoverload._schema
+    floats = [str(argument.type) == "float" for argument in schema.arguments]
+
+    def run(*args):
+        given = zip(args, floats, strict=True)
+        return op._init_fn(*(x.item() if is_float else x for x, is_float in given))
+
+    twin = torch.library.custom_op(
+        f"{schema.name}_of_tensors", run, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,),
+        schema=str(schema).removeprefix(schema.name).replace("float ", "Tensor "),
+    )  # fmt: skip
+    twin.register_fake(op._abstract_fn)
+    return twin
 
 
 def or_empty(gradient, like):

@@ -6,6 +6,9 @@ is not compiled again for another size. Each has a fake implementation with true
 formula; the forward operators have gradients. ``gather``, ``gather_lse`` and ``distribute`` below
 wrap them in ``torch.autograd.Function``, which ``torch.func`` can differentiate too.
 
+``gather_of_tensors`` and so on are the same for scales that change between the calls of a compiled
+program: see ``operators.scalars``.
+
 Second derivatives are taken through the ``torch`` backend.
 """
 
@@ -22,7 +25,15 @@ from ..kernels import launch
 from ..precision import accumulator, lse_dtype
 from ..tracing import constant
 from . import aten
-from .operators import differentiable, or_empty, unviewed, vectorise, wants_graph
+from .operators import (
+    differentiable,
+    of_tensors,
+    or_empty,
+    scalars,
+    unviewed,
+    vectorise,
+    wants_graph,
+)
 
 # Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
 # corrects the interpreter says so here.
@@ -62,7 +73,7 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)`` in float32 (float64 for float64 maps)."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return Gather.apply(a, b, keep, extra_a, extra_b, float(logit_scale))[0]
+    return Gather.apply(a, b, keep, extra_a, extra_b, *scalars(logit_scale))[0]
 
 
 def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -82,12 +93,19 @@ def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
 def gather_lse(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """As ``aten.gather_lse``: what the kernels give."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return GatherLse.apply(a, b, keep, extra_a, extra_b, float(logit_scale))
+    return GatherLse.apply(a, b, keep, extra_a, extra_b, *scalars(logit_scale))
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z (N, heads, m, L)`` in v's dtype and memory format."""
-    return Distribute.apply(g, v, float(scale), softmax, float(logit_scale))
+    scale, logit_scale = scalars(scale, logit_scale)
+    return Distribute.apply(g, v, scale, softmax, logit_scale)
+
+
+def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+    """As ``aten.gather_backward``; empty where not needed."""
+    (logit_scale,) = scalars(logit_scale)
+    return _gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b)
 
 
 # --- gather ---------------------------------------------------------------------------------------
@@ -177,14 +195,22 @@ def _gather_gradients(ctx, dg, dlse):
     for i, (features, maps, mask) in {0: (a, b, keep), 3: (extra_a, extra_b, None)}.items():
         j = i + 1
         if needs[i] or needs[j]:
-            da, db = gather_backward_op(
+            da, db = _gather_backward(
                 dg, features, maps, mask, g, lse, dlse, ctx.logit_scale, needs[i], needs[j]
             )
             grads[i], grads[j] = (da if needs[i] else None), (db if needs[j] else None)
     return tuple(grads)
 
 
+def _gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+    tensors = isinstance(logit_scale, Tensor)
+    op = gather_backward_of_tensors if tensors else gather_backward_op
+    return op(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b)
+
+
 gather_op.register_autograd(_gather_gradients, setup_context=_gather_setup)
+gather_of_tensors = of_tensors(gather_op)
+gather_backward_of_tensors = of_tensors(gather_backward_op)
 
 
 class Gather(torch.autograd.Function):
@@ -194,7 +220,8 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(a, b, keep, extra_a, extra_b, logit_scale):
-        return gather_op(a, b, keep, extra_a, extra_b, logit_scale)
+        op = gather_of_tensors if isinstance(logit_scale, Tensor) else gather_op
+        return op(a, b, keep, extra_a, extra_b, logit_scale)
 
     setup_context = staticmethod(_gather_setup)
     backward = staticmethod(_gather_gradients)
@@ -260,11 +287,14 @@ def _distribute_gradients(ctx, dz):
             return aten.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
 
         return *differentiable(forward, (g, v), (need_g, need_v), dz), None, None, None
-    dg, dv = distribute_backward_op(dz, g, v, scale, softmax, logit_scale, need_g, need_v)
+    op = distribute_backward_of_tensors if isinstance(scale, Tensor) else distribute_backward_op
+    dg, dv = op(dz, g, v, scale, softmax, logit_scale, need_g, need_v)
     return dg.to(g.dtype) if need_g else None, dv if need_v else None, None, None, None
 
 
 distribute_op.register_autograd(_distribute_gradients, setup_context=_distribute_setup)
+distribute_of_tensors = of_tensors(distribute_op)
+distribute_backward_of_tensors = of_tensors(distribute_backward_op)
 
 
 class Distribute(torch.autograd.Function):
@@ -274,7 +304,8 @@ class Distribute(torch.autograd.Function):
 
     @staticmethod
     def forward(g, v, scale, softmax, logit_scale):
-        return distribute_op(g, v, scale, softmax, logit_scale)
+        op = distribute_of_tensors if isinstance(scale, Tensor) else distribute_op
+        return op(g, v, scale, softmax, logit_scale)
 
     setup_context = staticmethod(_distribute_setup)
     backward = staticmethod(_distribute_gradients)
@@ -288,23 +319,27 @@ def _elements(*shape):
     return functools.reduce(lambda x, y: x * y, shape, 1)
 
 
-@register_flop_formula(torch.ops.da_triton.gather)
+@register_flop_formula([torch.ops.da_triton.gather, torch.ops.da_triton.gather_of_tensors])
 def gather_flops(a, b, keep, extra_a, extra_b, logit_scale, **_):
     """Multiply-adds of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
     extra = 0 if extra_a is None else extra_a[-1]
     return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
 
 
-@register_flop_formula(torch.ops.da_triton.gather_backward)
+@register_flop_formula(
+    [torch.ops.da_triton.gather_backward, torch.ops.da_triton.gather_backward_of_tensors]
+)
 def gather_backward_flops(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b, **_):
     return 2 * _elements(*a, b[2]) * (need_a + need_b)
 
 
-@register_flop_formula(torch.ops.da_triton.distribute)
+@register_flop_formula([torch.ops.da_triton.distribute, torch.ops.da_triton.distribute_of_tensors])
 def distribute_flops(g, v, *_, **__):
     return 2 * _elements(*v, g[2])
 
 
-@register_flop_formula(torch.ops.da_triton.distribute_backward)
+@register_flop_formula(
+    [torch.ops.da_triton.distribute_backward, torch.ops.da_triton.distribute_backward_of_tensors]
+)
 def distribute_backward_flops(dz, g, v, scale, softmax, logit_scale, need_g, need_v, **_):
     return 2 * _elements(*v, g[2]) * (need_g + need_v)

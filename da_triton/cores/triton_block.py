@@ -20,22 +20,23 @@ from ..kernels import block as kernels
 from ..kernels import configs, launch
 from ..precision import accumulator, lse_dtype
 from . import aten_block
-from .operators import differentiable, unviewed, vectorise, wants_graph
+from .operators import differentiable, of_tensors, scalars, unviewed, vectorise, wants_graph
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
 
 
-def block(x, weights, *, order, recompute, heads, residual, keep, **scalars):
+def block(
+    x, weights, *, order, recompute, heads, residual, keep,
+    logit_scale, logit_scale_v, scale, softmax_v,
+):  # fmt: skip
     """``(N, C, L)`` to ``(N, C or c_m, L)``; arguments as ``aten_block.block``."""
     c_m, channels = weights["weight_a"].shape
     c_n = weights["weight_b"].shape[0]
     keep_v = planner.keeps_v(channels, c_m, c_n, heads, recompute)
     fused = residual is not None and residual.dtype == x.dtype
-    out = Block.apply(
-        x, *weights.values(), keep, heads, float(scalars["logit_scale"]),
-        float(scalars["logit_scale_v"]), float(scalars["scale"]), scalars["softmax_v"], fused,
-        order, keep_v,
-    )[0]  # fmt: skip
+    scales = scalars(logit_scale, logit_scale_v, scale)
+    options = heads, *scales, softmax_v, fused, order, keep_v
+    out = Block.apply(x, *weights.values(), keep, *options)[0]
     return out if residual is None or fused else residual + out
 
 
@@ -158,9 +159,8 @@ def _gradients(ctx, dout, *_):
     if wants_graph(dout):
         grads = differentiable(_composition(ctx, tensors[8]), tensors[:8], needs, dout)
         return *grads, *nothing
-    found = block_backward_op(
-        dout, *tensors, lse, g, v, ctx.heads, *ctx.scalars, ctx.order, list(needs)
-    )
+    op = block_backward_of_tensors if isinstance(ctx.scalars[0], Tensor) else block_backward_op
+    found = op(dout, *tensors, lse, g, v, ctx.heads, *ctx.scalars, ctx.order, list(needs))
     return *(y if need else None for y, need in zip(found, needs, strict=True)), *nothing
 
 
@@ -181,6 +181,7 @@ def _composition(ctx, keep):
 vectorise(block_op, shared=WEIGHTS)
 vectorise(block_backward_op, joined=False)
 block_op.register_autograd(_gradients, setup_context=_setup)
+block_of_tensors, block_backward_of_tensors = map(of_tensors, (block_op, block_backward_op))
 
 
 class Block(torch.autograd.Function):
@@ -193,7 +194,8 @@ class Block(torch.autograd.Function):
         x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
         logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
     ):  # fmt: skip
-        return block_op(
+        op = block_of_tensors if isinstance(scale, Tensor) else block_op
+        return op(
             x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
             logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
         )  # fmt: skip
@@ -228,7 +230,7 @@ def _route(x, weights, heads, order, kept_v):
     return planner.options(shape, configs.limits(shape, c_out, *device), order, kept_v)[0].route
 
 
-@register_flop_formula(torch.ops.da_triton.block)
+@register_flop_formula([torch.ops.da_triton.block, torch.ops.da_triton.block_of_tensors])
 def block_flops(
     x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
     logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v, **_,
@@ -237,7 +239,9 @@ def block_flops(
     return 2 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
 
 
-@register_flop_formula(torch.ops.da_triton.block_backward)
+@register_flop_formula(
+    [torch.ops.da_triton.block_backward, torch.ops.da_triton.block_backward_of_tensors]
+)
 def block_backward_flops(
     dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs, **_,
