@@ -143,7 +143,7 @@ def test_modelled_operations_are_those_that_run(route, heads):
     ]
     assert forward == 2 * s.batch * sum(step.multiply_adds for step in steps)
 
-    args = torch.randn_like(x), x, w, None, lse, g, None, o, route, True
+    args = torch.randn_like(x), x, w, None, lse, g, None, o, route
     backward, _ = counted(block.backward, *args)
     if route.backward == "fused":
         steps = fused_backward_steps(s, 1, 32)

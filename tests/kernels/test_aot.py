@@ -29,7 +29,11 @@ ACCEPTED = {
 }
 # The same where the oldest Triton that is supported compiles.
 ACCEPTED_OF = {
-    "3.6.0": {("sm_80", "delta", 32): 3, ("sm_90", "weight_gradients", 19): 16},
+    "3.6.0": {
+        ("sm_80", "delta", 32): 3,
+        ("sm_90", "map_gradient", 512): 4,
+        ("sm_90", "weight_gradients", 19): 16,
+    },
 }
 # Matrix units of the core's kernels in full precision: none for float32 on NVIDIA.
 FLOAT64_UNITS = ("sm_80", "sm_90", "gfx942")
