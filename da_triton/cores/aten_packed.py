@@ -23,12 +23,14 @@ def gather(a, b, keep, extra_a, extra_b, lengths, logit_scale):
     """``G (S, heads, m, n)`` in the dtype of sums, zeros for an empty sequence; and no lse."""
     dtype = aten.product_dtype(b)
     g = a.new_empty((len(lengths), a.shape[1], a.shape[2], b.shape[2]), dtype=dtype)
-    features = _split(converted(aten.kept_features(a, keep), dtype), lengths)
-    weights = _gather_weights(b, keep, extra_b, lengths, logit_scale, dtype)
-    for s, (out, x, (p, extra_p)) in enumerate(zip(g.unbind(), features, weights, strict=True)):
-        _product(x, p, out)
+    features, each = _split(converted(aten.kept_features(a, keep), dtype), lengths), g.unbind()
+
+    def use(s, p, extra_p):
+        _product(features[s], p, each[s])
         if extra_p is not None:
-            out += converted(extra_a[s], dtype) @ extra_p
+            each[s].add_(converted(extra_a[s], dtype) @ extra_p)
+
+    _with_weights(use, b, keep, extra_b, lengths, logit_scale, dtype)
     return converted(g, accumulator(b.dtype)), b.new_empty(0, dtype=lse_dtype(b.dtype))
 
 
@@ -44,28 +46,30 @@ def gather_backward(dg, a, b, keep, extra_a, extra_b, g, _lse, lengths, logit_sc
         for x, need in zip(inputs[2:], needs[2:], strict=True)
     ]
     scales = {"beta": logit_scale, "alpha": logit_scale}
-    delta = (dg * g).sum(-2, keepdim=True).neg()
+    each, delta = dg.unbind(), (dg * g).sum(-2, keepdim=True).neg().unbind()
     features = _split(converted(aten.kept_features(a, keep), dg.dtype), lengths)
-    weights = _gather_weights(b, keep, extra_b, lengths, logit_scale, dg.dtype)
-    outputs = zip(_split(da, lengths), _split(db, lengths), strict=True)
-    each = zip(features, weights, outputs, dg.unbind(), delta.unbind(), strict=True)
-    for s, (x, (p, extra_p), out, dg_, delta_) in enumerate(each):
-        sources = [(x, p, *out)]
+    of_a, of_b = _split(da, lengths), _split(db, lengths)
+
+    def use_source(s, x, p, dx, dy):
+        if dx is not None:
+            torch.bmm(each[s], p.mT, out=dx)
+        if dy is not None:
+            dy.copy_(torch.baddbmm(delta[s], x.mT, each[s], **scales).mul_(p).mT)
+
+    def use(s, p, extra_p):
+        use_source(s, features[s], p, of_a[s], of_b[s])
         if extra_p is not None:
             of_tokens = (None if y is None else y[s] for y in tokens)
-            sources.append((converted(extra_a[s], dg.dtype), extra_p, *of_tokens))
-        for features_, p_, dx, dy in sources:
-            if dx is not None:
-                torch.bmm(dg_, p_.mT, out=dx)
-            if dy is not None:
-                rows = torch.baddbmm(delta_, features_.mT, dg_, **scales)
-                dy.copy_(rows.mul_(p_).mT)
+            use_source(s, converted(extra_a[s], dg.dtype), extra_p, *of_tokens)
+
+    _with_weights(use, b, keep, extra_b, lengths, logit_scale, dg.dtype)
     grads = (da, db, *tokens)
     return [y if y is None else converted(y, x.dtype) for x, y in zip(inputs, grads, strict=True)]
 
 
-def _gather_weights(b, keep, extra_b, lengths, logit_scale, dtype):
-    """For each sequence the weights ``(heads, L, n)`` of its positions, and of tokens or None."""
+def _with_weights(use, b, keep, extra_b, lengths, logit_scale, dtype):
+    """Calls ``use`` for each sequence: its number, the weights ``(heads, L, n)`` of its positions,
+    and those of its tokens or None. Nothing holds them, so the next are in the same memory."""
     s = 0
     for piece, maps, keep_ in _pieces(lengths, b, keep):
         logits = aten.logits_in(maps, logit_scale, dtype)
@@ -74,22 +78,25 @@ def _gather_weights(b, keep, extra_b, lengths, logit_scale, dtype):
         few = logits.shape[-1] < FEW * len(piece)
         rows = logits.mT.contiguous() if few else logits.mT
         for x in rows.split(piece, -2):
-            length = x.shape[-2]
-            if extra_b is not None and length:
-                tokens = aten.logits_in(extra_b[s], logit_scale, x.dtype)
-                x = torch.cat([x, tokens.mT], -2)
-            p = x.mT.softmax(-1).mT if x.stride(-2) == 1 else x.softmax(-2)
-            if keep_ is not None:  # where nothing is left
-                p.masked_fill_((x == -torch.inf).all(-2, keepdim=True), 0)
-            if length > aten.WIDE_CHUNK and p.dtype.itemsize > 2:  # see aten.gather
-                total = p.sum(-2, keepdim=True)
-                p /= total.masked_fill_(total == 0, 1)
-            p = converted(p, dtype)
-            if x.shape[-2] == length:
-                yield p, None
-            else:
-                yield p[:, :length], p[:, length:]
+            tokens = None
+            if extra_b is not None and x.shape[-2]:
+                tokens = aten.logits_in(extra_b[s], logit_scale, x.dtype).mT
+            use(s, *_weights(x, tokens, keep_ is not None, dtype))
             s += 1
+
+
+def _weights(rows, tokens, masked, dtype):
+    length = rows.shape[-2]
+    if tokens is not None:
+        rows = torch.cat([rows, tokens], -2)
+    p = rows.mT.softmax(-1).mT if rows.stride(-2) == 1 else rows.softmax(-2)
+    if masked:  # where nothing is left
+        p.masked_fill_((rows == -torch.inf).all(-2, keepdim=True), 0)
+    if length > aten.WIDE_CHUNK and p.dtype.itemsize > 2:  # see aten.gather
+        total = p.sum(-2, keepdim=True)
+        p /= total.masked_fill_(total == 0, 1)
+    p = converted(p, dtype)
+    return (p, None) if tokens is None else (p[:, :length], p[:, length:])
 
 
 def distribute(g, v, lengths, scale, softmax, logit_scale):
@@ -115,8 +122,8 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
     for piece, dz_, maps, out in _pieces(lengths, dz, v, dv):
         q = _distribution_weights(maps, softmax, logit_scale, dtype)
         dz_, dq = converted(dz_, dtype), torch.empty_like(q) if need_v else q
-        parts = (x.split(piece, -1) for x in (dz_, q, dq))
-        for dz_s, q_s, dq_s in zip(*parts, strict=True):
+        parts = zip(*(x.split(piece, -1) for x in (dz_, q, dq)), strict=True)
+        for dz_s, q_s, dq_s in parts:
             if need_g:
                 _product(dz_s, q_s.mT, next(sums))
             if need_v:

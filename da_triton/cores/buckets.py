@@ -154,9 +154,11 @@ def gather_backward(dg, a, b, keep, extra_a, extra_b, g, lse, lengths, logit_sca
         for x, need in zip((extra_a, extra_b), needs[2:], strict=True)
     ]
     for part in plan(lengths, a.device):
-        inputs: Any = _inputs(part, a, b, keep, extra_a, extra_b)
+        a_, b_, keep_, extra_a_, extra_b_ = _inputs(part, a, b, keep, extra_a, extra_b)
         dg_, g_, lse_ = (_samples(x, part) for x in (dg, g, lse))
-        da, db, *found = triton.gather_gradients(dg_, *inputs, g_, lse_, None, logit_scale, needs)
+        da, db, *found = triton.gather_gradients(
+            dg_, a_, b_, keep_, extra_a_, extra_b_, g_, lse_, None, logit_scale, needs
+        )
         for x, out in zip((da, db), maps, strict=True):
             if out is not None:
                 part.put(x, out)
