@@ -29,6 +29,9 @@ def gather(a, b, keep, extra_a, extra_b, lengths, logit_scale):
         _product(features[s], p, each[s])
         if extra_p is not None:
             each[s].add_(converted(extra_a[s], dtype) @ extra_p)
+        total = _total(p, extra_p)
+        if total is not None:
+            each[s].div_(total)
 
     _with_weights(use, b, keep, extra_b, lengths, logit_scale, dtype)
     return converted(g, accumulator(b.dtype)), b.new_empty(0, dtype=lse_dtype(b.dtype))
@@ -53,10 +56,16 @@ def gather_backward(dg, a, b, keep, extra_a, extra_b, g, _lse, lengths, logit_sc
     def use_source(s, x, p, dx, dy):
         if dx is not None:
             torch.bmm(each[s], p.mT, out=dx)
-        if dy is not None:
+        if dy is not None and p.stride(-2) == 1:
+            torch.baddbmm(delta[s].mT, each[s].mT, x, out=dy, **scales).mul_(p.mT)
+        elif dy is not None:
             dy.copy_(torch.baddbmm(delta[s], x.mT, each[s], **scales).mul_(p).mT)
 
     def use(s, p, extra_p):
+        total = _total(p, extra_p)
+        if total is not None:
+            p /= total
+            extra_p = None if extra_p is None else extra_p / total
         use_source(s, features[s], p, of_a[s], of_b[s])
         if extra_p is not None:
             of_tokens = (None if y is None else y[s] for y in tokens)
@@ -92,11 +101,18 @@ def _weights(rows, tokens, masked, dtype):
     p = rows.mT.softmax(-1).mT if rows.stride(-2) == 1 else rows.softmax(-2)
     if masked:  # where nothing is left
         p.masked_fill_((rows == -torch.inf).all(-2, keepdim=True), 0)
-    if length > aten.WIDE_CHUNK and p.dtype.itemsize > 2:  # see aten.gather
-        total = p.sum(-2, keepdim=True)
-        p /= total.masked_fill_(total == 0, 1)
     p = converted(p, dtype)
     return (p, None) if tokens is None else (p[:, :length], p[:, length:])
+
+
+def _total(p, extra_p):
+    """What the weights of many positions sum to, not exactly 1: see ``aten.gather``."""
+    if p.shape[-2] <= aten.WIDE_CHUNK or p.dtype.itemsize == 2:
+        return None
+    total = p.sum(-2, keepdim=True)
+    if extra_p is not None:
+        total += extra_p.sum(-2, keepdim=True)
+    return total.masked_fill_(total == 0, 1)
 
 
 def distribute(g, v, lengths, scale, softmax, logit_scale):
