@@ -3,7 +3,7 @@
 A long run of adjacent sequences of one length is a view and a launch. Short ones share buckets:
 their positions are copied into a batch padded to its longest sequence, which is at most a quarter
 longer than its shortest, and results are copied back. There are as many buckets as lengths differ
-by quarters, eight from 10 positions to 50, and padding adds at most a quarter to what is copied.
+by quarters, six from 10 positions to 40, and padding adds at most a quarter to what is copied.
 """
 
 import functools
