@@ -114,7 +114,7 @@ def step(
         op._init_fn for op in (triton_block.block_op, triton_block.block_backward_op)
     )
     out, *saved = forward(x, *weights, None, *options, keep_v)
-    backward(torch.empty_like(out), x, *weights, None, *saved, *options, True)
+    backward(torch.empty_like(out), x, *weights, None, *saved, *options, [True] * 8)
 
 
 def key(arch: str) -> dict[str, Any]:

@@ -131,11 +131,8 @@ def mask(keep: Tensor, x: Tensor, name: str) -> None:
     one_device(**{name: x, "mask": keep})
 
 
-def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
-    """Cumulative offsets ``(S + 1,)`` of packed maps ``(1, channels, total)``, as numbers.
-
-    Offsets on a GPU are read here: the host waits for it.
-    """
+def cu_seqlens(offsets: Tensor, **maps: Tensor) -> None:
+    """Cumulative offsets ``(S + 1,)`` of packed maps ``(1, channels, total)``, by shape alone."""
     for name, x in maps.items():
         tensor(name, x)
         if x.dim() != 3 or x.shape[0] != 1:
@@ -156,7 +153,11 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
         )
     if offsets.device.type == "meta":
         raise RuntimeError("cu_seqlens must hold numbers, and is on meta. Keep it on the CPU.")
-    ends = offsets.tolist()
+
+
+def ends(cu_seqlens: Tensor, **maps: Tensor) -> list[int]:
+    """The numbers in ``cu_seqlens``, which fit maps ``(…, total)``. On a GPU, the host waits."""
+    ends = cu_seqlens.tolist()
     advice = "Make offsets of lengths with torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {ends[0]}. {advice}")
@@ -167,9 +168,9 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> list[int]:
                 f"{advice}"
             )
     for name, x in maps.items():
-        if ends[-1] != x.shape[2]:
+        if ends[-1] != x.shape[-1]:
             raise ValueError(
-                f"cu_seqlens must end with the {x.shape[2]} positions of {name}, got {ends[-1]}."
+                f"cu_seqlens must end with the {x.shape[-1]} positions of {name}, got {ends[-1]}."
             )
     return ends
 

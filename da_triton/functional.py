@@ -36,10 +36,11 @@ def gather(
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position takes
             part. A map with no position left gives zeros.
         cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
-            of S sequences behind each other, ``(1, channels, total)``, and sequence s is those from
-            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros.
-            Neighbours of equal length share a launch. The host reads it, and waits for it if it is
-            on a GPU: keep it on the CPU. See :mod:`da_triton.packed`. Not with ``process_group``.
+            of S concatenated sequences, ``(1, channels, total)``, and sequence s is those from
+            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. On the Triton
+            backend, sequences of similar length share a launch. The host reads it, and waits for it
+            if it is on a GPU: keep it on the CPU. See :mod:`da_triton.packed`. Not with
+            ``process_group``.
         backend: ``"auto"`` (Triton on a supported GPU, else ``"torch"``), ``"triton"``,
             ``"torch"`` or ``"eager"`` (the definition).
         process_group: a ``torch.distributed.ProcessGroup``: a, b and mask are this rank's slice of
@@ -57,10 +58,10 @@ def gather(
     """
     checks.backend(backend)
     unrecorded(_check_gather, a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
-    offsets = _offsets(cu_seqlens, process_group, a=a, b=b)
+    _check_offsets(cu_seqlens, process_group, a=a, b=b)
     a, b = _autocast(a, b)
     checks.one_kind(a=a, b=b)
-    core = _select(backend, b, process_group, offsets)
+    core = _select(backend, b, process_group, cu_seqlens)
     with _autocast_off(a):
         g = core.gather(
             _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
@@ -124,10 +125,10 @@ def distribute(
     unrecorded(checks.feature_map, "v", v, may_have_no_positions=some)
     checks.number(scale=scale, logit_scale=logit_scale)
     checks.flag(softmax=softmax)
-    offsets = _offsets(cu_seqlens, None, v=v)
+    sequences = _check_offsets(cu_seqlens, None, v=v)
     (v,) = _autocast(v)
-    unrecorded(checks.descriptors, g, v, None if offsets is None else len(offsets) - 1)
-    core = _select(backend, v, None, offsets)
+    unrecorded(checks.descriptors, g, v, sequences)
+    core = _select(backend, v, None, cu_seqlens)
     with _autocast_off(v):
         z = core.distribute(
             g, _by_head(v, sizes(g)[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
@@ -182,13 +183,13 @@ def double_attention(
     unrecorded(_check_gather, a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
     some = process_group is not None or cu_seqlens is not None
     unrecorded(_check_distribute, b, v, heads, logit_scale_v, scale, softmax_v, some)
-    offsets = _offsets(cu_seqlens, process_group, a=a, b=b, v=v)
-    batch = a.shape[0] if offsets is None else len(offsets) - 1
+    sequences = _check_offsets(cu_seqlens, process_group, a=a, b=b, v=v)
+    batch = a.shape[0] if sequences is None else sequences
     if extra is not None:
-        unrecorded(checks.extra, extra, a, b, None if offsets is None else batch)
+        unrecorded(checks.extra, extra, a, b, sequences)
     a, b, v, *tokens = _autocast(a, b, v, *(extra or ()))
     checks.one_kind(a=a, b=b, v=v, **dict(zip(("extra_a", "extra_b"), tokens, strict=False)))
-    core = _select(backend, b, process_group, offsets)
+    core = _select(backend, b, process_group, cu_seqlens)
     n = a.shape[0]
     with _autocast_off(a):
         tokens = [_by_head(token.expand(batch, -1, -1), heads) for token in tokens]
@@ -338,22 +339,24 @@ def _check_distribute(b, v, heads, logit_scale_v, scale, softmax_v, may_have_no_
     checks.flag(softmax_v=softmax_v)
 
 
-def _offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor) -> list[int] | None:
+def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor) -> int | None:
+    """The number of packed sequences."""
     if cu_seqlens is None:
         return None
     if process_group is not None:
         raise ValueError(
             "cu_seqlens and process_group cannot be combined. Give each rank sequences of its own."
         )
-    return checks.cu_seqlens(cu_seqlens, **maps)
+    unrecorded(checks.cu_seqlens, cu_seqlens, **maps)
+    return sizes(cu_seqlens)[0] - 1
 
 
 def _select(
-    backend: str, x: Tensor, process_group: Any, offsets: list[int] | None = None
+    backend: str, x: Tensor, process_group: Any, cu_seqlens: Tensor | None = None
 ) -> cores.Backend:
     core = cores.select(backend, x)
-    if offsets is not None:
-        return packed.by_sequence(core, offsets)
+    if cu_seqlens is not None:
+        return packed.backend(core, cu_seqlens, x)
     return core if process_group is None else distributed.split(core, process_group)
 
 

@@ -146,11 +146,11 @@ class DoubleAttention(nn.Module):
             for conv in (self.convB, self.convV)
         )
         if self.process_group is None:
-            logits = aten.logits_of(b, self.logit_scale, b.dtype)
+            logits = aten.logits_in(b, self.logit_scale, b.dtype)
             p = eager.gather_weights(logits, mask).to(b.dtype)
         else:
             p = distributed.gather_weights(b, mask, self.logit_scale, self.process_group)
-        logits = aten.logits_of(v, self.logit_scale_v, v.dtype)
+        logits = aten.logits_in(v, self.logit_scale_v, v.dtype)
         q = eager.distribution_weights(logits, self.softmax_v).to(v.dtype)
         return p.unflatten(-1, x.shape[2:]), q.unflatten(-1, x.shape[2:])
 

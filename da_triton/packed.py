@@ -1,9 +1,12 @@
 """Samples of different sizes in one batch: masks for padding, and packed positions without any.
 
-Packed, the positions of S samples lie behind each other, ``(1, channels, total)``; sample s has
-those from ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, as in the variable-length interface of
-FlashAttention. A run of neighbours of one length is one launch. They are read where they lie, and
-the parts of a result are joined once. (``torch.compile`` breaks its graph where offsets are read.)
+Packed, the positions of S samples are concatenated, ``(1, channels, total)``; sample s has those
+from ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, like in the variable-length interface of
+FlashAttention. The Triton backend computes samples of similar length in one launch (see
+``cores.buckets``), the ``torch`` backend one sample after another, without padding (see
+``cores.aten_packed``). Both are operators that read the offsets inside: ``torch.compile`` makes one
+graph for all lengths. The definition, forward mode, second derivatives, exported programs and
+DTensors take a call per run of equal lengths.
 """
 
 import itertools
@@ -12,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import checks
-from .cores import Backend
+from . import checks, tracing
+from .cores import EAGER, Backend, operators
 
 
 def mask_from_sizes(
@@ -101,7 +105,8 @@ def unpack(
         TypeError, ValueError: as the public functions with ``cu_seqlens``; ``positions`` of another
             number of samples, or of other lengths.
     """
-    offsets = checks.cu_seqlens(cu_seqlens, packed=packed)
+    checks.cu_seqlens(cu_seqlens, packed=packed)
+    offsets = checks.ends(cu_seqlens, packed=packed)
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     parts = packed[0].split(lengths, 1)
     if positions is None:
@@ -113,17 +118,35 @@ def unpack(
     return [x.unflatten(1, tuple(p)) for x, p in zip(parts, positions, strict=True)]
 
 
-def by_sequence(core: Backend, offsets: list[int]) -> Backend:
-    """The backend with a gather and a distribute that take packed positions.
+def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
+    """``core`` with a gather and a distribute that take packed positions.
 
     Maps are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens have a
     sample for each sequence. A sequence without positions has G = 0; nothing is distributed to it.
     """
-    lengths = (end - start for start, end in itertools.pairwise(offsets))
-    runs = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
-    counts = [count for _, count in runs]
+    if (
+        core is EAGER
+        or operators.needs_aten()
+        or tracing.exporting()
+        or is_traceable_wrapper_subclass(x)  # such as a DTensor
+    ):
+        return by_sequence(core, cu_seqlens)
+    from .cores import sequences
 
-    def split(x: Tensor) -> Iterator[Tensor]:
+    return sequences.packed_core(core, cu_seqlens.cpu())  # the only time that the host waits
+
+
+def by_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
+    """Packed positions in calls of ``core``, one for each run of equal lengths."""
+
+    def runs(**maps: Tensor) -> list[tuple[int, int]]:
+        """Lengths, and how many neighbours have them."""
+        lengths = (
+            end - start for start, end in itertools.pairwise(checks.ends(cu_seqlens, **maps))
+        )
+        return [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
+
+    def split(x: Tensor, runs: list[tuple[int, int]]) -> Iterator[Tensor]:
         """``(1, …, total)`` as views ``(count, …, length)``, one for each run of equal lengths.
 
         All from one split, whose gradient is one concatenation: that of a slice has the size of x.
@@ -133,11 +156,14 @@ def by_sequence(core: Backend, offsets: list[int]) -> Backend:
             yield part.unflatten(-1, (count, length)).movedim(-2, 0)
 
     def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
-        nothing = [None] * len(runs)
-        keeps = nothing if keep is None else split(keep)
+        found_runs = runs(a=a)
+        nothing = [None] * len(found_runs)
+        keeps = nothing if keep is None else split(keep, found_runs)
+        counts = [count for _, count in found_runs]
         tokens = nothing if extra is None else zip(*(x.split(counts) for x in extra), strict=True)
         found = []
-        for a_, b_, keep_, extra_ in zip(split(a), split(b), keeps, tokens, strict=True):
+        maps = zip(split(a, found_runs), split(b, found_runs), keeps, tokens, strict=True)
+        for a_, b_, keep_, extra_ in maps:
             if a_.shape[-1]:
                 found.append(core.gather(a_, b_, keep=keep_, extra=extra_, logit_scale=logit_scale))
             else:
@@ -145,8 +171,10 @@ def by_sequence(core: Backend, offsets: list[int]) -> Backend:
         return torch.cat(found)
 
     def distribute(g, v, **options):
+        found_runs = runs(v=v)
+        counts = [count for _, count in found_runs]
         parts: list[Tensor] = []
-        for g_, v_ in zip(g.split(counts), split(v), strict=True):
+        for g_, v_ in zip(g.split(counts), split(v, found_runs), strict=True):
             z = core.distribute(g_, v_, **options) if v_.shape[-1] else g_.to(v.dtype) @ v_
             parts += (z.squeeze(0),) if len(z) == 1 else z.unbind()
         if v.stride(-1) == 1:

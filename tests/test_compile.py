@@ -1,6 +1,7 @@
 """torch.compile: one graph, forward and backward, not compiled again for each size."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -103,6 +104,67 @@ def test_functions_with_every_option(backend):
     for ours, expected in zip(step(compiled, a, *args), step(function, a, *args), strict=True):
         assert torch.equal(ours, expected)
         assert ours.stride() == expected.stride()
+
+
+PACKINGS = [
+    [5, 3, 0, 7], [4, 4, 4, 2], [12, 1], [1, 2, 3, 9, 2], [9, 1, 9, 1, 9], [3] * 7, [2, 1, 30],
+    [0, 6, 6, 0], [1, 1], [7, 5, 3, 1],
+]  # fmt: skip
+
+
+def packed_inputs(lengths):
+    """a, b, v, tokens, a mask and offsets."""
+    total, channels = sum(lengths), (6, 8, 8)
+    maps = [peaky(1, 1, c, total, dtype=torch.float32)[:, 0] for c in channels]
+    tokens = [peaky(len(lengths), 1, c, 2, dtype=torch.float32)[:, 0] for c in channels[:2]]
+    mask = torch.rand(1, total, device=DEVICE) > 0.3
+    return [*maps, *tokens, mask, torch.tensor([0, *itertools.accumulate(lengths)])]
+
+
+def packed_core(a, b, v, extra_a, extra_b, mask, offsets, backend):
+    return da_triton.double_attention(
+        a, b, v, heads=2, mask=mask, extra=(extra_a, extra_b), cu_seqlens=offsets, backend=backend
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_packed_sequences_of_other_lengths_are_not_a_new_compilation(backend):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(packed_core, backend=counter, fullgraph=True)
+    for lengths in PACKINGS[
+        : 4 if backend == "triton" else None
+    ]:  # interpreted, each takes seconds
+        *inputs, mask, offsets = packed_inputs(lengths)
+        leaves = [x.requires_grad_() for x in inputs]
+        results = []
+        for function in (compiled, packed_core):
+            z = function(*leaves, mask, offsets, backend)
+            results.append((z, *torch.autograd.grad(z.square().sum(), leaves)))
+        for ours, uncompiled in zip(*results, strict=True):
+            assert torch.equal(ours, uncompiled)
+            assert ours.stride() == uncompiled.stride()
+    assert counter.frame_count <= 3, "a compilation for new lengths, one for another number of them"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiled_packed_offsets_are_checked(backend):
+    compiled = torch.compile(packed_core, backend="aot_eager", fullgraph=True)
+    *inputs, offsets = packed_inputs([4, 5])
+    for wrong, message in (
+        ([0, 9, 4], "must rise, or stay for an empty sequence, got 4 after 9"),
+        ([1, 4, 9], "must begin with 0, got 1"),
+        ([0, 4, 8], "must end with the 9 positions of a, got 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled(*inputs, torch.tensor(wrong), backend)
+    assert compiled(*inputs, offsets, backend).shape == (1, 6, 9)
+
+
+def test_packed_with_inductor():
+    compiled = torch.compile(packed_core, fullgraph=True)
+    for lengths in ([5, 3, 0, 7], [4, 4, 4, 2]):
+        inputs = packed_inputs(lengths)
+        torch.testing.assert_close(compiled(*inputs, "torch"), packed_core(*inputs, "torch"))
 
 
 def test_changed_children():

@@ -47,6 +47,12 @@ def block(a, b, v, **options):
     return da_triton.double_attention_block(a, *weights, v[1, :, :6].mT, heads=2, **options)
 
 
+def packed(a, b, v, **options):
+    cu_seqlens = torch.tensor([0, 3, 3, 7])
+    rows = (x.movedim(0, -1).flatten(1)[None] for x in (a, b, v))
+    return da_triton.double_attention(*rows, cu_seqlens=2 * cu_seqlens, **options)
+
+
 CALLS = [
     (gather, "logit_scale"),
     (gather_part, "logit_scale"),
@@ -58,6 +64,8 @@ CALLS = [
     (block, "scale"),
     (block, "logit_scale"),
     (block, "logit_scale_v"),
+    (packed, "scale"),
+    (packed, "logit_scale"),
 ]
 each_call = pytest.mark.parametrize(
     ("function", "name"), CALLS, ids=[f"{function.__name__}-{name}" for function, name in CALLS]

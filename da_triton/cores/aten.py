@@ -27,15 +27,15 @@ WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
 
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)``."""
-    dtype = _product_dtype(b)
-    a = _kept_features(a, keep)
+    dtype = product_dtype(b)
+    a = kept_features(a, keep)
     if extra is not None:
         extra_a, extra_b = extra
         b = torch.cat([b, extra_b], -1)
         if keep is not None:
             keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_b.shape[-1])], -1)
-    weights = converted(gather_weights(logits_of(b, logit_scale, dtype), keep), dtype)
-    total = weights.sum(-1) if dtype.itemsize > 2 and _chunk(weights) is not None else None
+    weights = converted(gather_weights(logits_in(b, logit_scale, dtype), keep), dtype)
+    total = weights.sum(-1) if dtype.itemsize > 2 and chunk_of(weights) is not None else None
     if extra is None:
         g = sum_over_positions(a, weights)
     else:
@@ -50,13 +50,13 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z (N, heads, m, L)`` in v's dtype."""
-    dtype = _product_dtype(v)
+    dtype = product_dtype(v)
     factor = scale if softmax else scale * logit_scale
     g = converted(g if factor == 1.0 else factor * g, dtype)
-    q = distribution_weights(logits_of(v, logit_scale, dtype)) if softmax else v
+    q = distribution_weights(logits_in(v, logit_scale, dtype)) if softmax else v
     q = converted(q, dtype)
     pairs = [(g, q)]
-    chunk = _chunk(q) if g.requires_grad else None
+    chunk = chunk_of(q) if g.requires_grad else None
     if chunk is not None:  # dG is a sum over positions
         parts = q.split(chunk, -1)
         pairs = list(zip(g.expand(len(parts), *g.shape).unbind(), parts, strict=True))
@@ -73,7 +73,7 @@ def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
         a, b, keep = join_extra(a, b, keep, extra)
     logits = scaled_logits(b, keep, logit_scale)
     pivot, weights, total = exponentials(logits, keep is not None)
-    g = sum_over_positions(_kept_features(a, keep), weights)
+    g = sum_over_positions(kept_features(a, keep), weights)
     return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
 
 
@@ -94,13 +94,13 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
     delta = (dg * g).sum(-2)
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
-    db = weights * (dg.mT @ _kept_features(a, keep).to(dg.dtype) - delta[..., None])
+    db = weights * (dg.mT @ kept_features(a, keep).to(dg.dtype) - delta[..., None])
     return da, (logit_scale * db).to(b.dtype)
 
 
 def scaled_logits(b, keep, logit_scale):
     """The gather's logits in the dtype of sums, −inf where a position is masked."""
-    logits = logits_of(b, logit_scale, accumulator(b.dtype))
+    logits = logits_in(b, logit_scale, accumulator(b.dtype))
     return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
 
 
@@ -111,12 +111,12 @@ def weights_from_lse(logits, lse):
     return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
 
 
-def _kept_features(a, keep):
+def kept_features(a, keep):
     """A masked position may hold anything."""
     return a if keep is None else a.masked_fill(~keep[:, None, None, :], 0)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The maps' dtype, but float32 where float16 has more positions than its weights can represent.
 
     A graph for any number of positions has the product that is right for all of them.
@@ -133,7 +133,7 @@ def _any_length(x: Tensor) -> bool:
     return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)
 
 
-def logits_of(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def logits_in(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · x`` in ``dtype``, or where it is scaled, in the dtype of sums."""
     if scale == 1:
         return converted(x, dtype)
@@ -145,14 +145,14 @@ def logits_of(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def sum_over_positions(a: Tensor, weights: Tensor) -> Tensor:
     """``a @ weightsᵀ`` in the dtype of ``weights``."""
-    chunk = _chunk(weights)
+    chunk = chunk_of(weights)
     if chunk is None:
         return converted(a, weights.dtype) @ weights.transpose(-1, -2)
     pairs = zip(a.split(chunk, -1), weights.split(chunk, -1), strict=True)
     return torch.stack([converted(x, y.dtype) @ y.mT for x, y in pairs]).sum(0)
 
 
-def _chunk(x: Tensor) -> int | None:
+def chunk_of(x: Tensor) -> int | None:
     """Positions of one product of a sum over those of ``x``, or None for all."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or _any_length(x):
         return None

@@ -10,6 +10,10 @@ from torch.utils._pytree import tree_map
 
 from ..tracing import constant
 
+# Of operators whose launches depend on values that they read on the host: a CUDA graph would keep
+# those of the call that was recorded.
+READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
+
 
 def scalars(*scales):
     """The scales as operators take them: floats, or tensors for ``of_tensors``.
@@ -31,8 +35,7 @@ def scalars(*scales):
 def of_tensors(op):
     """``op`` with a 0-d float64 tensor on the CPU in place of each float.
 
-    Its fake implementation must be registered. A CUDA graph must not record what it reads on the
-    host.
+    Its fake implementation must be registered.
     """
     schema = op._opoverload._schema
     floats = [str(argument.type) == "float" for argument in schema.arguments]
@@ -42,7 +45,7 @@ def of_tensors(op):
         return op._init_fn(*(x.item() if is_float else x for x, is_float in given))
 
     twin = torch.library.custom_op(
-        f"{schema.name}_of_tensors", run, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,),
+        f"{schema.name}_of_tensors", run, mutates_args=(), tags=READS_ON_HOST,
         schema=str(schema).removeprefix(schema.name).replace("float ", "Tensor "),
     )  # fmt: skip
     twin.register_fake(op._abstract_fn)

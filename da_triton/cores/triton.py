@@ -191,15 +191,23 @@ def _gather_gradients(ctx, dg, dlse):
             return aten.gather(a, b, **options).to(dg.dtype)
 
         return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, upstream), None
-    grads = [None, None, None, None, None, None]
-    for i, (features, maps, mask) in {0: (a, b, keep), 3: (extra_a, extra_b, None)}.items():
-        j = i + 1
-        if needs[i] or needs[j]:
-            da, db = _gather_backward(
-                dg, features, maps, mask, g, lse, dlse, ctx.logit_scale, needs[i], needs[j]
+    da, db, *of_tokens = gather_gradients(
+        dg, a, b, keep, extra_a, extra_b, g, lse, dlse, ctx.logit_scale, [*needs[:2], *needs[3:]]
+    )
+    return da, db, None, *of_tokens, None
+
+
+def gather_gradients(dg, a, b, keep, extra_a, extra_b, g, lse, dlse, logit_scale, needs):
+    """Gradients of a, b, extra_a and extra_b; None where not needed."""
+    grads = [None, None, None, None]
+    for i, features, maps, mask in ((0, a, b, keep), (2, extra_a, extra_b, None)):
+        if any(needs[i : i + 2]):
+            found = _gather_backward(
+                dg, features, maps, mask, g, lse, dlse, logit_scale, *needs[i : i + 2]
             )
-            grads[i], grads[j] = (da if needs[i] else None), (db if needs[j] else None)
-    return tuple(grads)
+            pairs = zip(found, needs[i : i + 2], strict=True)
+            grads[i : i + 2] = (x if need else None for x, need in pairs)
+    return grads
 
 
 def _gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
