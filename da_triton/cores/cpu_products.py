@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from .. import tracing
+from .aten import WIDE_CHUNK
 from .operators import transformed
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
@@ -184,10 +185,13 @@ def accumulate(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
     if total is None:
         return
     if x.is_contiguous() and grad.is_contiguous():
-        total.addmm_(grad.flatten(0, 1).T, x.flatten(0, 1))
-        return
+        grad, x = grad.flatten(0, 1)[None], x.flatten(0, 1)[None]
     for here, rows in zip(grad, x, strict=True):
-        total.addmm_(here.T, rows)
+        whole = len(rows) // WIDE_CHUNK * WIDE_CHUNK
+        if whole:
+            left, right = (z[:whole].unflatten(0, (-1, WIDE_CHUNK)) for z in (here, rows))
+            total.add_((left.mT @ right).sum(0))
+        total.addmm_(here[whole:].T, rows[whole:])
 
 
 def softmax_(maps: Tensor, heads: int) -> None:
