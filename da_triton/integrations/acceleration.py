@@ -23,7 +23,16 @@ from .. import checks
 from ..modules import DoubleAttention
 from .examples import calls_in
 from .families import FAMILIES, Family
-from .proof import EXACT, Call, Reference, UnprovableError, dtype_of, randomised, seeded
+from .proof import (
+    EXACT,
+    Call,
+    Reference,
+    UnprovableError,
+    device_of,
+    dtype_of,
+    randomised,
+    seeded,
+)
 from .replacement import CLASSES, Accelerated, Choice, is_overridden, replace, split
 
 SHAPES = ((5, 6), (7, 9))
@@ -36,7 +45,8 @@ HOOKED = "remove_hook_from_submodules(model) of accelerate.hooks"
 class Finding:
     """One layer: its name in the model, its class, the family that it resembles.
 
-    ``error``: the largest relative error in float64 of the proof, or of the nearest formula.
+    ``error``: the largest relative error in float64 of the proof, or of the nearest formula; NaN
+    where none was computed.
     ``note``: how it was proved, or why it was refused.
     """
 
@@ -74,15 +84,17 @@ def accelerate(
 
     It recognises double attention under its several key families, Efficient Attention (Shen et
     al.), the linear attention of diffusion U-Nets (denoising-diffusion-pytorch and others), also
-    frame by frame, of latent diffusion and Grad-TTS, CoaT's factor attention, and GCNet's global
-    context. A layer that looks like one is replaced only if da_triton gives the same output and
-    the same gradients of inputs and parameters as the layer itself: in float64 to a relative error
-    of 1e-9, on random inputs with random parameters and, with ``example_input``, on what the layer
-    receives in the model; in training and in evaluation; and then in the layer's own dtype, where
-    the error against float64 may be twice the layer's. A layer that computes in float32 inside is
-    compared in float64 throughout. Behaviour that depends on anything else is not detected: give
-    an example. Side effects of the original forward (counters, hooks on children that need not be
-    called) are lost, and a result has the memory format of the input.
+    frame by frame, of latent diffusion and Grad-TTS, linear attention on tokens (``nn.Linear``
+    layers named ``to_q``, ``to_k``, ``to_v``, or ``to_qkv``, ``qkv``, or ``query``, ``key``,
+    ``value``), CoaT's factor attention, GCNet's global context, and OCR's spatial gather. A layer
+    that looks like one is replaced only if da_triton gives the same output and the same gradients
+    of inputs and parameters as the layer itself: in float64 to a relative error of 1e-9, on random
+    inputs with random parameters and, with ``example_input``, on what the layer receives in the
+    model; in training and in evaluation; and then in the layer's own dtype, where the error against
+    float64 may be twice the layer's. A layer that computes in float32 inside is compared in float64
+    throughout. Behaviour that depends on anything else is not detected: give an example. Side
+    effects of the original forward (counters, hooks on children that need not be called) are lost,
+    and a result has the memory format of the input.
 
     A replaced layer takes the arguments that its formula has. Another one may be given at the
     default that the original forward has for it; any other value raises a TypeError.
@@ -106,14 +118,15 @@ def accelerate(
     provable = [c[1] for c, obstacle in zip(candidates, obstacles, strict=True) if not obstacle]
     calls = calls_in(model, provable, example_input)
     report = Report()
-    proved: dict[type[nn.Module], Choice] = {}
+    known: dict[type[nn.Module], Choice | str] = {}
     for (name, module, family), obstacle in zip(candidates, obstacles, strict=True):
         kind = type(module)
         given = calls.pop(module, [])
         choice, error, note = None, math.nan, obstacle
         if not obstacle:
             with torch.inference_mode(False), seeded([]):
-                choice, error, note = _judge(module, family, given, backend, proved.get(kind))
+                choice, error, note = _judge(module, family, given, backend, known.get(kind))
+        known[kind] = choice or note
         if choice is not None and example_input is not None and not given:
             note += "; the example does not reach it"
         finding = Finding(name, kind.__name__, family.name, error, note)
@@ -121,7 +134,6 @@ def accelerate(
             report.refused.append(finding)
         else:
             replace(module, choice)
-            proved[kind] = choice
             report.replaced.append(finding)
         _tell(progress, len(report.replaced) + len(report.refused), len(candidates), finding)
     if not report.replaced:
@@ -171,7 +183,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Family]
         if isinstance(module, (Accelerated, DoubleAttention)):
             continue
         for family in FAMILIES.values():
-            if family.has_children(module):
+            if family.resembles(module):
                 yield name, module, family
                 break
 
@@ -203,17 +215,27 @@ def _obstacle(module: nn.Module) -> str:
 
 
 def _judge(
-    module: nn.Module, family: type[Family], given: list[Call], backend: str, proved: Choice | None
+    module: nn.Module,
+    family: type[Family],
+    given: list[Call],
+    backend: str,
+    known: Choice | str | None,
 ) -> tuple[Choice | None, float, str]:
     """The proved formula or None, its error or that of the nearest one, and a sentence.
 
-    ``proved``: the formula of another layer of this class, which is tried first.
+    ``known``: the formula of the layer of this class before it, or why that layer has none. It is
+    tried first.
     """
     try:
-        references = _random_references(randomised(module), family, given)
-        error, choice = _nearest(references[0], family, backend, proved)
+        twin = randomised(module)
+        references = _random_references(twin, family, given)
+        if isinstance(known, str) and _means(references[0], family, known):
+            return None, math.nan, known
+        error, choice = _nearest(references[0], family, backend, known)
         if error > EXACT:
             return None, error, _explained(references[0], family, error)
+        if _takes(twin, family.beyond(twin)):
+            return None, error, "it also takes arguments of different sizes: its formula does not"
         if not given:
             _check_parameters(module, family)
         own = [_own_reference(module, family, call) for call in given]
@@ -226,7 +248,7 @@ def _judge(
             return None, error, why
         for reference in own:
             reference.check_rounding(change)
-        if dtype_of(module) == torch.float32:
+        if dtype_of(module, own[0].call) == torch.float32:
             references[0].check_autocast(change)
     except Exception as problem:
         return None, math.nan, f"the comparison fails: {type(problem).__name__}: {problem}"
@@ -238,7 +260,8 @@ def _judge(
 def _random_references(twin: nn.Module, family: type[Family], given: list[Call]) -> list[Reference]:
     """The twin on random inputs of two shapes: the family's, or, where the layer takes others,
     shapes like those of the first given call."""
-    random = [Call(family.inputs(twin, shape), {}) for shape in SHAPES]
+    device = device_of(twin, *given)
+    random = [Call(family.inputs(twin, shape), {}).of(lambda x: x.to(device)) for shape in SHAPES]
     if not given or given[0].axes == random[0].axes:
         try:
             return [Reference(twin, call) for call in random]
@@ -267,20 +290,28 @@ def _own_reference(module: nn.Module, family: type[Family], call: Call) -> Refer
     return Reference(module, call)
 
 
+def _takes(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    if args:
+        with contextlib.suppress(Exception):
+            Reference(module, Call(args, {}))
+            return True
+    return False
+
+
 def _choices(reference: Reference, family: type[Family], backend: str) -> Iterator[Choice]:
-    """Formulas that the module may compute, on frames if its input has an axis more."""
+    """Formulas that the module may compute, also on frames if its input has an axis more."""
     usual = Call(family.inputs(reference.module, SHAPES[0]), {}).axes
-    axes = (2, 1) if reference.call.axes == usual + 1 else (None,)
+    axes = (2, 1, None) if reference.call.axes == usual + 1 else (None,)
     for frames, options in itertools.product(axes, family.choices(reference.module)):
         yield Choice(family.__name__, options, backend, frames)
 
 
 def _nearest(
-    reference: Reference, family: type[Family], backend: str, proved: Choice | None
+    reference: Reference, family: type[Family], backend: str, known: Choice | str | None
 ) -> tuple[float, Choice]:
-    """The formula whose output is nearest, and its error; ``proved`` is tried first."""
+    """The formula whose output is nearest, and its error; ``known`` is tried first."""
     best = math.inf, Choice(family.__name__, {}, backend)
-    for choice in sorted(_choices(reference, family, backend), key=lambda c: c != proved):
+    for choice in sorted(_choices(reference, family, backend), key=lambda c: c != known):
         change = functools.partial(replace, choice=dataclasses.replace(choice, backend="eager"))
         with contextlib.suppress(*MISFIT):
             error = reference.error(change, gradients=False, enough=best[0])
@@ -291,19 +322,35 @@ def _nearest(
     return best
 
 
+def _means(reference: Reference, family: type[Family], meaning: str) -> bool:
+    """Whether the layer computes what ``other_meanings`` of the family has under these words."""
+    forward = family.other_meanings(reference.module).get(meaning)
+    if forward is None:
+        return False
+    names = inspect.signature(forward).parameters
+    tried = []
+    for choice in family.choices(reference.module):
+        options = {name: value for name, value in choice.items() if name in names}
+        if options in tried:
+            continue
+        tried.append(options)
+
+        def change(twin, options=options):
+            twin.forward = lambda *args: forward(twin, *args, **options)
+
+        with contextlib.suppress(*MISFIT):
+            if reference.error(change, gradients=False, enough=EXACT) <= EXACT:
+                return True
+    return False
+
+
 def _explained(reference: Reference, family: type[Family], error: float) -> str:
     """Why no formula is the layer's: a known other meaning, or how far the nearest one is."""
-    for meaning, forward in family.other_meanings(reference.module).items():
-        for options in family.choices(reference.module):
-
-            def change(twin, forward=forward, options=options):
-                twin.forward = lambda *args: forward(twin, *args, **options)
-
-            with contextlib.suppress(*MISFIT):
-                if reference.error(change, gradients=False, enough=EXACT) <= EXACT:
-                    return meaning
+    for meaning in family.other_meanings(reference.module):
+        if _means(reference, family, meaning):
+            return meaning
     if error == math.inf:
-        return "no formula of this family fits its children's shapes"
+        return "no formula of this family fits its shapes"
     rounded = "; it may round to float32 in compiled or scripted code" if error < 1e-6 else ""
     return (
         f"it computes something else: the nearest formula's relative error is {error:.1e}{rounded}"

@@ -5,6 +5,7 @@ Both forms are deep copies of one module; the module itself is not run, and keep
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class Reference:
         Raises:
             ValueError: that is not so.
         """
-        dtype, training = dtype_of(self.module), self.module.training
+        dtype, training = dtype_of(self.module, self.call), self.module.training
         if dtype == torch.float64:
             return
         ours = _results(self.module, self.call, None, training, change)
@@ -204,10 +205,21 @@ class Reference:
             )
 
 
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of the first weight: a layer in half precision may have norms in float32."""
+def dtype_of(module: nn.Module, *calls: Call) -> torch.dtype:
+    """The dtype of the first weight (a layer in half precision may have norms in float32), or,
+    without any, of the first tensor of the calls."""
     weights = (p for p in module.parameters() if p.is_floating_point() and p.dim() > 1)
-    return next((p.dtype for p in weights), torch.float32)
+    return next((x.dtype for x in _with_tensors(weights, calls)), torch.float32)
+
+
+def device_of(module: nn.Module, *calls: Call) -> torch.device:
+    """The device of the first parameter, or, without any, of the first tensor of the calls."""
+    tensors = _with_tensors(module.parameters(), calls)
+    return next((x.device for x in tensors), torch.device("cpu"))
+
+
+def _with_tensors(parameters: Iterable[Tensor], calls: Iterable[Call]) -> Iterator[Tensor]:
+    return itertools.chain(parameters, *(call.tensors for call in calls))
 
 
 @contextlib.contextmanager
@@ -255,7 +267,7 @@ def _results(
         change(twin)
     fresh = call.to(dtype)
     before = {name: b.clone() for name, b in twin.named_buffers(recurse=False)}
-    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
+    device = device_of(twin, call)
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads_for(call))
         stack.enter_context(seeded([device] if device.type == "cuda" else []))  # dropout alike
