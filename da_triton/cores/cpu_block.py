@@ -35,8 +35,8 @@ from .cpu_products import (
     add_product,
     as_given,
     empty_as,
+    gathered_rows,
     join,
-    kept_positions,
     lying_as,
     position_major,
     project,
@@ -71,9 +71,9 @@ class Options(NamedTuple):
     residual: bool
     recompute: bool
 
-    def short(self, x: Tensor, w: Weights, positions: Tensor | None) -> bool:
+    def short(self, x: Tensor, w: Weights) -> bool:
         """Whether ``Q Pᵀ (g, k, L, L)`` makes Z with fewer operations than T does."""
-        if self.order != "AZ" or positions is not None or len(split_positions(x)) != 1:
+        if self.order != "AZ" or len(split_positions(x)) != 1:
             return False
         c_m, c_n = len(w.a), len(w.b)
         return x.shape[1] * (c_m + c_n) * self.heads < 2 * c_m * c_n
@@ -119,8 +119,8 @@ class Block(torch.autograd.Function):
         dw = Weights(
             *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
         )
-        for n in samples(tokens, keep):
-            here = tokens[n], kept_positions(keep, n), w, ctx.options
+        for n in samples(tokens):
+            here = tokens[n], None if keep is None else keep[n], w, ctx.options
             if ctx.options.recompute:
                 kept = iter(_forward(*here, None, keeping=True))
             _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
@@ -132,24 +132,25 @@ def _block(x, w, keep, options, keeping) -> tuple[Tensor, list[Tensor | None]]:
     tokens = position_major(x)
     out = empty_as(tokens, len(w.a if w.out is None else w.out))
     kept: list[Tensor | None] = []
-    for n in samples(tokens, keep):
-        kept += _forward(tokens[n], kept_positions(keep, n), w, options, out[n], keeping)
+    for n in samples(tokens):
+        here = None if keep is None else keep[n]
+        kept += _forward(tokens[n], here, w, options, out[n], keeping)
     return as_given(out, x), kept
 
 
-def _forward(x, positions, w, options, out, keeping) -> list[Tensor | None]:
+def _forward(x, keep, w, options, out, keeping) -> list[Tensor | None]:
     """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
     from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
     heads, k = options.heads, options.gather_heads
-    gathered = x if positions is None else x[:, positions]
-    pieces = split_positions(gathered)
-    short = options.short(x, w, positions)
+    pieces = split_positions(x)
+    short = options.short(x, w)
     kept: list[Any] = []
     parts: list[Tensor] = []
     masses: list[Any] = []
     for piece in pieces:
-        rows = gathered[:, piece]
-        p, mass = softmax_and_mass(project(rows, w.b), alone=len(pieces) == 1)
+        here = None if keep is None else keep[:, piece]
+        rows = gathered_rows(x[:, piece], here)
+        p, mass = softmax_and_mass(project(rows, w.b), len(pieces) == 1, here)
         f = rows if from_x else project(rows, w.a, w.bias_a)
         if not short:
             parts.append(sum_over_positions(split(f, k).mT, split(p, k).mT))
@@ -160,22 +161,23 @@ def _forward(x, positions, w, options, out, keeping) -> list[Tensor | None]:
     share = None
     if len(pieces) > 1:
         share = torch.stack(masses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
+        if keep is not None:
+            share.nan_to_num_(0)  # where no piece has any mass
         t = torch.stack(parts).mul_(share).sum(0)
-    elif parts:
+    elif not short:
         t = parts[0]
-    elif not short:  # every position is masked
-        t = x.new_zeros(len(x), k, (x.shape[2] if from_x else len(w.a) // k), len(w.b) // k)
 
     g = t
     if from_x:
         g = w.a.unflatten(0, (heads, -1)) @ split(t[:, 0], heads)
-        if w.bias_a is not None and pieces:
-            g.add_(w.bias_a.view(heads, -1, 1))
+        if w.bias_a is not None:
+            bias = w.bias_a.view(heads, -1, 1)
+            g.add_(bias if keep is None else bias * keep.any(1)[:, None, None, None])
     d = g
     if not to_z:
         d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
 
-    for piece in split_positions(x):
+    for piece in pieces:
         q = project(x[:, piece], w.v, w.bias_v)
         if options.softmax_v:
             softmax_(q, heads)
@@ -203,19 +205,18 @@ def _forward(x, positions, w, options, out, keeping) -> list[Tensor | None]:
     return [t, g, d, share, *kept] if keeping else []
 
 
-def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
+def _backward(x, keep, w, options, kept, grad, dx, dw) -> None:
     """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
     from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
     heads, k = options.heads, options.distribute_heads
-    gathered = x if positions is None else x[:, positions]
-    pieces = split_positions(gathered)
+    pieces = split_positions(x)
     t, g, d, share = (next(kept) for _ in range(4))
     maps = [(next(kept), next(kept)) for _ in pieces]
-    short = t is None and pieces
+    short = t is None
 
     dd: Any = None
     df: Any = None
-    for piece in split_positions(x):
+    for piece in pieces:
         rows, dout, q, z = x[:, piece], grad[:, piece], next(kept), next(kept)
         dz = dout if z is None or w.out is None else project(dout, w.out.T)
         if w.out is not None and to_z:
@@ -240,8 +241,6 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
         if dx is not None:
             dx[:, piece] = dout if options.residual else 0
             add_product(dx[:, piece], dv, w.v)
-    if not pieces:
-        return
 
     if not short:
         dg = dd
@@ -253,16 +252,17 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
         dt = dg
         if from_x:
             if dw.bias_a is not None:
-                dw.bias_a.add_(dg.sum((0, 3)).flatten())
+                some = dg if keep is None else dg[keep.any(1)]
+                dw.bias_a.add_(some.sum((0, 3)).flatten())
             if dw.a is not None:
                 dw.a.add_((dg @ split(t[:, 0], heads).mT).sum(0).flatten(0, 1))
             dt = join(w.a.unflatten(0, (heads, -1)).mT @ dg)[:, None]
         delta = (dt * t).sum(2, keepdim=True)
 
     k = options.gather_heads
-    dgathered = dx if positions is None or dx is None else torch.zeros_like(gathered)
     for i, piece in enumerate(pieces):
-        rows, (p, f) = gathered[:, piece], maps[i]
+        rows = gathered_rows(x[:, piece], None if keep is None else keep[:, piece])
+        p, f = maps[i]
         if short:
             db = dp.sub_((dp * p).sum(1, keepdim=True)).mul_(p)
         else:
@@ -274,12 +274,10 @@ def _backward(x, positions, w, options, kept, grad, dx, dw) -> None:
             accumulate(dw.a, df, rows)
             if dw.bias_a is not None:
                 dw.bias_a.add_(df.sum((0, 1)))
-        if dgathered is None:
+        if dx is None:
             continue
-        add_product(dgathered[:, piece], db, w.b)
+        add_product(dx[:, piece], db, w.b)
         if df is None:
-            add_product(dgathered[:, piece], p, dt_[:, 0].mT)
+            add_product(dx[:, piece], p, dt_[:, 0].mT)
         else:
-            add_product(dgathered[:, piece], df, w.a)
-    if dgathered is not dx:
-        dx.index_add_(1, positions, dgathered)
+            add_product(dx[:, piece], df, w.a)

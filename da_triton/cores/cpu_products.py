@@ -105,17 +105,24 @@ def empty_as(x: Tensor, channels: int) -> Tensor:
     return x.new_empty(g, channels, length).mT
 
 
-def samples(tokens: Tensor, keep: Tensor | None) -> Iterator[slice]:
+def samples(tokens: Tensor) -> Iterator[slice]:
     """Samples that are worked on together: a piece's worth, if they are dense in memory."""
     together = 1
-    if keep is None and (tokens.is_contiguous() or tokens.mT.is_contiguous()):
+    if tokens.is_contiguous() or tokens.mT.is_contiguous():
         together = max(1, _piece(tokens) // (tokens.shape[1] * tokens.shape[2]))
     return (slice(n, n + together) for n in range(0, len(tokens), together))
 
 
-def kept_positions(keep: Tensor | None, sample: slice) -> Tensor | None:
-    """The positions of one sample that take part, or None for all."""
-    return None if keep is None else keep[sample][0].nonzero()[:, 0]
+def gathered_rows(x: Tensor, keep: Tensor | None) -> Tensor:
+    """``x (g, l, C)``, but zeros where ``keep (g, l)`` is False, whatever x holds there.
+
+    Zero times NaN is NaN, and a choice between two numbers is five times as slow as one operation
+    on their bits.
+    """
+    if keep is None:
+        return x
+    bits = torch.int32 if x.dtype == torch.float32 else torch.int64
+    return (x.view(bits) & -keep[..., None].to(bits)).view(x.dtype)
 
 
 def split_positions(x: Tensor) -> list[slice]:
@@ -123,7 +130,7 @@ def split_positions(x: Tensor) -> list[slice]:
     length = x.shape[1]
     count = max(1, -(-x.numel() // _piece(x)), -(-length // MOST_POSITIONS))
     step = -(-length // count)
-    return [slice(start, start + step) for start in range(0, length, step)] if length else []
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def _piece(x: Tensor) -> int:
@@ -205,9 +212,16 @@ def _per_head(maps: Tensor, heads: int) -> tuple[Tensor, int]:
     return maps.mT.unflatten(1, (heads, -1)), 2
 
 
-def softmax_and_mass(logits: Tensor, alone: bool) -> tuple[Tensor, Tensor | None]:
-    """The softmax over a piece's positions, in place, and ``log Σ exp`` of its logits."""
-    peak = None if alone else logits.amax(1, keepdim=True)
+def softmax_and_mass(
+    logits: Tensor, alone: bool, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The softmax over a piece's positions, in place, and ``log Σ exp`` of its logits.
+
+    Zeros where ``keep (g, l)`` is False. The mass is None if the piece is ``alone``.
+    """
+    if keep is not None:
+        logits.add_(keep[..., None].to(logits.dtype).log())  # 0 or -inf
+    peak = None if alone and keep is None else logits.amax(1, keepdim=True)
     if logits.is_contiguous():
         torch.softmax(logits, 1, out=logits)
     else:
@@ -217,6 +231,8 @@ def softmax_and_mass(logits: Tensor, alone: bool) -> tuple[Tensor, Tensor | None
     nothing = peak == -torch.inf  # in this piece; in another there may be something
     if nothing.any():
         logits.masked_fill_(nothing, 0)
+    if alone:
+        return logits, None
     # At the peak, P is 1 / Σ exp(logit − peak).
     mass = torch.where(nothing, peak, peak - logits.amax(1, keepdim=True).log())
     return logits, mass.squeeze(1)
