@@ -226,8 +226,8 @@ def _backward(x, keep, w, options, kept, grad, dx, dw) -> None:
         if short:
             p, f = maps[0]
             ds = times(split(dz, k), split(f, k).mT)
-            df = join(times(d.mT, split(dz, k)))
-            dp = join(times(ds.mT, split(q, k)))
+            df = join(times(split(dz, k).mT, d).mT)
+            dp = join(times(split(q, k).mT, ds).mT)
             dv = join(times(ds, split(p, k)))
         else:
             part = sum_over_positions(split(dz, k).mT, split(q, k).mT)
