@@ -127,11 +127,18 @@ def test_an_attribute_that_a_training_loop_assigns(name, children, backend):
     assert counter.frame_count == 2
 
 
+needs_computed_scales = pytest.mark.skipif(
+    torch.__version__ < (2, 12),
+    reason="torch 2.11 makes constants of some numbers that are computed from one that changes",
+)
+
+
 def several(a, b, v, step):
     options = {"logit_scale": 2 * step + 1, "logit_scale_v": 1 / step, "scale": 0.5}
     return da_triton.double_attention(a, b, v, **options, backend="triton")
 
 
+@needs_computed_scales
 def test_scales_that_are_computed_from_one_that_changes():
     assert compilations(several, STEPS, maps()) == 2
 
@@ -140,15 +147,18 @@ def test_whole_numbers_change_too():
     assert compilations(several, range(1, 11), maps()) == 2
 
 
+@needs_computed_scales
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_other_compilers(compiler):
     assert compilations(several, STEPS[:4], maps(), compiler=compiler) == 2
 
 
+@needs_computed_scales
 def test_what_is_dynamic_from_the_first_call_is_compiled_once():
     assert compilations(several, STEPS[:4], maps(), dynamic=True) == 1
 
 
+@needs_computed_scales
 def test_half_precision():
     """Scaled logits are in float32, as they are when the scale is a constant."""
     assert compilations(several, STEPS[:4], maps(torch.float16)) == 2
@@ -202,6 +212,7 @@ def test_a_scale_that_does_not_change_is_a_constant():
     assert compilations(several, [0.7, 0.7, 0.7], maps()) == 1
 
 
+@needs_computed_scales
 def test_a_scale_that_changes_is_an_input():
     found = operators(several, [0.7, 0.8])
     assert found["forward"][0] == ["gather_of_tensors", "distribute_of_tensors"]

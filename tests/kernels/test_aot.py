@@ -31,7 +31,9 @@ ACCEPTED = {
 ACCEPTED_OF = {
     "3.6.0": {
         ("sm_80", "delta", 32): 3,
+        ("sm_90", "gather_side", 128): 13,
         ("sm_90", "map_gradient", 512): 4,
+        ("sm_90", "mix", 512): 22,
         ("sm_90", "weight_gradients", 19): 16,
     },
 }
