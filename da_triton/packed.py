@@ -1,12 +1,13 @@
 """Samples of different sizes in one batch: masks for padding, and packed positions without any.
 
 Packed, the positions of S samples are concatenated, ``(1, channels, total)``; sample s has those
-from ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, like in the variable-length interface of
+from ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, as in the variable-length interface of
 FlashAttention. The Triton backend computes samples of similar length in one launch (see
 ``cores.buckets``), the ``torch`` backend one sample after another, without padding (see
 ``cores.aten_packed``). Both are operators that read the offsets inside: ``torch.compile`` makes one
-graph for all lengths. The definition, forward mode, second derivatives, exported programs and
-DTensors take a call per run of equal lengths.
+graph for all lengths. The definition, forward mode, second derivatives, traced programs
+(``torch.jit.trace``) and DTensors take one call per run of equal lengths; ``torch.export`` cannot
+read the offsets.
 """
 
 import itertools
@@ -133,7 +134,7 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
         return by_sequence(core, cu_seqlens)
     from .cores import sequences
 
-    return sequences.packed_core(core, cu_seqlens.cpu())  # the only time that the host waits
+    return sequences.packed_core(core, cu_seqlens.cpu())  # the only host synchronisation
 
 
 def by_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:

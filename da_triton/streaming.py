@@ -422,8 +422,8 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 def _pivot_dtype(device: torch.device) -> torch.dtype:
-    """float64, as a float32 loses digits of exp(logit − pivot) with every shift; Apple's GPUs have
-    nothing wider than float32."""
+    """float64, because float32 loses digits of exp(logit − pivot) with every shift; float32 on MPS,
+    which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -17,7 +17,7 @@ def constant(function):
     return function
 
 
-@constant  # the compiler of torch 2.11 takes is_exporting() for true everywhere
+@constant  # Dynamo in torch 2.11 evaluates is_exporting() to True everywhere
 def exporting() -> bool:
     """Whether a program is recorded that others will run: ``torch.export``, ``torch.jit.trace``,
     ONNX."""

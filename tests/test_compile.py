@@ -131,9 +131,8 @@ def packed_core(a, b, v, extra_a, extra_b, mask, offsets, backend):
 def test_packed_sequences_of_other_lengths_are_not_a_new_compilation(backend):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(packed_core, backend=counter, fullgraph=True)
-    for lengths in PACKINGS[
-        : 4 if backend == "triton" else None
-    ]:  # interpreted, each takes seconds
+    count = 4 if backend == "triton" else None  # interpreted: seconds each
+    for lengths in PACKINGS[:count]:
         *inputs, mask, offsets = packed_inputs(lengths)
         leaves = [x.requires_grad_() for x in inputs]
         results = []

@@ -227,7 +227,7 @@ def scale(value):
 
 
 def operands(name):
-    """Of an operator: its arguments, with numbers for scales."""
+    """Arguments of an operator, with numbers for scales."""
     a, b, v = (x[:, None] for x in maps())
     g, lse = triton.gather_op(a, b, None, None, None, 0.7)
     if name == "gather":

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from da_triton import streaming
 from da_triton.streaming import Descriptors
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check
 
@@ -46,14 +46,18 @@ def test_what_fades_in_ten_thousand_steps(total, logit, dtype):
     assert g == pytest.approx(right / (1 + right), rel=10 * TOLERANCE[dtype], abs=0)
 
 
-def test_devices_without_float64():
-    """Apple's GPUs: no device of that kind is needed to see which dtypes a state would have."""
-    with FakeTensorMode():
-        there = Descriptors.init(1, 2, 2, device="mps")
-        back = there.to("cpu")
-    assert there.maximum.device.type == "mps"
-    assert there.maximum.dtype == there.total.dtype == torch.float32
-    assert back.maximum.dtype == torch.float64
+def test_devices_without_float64(monkeypatch):
+    """The meta device takes the place of MPS."""
+    assert streaming._pivot_dtype(torch.device("mps")) == torch.float32
+    dtypes = {"meta": torch.float32}
+    monkeypatch.setattr(
+        streaming, "_pivot_dtype", lambda device: dtypes.get(device.type, torch.float64)
+    )
+    there = start().update(*frame(0.5, 1.0)).to("meta")
+    assert there.maximum.dtype == there.forget(0.5).maximum.dtype == torch.float32
+    assert Descriptors.init(1, 2, 2, device="meta").maximum.dtype == torch.float32
+    dtypes[DEVICE] = torch.float32
+    assert Descriptors.of(*frame(0.5, 1.0)).maximum.dtype == torch.float32
 
 
 @each_distance

@@ -2,8 +2,8 @@
 
 A sequence by itself has its products, written to where they belong, and a softmax over positions.
 All else is one operation for neighbours that together fit the cache: on a CPU, memory that is new
-to a process costs more than what is computed there. Gradients are written out. That is faster than
-fewer calls on padded batches.
+to a process costs more than what is computed there. Gradients are written out. This is usually
+faster than fewer calls on padded batches; very short sequences of few channels are the exception.
 """
 
 import functools

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from ..tracing import constant
 
-# Of operators whose launches depend on values that they read on the host: a CUDA graph would keep
-# those of the call that was recorded.
+# Tag for operators whose launches depend on values read on the host: a CUDA graph would replay
+# those of the recorded call.
 READS_ON_HOST = (torch.Tag.cudagraph_unsafe,)
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import checks
+from .. import checks, tracing
+from ..cores.cpu_products import watched
 from ..functional import double_attention_block
 from ..modules import OPTIONS, DoubleAttention, check_input, fuses, is_plain, is_unobserved
 
@@ -95,8 +96,8 @@ class ResidualDoubleAttention(nn.Module):
         """New values for everything in the block, distributed as the constructor's: the identity
         again, if ``zero_init``.
 
-        A loop over all modules that resets parents before their children loses the identity, as it
-        resets the norm once more: call :meth:`zero_init_last` after it.
+        A loop over all modules that resets parents before their children loses the identity because
+        it resets the norm again; call :meth:`zero_init_last` afterwards.
 
         Raises:
             ValueError: as :meth:`zero_init_last`.
@@ -135,20 +136,27 @@ class ResidualDoubleAttention(nn.Module):
         return [weight] if bias is None else [weight, bias]
 
     def _check_learns(self) -> None:
-        """A norm that is frozen while its weight is zero lets no gradient into the block, ever.
+        """Raises if the norm is frozen at weight zero while the block is trainable: no gradient
+        reaches the block until it is unfrozen.
 
-        The values are read once for each state of the weight: reading them waits for a GPU.
+        The values are read once per state of the weight, because reading them synchronises with
+        the GPU.
         """
-        weight = getattr(self.norm, "weight", None)
-        if weight is None or weight.requires_grad or torch.compiler.is_compiling():
+        norm: Any = self.norm
+        if norm is None or torch.compiler.is_compiling() or tracing.exporting():
             return
-        wanted = any(p.requires_grad for p in self.attention.parameters())
-        if not wanted or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        # Only the norm's own weight: that of a wrapper or a shard (FSDP1, ZeRO-3) is not whole yet.
+        weight = (norm._parameters | norm._buffers).get("weight")
+        if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
+            return
+        if weight.is_meta or not weight.numel() or watched():
+            return
+        if not any(p.requires_grad for p in self.attention.parameters()):
             return
         state = weight.data_ptr(), weight._version
         if state != self._alive:
             if not weight.any():
-                raise _dead(self.norm)
+                raise _dead(norm)
             self._alive = state
 
     def _check_axes(self, x: Tensor) -> None:

@@ -58,7 +58,7 @@ class Options(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of X and the weights; None, or anything, where not needed. Or whether they are."""
+    """Gradients of X and the weights (None or arbitrary where not needed), or which are needed."""
 
     x: Any
     a: Any

@@ -7,6 +7,7 @@ import timm.layers
 import torch
 import torchvision
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrFrozenBatchNorm2d
 
@@ -129,6 +130,40 @@ def test_a_norm_that_is_frozen_while_it_is_zero_is_an_error_in_training(late):
         block(x)
     with torch.device("meta"):
         assert block.to("meta")(torch.empty(INPUTS[2])).shape == INPUTS[2]
+
+
+def test_values_of_a_frozen_norm_are_read_once():
+    """On a GPU, each time would be a synchronisation."""
+    block, x = ResidualDoubleAttention(8, zero_init=True), torch.randn(INPUTS[2])
+    nn.init.ones_(block.norm.weight)
+    freeze(block)
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            block(x)
+    assert sum(event.name == "aten::any" for event in profile.events()) == 1
+
+
+def test_the_weight_of_a_wrapped_or_sharded_norm_is_not_judged():
+    block, x = ResidualDoubleAttention(8), torch.randn(INPUTS[2])
+    freeze(block)
+    block.norm = nn.Sequential(block.norm)
+    assert torch.equal(block(x), x)
+    block.norm = FrozenByBuffers(8)
+    block.norm.weight = torch.empty(0)  # a rank that has no part of it
+    block._check_learns()
+
+
+def test_tracers_do_not_read_a_frozen_norm():
+    block, x = ResidualDoubleAttention(8), torch.randn(INPUTS[2])
+    freeze(block)
+    state = dict(block.named_parameters()) | dict(block.named_buffers())
+
+    def call(state, x):
+        return torch.func.functional_call(block, state, x)
+
+    assert torch.equal(make_fx(call)(state, x)(state, x), x)
+    with pytest.raises(TypeError, match="make the layer a leaf"):
+        torch.fx.symbolic_trace(ResidualDoubleAttention(8))
 
 
 def test_a_block_that_is_frozen_whole_is_no_error():

@@ -10,7 +10,9 @@ from support.plain import PlainBlock, PlainResidual, randomize
 
 pytest.importorskip("torchao")
 if torch.__version__ < (2, 12):
-    pytest.skip("torchao's quantisers find no convolution at all there", allow_module_level=True)
+    pytest.skip(
+        "torchao's quantisers find no convolutions with PyTorch < 2.12", allow_module_level=True
+    )
 
 from torchao.quantization.pt2e import move_exported_model_to_eval
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e

@@ -71,9 +71,11 @@ def test_fresh_process(trained, data, tmp_path):
     torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize(("dynamic", "opset"), [(False, None), (True, None), (False, 11)])
+@pytest.mark.parametrize(
+    ("dynamic", "opset"), [(False, None), (True, None), pytest.param(False, 11, id="opset11")]
+)
 def test_onnx(trained, dynamic, opset, tmp_path):
-    """11 is what some boards' compilers take."""
+    """Opset 11 is what some boards' compilers accept."""
     import onnx
     import onnxruntime
     from ultralytics import YOLO

@@ -93,7 +93,7 @@ def test_maps_of_small_gradients_beside_one_of_large_ones(case):
 
 @each_case
 def test_a_map_without_positions(case):
-    """Its dG takes no part, however large."""
+    """Its dG is ignored, however large."""
     a, b, upstream = inputs(case)
     keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.3
     keep[0] = False
