@@ -125,6 +125,8 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
     Maps are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens have a
     sample for each sequence. A sequence without positions has G = 0; nothing is distributed to it.
     """
+    # A copy: the caller's may be changed before the backward pass reads it.
+    cu_seqlens = cu_seqlens.detach().to("cpu", copy=True)
     if (
         core is EAGER
         or operators.needs_aten()
@@ -134,7 +136,7 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
         return by_sequence(core, cu_seqlens)
     from .cores import sequences
 
-    return sequences.packed_core(core, cu_seqlens.cpu())  # the only host synchronisation
+    return sequences.packed_core(core, cu_seqlens)
 
 
 def by_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:

@@ -149,6 +149,22 @@ def test_gradients_of_the_halves(backend):
 
 
 @each_backend
+def test_offsets_may_be_changed_before_the_backward_pass(backend):
+    """A loader may reuse their memory, or make them in inference mode."""
+    with torch.inference_mode():
+        made = offsets_of(LENGTHS)
+    leaves = [x.requires_grad_() for x in maps(HEADS * M, HEADS * N, HEADS * N)]
+    results = []
+    for offsets in (offsets_of(LENGTHS), made):
+        z = da_triton.double_attention(*leaves, heads=HEADS, cu_seqlens=offsets, backend=backend)
+        if offsets is not made:
+            offsets.zero_()
+        results.append(torch.autograd.grad(z.square().sum(), leaves))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@each_backend
 def test_tokens_of_a_sequence_without_positions(backend):
     a, b, v = maps(HEADS * M, HEADS * N, HEADS * N, lengths=[4, 0])
     extra = [peaky(2, HEADS * c, 1, 3, dtype=a.dtype)[:, :, 0] for c in (M, N)]

@@ -109,13 +109,14 @@ def _bucket(offsets: list[int], members: list[tuple[int, int]], device: torch.de
     starts = torch.tensor(offsets, device="cpu")[sequences, None]
     source = (starts + torch.minimum(steps, lengths[:, None] - 1)).flatten()
     origin = keep.flatten().nonzero().squeeze(1)
+    upload = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
     copies = Copies(
-        source.to(device),
-        source[origin].to(device),
-        origin.to(device),
-        keep.to(device) if len(origin) < len(source) else None,
+        upload(source),
+        upload(source[origin]),
+        upload(origin),
+        upload(keep) if len(origin) < len(source) else None,
     )
-    return Part(len(members), length, sequences.to(device), copies)
+    return Part(len(members), length, upload(sequences), copies)
 
 
 def _samples(x: Tensor | None, part: Part) -> Tensor | None:
