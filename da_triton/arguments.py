@@ -22,10 +22,12 @@ class Weights(NamedTuple):
 class Options(NamedTuple):
     """What the block computes, and how; see ``double_attention_block``."""
 
-    heads: int
-    logit_scale: float
-    logit_scale_v: float
-    scale: float
-    softmax_v: bool
-    order: str
-    recompute: bool | str
+    heads: int = 1
+    logit_scale: float = 1.0
+    logit_scale_v: float = 1.0
+    scale: float = 1.0
+    softmax_v: bool = True
+    residual: bool = False
+    order: str = "auto"
+    recompute: bool | str = "auto"
+    backend: str = "auto"

@@ -59,12 +59,16 @@ def feature_map(name: str, x: Tensor, *, may_have_no_positions: bool = False) ->
         )
 
 
-def one_kind(**tensors: Tensor | None) -> None:
-    """All tensors share one dtype and one device."""
+def one_kind(autocast: torch.dtype | None = None, **tensors: Tensor | None) -> None:
+    """All tensors share one device and one dtype, after a cast to autocast's."""
     given = {name: x for name, x in tensors.items() if x is not None}
     first, *others = given
+
+    def cast(x: Tensor) -> torch.dtype:
+        return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+
     for name in others:
-        dtype, other = given[first].dtype, given[name].dtype
+        dtype, other = cast(given[first]), cast(given[name])
         if other != dtype:
             raise TypeError(
                 f"{first} and {name} must share one dtype, got {dtype} and {other}. "
@@ -232,10 +236,12 @@ def flag(**values: bool) -> None:
             raise TypeError(f"{name} must be True or False, got {kind.__name__}.")
 
 
-def descriptors(g: Tensor, v: Tensor, sequences: int | None) -> None:
+def descriptors(
+    g: Tensor, v: Tensor, sequences: int | None, autocast: torch.dtype | None = None
+) -> None:
     """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32.
 
-    ``sequences``: N of packed maps.
+    ``sequences``: N of packed maps. ``autocast``: the dtype to which v is cast.
     """
     batch = v.shape[0] if sequences is None else sequences
     floating("g", g)
@@ -252,10 +258,11 @@ def descriptors(g: Tensor, v: Tensor, sequences: int | None) -> None:
             f"v must have heads·n = {g.shape[1]}·{g.shape[3]} channels to fit g {_shape(g)}, "
             f"got {v.shape[1]}."
         )
-    if g.dtype not in (v.dtype, torch.float32) or (g.dtype != v.dtype and v.dtype == torch.float64):
+    dtype = v.dtype if autocast is None or v.dtype == torch.float64 else autocast
+    if g.dtype not in (dtype, torch.float32) or (g.dtype != dtype and dtype == torch.float64):
         raise TypeError(
             f"g must have v's dtype, or float32 beside lower-precision maps; got {g.dtype} "
-            f"and {v.dtype}. Convert it with g.to({v.dtype})."
+            f"and {dtype}. Convert it with g.to({dtype})."
         )
     one_device(g=g, v=v)
 

@@ -31,7 +31,6 @@ the price of bits that do not depend on the network. Split over as many ranks as
 and use the others for other samples.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import cores
+from .arguments import Weights
 from .cores import aten
 from .cores.operators import wants_graph
 from .precision import accumulator, lse_dtype
@@ -60,13 +60,15 @@ def split(core: cores.Backend, group: Any) -> cores.Backend:
         # A product of no positions, which still hands backward's collective a gradient.
         return (core if v.shape[-1] else cores.TORCH).distribute(g, v, **options)
 
-    def block(x, weights, *, order, recompute, **options):
-        composed: Any = functools.partial(_compose, gather, distribute, **options)
-        if recompute is not True or not torch.is_grad_enabled():
-            return composed(x, **weights)
-        return checkpoint(composed, x, **weights, use_reentrant=False, preserve_rng_state=False)
+    def block(x, w, keep, residual, o):
+        def composed(x, *w):
+            return _compose(gather, distribute, x, Weights(*w), keep, residual, o)
 
-    return core._replace(gather=gather, distribute=distribute, block=block)
+        if o.recompute is not True or not torch.is_grad_enabled():
+            return composed(x, *w)
+        return checkpoint(composed, x, *w, use_reentrant=False, preserve_rng_state=False)
+
+    return core._replace(gather=gather, distribute=distribute, block=block, direct=None)
 
 
 def gather_weights(b: Tensor, keep: Tensor | None, logit_scale: float, group: Any) -> Tensor:
@@ -201,18 +203,17 @@ def _of_all_ranks(x, group):
 # --- the block ------------------------------------------------------------------------------------
 
 
-def _compose(
-    gather, distribute, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, *,
-    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep,
-):  # fmt: skip
-    """The block in the paper's order, on ``(N, C, L)``; bias_b cannot change it."""
+def _compose(gather, distribute, x, w, keep, residual, o):
+    """The block in the paper's order, on ``(N, C, L)``."""
     a, b, v = (
-        _project(x, weight, bias).unflatten(1, (heads, -1))
-        for weight, bias in ((weight_a, bias_a), (weight_b, None), (weight_v, bias_v))
+        _project(x, weight, bias).unflatten(1, (o.heads, -1))
+        for weight, bias in ((w.a, w.bias_a), (w.b, None), (w.v, w.bias_v))
     )
-    g = gather(a, b, keep=keep, logit_scale=logit_scale)
-    z = distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v).flatten(1, 2)
-    y = z if weight_out is None else _project(z, weight_out, bias_out)
+    g = gather(a, b, keep=keep, logit_scale=o.logit_scale)
+    z = distribute(g, v, scale=o.scale, softmax=o.softmax_v, logit_scale=o.logit_scale_v)
+    y = z.flatten(1, 2)
+    if w.out is not None:
+        y = _project(y, w.out, w.bias_out)
     return y if residual is None else residual + y
 
 

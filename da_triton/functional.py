@@ -1,16 +1,17 @@
 """The public functions: checks, autocast, choice of backend and order, shapes in and out."""
 
-import contextlib
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import checks, cores, distributed, eager, packed
-from .cores.operators import transformed
+from . import calls, checks, cores
+from .arguments import Options
+from .calls import autocast, autocast_off, positions_of, select
 from .projection import split_heads
-from .tracing import constant, exporting, sizes, unrecorded
+from .signatures import Table, key_of
+from .tracing import autocast_dtype, exporting, sizes, unrecorded
+
+_table = Table()
 
 
 def gather(
@@ -56,13 +57,21 @@ def gather(
         TypeError: dtypes, or arguments that are no tensors.
         RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
     """
-    checks.backend(backend)
-    unrecorded(_check_gather, a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
-    _check_offsets(cu_seqlens, process_group, a=a, b=b)
-    a, b = _autocast(a, b)
-    checks.one_kind(a=a, b=b)
-    core = _select(backend, b, process_group, cu_seqlens)
-    with _autocast_off(a):
+    key = None
+    if cu_seqlens is None and process_group is None:
+        key = key_of((a, b, mask), ("gather", heads, logit_scale, backend))
+    core, dtype = _table.get(key) or (None, None)
+    if core is None:
+        checks.backend(backend)
+        given = a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens
+        unrecorded(_check_gather, *given)
+        _check_offsets(cu_seqlens, process_group, a=a, b=b)
+        dtype = autocast_dtype(a.device.type)
+        checks.one_kind(dtype, a=a, b=b)
+        core = select(backend, b, process_group, cu_seqlens, dtype)
+        _table.add(key, (core, dtype))
+    a, b = autocast(dtype, a, b)
+    with autocast_off(a.device.type, dtype):
         g = core.gather(
             _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
         )
@@ -84,10 +93,11 @@ def gather_part(
     """
     checks.backend(backend)
     unrecorded(_check_gather, a, b, heads, logit_scale, mask)
-    a, b = _autocast(a, b)
+    dtype = autocast_dtype(a.device.type)
+    a, b = autocast(dtype, a, b)
     checks.one_kind(a=a, b=b)
     core = cores.select(backend, b)
-    with _autocast_off(a):
+    with autocast_off(a.device.type, dtype):
         return core.gather_part(
             _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
         )
@@ -120,20 +130,27 @@ def distribute(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
-    checks.backend(backend)
-    some = cu_seqlens is not None
-    unrecorded(checks.feature_map, "v", v, may_have_no_positions=some)
-    checks.number(scale=scale, logit_scale=logit_scale)
-    checks.flag(softmax=softmax)
-    sequences = _check_offsets(cu_seqlens, None, v=v)
-    (v,) = _autocast(v)
-    unrecorded(checks.descriptors, g, v, sequences)
-    core = _select(backend, v, None, cu_seqlens)
-    with _autocast_off(v):
+    key = None
+    if cu_seqlens is None:
+        key = key_of((v, g), ("distribute", scale, softmax, logit_scale, backend))
+    core, dtype = _table.get(key) or (None, None)
+    if core is None:
+        checks.backend(backend)
+        some = cu_seqlens is not None
+        unrecorded(checks.feature_map, "v", v, may_have_no_positions=some)
+        checks.number(scale=scale, logit_scale=logit_scale)
+        checks.flag(softmax=softmax)
+        sequences = _check_offsets(cu_seqlens, None, v=v)
+        dtype = autocast_dtype(v.device.type)
+        unrecorded(checks.descriptors, g, v, sequences, dtype)
+        core = select(backend, v, None, cu_seqlens, dtype)
+        _table.add(key, (core, dtype))
+    (v,) = autocast(dtype, v)
+    with autocast_off(v.device.type, dtype):
         z = core.distribute(
             g, _by_head(v, sizes(g)[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
         )
-    return _positions_of(z, v, v.shape[0])
+    return positions_of(z, v, v.shape[0])
 
 
 def double_attention(
@@ -179,19 +196,29 @@ def double_attention(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
-    checks.backend(backend)
-    unrecorded(_check_gather, a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens)
-    some = process_group is not None or cu_seqlens is not None
-    unrecorded(_check_distribute, b, v, heads, logit_scale_v, scale, softmax_v, some)
-    sequences = _check_offsets(cu_seqlens, process_group, a=a, b=b, v=v)
-    batch = a.shape[0] if sequences is None else sequences
-    if extra is not None:
-        unrecorded(checks.extra, extra, a, b, sequences)
-    a, b, v, *tokens = _autocast(a, b, v, *(extra or ()))
-    checks.one_kind(a=a, b=b, v=v, **dict(zip(("extra_a", "extra_b"), tokens, strict=False)))
-    core = _select(backend, b, process_group, cu_seqlens)
+    key, some = None, process_group is not None or cu_seqlens is not None
+    tokens: Any = () if extra is None else extra
+    if not some and type(tokens) is tuple:
+        options = heads, logit_scale, logit_scale_v, scale, softmax_v, backend
+        key = key_of((a, b, v, mask, *tokens), ("double_attention", *options))
+    core, dtype = _table.get(key) or (None, None)
+    if core is None:
+        checks.backend(backend)
+        given = a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens
+        unrecorded(_check_gather, *given)
+        unrecorded(_check_distribute, b, v, heads, logit_scale_v, scale, softmax_v, some)
+        sequences = _check_offsets(cu_seqlens, process_group, a=a, b=b, v=v)
+        if extra is not None:
+            unrecorded(checks.extra, extra, a, b, sequences)
+        dtype = autocast_dtype(a.device.type)
+        named = dict(zip(("extra_a", "extra_b"), tokens, strict=False))
+        checks.one_kind(dtype, a=a, b=b, v=v, **named)
+        core = select(backend, b, process_group, cu_seqlens, dtype)
+        _table.add(key, (core, dtype))
+    a, b, v, *tokens = autocast(dtype, a, b, v, *tokens)
     n = a.shape[0]
-    with _autocast_off(a):
+    batch = n if cu_seqlens is None else sizes(cu_seqlens)[0] - 1
+    with autocast_off(a.device.type, dtype):
         tokens = [_by_head(token.expand(batch, -1, -1), heads) for token in tokens]
         g = core.gather(
             _by_head(a, heads, n),
@@ -203,7 +230,7 @@ def double_attention(
         z = core.distribute(
             g, _by_head(v, heads, n), scale=scale, softmax=softmax_v, logit_scale=logit_scale_v
         )
-    return _positions_of(z, v, n)
+    return positions_of(z, v, n)
 
 
 def double_attention_block(
@@ -263,53 +290,13 @@ def double_attention_block(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
-    checks.backend(backend)
-    checks.recompute(recompute, backend)
-    unrecorded(checks.feature_map, "x", x, may_have_no_positions=process_group is not None)
-    checks.number(logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale)
-    checks.flag(softmax_v=softmax_v, residual=residual)
-    weights: dict[str, Any] = {
-        "weight_a": weight_a, "bias_a": bias_a, "weight_b": weight_b, "bias_b": bias_b,
-        "weight_v": weight_v, "bias_v": bias_v, "weight_out": weight_out, "bias_out": bias_out,
-    }  # fmt: skip
-    unrecorded(checks.block_weights, x, **weights, residual=residual)
-    reconstruct = weight_out is not None
-    checks.order(order, reconstruct, backend)
-    if process_group is not None:
-        checks.process_group(process_group, backend, order)
-    checks.heads(heads, weight_a=sizes(weight_a)[0], weight_b=sizes(weight_b)[0])
-    if mask is not None:
-        unrecorded(checks.mask, mask, x, "x")
-    matrices = (
-        w.flatten(1) if name.startswith("weight") and w is not None else w
-        for name, w in weights.items()
+    weights = (
+        weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out,
+    )  # fmt: skip
+    options = Options(
+        heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, recompute, backend
     )
-    cast, *values = _autocast(x, *matrices)
-    weights = dict(zip(weights, values, strict=True))
-    checks.one_kind(x=cast, **weights)
-
-    core = _select(backend, cast, process_group)
-    inputs = cast.flatten(2)
-    options = {
-        "heads": heads,
-        "logit_scale": logit_scale,
-        "logit_scale_v": logit_scale_v,
-        "scale": scale,
-        "softmax_v": softmax_v,
-        "residual": None if not residual else inputs if cast is x else x.flatten(2),
-        "keep": _keep(mask),
-    }
-    with _autocast_off(x):
-        if core is cores.EAGER:
-            out = eager.block(inputs, **weights, **options)
-        else:
-            unused = weights.pop("bias_b")
-            # An exported program has no gradients, and a trace of it is checked without them.
-            wanted = torch.is_grad_enabled() and not exporting()
-            if unused is not None and wanted:
-                weights["weight_b"] = _zero_gradient(weights["weight_b"], unused)
-            out = core.block(inputs, weights, order=order, recompute=recompute, **options)
-    return _positions_of(out, x, x.shape[0])
+    return calls.block(x, weights, mask, options, process_group)
 
 
 def _check_gather(
@@ -351,15 +338,6 @@ def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor
     return sizes(cu_seqlens)[0] - 1
 
 
-def _select(
-    backend: str, x: Tensor, process_group: Any, cu_seqlens: Tensor | None = None
-) -> cores.Backend:
-    core = cores.select(backend, x)
-    if cu_seqlens is not None:
-        return packed.backend(core, cu_seqlens, x)
-    return core if process_group is None else distributed.split(core, process_group)
-
-
 def _by_head(x: Tensor, heads: int, batch: int | None = None) -> Tensor:
     """``(N, heads·c, *positions)`` as ``(N, heads, c, L)``.
 
@@ -375,58 +353,3 @@ def _by_head(x: Tensor, heads: int, batch: int | None = None) -> Tensor:
 def _keep(mask: Tensor | None) -> Tensor | None:
     """The mask as ``(N, L)``."""
     return None if mask is None else mask.flatten(1)
-
-
-def _positions_of(z: Tensor, like: Tensor, batch: int) -> Tensor:
-    """``(N, [heads,] channels, L)`` with the position axes and the memory format of ``like``."""
-    channels = math.prod(sizes(z)[1:-1])
-    z = z.reshape(batch, channels, *like.shape[2:])
-    if like.stride(1) == 1 and like.stride(-1) != 1:
-        return z.movedim(1, -1).contiguous().movedim(-1, 1)
-    return z.contiguous()
-
-
-def _autocast(first: Tensor, *others: Tensor | None) -> list:
-    """The tensors in the autocast dtype where autocast is on, as PyTorch's own layers take them."""
-    tensors = [first, *others]
-    kind = first.device.type
-    if not (_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-
-
-def _autocast_off(x: Tensor):
-    """What follows has the dtypes it is meant to have."""
-    kind = x.device.type
-    if not (_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
-@constant  # torch 2.11 cannot trace the question
-def _autocast_available(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
-
-
-def _zero_gradient(weight: Tensor, bias: Tensor) -> Tensor:
-    """``weight`` itself; ``bias`` gets the zero gradient that it has, instead of none.
-
-    A parameter without a gradient would stop distributed training. What transforms and the compiler
-    can follow makes a copy of the weight: a sum of nothing, so that NaN in the bias stays there.
-    """
-    if torch.compiler.is_compiling() or transformed():
-        return weight + bias[:0].sum()
-    return _ZeroGradient.apply(weight, bias)
-
-
-class _ZeroGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight, bias):
-        ctx.save_for_backward(bias)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (bias,) = ctx.saved_tensors
-        return grad, torch.zeros_like(bias)

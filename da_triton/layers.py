@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .arguments import Options
 from .checkpoints import LAST, OTHER_NAMES_OF_LAST
 from .modules import OPTIONS, attend
 
@@ -38,4 +39,6 @@ class DoubleAttention(nn.Module):
         for name in (LAST, *OTHER_NAMES_OF_LAST):
             last = getattr(self, name, None) if last is None else last
         options = {name: getattr(self, name, default) for name, default in OPTIONS.items()}
-        return attend(x, self.convA, self.convB, self.convV, last, **options)
+        group = options.pop("process_group")
+        convolutions = self.convA, self.convB, self.convV, last
+        return attend(x, *convolutions, None, Options(**options), group)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from . import checkpoints, checks, distributed, eager, tracing
+from . import calls, checkpoints, checks, distributed, eager, tracing
+from .arguments import Options
 from .cores import aten
-from .functional import double_attention, double_attention_block
+from .functional import double_attention
 
 
 class DoubleAttention(nn.Module):
@@ -122,10 +123,17 @@ class DoubleAttention(nn.Module):
         ``mask``: bool, ``(N, *positions)`` or ``(N, 1, *positions)``, True where a position takes
         part in the gather.
         """
+        children: Any = self._modules  # a child's name as an attribute is slow to look up
+        convolutions = children["convA"], children["convB"], children["convV"]
+        last = children.get("conv_reconstruct")
+        options = Options(
+            self.heads, self.logit_scale, self.logit_scale_v, self.scale, self.softmax_v,
+            self.residual, self.order, self.recompute, self.backend,
+        )  # fmt: skip
+        return attend(x, *convolutions, last, mask, options, self.process_group, self._check)
+
+    def _check(self, x: Tensor) -> None:
         check_input(self, "x", x)
-        convolutions = (self.convA, self.convB, self.convV, self.conv_reconstruct)
-        options = {name: getattr(self, name) for name in OPTIONS}
-        return attend(x, *convolutions, mask=mask, **options)
 
     def attention_maps(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Where each descriptor gathers from, and what each position receives.
@@ -227,29 +235,41 @@ class _Group:
 
 
 def attend(
-    x: Tensor, conv_a: nn.Module, conv_b: nn.Module, conv_v: nn.Module, last: nn.Module | None, *,
-    residual: bool = False, mask: Tensor | None = None, order: str = "auto",
-    recompute: bool | str = "auto", **options: Any,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    conv_a: nn.Module,
+    conv_b: nn.Module,
+    conv_v: nn.Module,
+    last: nn.Module | None,
+    mask: Tensor | None,
+    options: Options,
+    process_group: Any = None,
+    check: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """The block with these convolutions: as one operation where they are plain, else as modules
-    around the core."""
-    convolutions = (conv_a, conv_b, conv_v, last)
-    if fuses(order) and all(conv is None or is_plain(conv) for conv in convolutions):
-        weights: list[Any] = []
-        for conv in convolutions:
-            weights += [None, None] if conv is None else [conv.weight, conv.bias]
-        return double_attention_block(
-            x, *weights, residual=residual, mask=mask, order=order, recompute=recompute, **options
-        )
+    around the core. ``check``: of x, before everything else."""
+    if fuses(options.order):
+        of_a, of_b, of_v = map(plain_parameters, (conv_a, conv_b, conv_v))
+        of_last = (None, None) if last is None else plain_parameters(last)
+        if of_a and of_b and of_v and of_last:
+            weights = of_a + of_b + of_v + of_last
+            return calls.block(x, weights, mask, options, process_group, check)
+    if check is not None:
+        check(x)
     if mask is not None:
         checks.mask(mask, x, "x")
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, recompute, backend = (
+        options
+    )
     checks.flag(residual=residual)
-    checks.order(order, last is not None, options.get("backend", "auto"))
-    checks.recompute(recompute, options.get("backend", "auto"))
+    checks.order(order, last is not None, backend)
+    checks.recompute(recompute, backend)
     a = call(conv_a, x)
     b = call(conv_b, x, _shift_free(conv_b) if tracing.checkpointed() else None)
     v = call(conv_v, x)
-    y = double_attention(a, b, v, mask=mask, **options)
+    y = double_attention(
+        a, b, v, heads=heads, logit_scale=logit_scale, logit_scale_v=logit_scale_v, scale=scale,
+        softmax_v=softmax_v, mask=mask, backend=backend, process_group=process_group,
+    )  # fmt: skip
     if last is not None:
         y = call(last, y)
     return x + y if residual else y
@@ -281,45 +301,51 @@ def check_input(layer: DoubleAttention, name: str, x: Tensor) -> None:
 
 
 # Options of the block, kept as attributes of the layer, and their defaults.
-OPTIONS: dict[str, Any] = {
-    "heads": 1,
-    "logit_scale": 1.0,
-    "logit_scale_v": 1.0,
-    "scale": 1.0,
-    "softmax_v": True,
-    "residual": False,
-    "order": "auto",
-    "recompute": "auto",
-    "backend": "auto",
-    "process_group": None,
-}
+OPTIONS: dict[str, Any] = {**Options._field_defaults, "process_group": None}
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Weights with every operation. Other subclasses, quantised ones, have what their module needs.
 DENSE = (Tensor, nn.Parameter, FakeTensor)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+# Kernel size, stride, padding and groups of convolutions that see one position at a time.
+POINTWISE = tuple(
+    (ones, ones, padding, 1)
+    for ones in ((1, 1), (1,), (1, 1, 1))
+    for padding in ((0,) * len(ones), "valid", "same")
 )
 
 
 def is_plain(conv: nn.Module) -> bool:
     """Whether using the weight directly equals calling the module, to everyone who watches it."""
-    return (
-        type(conv) in CONVOLUTIONS
-        and is_pointwise(conv)
-        and is_unobserved(conv)
-        and (type(conv.weight) in DENSE or type(conv.weight).__name__ == "DTensor")
-    )
+    return plain_parameters(conv) is not None
+
+
+def plain_parameters(conv: Any) -> tuple[Any, Any] | None:
+    """Weight and bias where using them equals calling the module, else None."""
+    if type(conv) not in CONVOLUTIONS or not is_unobserved(conv):
+        return None
+    if (conv.kernel_size, conv.stride, conv.padding, conv.groups) not in POINTWISE:
+        return None
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    if weight is None:  # attributes, in a replica or a shard
+        weight, bias = conv.weight, conv.bias
+    if type(weight) in DENSE or type(weight).__name__ == "DTensor":
+        return weight, bias
+    return None
 
 
 def is_unobserved(module: nn.Module) -> bool:
     """Whether nothing but the module's own forward runs when it is called."""
-    if "forward" in module.__dict__:
-        return False
-    return not any(getattr(module, h) or getattr(torch_module, f"_global{h}") for h in _HOOKS)
+    return not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def is_pointwise(conv: Any) -> bool:

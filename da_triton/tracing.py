@@ -1,10 +1,12 @@
-"""Who else runs or records a call: the compiler, exporters, checkpointing."""
+"""Who else runs or records a call: the compiler, exporters, checkpointing, modes, autocast."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
 
@@ -30,6 +32,48 @@ def checkpointed() -> bool:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
+
+
+@constant
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work.
+
+    A constant of a compilation: the compiler guards both itself. So is the next.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+@constant
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Whether anything but autograd sees what is done: it must find operations that it knows."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None  # a frame it skipped
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or transformed()
+        or exporting()
+        or checkpointed()
+    )
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device, or None where it is off."""
+    if _autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+@constant  # torch 2.11 cannot trace the question
+@functools.cache
+def _autocast_available(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def unrecorded(function: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from da_triton import signatures
 from support import interpreter
 
 if not torch.cuda.is_available():
@@ -34,6 +35,12 @@ def _cudnn_in_full_precision():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared():
+    """Tests replace what plans are made of, which nothing but tests and tuning does."""
+    signatures.forget()
 
 
 @pytest.fixture

@@ -20,15 +20,17 @@ class Backend(NamedTuple):
     """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
 
     Of positions that are not all there are, ``gather_part`` (see ``eager``) is for other frames to
-    join; ``gather_lse`` and ``gather_backward`` (see ``aten``) for those of other ranks.
+    join; ``gather_lse`` and ``gather_backward`` (see ``aten``) for those of other ranks. ``direct``
+    is the block where only autograd sees it.
     """
 
     gather: Callable
     distribute: Callable
     block: Callable
     gather_part: Callable
-    gather_lse: Any = None  # the definition has not these two
+    gather_lse: Any = None  # the definition has not these three
     gather_backward: Any = None
+    direct: Any = None
 
 
 EAGER = Backend(eager.gather, eager.distribute, eager.block, eager.gather_part)
@@ -61,6 +63,7 @@ def select(name: str, x: torch.Tensor) -> Backend:
         return Backend(
             triton.gather, triton.distribute, triton_block.block,
             triton.gather_part, triton.gather_lse, triton.gather_backward,
+            triton_block.Call.prepare,
         )  # fmt: skip
     if name == "auto":
         return TORCH

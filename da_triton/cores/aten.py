@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..eager import distribution_weights, exponentials, gather_weights, join_extra
 from ..precision import accumulator, converted, lse_dtype
-from ..tracing import exporting
-from .operators import transformed
+from ..tracing import exporting, transformed
 
 # The most positions whose weights 1/L are normal numbers in float16; the smallest is 2^-14.
 FLOAT16_POSITIONS = 2**14

@@ -23,15 +23,20 @@ from torch.utils.checkpoint import checkpoint
 from .. import planner, tracing
 from ..precision import converted
 from ..projection import project, split_heads
+from ..tracing import transformed
 from . import aten, cpu_block, cpu_products
-from .operators import transformed
 
 
-def block(x: Tensor, weights: dict[str, Any], *, order: str, recompute, **options) -> Tensor:
-    """``(N, C, L)`` to ``(N, C or c_m, L)``; ``weights`` by name, without bias_b.
+def block(x: Tensor, w, keep, residual, o) -> Tensor:
+    """``(N, C, L)`` to ``(N, C or c_m, L)``.
 
     With ``recompute=True``, autograd keeps x and the weights, and projects again in backward.
     """
+    names = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
+    weights = dict(zip(names, w, strict=True))
+    options = o._asdict() | {"keep": keep, "residual": residual}
+    order, recompute = options.pop("order"), options.pop("recompute")
+    del options["backend"]
     order = _order(x, weights, options["heads"]) if order == "auto" else order
     given = [x, *(w for w in weights.values() if w is not None)]
     own_residual = options["residual"] is None or options["residual"] is x

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from .. import tracing
+from ..tracing import transformed
 from .aten import WIDE_CHUNK
-from .operators import transformed
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for

@@ -3,12 +3,16 @@
 Scales that change, absent gradients, gradients of gradients, torch.vmap.
 """
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from ..tracing import constant
+from .. import tracing
+from ..signatures import PLAIN
+from ..tracing import constant, forward_mode
 
 # Tag for operators whose launches depend on values read on the host: a CUDA graph would replay
 # those of the recorded call.
@@ -32,6 +36,48 @@ def scalars(*scales):
     return map(float, scales)
 
 
+# For each operator: the position of its first float, and the operator with tensors for floats.
+_twins: dict[Any, tuple[int, Any]] = {}
+_SCALARS = frozenset((type(None), bool, int, float, str, list))
+
+
+def run(op, *args):
+    """``op``; its twin for scales that are tensors; its function itself where nothing watches."""
+    if not tracing.watched():
+        tensors = [x for x in args if type(x) not in _SCALARS]
+        if all(type(x) in PLAIN and not x.is_neg() for x in tensors):
+            return op._init_fn(*args)
+    scale, twin = _twins[op]
+    return (twin if isinstance(args[scale], Tensor) else op)(*args)
+
+
+def apply(function, *args):
+    """``function.apply``, without a node where no gradient is wanted.
+
+    Binding the arguments of a Function that has ``setup_context`` takes longer than a small map
+    does, and only ``torch.func`` and the compiler need it.
+    """
+    if torch.compiler.is_compiling() or tracing.transformed():
+        return function.apply(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return _without_setup(function).apply(*args)
+    return function.forward(*args)
+
+
+@functools.cache
+def _without_setup(function):
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = function.forward(*args)
+            function.setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(function.backward)
+
+    return Direct
+
+
 def of_tensors(op):
     """``op`` with a 0-d float64 tensor on the CPU in place of each float.
 
@@ -49,6 +95,7 @@ def of_tensors(op):
         schema=str(schema).removeprefix(schema.name).replace("float ", "Tensor "),
     )  # fmt: skip
     twin.register_fake(op._abstract_fn)
+    _twins[op] = floats.index(True), twin
     return twin
 
 
@@ -63,21 +110,6 @@ def unviewed(x):
     What follows a layer often does: ``nn.ReLU(inplace=True)``, ``y += shortcut``.
     """
     return x.new_empty(0).set_(x)
-
-
-@constant
-def transformed():
-    """Whether ``torch.func`` or forward-mode differentiation is at work.
-
-    A constant of a compilation: the compiler guards both itself. So are the next two.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_mode()
-
-
-@constant
-def forward_mode():
-    """Whether tensors may carry tangents."""
-    return forward_ad._current_level >= 0
 
 
 @constant

@@ -20,9 +20,11 @@ from ..precision import accumulator, lse_dtype
 from . import TORCH, Backend, aten_packed
 from .operators import (
     READS_ON_HOST,
+    apply,
     differentiable,
     of_tensors,
     or_empty,
+    run,
     scalars,
     vectorise,
     wants_graph,
@@ -36,11 +38,11 @@ def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
     def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
         options = (cu_seqlens, *scalars(logit_scale), kernels)
-        return Gather.apply(a, b, keep, extra_a, extra_b, *options)[0]
+        return apply(Gather, a, b, keep, extra_a, extra_b, *options)[0]
 
     def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
         scale, logit_scale = scalars(scale, logit_scale)
-        return Distribute.apply(g, v, cu_seqlens, scale, softmax, logit_scale, kernels)
+        return apply(Distribute, g, v, cu_seqlens, scale, softmax, logit_scale, kernels)
 
     return core._replace(gather=gather, distribute=distribute)
 
@@ -74,8 +76,8 @@ def gather_op(
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
     """G, zeros for an empty sequence, and lse, which is empty without ``kernels``."""
-    run = _implementation(kernels).gather
-    return run(a, b, keep, extra_a, extra_b, _lengths(cu_seqlens, a=a), logit_scale)
+    gather = _implementation(kernels).gather
+    return gather(a, b, keep, extra_a, extra_b, _lengths(cu_seqlens, a=a), logit_scale)
 
 
 @gather_op.register_fake
@@ -138,9 +140,8 @@ def _gather_gradients(ctx, dg, _):
 
         return *differentiable(forward, inputs, needs, dg), None, None, None
     wanted = [*needs[:2], *needs[3:]]
-    tensors = isinstance(ctx.logit_scale, Tensor)
-    op = gather_backward_of_tensors if tensors else gather_backward_op
-    found = op(dg, *inputs, g, lse, cu_seqlens, ctx.logit_scale, ctx.kernels, wanted)
+    options = ctx.logit_scale, ctx.kernels, wanted
+    found = run(gather_backward_op, dg, *inputs, g, lse, cu_seqlens, *options)
     da, db, *tokens = (x if need else None for x, need in zip(found, wanted, strict=True))
     return da, db, None, *tokens, None, None, None
 
@@ -156,8 +157,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
-        op = gather_of_tensors if isinstance(logit_scale, Tensor) else gather_op
-        return op(a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels)
+        return run(gather_op, a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels)
 
     setup_context = staticmethod(_gather_setup)
     backward = staticmethod(_gather_gradients)
@@ -177,8 +177,8 @@ def distribute_op(
     kernels: bool,
 ) -> Tensor:
     """Z in v's dtype and memory format."""
-    run = _implementation(kernels).distribute
-    return run(g, v, _lengths(cu_seqlens, v=v), scale, softmax, logit_scale)
+    distribute = _implementation(kernels).distribute
+    return distribute(g, v, _lengths(cu_seqlens, v=v), scale, softmax, logit_scale)
 
 
 @distribute_op.register_fake
@@ -231,9 +231,7 @@ def _distribute_gradients(ctx, dz):
             return core.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
 
         return *differentiable(forward, (g, v), needs, dz), *[None] * 5
-    tensors = isinstance(ctx.options[0], Tensor)
-    op = distribute_backward_of_tensors if tensors else distribute_backward_op
-    dg, dv = op(dz, g, v, cu_seqlens, *ctx.options, *needs)
+    dg, dv = run(distribute_backward_op, dz, g, v, cu_seqlens, *ctx.options, *needs)
     return dg.to(g.dtype) if needs[0] else None, dv if needs[1] else None, *[None] * 5
 
 
@@ -249,8 +247,7 @@ class Distribute(torch.autograd.Function):
 
     @staticmethod
     def forward(g, v, cu_seqlens, scale, softmax, logit_scale, kernels):
-        op = distribute_of_tensors if isinstance(scale, Tensor) else distribute_op
-        return op(g, v, cu_seqlens, scale, softmax, logit_scale, kernels)
+        return run(distribute_op, g, v, cu_seqlens, scale, softmax, logit_scale, kernels)
 
     setup_context = staticmethod(_distribute_setup)
     backward = staticmethod(_distribute_gradients)

@@ -26,9 +26,11 @@ from ..precision import accumulator, lse_dtype
 from ..tracing import constant
 from . import aten
 from .operators import (
+    apply,
     differentiable,
     of_tensors,
     or_empty,
+    run,
     scalars,
     unviewed,
     vectorise,
@@ -73,7 +75,7 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)`` in float32 (float64 for float64 maps)."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return Gather.apply(a, b, keep, extra_a, extra_b, *scalars(logit_scale))[0]
+    return apply(Gather, a, b, keep, extra_a, extra_b, *scalars(logit_scale))[0]
 
 
 def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -93,19 +95,20 @@ def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
 def gather_lse(a, b, *, keep=None, extra=None, logit_scale=1.0):
     """As ``aten.gather_lse``: what the kernels give."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return GatherLse.apply(a, b, keep, extra_a, extra_b, *scalars(logit_scale))
+    return apply(GatherLse, a, b, keep, extra_a, extra_b, *scalars(logit_scale))
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     """``Z (N, heads, m, L)`` in v's dtype and memory format."""
     scale, logit_scale = scalars(scale, logit_scale)
-    return Distribute.apply(g, v, scale, softmax, logit_scale)
+    return apply(Distribute, g, v, scale, softmax, logit_scale)
 
 
 def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
     """As ``aten.gather_backward``; empty where not needed."""
     (logit_scale,) = scalars(logit_scale)
-    return _gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b)
+    args = dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b
+    return run(gather_backward_op, *args)
 
 
 # --- gather ---------------------------------------------------------------------------------------
@@ -202,18 +205,11 @@ def gather_gradients(dg, a, b, keep, extra_a, extra_b, g, lse, dlse, logit_scale
     grads = [None, None, None, None]
     for i, features, maps, mask in ((0, a, b, keep), (2, extra_a, extra_b, None)):
         if any(needs[i : i + 2]):
-            found = _gather_backward(
-                dg, features, maps, mask, g, lse, dlse, logit_scale, *needs[i : i + 2]
-            )
+            args = dg, features, maps, mask, g, lse, dlse, logit_scale, *needs[i : i + 2]
+            found = run(gather_backward_op, *args)
             pairs = zip(found, needs[i : i + 2], strict=True)
             grads[i : i + 2] = (x if need else None for x, need in pairs)
     return grads
-
-
-def _gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
-    tensors = isinstance(logit_scale, Tensor)
-    op = gather_backward_of_tensors if tensors else gather_backward_op
-    return op(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b)
 
 
 gather_op.register_autograd(_gather_gradients, setup_context=_gather_setup)
@@ -228,8 +224,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(a, b, keep, extra_a, extra_b, logit_scale):
-        op = gather_of_tensors if isinstance(logit_scale, Tensor) else gather_op
-        return op(a, b, keep, extra_a, extra_b, logit_scale)
+        return run(gather_op, a, b, keep, extra_a, extra_b, logit_scale)
 
     setup_context = staticmethod(_gather_setup)
     backward = staticmethod(_gather_gradients)
@@ -295,8 +290,8 @@ def _distribute_gradients(ctx, dz):
             return aten.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
 
         return *differentiable(forward, (g, v), (need_g, need_v), dz), None, None, None
-    op = distribute_backward_of_tensors if isinstance(scale, Tensor) else distribute_backward_op
-    dg, dv = op(dz, g, v, scale, softmax, logit_scale, need_g, need_v)
+    args = dz, g, v, scale, softmax, logit_scale, need_g, need_v
+    dg, dv = run(distribute_backward_op, *args)
     return dg.to(g.dtype) if need_g else None, dv if need_v else None, None, None, None
 
 
@@ -312,8 +307,7 @@ class Distribute(torch.autograd.Function):
 
     @staticmethod
     def forward(g, v, scale, softmax, logit_scale):
-        op = distribute_of_tensors if isinstance(scale, Tensor) else distribute_op
-        return op(g, v, scale, softmax, logit_scale)
+        return run(distribute_op, g, v, scale, softmax, logit_scale)
 
     setup_context = staticmethod(_distribute_setup)
     backward = staticmethod(_distribute_gradients)

@@ -14,30 +14,71 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import planner
+from .. import planner, tracing
 from ..costs import Shape, order_cost
 from ..kernels import block as kernels
 from ..kernels import configs, launch
 from ..precision import accumulator, lse_dtype
-from . import aten_block
-from .operators import differentiable, of_tensors, scalars, unviewed, vectorise, wants_graph
+from . import aten_block, direct
+from .operators import (
+    apply,
+    differentiable,
+    of_tensors,
+    run,
+    scalars,
+    unviewed,
+    vectorise,
+    wants_graph,
+)
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
 
 
-def block(
-    x, weights, *, order, recompute, heads, residual, keep,
-    logit_scale, logit_scale_v, scale, softmax_v,
-):  # fmt: skip
+def block(x, w, keep, residual, o):
     """``(N, C, L)`` to ``(N, C or c_m, L)``; arguments as ``aten_block.block``."""
-    c_m, channels = weights["weight_a"].shape
-    c_n = weights["weight_b"].shape[0]
-    keep_v = planner.keeps_v(channels, c_m, c_n, heads, recompute)
     fused = residual is not None and residual.dtype == x.dtype
-    scales = scalars(logit_scale, logit_scale_v, scale)
-    options = heads, *scales, softmax_v, fused, order, keep_v
-    out = Block.apply(x, *weights.values(), keep, *options)[0]
+    scales = scalars(o.logit_scale, o.logit_scale_v, o.scale)
+    options = o.heads, *scales, o.softmax_v, fused, o.order, _keeps_v(w, o)
+    out = apply(Block, x, *w, keep, *options)[0]
     return out if residual is None or fused else residual + out
+
+
+def _keeps_v(w, o):
+    c_m, channels = w.a.shape
+    return planner.keeps_v(channels, c_m, w.b.shape[0], o.heads, o.recompute)
+
+
+class Call(direct.Call):
+    """The kernels of one signature, launched without a dispatcher."""
+
+    def plan(self, x, w, o, residual):
+        if x.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in w):
+            return False
+        self.keep_v, self.order = _keeps_v(w, o), o.order
+        self.options = kernels.Options(
+            o.heads, o.logit_scale, o.logit_scale_v, o.scale, o.softmax_v, residual
+        )
+        self.route = _route(x, w, o.heads, o.order, self.keep_v)
+        return True
+
+    def forward(self, x, w, keep):
+        out, lse, g, v = kernels.forward(x, w, _bytes(keep), self.options, self.route, self.keep_v)
+        return out, (lse, g, v)
+
+    def backward(self, grad, x, w, keep, kept, needs):
+        lse, g, v = kept
+        if tracing.watched():
+            v = x.new_empty(0) if v is None else v
+            options = *self.options, self.order, needs
+            return run(block_backward_op, grad, x, *w, keep, lse, g, v, *options)
+        needs = kernels.Gradients(*needs)
+        found = kernels.backward(
+            grad, x, w, _bytes(keep), lse, g, v, self.options, self.route, needs
+        )
+        return found._replace(x=_in_format_of(x, found.x)) if needs.x else found
+
+    def plain(self, x, w, keep):
+        return _compose(x, w, keep, self.options)
 
 
 @torch.library.custom_op("da_triton::block", mutates_args=())
@@ -159,23 +200,23 @@ def _gradients(ctx, dout, *_):
     if wants_graph(dout):
         grads = differentiable(_composition(ctx, tensors[8]), tensors[:8], needs, dout)
         return *grads, *nothing
-    op = block_backward_of_tensors if isinstance(ctx.scalars[0], Tensor) else block_backward_op
-    found = op(dout, *tensors, lse, g, v, ctx.heads, *ctx.scalars, ctx.order, list(needs))
+    options = ctx.heads, *ctx.scalars, ctx.order, list(needs)
+    found = run(block_backward_op, dout, *tensors, lse, g, v, *options)
     return *(y if need else None for y, need in zip(found, needs, strict=True)), *nothing
 
 
 def _composition(ctx, keep):
+    o = kernels.Options(ctx.heads, *ctx.scalars)
+    return lambda x, *weights: _compose(x, weights, keep, o)
+
+
+def _compose(x, w, keep, o):
     """The same in differentiable operations."""
-    logit_scale, logit_scale_v, scale, softmax_v, residual = ctx.scalars
-
-    def forward(x, *weights):
-        return aten_block.compose(
-            x, *weights, order="AZ", heads=ctx.heads, logit_scale=logit_scale,
-            logit_scale_v=logit_scale_v, scale=scale,
-            softmax_v=softmax_v, residual=x if residual else None, keep=keep,
-        )  # fmt: skip
-
-    return forward
+    return aten_block.compose(
+        x, *w, order="AZ", heads=o.heads, logit_scale=o.logit_scale,
+        logit_scale_v=o.logit_scale_v, scale=o.scale, softmax_v=o.softmax_v,
+        residual=x if o.residual else None, keep=keep,
+    )  # fmt: skip
 
 
 vectorise(block_op, shared=WEIGHTS)
@@ -194,10 +235,9 @@ class Block(torch.autograd.Function):
         x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
         logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
     ):  # fmt: skip
-        op = block_of_tensors if isinstance(scale, Tensor) else block_op
-        return op(
-            x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
-            logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+        return run(
+            block_op, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep,
+            heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
         )  # fmt: skip
 
     setup_context = staticmethod(_setup)

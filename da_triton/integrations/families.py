@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..checkpoints import LAST, OTHER_NAMES_OF_LAST
 from ..functional import double_attention, gather
 from ..modules import CONVOLUTIONS, attend, is_pointwise
@@ -108,9 +109,8 @@ class DoubleAttentionCopies(Family):
     @staticmethod
     def forward(module, x, *, last, residual, backend):
         final = None if last is None else getattr(module, last)
-        return attend(
-            x, module.convA, module.convB, module.convV, final, residual=residual, backend=backend
-        )
+        options = arguments.Options(residual=residual, backend=backend)
+        return attend(x, module.convA, module.convB, module.convV, final, None, options)
 
 
 class EfficientAttention(Family):
@@ -132,10 +132,9 @@ class EfficientAttention(Family):
 
     @staticmethod
     def forward(module, x, *, residual, backend):
-        return attend(
-            x, module.values, module.keys, module.queries, module.reprojection,
-            residual=residual, heads=_heads(module), backend=backend,
-        )  # fmt: skip
+        convolutions = module.values, module.keys, module.queries, module.reprojection
+        options = arguments.Options(_heads(module), residual=residual, backend=backend)
+        return attend(x, *convolutions, None, options)
 
 
 class LinearAttention(Family):
