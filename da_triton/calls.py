@@ -36,10 +36,9 @@ def block(
 
     ``check``: of x, before everything else.
     """
-    key = None
+    key, call = None, None
     if process_group is None:
-        key = signatures.key_of((x, mask, *weights), options)
-    call = _table.get(key)
+        key, call = _table.find((x, mask, *weights), options)
     if call is None:
         if check is not None:
             check(x)

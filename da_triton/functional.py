@@ -8,7 +8,7 @@ from . import calls, checks, cores
 from .arguments import Options
 from .calls import autocast, autocast_off, positions_of, select
 from .projection import split_heads
-from .signatures import Table, key_of
+from .signatures import Table
 from .tracing import autocast_dtype, exporting, sizes, unrecorded
 
 _table = Table()
@@ -57,19 +57,19 @@ def gather(
         TypeError: dtypes, or arguments that are no tensors.
         RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
     """
-    key = None
+    key, found = None, None
     if cu_seqlens is None and process_group is None:
-        key = key_of((a, b, mask), ("gather", heads, logit_scale, backend))
-    core, dtype = _table.get(key) or (None, None)
-    if core is None:
+        key, found = _table.find((a, b, mask), ("gather", heads, logit_scale, backend))
+    if found is None:
         checks.backend(backend)
         given = a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens
         unrecorded(_check_gather, *given)
         _check_offsets(cu_seqlens, process_group, a=a, b=b)
         dtype = autocast_dtype(a.device.type)
         checks.one_kind(dtype, a=a, b=b)
-        core = select(backend, b, process_group, cu_seqlens, dtype)
-        _table.add(key, (core, dtype))
+        found = select(backend, b, process_group, cu_seqlens, dtype), dtype
+        _table.add(key, found)
+    core, dtype = found
     a, b = autocast(dtype, a, b)
     with autocast_off(a.device.type, dtype):
         g = core.gather(
@@ -130,11 +130,10 @@ def distribute(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
-    key = None
+    key, found = None, None
     if cu_seqlens is None:
-        key = key_of((v, g), ("distribute", scale, softmax, logit_scale, backend))
-    core, dtype = _table.get(key) or (None, None)
-    if core is None:
+        key, found = _table.find((v, g), ("distribute", scale, softmax, logit_scale, backend))
+    if found is None:
         checks.backend(backend)
         some = cu_seqlens is not None
         unrecorded(checks.feature_map, "v", v, may_have_no_positions=some)
@@ -143,8 +142,9 @@ def distribute(
         sequences = _check_offsets(cu_seqlens, None, v=v)
         dtype = autocast_dtype(v.device.type)
         unrecorded(checks.descriptors, g, v, sequences, dtype)
-        core = select(backend, v, None, cu_seqlens, dtype)
-        _table.add(key, (core, dtype))
+        found = select(backend, v, None, cu_seqlens, dtype), dtype
+        _table.add(key, found)
+    core, dtype = found
     (v,) = autocast(dtype, v)
     with autocast_off(v.device.type, dtype):
         z = core.distribute(
@@ -196,13 +196,12 @@ def double_attention(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`gather`.
     """
-    key, some = None, process_group is not None or cu_seqlens is not None
+    key, found, some = None, None, process_group is not None or cu_seqlens is not None
     tokens: Any = () if extra is None else extra
     if not some and type(tokens) is tuple:
         options = heads, logit_scale, logit_scale_v, scale, softmax_v, backend
-        key = key_of((a, b, v, mask, *tokens), ("double_attention", *options))
-    core, dtype = _table.get(key) or (None, None)
-    if core is None:
+        key, found = _table.find((a, b, v, mask, *tokens), ("double_attention", *options))
+    if found is None:
         checks.backend(backend)
         given = a, b, heads, logit_scale, mask, process_group, backend, cu_seqlens
         unrecorded(_check_gather, *given)
@@ -213,8 +212,9 @@ def double_attention(
         dtype = autocast_dtype(a.device.type)
         named = dict(zip(("extra_a", "extra_b"), tokens, strict=False))
         checks.one_kind(dtype, a=a, b=b, v=v, **named)
-        core = select(backend, b, process_group, cu_seqlens, dtype)
-        _table.add(key, (core, dtype))
+        found = select(backend, b, process_group, cu_seqlens, dtype), dtype
+        _table.add(key, found)
+    core, dtype = found
     a, b, v, *tokens = autocast(dtype, a, b, v, *tokens)
     n = a.shape[0]
     batch = n if cu_seqlens is None else sizes(cu_seqlens)[0] - 1

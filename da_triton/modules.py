@@ -247,7 +247,7 @@ def attend(
 ) -> Tensor:
     """The block with these convolutions: as one operation where they are plain, else as modules
     around the core. ``check``: of x, before everything else."""
-    if fuses(options.order):
+    if fuses(options.order) and not _global_hooks():
         of_a, of_b, of_v = map(plain_parameters, (conv_a, conv_b, conv_v))
         of_last = (None, None) if last is None else plain_parameters(last)
         if of_a and of_b and of_v and of_last:
@@ -316,12 +316,12 @@ POINTWISE = tuple(
 
 def is_plain(conv: nn.Module) -> bool:
     """Whether using the weight directly equals calling the module, to everyone who watches it."""
-    return plain_parameters(conv) is not None
+    return not _global_hooks() and plain_parameters(conv) is not None
 
 
 def plain_parameters(conv: Any) -> tuple[Any, Any] | None:
-    """Weight and bias where using them equals calling the module, else None."""
-    if type(conv) not in CONVOLUTIONS or not is_unobserved(conv):
+    """Weight and bias where using them equals calling the module, global hooks aside, or None."""
+    if type(conv) not in CONVOLUTIONS or _own_hooks(conv):
         return None
     if (conv.kernel_size, conv.stride, conv.padding, conv.groups) not in POINTWISE:
         return None
@@ -335,13 +335,22 @@ def plain_parameters(conv: Any) -> tuple[Any, Any] | None:
 
 def is_unobserved(module: nn.Module) -> bool:
     """Whether nothing but the module's own forward runs when it is called."""
-    return not (
+    return not _own_hooks(module) and not _global_hooks()
+
+
+def _own_hooks(module: nn.Module) -> Any:
+    return (
         "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
+    )
+
+
+def _global_hooks() -> Any:
+    return (
+        torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks

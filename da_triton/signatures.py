@@ -22,62 +22,59 @@ _tables: list["Table"] = []
 
 
 class Table:
-    """Prepared calls by signature and options."""
+    """What was found for calls, by signature and options."""
 
     def __init__(self) -> None:
-        self._calls: dict[Any, Any] = {}
+        self._found: dict[Any, Any] = {}
         self._lock = threading.Lock()
         _tables.append(self)
 
-    def get(self, key: Any) -> Any:
-        """What was found for a key; None for a new one, and without a key.
+    def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The key of a call on these tensors (or None), the first of them on its device, and what
+        was found for it, or None.
 
-        The compiler, which has no key, must not see the dict: it would guard on what that holds.
+        No key where the call is watched, and for others than plain tensors and hashable options.
         """
-        return None if key is None else self._calls.get(key)
+        if tracing.watched() or not PLAIN.issuperset(map(type, tensors)):
+            return None, None
+        try:
+            facts: list[Any] = []
+            for t in tensors:
+                if t is None:
+                    facts.append(None)
+                elif t.is_neg():  # the dispatcher changes the sign of what is read
+                    return None, None
+                else:
+                    facts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad))
+            device = tensors[0].device.type
+            if device == "meta":
+                return None, None
+            autocast = tracing.autocast_dtype(device)
+            # 1, 1.0 and True are one key, and not always one option.
+            kinds = tuple(map(type, options))
+            key = tuple(facts), options, kinds, torch.is_grad_enabled(), autocast
+            return key, self._found.get(key)
+        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+            return None, None  # sparse and nested tensors have no strides
 
-    def add(self, key: Any, call: Any) -> None:
+    def add(self, key: Any, found: Any) -> None:
         """Nothing without a key."""
         if key is None:
             return
         with self._lock:
-            self._calls[key] = call
-            while len(self._calls) > LIMIT:
-                del self._calls[next(iter(self._calls))]
+            self._found[key] = found
+            while len(self._found) > LIMIT:
+                del self._found[next(iter(self._found))]
 
     def clear(self) -> None:
         with self._lock:
-            self._calls.clear()
+            self._found.clear()
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._found)
 
 
 def forget() -> None:
     """Prepares every call again, after a change of what plans depend on (a table of tiles)."""
     for table in _tables:
         table.clear()
-
-
-def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
-    """The signature of a call on these tensors (or None), the first of them on its device; or None
-    where the call is watched, or not one of plain tensors and hashable options."""
-    if tracing.watched() or not PLAIN.issuperset(map(type, tensors)):
-        return None
-    try:
-        facts: list[Any] = []
-        for t in tensors:
-            if t is None:
-                facts.append(None)
-            elif t.is_neg():  # the dispatcher changes the sign of what is read
-                return None
-            else:
-                facts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad))
-        autocast = tracing.autocast_dtype(tensors[0].device.type)
-        # 1, 1.0 and True are one key, and not always one option.
-        kinds = tuple(map(type, options))
-        key = tuple(facts), options, kinds, torch.is_grad_enabled(), autocast
-        hash(key)
-    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
-        return None  # sparse and nested tensors have no strides
-    return key

@@ -49,18 +49,26 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+_eval_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def watched() -> bool:
     """Whether anything but autograd sees what is done: it must find operations that it knows."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None  # a frame it skipped
+        or _eval_frame_callback() is not None  # the compiler leaves this frame out, not the next
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.autograd._profiler_enabled()
-        or transformed()
-        or exporting()
-        or checkpointed()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or (_top_hooks(True) is not None and checkpointed())
     )
+
+
+def named() -> bool:
+    """Whether a profiler or a function mode is active, which know operators by their names."""
+    return torch.autograd._profiler_enabled() or torch._C._len_torch_function_stack() > 0
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import eager, tracing
-from . import aten, aten_block, operators
+from . import aten, aten_block, cpu_block, cpu_small, operators
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -33,10 +33,16 @@ class Backend(NamedTuple):
     direct: Any = None
 
 
+def _on_a_cpu(x: torch.Tensor, *args: Any) -> Any:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return None
+    return cpu_small.Call.prepare(x, *args) or cpu_block.Call.prepare(x, *args)
+
+
 EAGER = Backend(eager.gather, eager.distribute, eager.block, eager.gather_part)
 TORCH = Backend(
     aten.gather, aten.distribute, aten_block.block,
-    aten.gather_part, aten.gather_lse, aten.gather_backward,
+    aten.gather_part, aten.gather_lse, aten.gather_backward, _on_a_cpu,
 )  # fmt: skip
 
 

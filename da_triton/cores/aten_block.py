@@ -9,84 +9,52 @@ of P sum to 1, so ba is added to G; columns of Q sum to 1, so with H bo is added
 
 Everything here is a differentiable operation that can be transformed, traced and exported, and
 needs no code for gradients. Where nothing but autograd watches, a CPU's float32 and float64 take
-the same orders through ``cpu_block`` instead. X is ``(N, C, L)``; ``residual``, of the
-output's shape, is added to it.
+the same orders through ``cpu_small`` and ``cpu_block`` instead. X is ``(N, C, L)``; ``residual``,
+of the output's shape, is added to it.
 """
-
-import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import planner, tracing
+from ..arguments import Options, Weights
 from ..precision import converted
 from ..projection import project, split_heads
 from ..tracing import transformed
-from . import aten, cpu_block, cpu_products
+from . import aten
 
 
-def block(x: Tensor, w, keep, residual, o) -> Tensor:
-    """``(N, C, L)`` to ``(N, C or c_m, L)``.
+def block(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
+    """``(N, C, L)`` to ``(N, C or c_m, L)``; ``keep (N, L)`` and ``residual`` may be None.
 
     With ``recompute=True``, autograd keeps x and the weights, and projects again in backward.
     """
-    names = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
-    weights = dict(zip(names, w, strict=True))
-    options = o._asdict() | {"keep": keep, "residual": residual}
-    order, recompute = options.pop("order"), options.pop("recompute")
-    del options["backend"]
-    order = _order(x, weights, options["heads"]) if order == "auto" else order
-    given = [x, *(w for w in weights.values() if w is not None)]
-    own_residual = options["residual"] is None or options["residual"] is x
-    on_a_cpu = own_residual and cpu_products.suits(given)  # a graph is not asked for its sizes
-    if on_a_cpu and not cpu_products.too_narrow(x, len(weights["weight_b"])):
-        return _on_a_cpu(x, weights, order=order, recompute=recompute is True, **options)
-    composed: Any = functools.partial(compose, order=order, **options)
+
+    def composed(x, *w):
+        return compose(x, Weights(*w), keep, residual, o._replace(order=order))
+
+    order = order_of(x, w, o)
     # Transforms of ``torch.func`` cannot follow a checkpoint.
-    if recompute is not True or not torch.is_grad_enabled() or transformed():
-        return composed(x, **weights)
-    return checkpoint(composed, x, **weights, use_reentrant=False, preserve_rng_state=False)
+    if o.recompute is not True or not torch.is_grad_enabled() or transformed():
+        return composed(x, *w)
+    return checkpoint(composed, x, *w, use_reentrant=False, preserve_rng_state=False)
 
 
-def _order(x, weights, heads):
-    c_m, channels = tracing.sizes(weights["weight_a"])
-    c_n, length = tracing.sizes(weights["weight_b"])[0], tracing.sizes(x)[2]
-    sizes = channels, c_m, c_n, heads, length, x.element_size()
-    reconstruct = weights["weight_out"] is not None
-    return planner.choose_order(*sizes, reconstruct, x.device.type == "cpu")
+def order_of(x: Tensor, w: Weights, o: Options) -> str:
+    """The association order, chosen by cost where none is named."""
+    if o.order != "auto":
+        return o.order
+    c_m, channels = tracing.sizes(w.a)
+    c_n, length = tracing.sizes(w.b)[0], tracing.sizes(x)[2]
+    sizes = channels, c_m, c_n, o.heads, length, x.element_size()
+    return planner.choose_order(*sizes, w.out is not None, x.device.type == "cpu")
 
 
-def _on_a_cpu(
-    x, weights, *, order, heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep,
-    recompute,
-):  # fmt: skip
-    """The same in one function with a gradient of its own; scales become part of the weights."""
-    factors = dict.fromkeys(("weight_a", "bias_a"), scale)
-    factors |= {"weight_b": logit_scale, "weight_v": logit_scale_v, "bias_v": logit_scale_v}
-    weights = {
-        name: w if w is None or factors.get(name, 1) == 1 else factors[name] * w
-        for name, w in weights.items()
-    }
-
-    add_x = residual is not None
-
-    def plain(x, *values):
-        named = dict(zip(weights, values, strict=True))
-        return compose(
-            x, **named, heads=heads, logit_scale=1.0, logit_scale_v=1.0, scale=1.0,
-            softmax_v=softmax_v, residual=x if add_x else None, keep=keep, order=order,
-        )  # fmt: skip
-
-    options = cpu_block.Options(order, heads, softmax_v, add_x, recompute)
-    return cpu_block.block(plain, options, keep, x, *weights.values())
-
-
-def compose(
-    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, *,
-    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep, order,
-):  # fmt: skip
+def compose(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
+    """The block in an order that is named."""
+    heads, logit_scale, logit_scale_v, scale, softmax_v, _, order, _, _ = o
+    weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out = w
     b = split_heads(project(x, weight_b, None), heads)
     if order[0] == "X":
         shared = x[:, None].expand(-1, heads, -1, -1)

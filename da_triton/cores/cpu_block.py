@@ -23,12 +23,13 @@ first touch of a page can cost more than the product that fills it. The P of a p
 softmax; ``share``, the part of a map's whole mass that a piece has, is a factor on T and on dT.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import Options, Weights
+from . import aten_block, direct
 from .aten import sum_over_positions
 from .cpu_products import (
     accumulate,
@@ -47,103 +48,71 @@ from .cpu_products import (
     split,
     split_positions,
     times,
-    watched,
+    too_narrow,
 )
-from .operators import differentiable, unviewed, wants_graph
 
 
-class Weights(NamedTuple):
-    """Wa ``(c_m, C)``, Wb and Wv ``(c_n, C)``, Wo ``(C', c_m)`` and biases; or their gradients."""
+class Call(direct.Call):
+    """For whatever is not small, and for masks."""
 
-    a: Any
-    bias_a: Any
-    b: Any
-    v: Any
-    bias_v: Any
-    out: Any
-    bias_out: Any
-
-
-class Options(NamedTuple):
-    order: str
-    heads: int
-    softmax_v: bool
-    residual: bool
-    recompute: bool
-
-    def short(self, x: Tensor, w: Weights) -> bool:
-        """Whether ``Q Pᵀ (g, k, L, L)`` makes Z with fewer operations than T does."""
-        if self.order != "AZ" or len(split_positions(x)) != 1:
+    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
+        if too_narrow(x, len(w.b)):
             return False
-        c_m, c_n = len(w.a), len(w.b)
-        return x.shape[1] * (c_m + c_n) * self.heads < 2 * c_m * c_n
+        order = aten_block.order_of(x, w, o)
+        self.o = o._replace(order=order, residual=residual)
+        self.factors = Weights(
+            o.scale, o.scale, o.logit_scale, o.logit_scale_v, o.logit_scale_v, 1, 1
+        )
+        few = x.shape[2] * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
+        self.short = few and order == "AZ" and len(split_positions(x[:1].mT)) == 1
+        self.gather_heads = o.heads if order[0] == "A" else 1
+        self.distribute_heads = o.heads if order[1] == "Z" else 1
+        return True
 
-    @property
-    def gather_heads(self) -> int:
-        return self.heads if self.order[0] == "A" else 1
+    def forward(self, x, w, keep):
+        return _block(x, self._scaled(w), keep, self, keeping=self.o.recompute is not True)
 
-    @property
-    def distribute_heads(self) -> int:
-        return self.heads if self.order[1] == "Z" else 1
-
-
-def block(plain: Callable[..., Tensor], options: Options, keep, x: Tensor, *weights) -> Tensor:
-    """``x (N, C, L)`` to ``(N, C', L)``; ``keep (N, L)`` or None.
-
-    ``plain(x, *weights)`` is the same block in differentiable operations, for derivatives of its
-    gradients.
-    """
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, *weights)):
-        return Block.apply(plain, options, keep, x, *weights)
-    return _block(x, Weights(*weights), keep, options, keeping=False)[0]
-
-
-class Block(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plain, options, keep, x, *weights):
-        out, kept = _block(x, Weights(*weights), keep, options, keeping=not options.recompute)
-        ctx.plain, ctx.options = plain, options
-        ctx.save_for_backward(keep, x, *weights, *kept)
-        return unviewed(out)
-
-    @staticmethod
-    def backward(ctx, grad):
-        keep, x, *rest = ctx.saved_tensors
-        weights, kept = rest[: len(Weights._fields)], iter(rest[len(Weights._fields) :])
-        needs = ctx.needs_input_grad[3:]
-        if wants_graph(grad) or watched():
-            return None, None, None, *differentiable(ctx.plain, (x, *weights), needs, grad)
-        tokens, w = position_major(x), Weights(*weights)
+    def backward(self, grad, x, w, keep, kept, needs):
+        tokens, w = position_major(x), self._scaled(w)
         grad = lying_as(grad.transpose(1, 2), tokens)
         dx = empty_as(tokens, x.shape[1]) if needs[0] else None
         dw = Weights(
             *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
         )
+        kept = iter(kept)
         for n in samples(tokens):
-            here = tokens[n], None if keep is None else keep[n], w, ctx.options
-            if ctx.options.recompute:
+            here = tokens[n], None if keep is None else keep[n], w, self
+            if self.o.recompute is True:
                 kept = iter(_forward(*here, None, keeping=True))
             _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
-        return None, None, None, None if dx is None else as_given(dx, x), *dw
+        return None if dx is None else as_given(dx, x), *self._scaled(dw)
+
+    def _scaled(self, w: Weights) -> Weights:
+        """Scales are part of the weights, and of their gradients."""
+        pairs = zip(w, self.factors, strict=True)
+        return Weights(*(z if z is None or factor == 1 else factor * z for z, factor in pairs))
+
+    def plain(self, x, w, keep):
+        return aten_block.compose(x, w, keep, x if self.o.residual else None, self.o)
 
 
-def _block(x, w, keep, options, keeping) -> tuple[Tensor, list[Tensor | None]]:
+def _block(x, w, keep, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
     """The output ``(N, C', L)``, and what ``_backward`` reads, if ``keeping``."""
     tokens = position_major(x)
     out = empty_as(tokens, len(w.a if w.out is None else w.out))
     kept: list[Tensor | None] = []
     for n in samples(tokens):
         here = None if keep is None else keep[n]
-        kept += _forward(tokens[n], here, w, options, out[n], keeping)
+        kept += _forward(tokens[n], here, w, call, out[n], keeping)
     return as_given(out, x), kept
 
 
-def _forward(x, keep, w, options, out, keeping) -> list[Tensor | None]:
+def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
     """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
+    options, short = call.o, call.short
     from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
-    heads, k = options.heads, options.gather_heads
+    heads, k = options.heads, call.gather_heads
     pieces = split_positions(x)
-    short = options.short(x, w)
     kept: list[Any] = []
     parts: list[Tensor] = []
     masses: list[Any] = []
@@ -205,10 +174,11 @@ def _forward(x, keep, w, options, out, keeping) -> list[Tensor | None]:
     return [t, g, d, share, *kept] if keeping else []
 
 
-def _backward(x, keep, w, options, kept, grad, dx, dw) -> None:
+def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
     """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
+    options = call.o
     from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
-    heads, k = options.heads, options.distribute_heads
+    heads, k = options.heads, call.distribute_heads
     pieces = split_positions(x)
     t, g, d, share = (next(kept) for _ in range(4))
     maps = [(next(kept), next(kept)) for _ in pieces]
@@ -259,7 +229,7 @@ def _backward(x, keep, w, options, kept, grad, dx, dw) -> None:
             dt = join(w.a.unflatten(0, (heads, -1)).mT @ dg)[:, None]
         delta = (dt * t).sum(2, keepdim=True)
 
-    k = options.gather_heads
+    k = call.gather_heads
     for i, piece in enumerate(pieces):
         rows = gathered_rows(x[:, piece], None if keep is None else keep[:, piece])
         p, f = maps[i]

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
-from .. import tracing
-from ..tracing import transformed
 from .aten import WIDE_CHUNK
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
@@ -41,25 +38,6 @@ def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
 
 
 PIECE = piece_for(last_level_cache())
-
-
-def suits(tensors: list[Tensor]) -> bool:
-    """Whether these are a CPU's plain tensors and nothing but autograd watches what is done."""
-    if torch.compiler.is_compiling() or tracing.exporting() or watched():
-        return False
-    if tracing.checkpointed():  # a dispatch mode may be active in one run of the two
-        return False
-    return all(
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        for x in tensors
-    )
-
-
-def watched() -> bool:
-    """Whether a transform of ``torch.func``, forward-mode AD or a dispatch mode is active."""
-    return transformed() or _python_dispatch._get_current_dispatch_mode() is not None
 
 
 def position_major(x: Tensor) -> Tensor:

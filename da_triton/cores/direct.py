@@ -22,16 +22,19 @@ class Call:
     ``weights`` are the arguments of ``double_attention_block`` in its order, bias_b among them.
     """
 
+    has_operator = False  # for a backward pass that is watched
+
     def __init__(self, x: Tensor, weights: Any) -> None:
         self.device = x.device.type
         self.wants_gradient = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *weights)
         )
-        self.x_shape = x.shape
         self.maps_shape = (*x.shape[:2], x.shape[2:].numel())
         self.shapes = [None if w is None else w.shape[:2] for w in weights]
         last = weights[0] if weights[6] is None else weights[6]
         self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
+        self.mask_shape = (x.shape[0], self.maps_shape[2])
+        self.grad_shape = (x.shape[0], last.shape[0], self.maps_shape[2])
         self.channels_last = x.stride(1) == 1 and x.stride(-1) != 1
 
     @classmethod
@@ -41,26 +44,23 @@ class Call:
         ``residual``: adds x, in its own dtype.
         """
         call = cls(x, weights)
-        try:
-            x, w, _ = call.as_matrices(x, weights, mask)
-        except RuntimeError:  # they are matrices in copies only
-            return None
-        return call if call.plan(x, w, o, residual) else None
+        x, w, keep = call.as_matrices(x, weights, mask)
+        return call if call.plan(x, w, keep, o, residual) else None
 
-    def plan(self, x: Tensor, w: Weights, o: Options, residual: bool) -> bool:
+    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
         """Decides what metadata decides; False where this call does not apply."""
         raise NotImplementedError
 
     def as_matrices(self, x: Tensor, weights: Any, mask: Tensor | None) -> Any:
-        """``(x (N, C, L), Weights, mask (N, L) or None)``: views."""
+        """``(x (N, C, L), Weights, mask (N, L) or None)``: views where these exist."""
         a, bias_a, b, _, v, bias_v, out, bias_out = weights
         shape_a, _, shape_b, _, shape_v, _, shape_out, _ = self.shapes
         w = Weights(
-            a.view(shape_a), bias_a, b.view(shape_b), v.view(shape_v), bias_v,
-            None if out is None else out.view(shape_out), bias_out,
+            a.reshape(shape_a), bias_a, b.reshape(shape_b), v.reshape(shape_v), bias_v,
+            None if out is None else out.reshape(shape_out), bias_out,
         )  # fmt: skip
-        keep = None if mask is None else mask.view(self.maps_shape[0], self.maps_shape[2])
-        return x.view(self.maps_shape), w, keep
+        keep = None if mask is None else mask.reshape(self.mask_shape)
+        return x.reshape(self.maps_shape), w, keep
 
     def forward(self, x: Tensor, w: Weights, keep: Any) -> tuple[Tensor, Any]:
         """The result ``(N, C', L)``, and tensors (or None) for ``backward``."""
@@ -118,13 +118,16 @@ class Block(torch.autograd.Function):
         needs += need_v, need_bias_v, need_out, need_bias_out
         given = x, *weights[:3], *weights[4:]
         with _autocast_off(call.device):
-            if wants_graph(grad):
+            if wants_graph(grad) or (tracing.watched() and not call.has_operator):
                 found = differentiable(call.composed(weights[3], mask), given, needs, grad)
             else:
-                grad = grad.reshape(call.x_shape[0], -1, call.maps_shape[2])
+                grad = grad.reshape(call.grad_shape)
                 found = call.backward(grad, *call.as_matrices(x, weights, mask), kept, needs)
         shaped = zip(given, found, needs, strict=True)
-        found = [g.reshape(t.shape) if need else None for t, g, need in shaped]
+        found = [
+            None if not need else g if g.shape == t.shape else g.reshape(t.shape)
+            for t, g, need in shaped
+        ]
         bias_b = torch.zeros_like(weights[3]) if need_bias_b else None
         return None, None, *found[:4], bias_b, *found[4:]
 

@@ -43,9 +43,9 @@ _SCALARS = frozenset((type(None), bool, int, float, str, list))
 
 def run(op, *args):
     """``op``; its twin for scales that are tensors; its function itself where nothing watches."""
-    if not tracing.watched():
+    if not tracing.watched() and not tracing.named():
         tensors = [x for x in args if type(x) not in _SCALARS]
-        if all(type(x) in PLAIN and not x.is_neg() for x in tensors):
+        if all(type(x) in PLAIN and not (x.is_neg() or x.is_meta) for x in tensors):
             return op._init_fn(*args)
     scale, twin = _twins[op]
     return (twin if isinstance(args[scale], Tensor) else op)(*args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import planner, tracing
+from ..arguments import Options, Weights
 from ..costs import Shape, order_cost
 from ..kernels import block as kernels
 from ..kernels import configs, launch
@@ -51,7 +52,9 @@ def _keeps_v(w, o):
 class Call(direct.Call):
     """The kernels of one signature, launched without a dispatcher."""
 
-    def plan(self, x, w, o, residual):
+    has_operator = True
+
+    def plan(self, x, w, keep, o, residual):
         if x.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in w):
             return False
         self.keep_v, self.order = _keeps_v(w, o), o.order
@@ -62,12 +65,16 @@ class Call(direct.Call):
         return True
 
     def forward(self, x, w, keep):
+        if tracing.named():
+            options = *self.options, self.order, self.keep_v
+            out, lse, g, v = block_op(x, *w, keep, *options)
+            return out, (lse, g, v if self.keep_v else None)
         out, lse, g, v = kernels.forward(x, w, _bytes(keep), self.options, self.route, self.keep_v)
         return out, (lse, g, v)
 
     def backward(self, grad, x, w, keep, kept, needs):
         lse, g, v = kept
-        if tracing.watched():
+        if tracing.watched() or tracing.named():
             v = x.new_empty(0) if v is None else v
             options = *self.options, self.order, needs
             return run(block_backward_op, grad, x, *w, keep, lse, g, v, *options)
@@ -212,11 +219,8 @@ def _composition(ctx, keep):
 
 def _compose(x, w, keep, o):
     """The same in differentiable operations."""
-    return aten_block.compose(
-        x, *w, order="AZ", heads=o.heads, logit_scale=o.logit_scale,
-        logit_scale_v=o.logit_scale_v, scale=o.scale, softmax_v=o.softmax_v,
-        residual=x if o.residual else None, keep=keep,
-    )  # fmt: skip
+    residual = x if o.residual else None
+    return aten_block.compose(x, Weights(*w), keep, residual, Options(*o)._replace(order="AZ"))
 
 
 vectorise(block_op, shared=WEIGHTS)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks, tracing
-from ..cores.cpu_products import watched
 from ..functional import double_attention_block
 from ..modules import OPTIONS, DoubleAttention, check_input, fuses, is_plain, is_unobserved
 
@@ -149,7 +148,7 @@ class ResidualDoubleAttention(nn.Module):
         weight = (norm._parameters | norm._buffers).get("weight")
         if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
             return
-        if weight.is_meta or not weight.numel() or watched():
+        if weight.is_meta or not weight.numel() or tracing.watched():
             return
         if not any(p.requires_grad for p in self.attention.parameters()):
             return

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from da_triton import double_attention_block, planner
-from da_triton.cores import cpu_block, cpu_products
+from da_triton.cores import cpu_block, cpu_products, cpu_small
 from support.numerics import check, peaky
 
 ORDERS = ["AZ", "XZ", "AH", "XH"]
@@ -23,6 +23,7 @@ EVERYTHING = {
     "heads": 2, "logit_scale": 0.5, "logit_scale_v": 0.7, "scale": 1.3, "softmax_v": False,
 }  # fmt: skip
 WAYS = {
+    "small": {"MOST_ELEMENTS": 2**18},
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
@@ -32,29 +33,42 @@ WAYS = {
 
 
 @pytest.fixture(autouse=True)
-def _however_few_maps(monkeypatch):
+def _however_few_maps_and_elements(monkeypatch):
     monkeypatch.setattr(cpu_products, "FEW_MAPS", 0)
+    monkeypatch.setattr(cpu_small, "MOST_ELEMENTS", 0)
+
+
+def take(name, monkeypatch):
+    for constant, value in WAYS[name].items():
+        monkeypatch.setattr(cpu_small if name == "small" else cpu_products, constant, value)
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    for name, value in WAYS[request.param].items():
-        monkeypatch.setattr(cpu_products, name, value)
+    take(request.param, monkeypatch)
+    return request.param
 
 
-@pytest.fixture
-def pieces(monkeypatch):
-    for name, value in WAYS["pieces"].items():
-        monkeypatch.setattr(cpu_products, name, value)
+@pytest.fixture(params=["small", "pieces"])
+def one_piece_or_several(request, monkeypatch):
+    take(request.param, monkeypatch)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Grows by one for each call of the function that is tested here."""
+    """Grows by one for each call of the functions that are tested here."""
     made = []
-    original = cpu_block.block
-    monkeypatch.setattr(cpu_block, "block", lambda *args: made.append(1) or original(*args))
+    for kind in (cpu_block.Call, cpu_small.Call):
+        monkeypatch.setattr(kind, "forward", spied(kind.forward, made))
     return made
+
+
+def spied(forward, made):
+    def run(*args):
+        made.append(1)
+        return forward(*args)
+
+    return run
 
 
 def leaves(dtype, batch=3, channels_last=False, bias=True, reconstruct=True, positions=POSITIONS):
@@ -116,15 +130,15 @@ def test_matches_the_definition(order, heads, channels_last, dtype, way, calls):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["one head", "every option"])
 def test_fewer_positions_than_maps(options, channels_last, recompute, way, monkeypatch):
-    products = []
-    original = cpu_block.Options.short
+    planned = []
+    original = cpu_block.Call.plan
     monkeypatch.setattr(
-        cpu_block.Options, "short", lambda *args: products.append(original(*args)) or products[-1]
+        cpu_block.Call, "plan", lambda call, *args: planned.append(call) or original(call, *args)
     )
     given = leaves(torch.float32, channels_last=channels_last, positions=(2, 2))
     compare(given, order="AZ", recompute=recompute, **options)
-    assert products
-    assert all(products)
+    assert all(call.short for call in planned)
+    assert bool(planned) == (way != "small")
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -182,7 +196,7 @@ def test_nothing_is_kept_when_every_position_is_masked(order):
 
 @pytest.mark.parametrize("wanted", [n for n in NAMES if n != "bias_b"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_one_gradient_alone(order, wanted, pieces):
+def test_one_gradient_alone(order, wanted, one_piece_or_several):
     given = leaves(torch.float64)
     options = {"order": order, "heads": 2, "residual": True, "backend": "torch"}
     expected = gradients(given, **options)
@@ -232,7 +246,7 @@ def test_a_nan_stays_in_its_sample(order, way):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_first_and_second_derivatives(order, masked, pieces):
+def test_first_and_second_derivatives(order, masked, one_piece_or_several):
     mask = None
     if masked:
         mask = torch.rand(1, 35) > 0.4
@@ -301,7 +315,7 @@ def test_saved_tensors_are_not_changed():
     assert torch.equal(*first, *torch.autograd.grad(out.sum(), given[0]))
 
 
-def test_a_piece_without_mass(pieces):
+def test_a_piece_without_mass():
     """Every logit of a map is -inf in one piece; elsewhere there is something."""
     logits = torch.randn(2, 30, 5)
     logits[0, :10, 2] = logits[1, :, 3] = -torch.inf

@@ -123,20 +123,24 @@ if not INTERPRETED:
 def _as_on_a_gpu(recorder):
     """Backends and splits over positions are chosen as on a GPU."""
     from da_triton import cores
-    from da_triton.cores import cpu_block, cpu_products
+    from da_triton.cores import cpu_block, cpu_small
     from da_triton.kernels import launch
 
-    select, block = cores.select, cpu_block.block
+    select = cores.select
 
-    def reached(*args, **kwargs):
-        recorder.reached_cpu = True
-        return block(*args, **kwargs)
+    def spied(plan):
+        def reached(*args):
+            if INTERPRETED:
+                return False
+            recorder.reached_cpu = True
+            return plan(*args)
 
-    cpu_block.block = reached
+        return reached
+
+    for kind in (cpu_small.Call, cpu_block.Call):
+        kind.plan = spied(kind.plan)
     cores.select = lambda name, x: select("triton" if name == "auto" else name, x)
     launch.processors = lambda device: PROCESSORS
-    if INTERPRETED:
-        cpu_products.suits = lambda tensors: False
 
 
 def _without_numbers():
