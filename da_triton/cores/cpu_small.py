@@ -17,7 +17,12 @@ from ..arguments import Options, Weights
 from . import aten_block, direct
 from .aten import WIDE_CHUNK
 
+# Measured on one and two threads, forward and training step, (N, C, c, L) from (1, 16, 8, 64) to
+# (2, 1024, 512, 196). Beyond, cpu_block is faster: its pieces stay in the cache, and it multiplies
+# large weights with the positions of all samples at once.
 MOST_ELEMENTS = 2**18  # of x
+MOST_WEIGHTS = 2**16  # elements of Wa, for each sample
+WEIGHTS_PER_POSITION = 2**9
 
 
 class Call(direct.Call):
@@ -25,11 +30,15 @@ class Call(direct.Call):
 
     def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
         batch, _, length = x.shape
-        order = aten_block.order_of(x, w, o)
-        if o.heads > 1 and o.order == "auto":
-            order = "AZ"
-        small = keep is None and 0 < x.numel() <= MOST_ELEMENTS and length <= WIDE_CHUNK
-        if not small or (o.heads > 1 and order != "AZ"):
+        order = "AZ" if o.heads > 1 and o.order == "auto" else aten_block.order_of(x, w, o)
+        weights = batch * w.a.numel()
+        if (
+            keep is not None
+            or not 0 < x.numel() <= MOST_ELEMENTS
+            or length > WIDE_CHUNK
+            or weights >= max(MOST_WEIGHTS, WEIGHTS_PER_POSITION * length)
+            or (o.heads > 1 and order != "AZ")
+        ):
             return False
         self.o, self.residual = o._replace(order=order), residual
         self.from_x, self.to_z = order[0] == "X", order[1] == "Z"
@@ -37,107 +46,109 @@ class Call(direct.Call):
         self.one = batch == 1
         if self.one:
             self.maps_shape, self.grad_shape = self.maps_shape[1:], self.grad_shape[1:]
-        self.product: Any = torch.mm if self.one else torch.bmm
-        self.sum: Any = torch.addmm if self.one else torch.baddbmm
+        self.mm: Any = torch.mm if self.one else torch.bmm
+        self.addmm: Any = torch.addmm if self.one else torch.baddbmm
         self.core: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
+        self.t: Any = torch.t if self.core is torch.mm else _transposed
         return True
 
     def forward(self, x, w, keep):
-        out, kept = self._forward(x, w)
+        out, kept = self._forward(x, self._spread(w))
         return out, () if self.o.recompute is True else kept
 
     def _forward(self, x, w):
-        o, kept_f, kept_t, kept_g, kept_z = self.o, None, None, None, None
-        p = _scaled(self._times(w.b, x), o.logit_scale).softmax(-1)
+        o, mm, t = self.o, self.mm, self.t
+        kept_f = kept_t = kept_g = kept_z = None
+        p = _scaled(mm(w.b, x), o.logit_scale).softmax(-1)
         if self.from_x:
-            kept_t = self.product(x, p.mT)
+            kept_t = mm(x, t(p))
             g = self._affine(w.a, kept_t, w.bias_a)
         else:
             kept_f = self._affine(w.a, x, w.bias_a)
-            g = self.core(self._split(kept_f), self._split(p).mT)
+            g = self.core(self._split(kept_f), t(self._split(p)))
         d = g = _scaled(g, o.scale)
         q = self._split(_scaled(self._affine(w.v, x, w.bias_v), o.logit_scale_v))
         if o.softmax_v:
             q = q.softmax(-2)
         if self.to_z:
             out = kept_z = self._join(self.core(g, q))
-            if w.out is not None:
-                out = self._affine(w.out, kept_z, w.bias_out, rows=self.channels_last)
+            if w.out is not None and self.channels_last:
+                out = t(mm(t(kept_z), t(w.out)))
+                out = out if w.bias_out is None else out.add_(w.bias_out.unsqueeze(-1))
+            elif w.out is not None:
+                out = self._affine(w.out, kept_z, w.bias_out)
             if self.residual:
                 out = out + x if out is kept_z else out.add_(x)
         else:
             kept_g, d = g, self._affine(w.out, g, w.bias_out if o.softmax_v else None)
-            out = self.sum(x, d, q) if self.residual else self.product(d, q)
+            out = self.addmm(x, d, q) if self.residual else mm(d, q)
             if not o.softmax_v and w.bias_out is not None:
                 out.add_(w.bias_out.unsqueeze(-1))
         return out, (p, kept_f, kept_t, kept_g, q, d, kept_z)
 
     def backward(self, grad, x, w, keep, kept, needs):
-        o = self.o
-        p, f, t, g, q, d, z = kept or self._forward(x, w)[1]
+        o, mm, core, t, w = self.o, self.mm, self.core, self.t, self._spread(w)
+        p, f, kept_t, g, q, d, z = kept or self._forward(x, w)[1]
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
 
-        last = self.to_z and w.out is not None
-        dz = self._split(self._times(w.out.mT, grad) if last else grad)
-        dd, dv = self.core(dz, q.mT), self.core(d.mT, dz)
+        dz = self._split(grad if not self.to_z or w.out is None else mm(t(w.out), grad))
+        dd, dv = core(dz, t(q)), core(t(d), dz)
         if o.softmax_v:
             dv = torch._softmax_backward_data(dv, q, q.dim() - 2, q.dtype)
         dv = _scaled(self._join(dv), o.logit_scale_v)
-        dg = _scaled(dd if self.to_z else self._times(w.out.mT, dd), o.scale)
-        dt = self._times(w.a.mT, dg) if self.from_x else dg
-        dp = self._join(self.core(dt.mT, x if self.from_x else self._split(f)))
+        dg = _scaled(dd if self.to_z else mm(t(w.out), dd), o.scale)
+        dt = mm(t(w.a), dg) if self.from_x else dg
+        dp = self._join(core(t(dt), x if self.from_x else self._split(f)))
         db = _scaled(torch._softmax_backward_data(dp, p, p.dim() - 1, p.dtype), o.logit_scale)
         df = None
         if not self.from_x and (need_x or need_a):
-            df = self._join(self.core(dt, self._split(p)))
-        return (
-            self._dx(grad, w, db, dv, *((dt, p) if self.from_x else (w.a.mT, df)))
-            if need_x
-            else None,
-            self._outer(*((dg, t) if self.from_x else (df, x))) if need_a else None,
-            self._sum(self._join(dg)) if need_bias_a else None,
-            self._outer(db, x) if need_b else None,
-            self._outer(dv, x) if need_v else None,
-            self._sum(dv) if need_bias_v else None,
-            self._outer(*((grad, z) if self.to_z else (dd, g))) if need_out else None,
-            self._sum(grad if self.to_z or not o.softmax_v else dd) if need_bias_out else None,
-        )
+            df = self._join(core(dt, self._split(p)))
 
-    def _dx(self, grad, w, db, dv, left, right) -> Tensor:
-        """X's gradient, ``left right`` part of it, in X's memory format."""
-        terms = [(left, right), (w.v.mT, dv), (w.b.mT, db)]
+        dx = da = dbias_a = dwb = dwv = dbias_v = dout = dbias_out = None
+        if need_x:
+            first = (dt, p) if self.from_x else (t(w.a), df)
+            dx = self._dx(grad, first, (t(w.v), dv), (t(w.b), db))
+        if need_a:
+            da = self._summed(mm(dg, t(kept_t)) if self.from_x else mm(df, t(x)))
+        if need_bias_a:
+            dbias_a = self._bias(self._join(dg))
+        if need_b:
+            dwb = self._summed(mm(db, t(x)))
+        if need_v:
+            dwv = self._summed(mm(dv, t(x)))
+        if need_bias_v:
+            dbias_v = self._bias(dv)
+        if need_out:
+            dout = self._summed(mm(grad, t(z)) if self.to_z else mm(dd, t(g)))
+        if need_bias_out:
+            dbias_out = self._bias(grad if self.to_z or not o.softmax_v else dd)
+        return dx, da, dbias_a, dwb, dwv, dbias_v, dout, dbias_out
+
+    def _dx(self, grad: Tensor, *terms: Any) -> Tensor:
+        """X's gradient, a sum of products, in X's memory format."""
         if self.channels_last:
-            grad, terms = grad.mT, [(y.mT, z.mT) for z, y in terms]
-        total = None
-        for y, z in terms:
-            if not self.one:
-                y, z = y.expand(self.batch, -1, -1), z.expand(self.batch, -1, -1)
-            if total is not None:
-                self.sum(total, y, z, out=total)
-            else:
-                total = self.sum(grad, y, z) if self.residual else self.product(y, z)
-        return total.mT if self.channels_last else total
+            grad, terms = self.t(grad), tuple((self.t(z), self.t(y)) for y, z in terms)
+        (y, z), *others = terms
+        total = self.addmm(grad, y, z) if self.residual else self.mm(y, z)
+        for y, z in others:
+            self.addmm(total, y, z, out=total)
+        return self.t(total) if self.channels_last else total
 
-    def _shared(self, w: Tensor) -> Tensor:
-        return w if self.one else w.expand(self.batch, -1, -1)
+    def _spread(self, w: Weights) -> Weights:
+        """One matrix for each sample."""
+        if self.one:
+            return w
+        shape = self.batch, -1, -1
+        out = w.out if w.out is None else w.out.expand(shape)
+        return w._replace(a=w.a.expand(shape), b=w.b.expand(shape), v=w.v.expand(shape), out=out)
 
-    def _times(self, w: Tensor, x: Tensor) -> Tensor:
-        return self.product(self._shared(w), x)
+    def _affine(self, w: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.mm(w, x) if bias is None else self.addmm(bias.unsqueeze(-1), w, x)
 
-    def _affine(self, w: Tensor, x: Tensor, bias: Tensor | None, rows: bool = False) -> Tensor:
-        """``w x + bias``; with ``rows``, channels are adjacent in its memory."""
-        w = self._shared(w)
-        if rows:
-            y = self.product(x.mT, w.mT) if bias is None else self.sum(bias, x.mT, w.mT)
-            return y.mT
-        return self.product(w, x) if bias is None else self.sum(bias.unsqueeze(-1), w, x)
+    def _summed(self, dw: Tensor) -> Tensor:
+        return dw if self.one else dw.sum(0)
 
-    def _outer(self, dy: Tensor, x: Tensor) -> Tensor:
-        """A weight's gradient."""
-        found = self.product(dy, x.mT)
-        return found if self.one else found.sum(0)
-
-    def _sum(self, dy: Tensor) -> Tensor:
+    def _bias(self, dy: Tensor) -> Tensor:
         """A bias's gradient."""
         return dy.sum(-1) if self.one else dy.sum((0, 2))
 
@@ -146,13 +157,15 @@ class Call(direct.Call):
         return x if self.heads == 1 else x.reshape(self.batch * self.heads, -1, x.shape[-1])
 
     def _join(self, x: Tensor) -> Tensor:
-        if self.heads == 1:
-            return x
-        return x.view(*(() if self.one else (self.batch,)), -1, x.shape[-1])
+        return x if self.heads == 1 else x.view(*self.grad_shape[:-2], -1, x.shape[-1])
 
     def plain(self, x, w, keep):
         x = x if x.dim() == 3 else x[None]
         return aten_block.compose(x, w, keep, x if self.residual else None, self.o)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(-2, -1)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

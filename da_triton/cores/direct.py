@@ -22,6 +22,7 @@ class Call:
     ``weights`` are the arguments of ``double_attention_block`` in its order, bias_b among them.
     """
 
+    see: Any = staticmethod(Tensor.view)
     has_operator = False  # for a backward pass that is watched
 
     def __init__(self, x: Tensor, weights: Any) -> None:
@@ -29,12 +30,13 @@ class Call:
         self.wants_gradient = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *weights)
         )
-        self.maps_shape = (*x.shape[:2], x.shape[2:].numel())
-        self.shapes = [None if w is None else w.shape[:2] for w in weights]
+        self.maps_shape: Any = (*x.shape[:2], x.shape[2:].numel())
+        # Numbers: views take them sooner than a torch.Size.
+        self.shapes = [None if w is None else tuple(w.shape[:2]) for w in weights]
         last = weights[0] if weights[6] is None else weights[6]
         self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
         self.mask_shape = (x.shape[0], self.maps_shape[2])
-        self.grad_shape = (x.shape[0], last.shape[0], self.maps_shape[2])
+        self.grad_shape: Any = (x.shape[0], last.shape[0], self.maps_shape[2])
         self.channels_last = x.stride(1) == 1 and x.stride(-1) != 1
 
     @classmethod
@@ -44,6 +46,10 @@ class Call:
         ``residual``: adds x, in its own dtype.
         """
         call = cls(x, weights)
+        try:
+            call.as_matrices(x, weights, mask)
+        except RuntimeError:
+            call.see = Tensor.reshape  # copies
         x, w, keep = call.as_matrices(x, weights, mask)
         return call if call.plan(x, w, keep, o, residual) else None
 
@@ -53,14 +59,15 @@ class Call:
 
     def as_matrices(self, x: Tensor, weights: Any, mask: Tensor | None) -> Any:
         """``(x (N, C, L), Weights, mask (N, L) or None)``: views where these exist."""
+        see = self.see
         a, bias_a, b, _, v, bias_v, out, bias_out = weights
         shape_a, _, shape_b, _, shape_v, _, shape_out, _ = self.shapes
         w = Weights(
-            a.reshape(shape_a), bias_a, b.reshape(shape_b), v.reshape(shape_v), bias_v,
-            None if out is None else out.reshape(shape_out), bias_out,
+            see(a, *shape_a), bias_a, see(b, *shape_b), see(v, *shape_v), bias_v,
+            None if out is None else see(out, *shape_out), bias_out,
         )  # fmt: skip
-        keep = None if mask is None else mask.reshape(self.mask_shape)
-        return x.reshape(self.maps_shape), w, keep
+        keep = None if mask is None else see(mask, *self.mask_shape)
+        return see(x, *self.maps_shape), w, keep
 
     def forward(self, x: Tensor, w: Weights, keep: Any) -> tuple[Tensor, Any]:
         """The result ``(N, C', L)``, and tensors (or None) for ``backward``."""
@@ -93,7 +100,7 @@ class Call:
 
     def as_given(self, out: Tensor) -> Tensor:
         """``(N, C', L)`` with the positions and the memory format of x."""
-        out = out.view(self.out_shape)
+        out = out.view(*self.out_shape)
         if not self.channels_last:
             return out.contiguous()
         return out if out.stride(1) == 1 else out.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -114,22 +121,32 @@ class Block(torch.autograd.Function):
         call = ctx.call
         mask, x, *rest = ctx.saved_tensors
         weights, kept = rest[:8], rest[8:]
-        *needs, need_bias_b, need_v, need_bias_v, need_out, need_bias_out = ctx.needs_input_grad[2:]
+        a, bias_a, b, bias_b, v, bias_v, out, bias_out = weights
+        _, _, *needs, need_bias_b, need_v, need_bias_v, need_out, need_bias_out = (
+            ctx.needs_input_grad
+        )
         needs += need_v, need_bias_v, need_out, need_bias_out
-        given = x, *weights[:3], *weights[4:]
         with _autocast_off(call.device):
             if wants_graph(grad) or (tracing.watched() and not call.has_operator):
-                found = differentiable(call.composed(weights[3], mask), given, needs, grad)
+                given = x, a, bias_a, b, v, bias_v, out, bias_out
+                found = differentiable(call.composed(bias_b, mask), given, needs, grad)
             else:
-                grad = grad.reshape(call.grad_shape)
+                grad = grad.reshape(*call.grad_shape)
                 found = call.backward(grad, *call.as_matrices(x, weights, mask), kept, needs)
-        shaped = zip(given, found, needs, strict=True)
-        found = [
-            None if not need else g if g.shape == t.shape else g.reshape(t.shape)
-            for t, g, need in shaped
-        ]
-        bias_b = torch.zeros_like(weights[3]) if need_bias_b else None
-        return None, None, *found[:4], bias_b, *found[4:]
+        dx, da, dbias_a, db, dv, dbias_v, dout, dbias_out = found
+        return (
+            None,
+            None,
+            dx.view(*x.shape) if need_x else None,
+            da.view(*a.shape) if need_a else None,
+            dbias_a if need_bias_a else None,
+            db.view(*b.shape) if need_b else None,
+            torch.zeros_like(bias_b) if need_bias_b else None,
+            dv.view(*v.shape) if need_v else None,
+            dbias_v if need_bias_v else None,
+            dout.view(*out.shape) if need_out else None,
+            dbias_out if need_bias_out else None,
+        )
 
 
 def _autocast_off(kind: str) -> Any:
