@@ -13,6 +13,7 @@ OVERVIEW = """commands, each with --help:
   networks  a ResNet-50 and a YOLOv8 with the block: training step and inference
   digits    a small network with and without the block, trained on handwritten digits
   sizes     parameters and multiply-adds of ResNets with and without the block
+  host      what a call costs the host, layer by layer, with or without a GPU
   plan      what would run on a GPU for a shape, and why
   model     floors on cards that are not here
   codegen   registers, spills, copies of every kernel, without a GPU
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": running.sweep,
     "scaling": running.scale,
     "networks": running.whole_networks,
+    "host": running.host_costs,
     "gpu": running.gpu,
     "tune": running.tune,
     "sanitize": running.sanitize,

@@ -15,6 +15,12 @@ def on_gpu(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if on_gpu(device):
+        torch.cuda.synchronize()
+
+
 def usable(device: torch.device) -> bool:
     """Whether the process can go on after an error: False after a CUDA error that persists.
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import arguments, ceilings, digits, estimate, names, networks, providers, scaling
+from . import arguments, ceilings, digits, estimate, host, names, networks, providers, scaling
 from . import sanitize as sanitizers
 from .arguments import UsageError
+from .codegen.cli import cannot_compile
 from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu
@@ -265,6 +266,35 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
     replaced = sum(c.best != c.present for c in choices)
     written = f" Written to {path}." if choices else ""
     print(f"{len(choices)} tiles measured, {replaced} replaced.{written}")
+    return 0
+
+
+def host_costs(argv: Sequence[str], table: Sequence[Workload]) -> int:
+    parser = arguments.parser(
+        "host", "Microseconds until a call returns, by layer: module, function, operator, "
+        "launches; beside the eager block. Without a GPU, launches do nothing.",
+        "host\nhost --workload small_64_14x14,yolo_n_p5_b1 --threads 2 --out /tmp/host",
+    )  # fmt: skip
+    arguments.add_lists(parser, workload="")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, help="for all workloads (default %(default)s)"
+    )
+    options = parser.parse_args(argv)
+    if options.threads < 1:
+        raise UsageError(f"--threads takes a number of at least 1, got {options.threads}.")
+    small = [work for work in table if work.small]
+    chosen = select(options.workload, "all", table) if options.workload else small
+    if reason := cannot_compile("host", "launches kernels"):
+        raise UsageError(reason)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frame = host.measure(chosen, device, options.seconds)
+    frame = frame.assign(**columns(environment(device)))
+    options.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(options.out / host.FILE, index=False)
+    print(host.shown(frame), f"Written to {options.out}.", sep="\n\n")
     return 0
 
 

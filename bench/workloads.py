@@ -15,6 +15,7 @@ from . import names
 
 SELECTIONS = ("quick", "default", "all")
 STEM_WIDTHS = (3, 64, 128, 256)
+SMALL = 2**17  # elements of the input
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Workload:
     @property
     def length(self) -> int:
         return math.prod(self.positions)
+
+    @property
+    def small(self) -> bool:
+        """Whether the host and the number of launches decide on a GPU, not bytes or operations."""
+        return self.n * self.c * self.length <= SMALL
 
     def batch(self, device: torch.device) -> int:
         return self.cpu_n if device.type == "cpu" else self.n
@@ -93,6 +99,20 @@ WORKLOADS = (
     Workload(
         "photo_china", 1, 256, (54, 80), 128, 128, 1, "a photograph after a stride-8 stem",
         selection="quick", photographs=("china.jpg", "flower.jpg"),
+    ),
+    # Small ones.
+    *(
+        Workload(name, n, c, positions, c_m, c_m, 1, origin, cpu_n=n, selection="default")
+        for name, n, c, c_m, positions, origin in (
+            ("yolo_n_p5_b1", 1, 256, 64, (20, 20), "YOLOv8n at 640, stride 32, batch 1"),
+            ("small_16_8x8", 1, 16, 8, (8, 8), "what many try first"),
+            ("small_64_14x14", 1, 64, 32, (14, 14), "what many try first"),
+            ("small_128_20x20", 1, 128, 64, (20, 20), "a small detector, batch 1"),
+            ("small_64_14x14_n8", 8, 64, 32, (14, 14), "a small batch"),
+            ("small_256_7x7_n2", 2, 256, 128, (7, 7), "ResNet-18 conv4 of small images"),
+            ("small_512_14x14", 1, 512, 256, (14, 14), "ResNet conv3 of small images, batch 1"),
+            ("small_512_7x7", 1, 512, 256, (7, 7), "ResNet-18 conv5, batch 1"),
+        )
     ),
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ tile of positions asks for all weights that it is multiplied with, so short tile
 from typing import NamedTuple
 
 BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
+POSITIONS = 64  # in a block of the core's gather, with most of its tiles
 
 
 class Shape(NamedTuple):
@@ -118,7 +119,7 @@ def gather_steps(
         steps.insert(0, _operands(s, rows))
     values = s.c_m if source == "A" else c * s.heads
     blocks_of_g = -(-features // BLOCK) * -(-s.c_n // s.heads // BLOCK)
-    core_splits = max(1, splits // (s.heads * blocks_of_g))
+    core_splits = max(1, min(splits // (s.heads * blocks_of_g), -(-length // POSITIONS)))
     parts = 0 if core_splits == 1 else 2 * core_splits * s.c_n * features
     combined = core_splits > 1 and not want_h and source == "A"
     core = Step(

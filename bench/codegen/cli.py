@@ -65,13 +65,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def cannot_compile(command: str = "codegen") -> str:
-    """Why nothing can be compiled in this process; empty if it can."""
+def cannot_compile(command: str = "codegen", does: str = "compiles kernels") -> str:
+    """Why Triton cannot compile or launch in this process; empty if it can."""
     if importlib.util.find_spec("triton") is None:
-        return f"`python -m bench {command}` compiles kernels, and Triton is not installed."
+        return f"`python -m bench {command}` {does}, and Triton is not installed."
     if os.environ.get("TRITON_INTERPRET"):
         return (
-            f"`python -m bench {command}` compiles kernels, and TRITON_INTERPRET is set, which "
+            f"`python -m bench {command}` {does}, and TRITON_INTERPRET is set, which "
             "makes Triton interpret them instead. Unset it."
         )
     return ""

@@ -170,8 +170,13 @@ def _fused(arch: str) -> Iterator[Found]:
 
 
 def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
-    """Launches of the named workloads on their route, and on the split one, that are new."""
+    """Launches of the named workloads on their route, and on the split one, that are new.
+
+    Not of small ones, whose time is that of launches, whatever a kernel's code.
+    """
     for work in WORKLOADS:
+        if work.small:
+            continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
         limits = configs.limits(s, work.c, arch, launches.PROCESSORS)

@@ -29,6 +29,14 @@ def test_selections_grow(table):
     assert [w.name for w in select([], "quick", table)] == ["tiny"]
 
 
+def test_small_workloads_are_in_the_default_selection_and_have_one_batch():
+    small = [w for w in WORKLOADS if w.small]
+    assert len(small) == 8
+    for work in small:
+        assert work.selection == "default"
+        assert work.cpu_n == work.n
+
+
 def test_named_workloads_in_table_order(table):
     chosen = select(["tiny_volume", "tiny"], "quick", table)
     assert [w.name for w in chosen] == ["tiny", "tiny_volume"]

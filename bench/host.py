@@ -1,0 +1,385 @@
+"""What a call costs the host: the layer, the functions and a training step, layer by layer.
+
+Small maps take a GPU less time than the host needs to issue their kernels, so the host decides.
+The time is that until a call returns, the mean of a batch of calls; batches of everything that is
+compared take turns.
+
+    layer        the module; of ``eager``, the block as users write it
+    functional   ``double_attention_block``
+    operator     ``torch.ops.da_triton.block``; in a step, ``block_backward`` too
+    launchers    ``kernels.block.forward``, ``backward``: allocations, tiles, arguments of kernels
+    launches     ``JITFunction.run`` of each kernel with its arguments, and nothing else
+    gather, distribute, double_attention    the public functions, on maps
+
+Each is called with what the one above it hands down. A step is forward and backward, with the
+gradients of x and of all weights; in a step of operators or launchers, autograd has no part.
+
+There are two kinds of time. ``issue`` is the host's alone. On a GPU, it is idle before a batch, and
+nothing waits for it within one. Without a GPU, CPU tensors take the GPU's path with nothing behind
+it: Triton's binder and cache run as they are, but the kernels that they find do nothing, and a
+library product is a function that allocates its result, which takes 1 µs longer than PyTorch takes
+for a product of tiny matrices. Not in it are the driver's part of a launch, cuBLAS's choice of a
+kernel, CUDA's caching allocator, the switch to the tensors' device, and the hand-over of backward
+to the device's thread: it is a lower bound. The shapes are the workload's, in bfloat16. The eager
+block beside it computes, on a map of four positions with four channels a head in float32, which
+takes next to no time.
+
+``call``, on a CPU only, is everything, computation included: the ``torch`` backend beside eager, in
+float32.
+"""
+
+import contextlib
+import functools
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from da_triton import (
+    DoubleAttention,
+    distribute,
+    double_attention,
+    double_attention_block,
+    gather,
+)
+
+from . import observe
+from .formulations import EagerDoubleAttention
+from .measure import progress
+from .problems import FORWARD, STEP
+from .tables import markdown
+from .warm import always, on_absent
+from .workloads import Workload
+
+FILE = "host.csv"
+ISSUE, CALL = "issue", "call"
+WHATS = (
+    "layer", "functional", "operator", "launchers", "launches", "gather", "distribute",
+    "double_attention",
+)  # fmt: skip
+KEYS = ["workload", "n", "c", "c_n", "positions", "mode", "measured", "provider"]
+BATCH_SECONDS, LARGEST_BATCH = 2e-3, 10  # a batch must fit the GPU's queue of launches
+ROUNDS = (5, 200)  # at least and at most
+Run = Callable[[], Any]
+
+
+class Measured(NamedTuple):
+    """What is called, and columns of its row."""
+
+    run: Run
+    provider: str
+    dtype: str
+    mode: str
+    what: str
+    measured: str = ISSUE
+
+
+# --- what the package calls, from the top to the bottom -------------------------------------------
+
+
+class Lower(NamedTuple):
+    """What a call handed to the layers below the functional one."""
+
+    operator: list[Run]
+    launchers: list[Run]
+    launches: list[Run]
+
+
+def lower_layers(run: Run) -> Lower:
+    """Finds what a call hands to operators, launchers and Triton.
+
+    All that this file knows of the package's inside is here and in ``nothing_behind``.
+    """
+    from triton.runtime.jit import JITFunction
+
+    from da_triton.kernels import block
+
+    found = Lower([], [], [])
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "da_triton":
+                found.operator.append(functools.partial(op, *args, **(kwargs or {})))
+            return op(*args, **(kwargs or {}))
+
+    def kept(calls, function):
+        def call(*args, **kwargs):
+            calls.append(functools.partial(function, *args, **kwargs))
+            return function(*args, **kwargs)
+
+        return call
+
+    run()  # a first call may prepare what later ones find
+    with Operators():
+        run()
+    with (
+        mock.patch.object(block, "forward", kept(found.launchers, block.forward)),
+        mock.patch.object(block, "backward", kept(found.launchers, block.backward)),
+        mock.patch.object(JITFunction, "run", kept(found.launches, JITFunction.run)),
+    ):
+        run()
+    return found
+
+
+class NoKernel:
+    """In place of a compiled kernel: a launch is counted and does nothing."""
+
+    launched = 0  # kernels, and library products
+    function = 0
+    packed_metadata = ()
+
+    def launch_metadata(self, grid, stream, *args):
+        return None
+
+    def run(self, *args):
+        NoKernel.launched += 1
+
+
+@contextlib.contextmanager
+def nothing_behind() -> Iterator[None]:
+    """Tensors of a CPU take the path of an H200's, whose kernels do nothing."""
+    from triton.runtime.jit import JITFunction
+
+    from da_triton.cores import triton as core
+
+    def compiled(self, key, signature, device, *_):
+        return self.device_caches[device][0].setdefault(key, NoKernel())
+
+    with (
+        on_absent("sm_90"),
+        mock.patch.object(JITFunction, "_do_compile", compiled),
+        mock.patch.object(core, "obstacle", always(None)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def no_products() -> Iterator[None]:
+    """A CPU's matrix products allocate their result and compute nothing."""
+
+    def product(a, b):
+        NoKernel.launched += 1
+        return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+    def added(start, a, b, **_):
+        NoKernel.launched += 1
+        return torch.empty_like(start)
+
+    def added_in_place(start, a, b, **_):
+        NoKernel.launched += 1
+        return start
+
+    functions = {
+        "mm": product, "bmm": product, "addmm": added, "baddbmm": added,
+        "addmm_": added_in_place, "baddbmm_": added_in_place,
+    }  # fmt: skip
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():  # PyTorch warns of what is replaced
+            warnings.simplefilter("ignore")
+            for name, function in functions.items():
+                library.impl(name, function, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def of_workload(work: Workload, device: torch.device) -> list[list[Measured]]:
+    """Calls that are measured in turns."""
+    if device.type != "cpu":
+        every = [
+            *ours(work, "triton", work.n, device, torch.bfloat16),
+            *ours(work, "torch", work.n, device, torch.bfloat16),
+            *eager(work, work.n, device, torch.bfloat16),
+        ]
+        return [every]
+    width = 4 * work.heads
+    tiny = Workload(
+        work.name, 1, width, (2,) * len(work.positions), width, width, work.heads, work.origin
+    )
+    real = [
+        *ours(work, "torch", work.cpu_n, device, torch.float32),
+        *eager(work, work.cpu_n, device, torch.float32),
+    ]
+    with no_products():
+        launched = ours(work, "triton", work.n, device, torch.bfloat16)
+    return [
+        [*launched, *eager(tiny, 1, device, torch.float32)],
+        [call._replace(measured=CALL) for call in real],
+    ]
+
+
+def eager(work: Workload, n: int, device: torch.device, dtype: torch.dtype) -> list[Measured]:
+    block = EagerDoubleAttention(
+        work.c, work.c_m, work.c_n, work.heads, axes=len(work.positions)
+    ).to(device, dtype)
+    x = torch.randn(n, work.c, *work.positions).to(device, dtype)
+    runs: dict[str, Run] = {
+        FORWARD: functools.partial(block, x),
+        STEP: step(block, x, list(block.parameters())),
+    }
+    return [Measured(run, "eager", str(dtype)[6:], mode, "layer") for mode, run in runs.items()]
+
+
+def ours(
+    work: Workload, backend: str, n: int, device: torch.device, dtype: torch.dtype
+) -> list[Measured]:
+    options: dict[str, Any] = {"heads": work.heads, "residual": True, "backend": backend}
+    layer = DoubleAttention(work.c, work.c_m, work.c_n, **options).to(device, dtype)
+    parameters = list(layer.parameters())  # in the order of the function's arguments
+    x, a, b, v = (
+        torch.randn(n, c, *work.positions).to(device, dtype)
+        for c in (work.c, work.c_m, work.c_n, work.c_n)
+    )
+    core: dict[str, Any] = {"heads": work.heads, "backend": backend}
+    with torch.no_grad():
+        g = gather(a, b, **core)
+
+    def functional(x: Tensor) -> Tensor:
+        return double_attention_block(x, *parameters, **options)
+
+    forward, backward = functools.partial(functional, x), step(functional, x, parameters)
+    runs: list[tuple[str, str, Run]] = [
+        (FORWARD, "layer", functools.partial(layer, x)),
+        (FORWARD, "functional", forward),
+        (FORWARD, "gather", functools.partial(gather, a, b, **core)),
+        (FORWARD, "distribute", functools.partial(distribute, g, v, backend=backend)),
+        (FORWARD, "double_attention", functools.partial(double_attention, a, b, v, **core)),
+        (STEP, "layer", step(layer, x, parameters)),
+        (STEP, "functional", backward),
+    ]
+    if backend == "triton":
+        for mode, run in ((FORWARD, forward), (STEP, backward)):
+            with torch.no_grad():
+                below = lower_layers(run)
+            found = below._asdict().items()
+            runs += [(mode, what, in_a_row(calls)) for what, calls in found if calls]
+    return [Measured(run, backend, str(dtype)[6:], mode, what) for mode, what, run in runs]
+
+
+def step(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]) -> Run:
+    """Forward and backward, with the gradients of x and of all parameters."""
+    leaf = x.clone().requires_grad_()
+    grad = torch.randn_like(x)
+
+    def call() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(run(leaf), (leaf, *parameters), grad)
+
+    return call
+
+
+def in_a_row(calls: Sequence[Run]) -> Run:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+# --- how it is measured ---------------------------------------------------------------------------
+
+
+def measure(workloads: Sequence[Workload], device: torch.device, seconds: float) -> pd.DataFrame:
+    """A row for each call of each workload, in ``seconds`` or what five rounds of all take."""
+    rows = []
+    with contextlib.nullcontext() if device.type != "cpu" else nothing_behind():
+        for work in progress(workloads):
+            rows += _rows(work, device, seconds / len(workloads))
+    return pd.DataFrame(rows).drop(columns="run")
+
+
+def _rows(work: Workload, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    groups = of_workload(work, device)
+    rows = []
+    for group in groups:
+        found = in_turns(group, device, seconds / len(groups))
+        for call, times in zip(group, found, strict=True):
+            low, median = np.quantile(times, (0.25, 0.5))
+            rows.append({
+                "workload": work.name, "n": work.cpu_n if call.measured == CALL else work.n,
+                "c": work.c, "positions": "x".join(map(str, work.positions)), "c_m": work.c_m,
+                "c_n": work.c_n, "heads": work.heads, "device": device.type,
+                "threads": torch.get_num_threads(), **call._asdict(), "median_us": median,
+                "quartile_us": low, "batches": len(times), "launches": launches(call, device),
+            })  # fmt: skip
+    return rows
+
+
+def in_turns(calls: Sequence[Measured], device: torch.device, seconds: float) -> list[list[float]]:
+    """Microseconds of each call, a mean of every batch; a batch of each, and again."""
+    end = time.perf_counter() + seconds
+    sizes = [batch_size(call, device) for call in calls]
+    found: list[list[float]] = [[] for _ in calls]
+    least, most = ROUNDS
+    gc.collect()
+    gc.disable()
+    try:
+        while len(found[0]) < least or (time.perf_counter() < end and len(found[0]) < most):
+            for call, size, times in zip(calls, sizes, found, strict=True):
+                times.append(batch(call, device, size))
+    finally:
+        gc.enable()
+    return found
+
+
+def batch_size(call: Measured, device: torch.device) -> int:
+    batch(call, device, 2)
+    seconds = 1e-6 * batch(call, device, 1)
+    return max(1, min(LARGEST_BATCH, int(BATCH_SECONDS / seconds)))
+
+
+def batch(call: Measured, device: torch.device, size: int) -> float:
+    """Microseconds until a call returns, the mean of ``size`` calls."""
+    run = call.run
+    with _surroundings(call, device):
+        run()  # finds caches as they are between calls
+        observe.wait(device)
+        start = time.perf_counter_ns()
+        for _ in range(size):
+            run()
+        return (time.perf_counter_ns() - start) / (1e3 * size)
+
+
+def launches(call: Measured, device: torch.device) -> int | None:
+    """Kernels that a call launches, and products; None where nothing is launched or counted."""
+    if device.type == "cpu" and call.provider != "triton":
+        return None
+    with _surroundings(call, device):
+        if device.type == "cpu":
+            NoKernel.launched = 0
+            call.run()
+            return NoKernel.launched
+        try:
+            return observe.launches(lambda: (call.run(),), device)
+        except RuntimeError:  # no profiling interface
+            return None
+
+
+@contextlib.contextmanager
+def _surroundings(call: Measured, device: torch.device) -> Iterator[None]:
+    """Without gradients, but for those that a step takes; the GPU, or nothing in its place."""
+    replaced = device.type == "cpu" and call.provider == "triton"
+    with torch.no_grad(), no_products() if replaced else contextlib.nullcontext():
+        yield
+    observe.wait(device)
+
+
+def shown(frame: pd.DataFrame) -> str:
+    """Lower quartiles, which leave out what else runs on the machine, in Markdown."""
+    wide = frame.pivot_table(index=KEYS, columns="what", values="quartile_us", sort=False)
+    wide = wide[[what for what in WHATS if what in wide]]
+    layers = frame[frame["what"] == "layer"].set_index(KEYS)
+    wide["launches of the layer"] = layers["launches"]
+    return markdown(wide.reset_index(), dict.fromkeys(wide.columns, "{:.0f}"))
