@@ -32,7 +32,7 @@ class Call:
         )
         self.maps_shape: Any = (*x.shape[:2], x.shape[2:].numel())
         # Numbers: views take them sooner than a torch.Size.
-        self.shapes = [None if w is None else tuple(w.shape[:2]) for w in weights]
+        self.shapes: Any = [None if w is None else tuple(w.shape[:2]) for w in weights]
         last = weights[0] if weights[6] is None else weights[6]
         self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
         self.mask_shape = (x.shape[0], self.maps_shape[2])
@@ -122,10 +122,9 @@ class Block(torch.autograd.Function):
         mask, x, *rest = ctx.saved_tensors
         weights, kept = rest[:8], rest[8:]
         a, bias_a, b, bias_b, v, bias_v, out, bias_out = weights
-        _, _, *needs, need_bias_b, need_v, need_bias_v, need_out, need_bias_out = (
-            ctx.needs_input_grad
-        )
-        needs += need_v, need_bias_v, need_out, need_bias_out
+        _, _, need_x, need_a, need_bias_a, need_b, need_bias_b, *others = ctx.needs_input_grad
+        need_v, need_bias_v, need_out, need_bias_out = others
+        needs = [need_x, need_a, need_bias_a, need_b, *others]
         with _autocast_off(call.device):
             if wants_graph(grad) or (tracing.watched() and not call.has_operator):
                 given = x, a, bias_a, b, v, bias_v, out, bias_out
