@@ -197,10 +197,11 @@ def _compiling_only(arch: str) -> Iterator[None]:
     original = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
-        return original(self, *args, grid=grid, warmup=True, **kwargs)
+        original(self, *args, grid=grid, warmup=True, **kwargs)
 
     driver.set_active(Driver())  # for good: without a GPU there is no driver to go back to
     with (
+        launch.forgetting(),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(configs, "architecture", return_value=arch),
         mock.patch.object(launch, "processors", return_value=target.processors),

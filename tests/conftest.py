@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from da_triton.kernels import launch
 from support import interpreter
 
 if not torch.cuda.is_available():
@@ -34,6 +35,13 @@ def _cudnn_in_full_precision():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_launches():
+    """A test may replace kernels, tiles or the facts about a GPU."""
+    with launch.forgetting():
+        yield
 
 
 @pytest.fixture
