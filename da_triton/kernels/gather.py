@@ -353,12 +353,9 @@ def gather_parts(sources, logit_scale):
 def _parts(sources, logit_scale):
     a, b, _ = sources[0]
     batch, heads, c_m, _ = a.shape
-    slots, maps = _slots(sources), heads * b.shape[2]
-    dtype = accumulator(a.dtype)
-    parts = (
-        a.new_empty((batch, slots, maps, c_m), dtype=dtype),
-        *(a.new_empty((batch, slots, maps), dtype=dtype) for _ in range(2)),
-    )
+    statistics, dtype = (batch, _slots(sources), heads * b.shape[2]), accumulator(a.dtype)
+    shapes = (*statistics, c_m), statistics, statistics
+    parts = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
     _gather(sources, logit_scale, parts, None, None, final=False)
     return parts
 
@@ -388,13 +385,8 @@ def _gather(sources, logit_scale, results, bias, rounded, final):
         ready = launch.prepared(
             _gathering, (a, b, keep, *results, bias, rounded), *chunk, slot, slots, final
         )
-        ready(
-            (
-                a, b, b if keep is None else keep, *results,
-                a if bias is None else bias, a if rounded is None else rounded,
-            ),
-            (logit_scale,),
-        )  # fmt: skip
+        tensors = a, b, keep, *results, bias, rounded
+        ready([a if t is None else t for t in tensors], (logit_scale,))
         slot += chunk[1]
 
 
@@ -407,8 +399,7 @@ def _gathering(a, b, keep, acc, mx, total, bias, rounded, chunk, splits, slot, s
         gather_kernel, a, tile, batch * heads * splits * tiles,
         maps={"a": a, "b": b}, strided={"keep": keep},
         HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, SLOT=slot, SLOTS=slots,
-        HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
-        ROUNDED=rounded is not None,
+        HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None, ROUNDED=rounded is not None,
     )  # fmt: skip
 
 
@@ -450,13 +441,8 @@ def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
             tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
         return
     ready = launch.prepared(_backward, (a, b, dg, da, db, keep, lse, correction))
-    ready(
-        (
-            dg, a, b, b if keep is None else keep, lse, correction,
-            a if da is None else da, b if db is None else db,
-        ),
-        (logit_scale,),
-    )  # fmt: skip
+    tensors = dg, a, b, keep, lse, correction, da, db
+    ready([a if t is None else t for t in tensors], (logit_scale,))
 
 
 def _backward(a, b, dg, da, db, keep, lse, correction):
