@@ -399,7 +399,8 @@ def _gathering(a, b, keep, acc, mx, total, bias, rounded, chunk, splits, slot, s
         gather_kernel, a, tile, batch * heads * splits * tiles,
         maps={"a": a, "b": b}, strided={"keep": keep},
         HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, SLOT=slot, SLOTS=slots,
-        HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None, ROUNDED=rounded is not None,
+        HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
+        ROUNDED=rounded is not None,
     )  # fmt: skip
 
 
