@@ -27,9 +27,9 @@ LEFT_OUT = (
     "cores/test_cpu_block.py", "cores/test_cpu_masks.py", "test_data_parallel.py",
     "test_distributed.py", "test_sharding.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
-    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "test_checkpointing.py",
-    "test_checkpoints.py", "test_checks.py", "test_children.py", "test_copies.py",
-    "test_default_device.py", "test_eager.py", "test_hints.py", "test_package.py",
+    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "kernels/test_prepared.py",
+    "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
+    "test_copies.py", "test_default_device.py", "test_eager.py", "test_hints.py", "test_package.py",
     "test_streaming_refusals.py",
     # ahead-of-time compilation, what only the interpreter can count, and what ``da_triton.check``
     # says, which the smoke stage runs

@@ -111,7 +111,7 @@ def sites(work: Workload, device: torch.device) -> list[tuple[Site, Entry]]:
         seen[Site(kernel, tile.block_m, tile.block_n)] = entry
         return tile
 
-    with mock.patch.object(configs, "fused_tile", spied):
+    with launch.forgetting(), mock.patch.object(configs, "fused_tile", spied):
         step(work, device, backward=True)()
     return list(seen.items())
 
@@ -159,7 +159,7 @@ def tile_of(site: Site, entry: Entry) -> Iterator[None]:
             return tile
         return tile._replace(block_l=entry[0], num_warps=entry[1], num_stages=entry[2])
 
-    with mock.patch.object(configs, "fused_tile", chosen):
+    with launch.forgetting(), mock.patch.object(configs, "fused_tile", chosen):
         yield
 
 
@@ -228,7 +228,7 @@ def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure, budg
     original = JITFunction.run
 
     def without_launch(self, *args, grid, warmup, **options):
-        return original(self, *args, grid=grid, warmup=True, **options)
+        original(self, *args, grid=grid, warmup=True, **options)  # not kept: it may be a future
 
     with (
         _Timely(os.cpu_count(), budget) as threads,

@@ -179,7 +179,7 @@ def _compiling_only(arch: str) -> Iterator[None]:
     original = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
-        return original(self, *args, grid=grid, warmup=True, **kwargs)
+        original(self, *args, grid=grid, warmup=True, **kwargs)
 
     with on_absent(arch), mock.patch.object(JITFunction, "run", run):
         yield
@@ -207,6 +207,7 @@ def on_absent(arch: str) -> Iterator[None]:
 
     driver.set_active(Driver())  # for good: without a GPU there is no driver to go back to
     with (
+        launch.forgetting(),
         mock.patch.object(configs, "architecture", always(arch)),
         mock.patch.object(launch, "processors", always(target.processors)),
     ):

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from da_triton import signatures
+from da_triton.kernels import launch
 from support import interpreter
 
 if not torch.cuda.is_available():
@@ -38,9 +38,10 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_prepared():
-    """Tests replace what plans are made of, which nothing but tests and tuning does."""
-    signatures.forget()
+def _own_launches():
+    """A test may replace kernels, tiles or the facts about a GPU."""
+    with launch.forgetting():
+        yield
 
 
 @pytest.fixture

@@ -52,6 +52,9 @@ class Far:
         batch, heads, c, length = x.shape
         return self.empty(batch, heads, c if channels is None else channels, length)
 
+    def empty_rows_like(self, x, channels):
+        return self.empty_map_like(x[:, None], channels)[:, 0]
+
     def free(self):
         """Gives a GPU's memory back, whoever still holds views of it."""
         memory, self.storage = self.storage.untyped_storage(), None
@@ -141,6 +144,7 @@ def both(run, case, far, monkeypatch):
     """Results with maps beside each other and apart; what kernels write lies as far away."""
     near = beside(run, case, far.axis == "positions")
     monkeypatch.setattr(launch, "empty_map_like", far.empty_map_like)
+    monkeypatch.setattr(launch, "empty_rows_like", far.empty_rows_like)
     return zip(near, run(far.copy, case), strict=True)
 
 

@@ -41,6 +41,8 @@ def lie(monkeypatch):
     kernel = project_gather.gather_from_x_kernel
 
     class Lying:
+        fn, arg_names = kernel.fn, kernel.arg_names
+
         def __getitem__(self, grid):
             def launch(x, w, keep, acc, *args, **kwargs):
                 kernel[grid](x, w, keep, acc, *args, **kwargs)
@@ -189,7 +191,11 @@ def test_a_kernel_that_faults_ends_the_check(small, monkeypatch, capsys):
     def fault(*args, **kwargs):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
+    kernel = project_gather.gather_from_x_kernel
+
     class Faulting:
+        fn, arg_names = kernel.fn, kernel.arg_names
+
         def __getitem__(self, grid):
             return fault
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.codegen import compiler, launches
 from bench.codegen.launches import LAYOUTS, ODD, Variant
-from da_triton.kernels import configs, fused_tiles
+from da_triton.kernels import configs, fused_tiles, launch
 from da_triton.planner import Route
 
 BATCH = 64
@@ -65,11 +65,12 @@ def record(
         return configs.Tile._make((*configs.fused_blocks(name, *sizes), *entry, 1))
 
     with (
+        launch.forgetting(),
         mock.patch.object(configs, "fused_tile", chosen),
         mock.patch.object(fused_tiles, "SPECIAL", special),
     ):
         found = launches.of_block((BATCH, *sizes), route(kernel), variant)
-    return [launch for launch in found if launch.name == launched(kernel)]
+    return [made for made in found if made.name == launched(kernel)]
 
 
 def variants(kernel: str, special: bool) -> list[Variant]:

@@ -51,6 +51,7 @@ class Variant:
 def on(arch: str) -> Iterator[None]:
     """Launchers choose as on a GPU of this architecture."""
     with (
+        launch.forgetting(),
         mock.patch.object(configs, "architecture", return_value=arch),
         mock.patch.object(launch, "processors", return_value=PROCESSORS),
     ):

@@ -187,22 +187,25 @@ def _launch(
     w, x, bias, scale, logit_scale, *, softmax=True, y=None, out=None, e=None, dx=None,
     lse=None, delta=None, keep=None,
 ):  # fmt: skip
-    batch, heads, c_n, length = x.shape
     gradient = dx is not None
-    tile = configs.all_maps_tile(x, c_n, gradient)
     y, dx = (y, dx) if gradient else (x, x)
+    ready = launch.prepared(
+        _all_maps, (x, w, y, out, e, dx, bias, lse, delta, keep), gradient, softmax
+    )
+    optional = [x if t is None else t for t in (bias, lse, delta, keep)]
+    written = [x if t is None else t for t in (out, e)]
+    ready((w, x, *optional, y, *written, dx), (scale, logit_scale))
+
+
+def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
+    batch, heads, c_n, length = x.shape
+    tile = configs.all_maps_tile(x, c_n, gradient)
     out_, e_ = (x if t is None else t for t in (out, e))
-    align = launch.alignment(x, y, out_, e_, dx)
-    with launch.device_of(x):
-        all_maps_kernel[(batch * heads * triton.cdiv(length, tile.block_l),)](
-            w, x, *(x if t is None else t for t in (bias, lse, delta, keep)), y, out_, e_, dx,
-            scale, logit_scale, heads, w.shape[2], c_n, length // align,
-            *w.stride(), *launch.strides(x, align), *((0, 0) if keep is None else keep.stride()),
-            *(stride for t in (y, out_, e_, dx) for stride in launch.strides(t, align)),
-            SOFTMAX=softmax, PER_MAP=lse is not None, HAS_BIAS=bias is not None,
-            HAS_MASK=keep is not None, WRITE_OUT=out is not None, WRITE_E=e is not None,
-            GRADIENT=gradient, ALIGN=align,
-            E_SCALE=1.0 if lse is None else launch.p_scale(x.dtype),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile, again=True),
-        )  # fmt: skip
+    return launch.Launch(
+        all_maps_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
+        maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "keep": keep},
+        HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
+        HAS_BIAS=bias is not None, HAS_MASK=keep is not None, WRITE_OUT=out is not None,
+        WRITE_E=e is not None, GRADIENT=gradient,
+        E_SCALE=1.0 if lse is None else launch.p_scale(x.dtype),
+    )  # fmt: skip

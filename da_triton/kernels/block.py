@@ -14,8 +14,8 @@ X is ``(N, C, L)``. G is ``(N, heads, m, n)`` with ba, lse ``(N, heads·n)``.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from ..arguments import Weights as Weights
 from ..precision import accumulator
 from ..projection import add_project, project
 from . import (
@@ -32,18 +32,6 @@ from . import (
 from . import distribute as core_distribute
 from . import gather as core_gather
 from .products import by_head, shared
-
-
-class Weights(NamedTuple):
-    """Matrices ``(out, in)``, contiguous, and biases; all in the dtype of X."""
-
-    a: Tensor
-    bias_a: Tensor | None
-    b: Tensor
-    v: Tensor
-    bias_v: Tensor | None
-    out: Tensor | None
-    bias_out: Tensor | None
 
 
 class Options(NamedTuple):
@@ -80,12 +68,15 @@ def forward(x, w, keep, o, route, keep_v):
     out = launch.empty_rows_like(x, w.out.shape[0])
     v = launch.empty_rows_like(x, w.v.shape[0]) if keep_v else None
     lse, g = descriptors.empty(x, w, o.heads)
-    for i in range(0, x.shape[0], route.chunk):
-        part = slice(i, i + route.chunk)
-        mask = None if keep is None else keep[part]
-        h, _ = _gather(x[part], w, mask, lse[part], g[part], o, route)
+    batched = x, keep, lse, g, out, v
+    batch, chunk = x.shape[0], route.chunk
+    parts = [batched] if batch <= chunk else [
+        [None if t is None else t[i : i + chunk] for t in batched] for i in range(0, batch, chunk)
+    ]  # fmt: skip
+    for x_, keep_, lse_, g_, out_, v_ in parts:
+        h, _ = _gather(x_, w, keep_, lse_, g_, o, route)
         project_distribute.project_distribute(
-            x[part], w.v, w.bias_v, h, w.bias_out, out[part], None if v is None else v[part],
+            x_, w.v, w.bias_v, h, w.bias_out, out_, v_,
             heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v, residual=o.residual,
         )  # fmt: skip
     return out, lse, g, v

@@ -244,30 +244,34 @@ def gather_side_kernel(
 @guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
 def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the parts of dH, ``(N, splits, maps, C')``."""
-    batch, channels, length = x.shape
+    ready = launch.prepared(_distribute_side, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax)
+    (parts,) = ready.empty()
+    ready(
+        (
+            x, dout, weight_v, weight_v if bias_v is None else bias_v, x if v is None else v,
+            h, dv, parts,
+        ),
+        (logit_scale,),
+    )  # fmt: skip
+    return parts
+
+
+def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
+    batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
     head_block, block_n = configs.lanes(heads, maps // heads)
     tile = configs.fused_tile("distribute_side", x, max(channels, c_out), head_block * block_n)
     if v is not None:
         tile = fused_tiles.special(tile, "distribute_side", x, configs.architecture(x.device))
-    chunk, splits = launch.chunks(batch, length, tile, x.device)
-    parts = x.new_empty((batch, splits, maps, c_out), dtype=accumulator(x.dtype))
-    v_ = x if v is None else v
-    align = launch.alignment(x, dout, v_, dv)
-    with launch.device_of(x):
-        distribute_side_kernel[(batch * splits,)](
-            x, dout, weight_v, weight_v if bias_v is None else bias_v, v_, h, dv, parts,
-            logit_scale, heads, channels, maps // heads, c_out, length // align, chunk, splits,
-            *launch.strides(x, align), *launch.strides(dout, align),
-            *launch.strides(v_, align), *launch.strides(dv, align),
-            HEAD_BLOCK=head_block, PACKED=configs.packed(heads, maps // heads, block_n),
-            PROJECT=v is None, SOFTMAX=softmax,
-            HAS_BIAS=v is None and bias_v is not None,
-            CHANNELS_FIRST=configs.reads_shared_operands(x.device), ALIGN=align,
-            BLOCK_N=block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
-        )  # fmt: skip
-    return parts
+    ready = launch.Launch(
+        distribute_side_kernel, x, tile, batch,
+        maps={"x": x, "do": dout, "v": x if v is None else v, "dv": dv},
+        HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
+        PACKED=configs.packed(heads, maps // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
+        HAS_BIAS=v is None and bias_v is not None,
+        CHANNELS_FIRST=configs.reads_shared_operands(x.device), BLOCK_N=block_n,
+    )  # fmt: skip
+    return ready.allocating(accumulator(x.dtype), (batch, ready.splits, maps, c_out))
 
 
 @guard.proved(
@@ -287,26 +291,30 @@ def gather_side(
     x, dout, weight_b, weight_v, dm, lse, delta, keep, dv, db, *, logit_scale, residual, need_x
 ):
     """Writes dB and returns dX (None if not needed) in the memory format of X."""
-    batch, channels, length = x.shape
-    maps = weight_b.shape[0]
-    dx = launch.empty_rows_like(x, channels) if need_x else x
+    dx = launch.empty_rows_like(x, x.shape[1]) if need_x else x
     dout_ = dout if residual else x
+    ready = launch.prepared(
+        _gather_side, (x, dout_, dv, db, dx, keep, weight_b, weight_v, dm, lse, delta), residual,
+        need_x,
+    )  # fmt: skip
+    ready(
+        (
+            x, dout_, weight_b, weight_v, dm, lse, delta, x if keep is None else keep, dv, db, dx,
+        ),
+        (logit_scale,),
+    )  # fmt: skip
+    return dx if need_x else None
+
+
+def _gather_side(x, dout, dv, db, dx, keep, weight_b, weight_v, dm, lse, delta, residual, need_x):
+    batch, channels, _ = x.shape
+    maps = weight_b.shape[0]
     tile = configs.fused_tile("gather_side", x, channels, maps)
     if keep is not None:
         tile = fused_tiles.special(tile, "gather_side", x, configs.architecture(x.device))
-    chunk, splits = launch.chunks(batch, length, tile, x.device)
-    align = launch.alignment(x, dout_, dv, db, dx)
-    with launch.device_of(x):
-        gather_side_kernel[(batch * splits,)](
-            x, dout_, weight_b, weight_v, dm, lse, delta, x if keep is None else keep, dv, db, dx,
-            logit_scale, channels, maps, length // align, chunk, splits,
-            *launch.strides(x, align), *launch.strides(dout_, align),
-            *launch.strides(dv, align), *launch.strides(dx, align),
-            *((0, 0) if keep is None else keep.stride()),
-            HAS_MASK=keep is not None, RESIDUAL=residual, WRITE_X=need_x,
-            CHAINED=configs.chains_products(x.device), ALIGN=align,
-            P_SCALE=launch.p_scale(x.dtype),
-            BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
-            **launch.options(x, tile, again=True),
-        )  # fmt: skip
-    return dx if need_x else None
+    return launch.Launch(
+        gather_side_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
+        strided={"keep": keep}, again=True, C=channels, MAPS=maps, HAS_MASK=keep is not None,
+        RESIDUAL=residual, WRITE_X=need_x, CHAINED=configs.chains_products(x.device),
+        P_SCALE=launch.p_scale(x.dtype),
+    )  # fmt: skip

@@ -121,18 +121,22 @@ def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None)
     is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
     is returned (see ``into_float16``).
     """
-    batch, heads, slots, c_m, c_n = parts.shape
-    delta = g.new_empty((batch, heads, c_n))
-    rounded = g.new_empty((batch, heads, c_m, c_n), dtype=dtype)
     shifted = torch.empty_like(lse) if dtype == torch.float16 else lse
-    tile = configs.tile("delta", delta, c_m, c_n)
-    with launch.device_of(g):
-        delta_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
-            parts, g, g if bias is None else bias, lse,
-            lse if dlse is None else dlse.contiguous(), rounded, delta, shifted,
-            heads, slots, c_m, c_n, *parts.stride(),
-            HAS_BIAS=bias is not None, HAS_MASK=mask, HAS_DLSE=dlse is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    dlse_ = lse if dlse is None else dlse.contiguous()
+    ready = launch.prepared(_delta, (parts, g, bias, lse, dlse), dtype, mask)
+    delta, rounded = ready.empty()
+    ready((parts, g, g if bias is None else bias, lse, dlse_, rounded, delta, shifted))
     return rounded, delta, shifted
+
+
+def _delta(parts, g, bias, lse, dlse, dtype, mask):
+    batch, heads, slots, c_m, c_n = parts.shape
+    tile = configs.tile("delta", g, c_m, c_n)
+    ready = launch.Launch(
+        delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": parts},
+        HEADS=heads, SLOTS=slots, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=mask,
+        HAS_DLSE=dlse is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    ready.allocating(g.dtype, (batch, heads, c_n))
+    return ready.allocating(dtype, (batch, heads, c_m, c_n))

@@ -268,24 +268,43 @@ def _descriptors(
     acc, mx, total, lse, weights, slots, strides, *, heads, scale, mask, from_x, merge, bias,
     want_m, g, want_h,
 ):  # fmt: skip
-    batch, channels = acc.shape[0], weights.a.shape[1]
-    c_m, c_n = weights.a.shape[0] // heads, weights.b.shape[0] // heads
-    c_out = weights.out.shape[0] if want_h else 1
-    m = acc.new_empty((batch, channels, heads * c_n)) if want_m else None
-    h = weights.a.new_empty((batch, c_out, heads * c_n)) if want_h else None
-    tile = configs.fused_tile("descriptors", weights.a, c_m, c_n)
-    with launch.device_of(acc):
-        descriptors_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
-            acc, mx, total, lse, weights.a, weights.a if bias is None else bias,
-            weights.out if want_h else weights.a,
-            acc if m is None else m, acc if g is None else g, weights.a if h is None else h,
-            scale, heads, channels, c_m, c_n, c_out, slots, *strides,
-            FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask,
-            WRITE_M=want_m, WRITE_G=g is not None, WRITE_H=want_h,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_l,
-            **launch.options(weights.a, tile),
-        )  # fmt: skip
+    a, out = weights.a, weights.out
+    ready = launch.prepared(
+        _forward, (acc, mx, total, lse, a, weights.b, bias, out, g), slots, strides, heads, mask,
+        from_x, merge, want_m, want_h,
+    )  # fmt: skip
+    results = ready.empty()
+    m = results[0] if want_m else None
+    h = results[-1] if want_h else None
+    ready(
+        (
+            acc, mx, total, lse, a, a if bias is None else bias, out if want_h else a,
+            acc if m is None else m, acc if g is None else g, a if h is None else h,
+        ),
+        (scale,),
+    )  # fmt: skip
     return m, h
+
+
+def _forward(
+    acc, mx, total, lse, a, b, bias, out, g, slots, strides, heads, mask, from_x, merge, want_m,
+    want_h,
+):  # fmt: skip
+    batch, channels, maps = acc.shape[0], a.shape[1], b.shape[0]
+    c_m, c_n = a.shape[0] // heads, maps // heads
+    c_out = out.shape[0] if want_h else 1
+    tile = configs.fused_tile("descriptors", a, c_m, c_n)
+    steps = zip(("s", "slot", "h", "n", "f"), strides, strict=True)
+    ready = launch.Launch(
+        descriptors_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots,
+        FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask, WRITE_M=want_m,
+        WRITE_G=g is not None, WRITE_H=want_h, BLOCK_C=tile.block_l,
+        **{f"stride_acc_{axis}": step for axis, step in steps},
+    )  # fmt: skip
+    if want_m:
+        ready.allocating(acc.dtype, (batch, channels, maps))
+    return ready.allocating(a.dtype, (batch, c_out, maps)) if want_h else ready
 
 
 @guard.proved({"parts": "NS--", "lse": "N", "m": "N--"})
@@ -294,19 +313,20 @@ def backward(parts, lse, m, weights, *, heads, scale):
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
-    batch, slots, maps, c_out = parts.shape
-    c_m, c_n, channels = weights.a.shape[0] // heads, maps // heads, weights.a.shape[1]
-    dh = parts.new_empty((batch, c_out, maps))
-    dg = parts.new_empty((batch, heads, c_m, c_n))
-    dm = weights.a.new_empty((batch, channels, maps))
-    delta = parts.new_empty((batch, maps))
-    shifted = torch.empty_like(lse) if dm.dtype == torch.float16 else lse
-    tile = configs.fused_tile("descriptors_backward", weights.a, c_m, c_n)
-    with launch.device_of(parts):
-        descriptors_backward_kernel[(batch * heads * triton.cdiv(c_n, tile.block_n),)](
-            parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted,
-            scale, heads, channels, c_m, c_n, c_out, slots,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_l,
-            **launch.options(weights.a, tile),
-        )  # fmt: skip
+    shifted = torch.empty_like(lse) if weights.a.dtype == torch.float16 else lse
+    ready = launch.prepared(_backward, (parts, lse, m, weights.a, weights.out), heads)
+    dh, dg, delta, dm = ready.empty()
+    ready((parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
     return dh, dg, dm, delta, shifted
+
+
+def _backward(parts, lse, m, a, out, heads):
+    batch, slots, maps, c_out = parts.shape
+    c_m, c_n, channels = a.shape[0] // heads, maps // heads, a.shape[1]
+    tile = configs.fused_tile("descriptors_backward", a, c_m, c_n)
+    ready = launch.Launch(
+        descriptors_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots, BLOCK_C=tile.block_l,
+    )  # fmt: skip
+    ready.allocating(parts.dtype, (batch, c_out, maps), (batch, heads, c_m, c_n), (batch, maps))
+    return ready.allocating(a.dtype, (batch, channels, maps))

@@ -166,10 +166,9 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
 
     ``bias``: ``(heads·n,)``, to be added to v, or None.
     """
-    batch, heads, c_n, length = v.shape
-    c_m = g.shape[2]
+    c_m, c_n = g.shape[2], v.shape[2]
     z = launch.empty_map_like(v, c_m)
-    if batch == 0:
+    if v.shape[0] == 0:
         return z
     scalars = {"scale": scale, "logit_scale": logit_scale}
     in_one = configs.one_tile(v, c_m, c_n)
@@ -181,18 +180,19 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
         lse = tiled.position_lse(v, logit_scale) if softmax else None
         tiled.mix(g, v, z, lse=lse, **scalars)
         return z
-    tile = configs.tile("distribute", v, c_m, c_n)
-    chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
-    align = launch.alignment(v, z)
-    with launch.device_of(v):
-        distribute_kernel[(batch * heads * splits,)](
-            g, v, z, scale, logit_scale, heads, c_m, c_n, length // align, chunk, splits,
-            *g.stride(), *launch.strides(v, align), *launch.strides(z, align),
-            SOFTMAX=softmax, ALIGN=align,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(v, tile),
-        )  # fmt: skip
+    ready = launch.prepared(_forward, (v, g, z), softmax)
+    ready((g, v, z), (scale, logit_scale))
     return z
+
+
+def _forward(v, g, z, softmax):
+    batch, heads, c_n, _ = v.shape
+    c_m = g.shape[2]
+    tile = configs.tile("distribute", v, c_m, c_n)
+    return launch.Launch(
+        distribute_kernel, v, tile, batch * heads, maps={"v": v, "z": z}, strided={"g": g},
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax,
+    )  # fmt: skip
 
 
 @guard.proved({"dz": "N--L", "g": "N---", "v": "N--L"})
@@ -248,26 +248,22 @@ def with_bias(v, bias):
 
 def _backward_in_one(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     """Writes dV unless None; parts of dG, if needed, where one program holds all of it."""
-    batch, heads, c_n, length = v.shape
-    c_m = g.shape[2]
-    need_v = dv is not None
-    tile = configs.tile("distribute_backward", v, c_m, c_n)
-    chunk, splits = launch.chunks(batch * heads, length, tile, v.device)
-    acc = accumulator(v.dtype)
-    partial = v.new_empty((batch * heads, splits, c_m, c_n), dtype=acc) if need_g else v
-    dv_ = v if dv is None else dv
-    align = launch.alignment(dz, v, dv_)
-    with launch.device_of(v):
-        distribute_backward_kernel[(batch * heads * splits,)](
-            dz, g, v, dv_, partial, scale, logit_scale,
-            heads, c_m, c_n, length // align, chunk, splits,
-            *launch.strides(dz, align), *g.stride(),
-            *launch.strides(v, align), *launch.strides(dv_, align),
-            SOFTMAX=softmax, NEED_G=need_g, NEED_V=need_v, ALIGN=align,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(v, tile),
-        )  # fmt: skip
+    ready = launch.prepared(_backward, (v, dz, g, dv), softmax, need_g)
+    partial = ready.empty()[0] if need_g else v
+    ready((dz, g, v, v if dv is None else dv, partial), (scale, logit_scale))
     return partial
+
+
+def _backward(v, dz, g, dv, softmax, need_g):
+    batch, heads, c_n, _ = v.shape
+    c_m = g.shape[2]
+    tile = configs.tile("distribute_backward", v, c_m, c_n)
+    ready = launch.Launch(
+        distribute_backward_kernel, v, tile, batch * heads,
+        maps={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, NEED_G=need_g, NEED_V=dv is not None,
+    )  # fmt: skip
+    return ready.allocating(accumulator(v.dtype), (batch * heads, ready.splits, c_m, c_n))
 
 
 def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):

@@ -323,20 +323,25 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
         lse = a.new_empty((batch, heads, c_n), dtype=lse_dtype(a.dtype))
     if batch == 0:
         return g, lse
-    if sum(splits for _, splits in _chunks(sources)) == 1:
+    if _slots(sources) == 1:
         _gather(sources, logit_scale, (g, lse, lse), bias, rounded, final=True)
         return g, lse
     parts = _parts(sources, logit_scale)
-    tile = configs.tile("gather_combine", a, c_m, c_n)
-    tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
-    with launch.device_of(a):
-        gather_combine_kernel[(batch * heads * tiles,)](
-            *parts, g if bias is None else bias, g, g if rounded is None else rounded, lse,
-            heads, c_m, c_n, parts[0].shape[1],
-            HAS_MASK=keep is not None, HAS_BIAS=bias is not None, ROUNDED=rounded is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **launch.options(a, tile, products=False),
-        )  # fmt: skip
+    ready = launch.prepared(_combine, (a, b, *parts, bias, g, rounded, lse), keep is not None)
+    ready((*parts, g if bias is None else bias, g, g if rounded is None else rounded, lse))
     return g, lse
+
+
+def _combine(a, b, acc, mx, total, bias, g, rounded, lse, masked):
+    batch, heads, c_m, _ = a.shape
+    c_n = b.shape[2]
+    tile = configs.tile("gather_combine", a, c_m, c_n)
+    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    return launch.Launch(
+        gather_combine_kernel, a, tile, batch * heads * tiles, HEADS=heads, C_M=c_m, C_N=c_n,
+        SLOTS=acc.shape[1], HAS_MASK=masked, HAS_BIAS=bias is not None,
+        ROUNDED=rounded is not None,
+    )  # fmt: skip
 
 
 @guard.proved({"sources": SOURCE})
@@ -348,47 +353,55 @@ def gather_parts(sources, logit_scale):
 def _parts(sources, logit_scale):
     a, b, _ = sources[0]
     batch, heads, c_m, _ = a.shape
-    slots, maps = sum(splits for _, splits in _chunks(sources)), heads * b.shape[2]
-    dtype = accumulator(a.dtype)
-    parts = (
-        a.new_empty((batch, slots, maps, c_m), dtype=dtype),
-        *(a.new_empty((batch, slots, maps), dtype=dtype) for _ in range(2)),
-    )
+    statistics, dtype = (batch, _slots(sources), heads * b.shape[2]), accumulator(a.dtype)
+    shapes = (*statistics, c_m), statistics, statistics
+    parts = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
     _gather(sources, logit_scale, parts, None, None, final=False)
     return parts
 
 
+def _slots(sources):
+    """How many programs share the positions of all sources."""
+    return sum(splits for _, splits in _chunks(sources))
+
+
 def _chunks(sources):
     """(blocks of positions in a chunk, number of chunks) of each source."""
-    a, b, _ = sources[0]
+    return launch.prepared(_split, [t for a, b, _ in sources for t in (a, b)])
+
+
+def _split(*maps):
+    a, b = maps[:2]
     tile = configs.tile("gather", a, a.shape[2], b.shape[2])
-    blocks = triton.cdiv(a.shape[2], tile.block_m) * triton.cdiv(b.shape[2], tile.block_n)
+    blocks = -(-a.shape[2] // tile.block_m) * -(-b.shape[2] // tile.block_n)
     programs = a.shape[0] * a.shape[1] * blocks
-    return [launch.chunks(programs, s[0].shape[-1], tile, a.device) for s in sources]
+    return [launch.chunks(programs, s.shape[-1], tile, a.device) for s in maps[::2]]
 
 
 def _gather(sources, logit_scale, results, bias, rounded, final):
     chunks = _chunks(sources)
     slot, slots = 0, sum(splits for _, splits in chunks)
-    for (a, b, keep), (chunk, splits) in zip(sources, chunks, strict=True):
-        batch, heads, c_m, length = a.shape
-        c_n = b.shape[2]
-        tile = configs.tile("gather", a, c_m, c_n)
-        tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
-        align = launch.alignment(a, b)
-        with launch.device_of(a):
-            gather_kernel[(batch * heads * splits * tiles,)](
-                a, b, b if keep is None else keep, *results,
-                a if bias is None else bias, a if rounded is None else rounded,
-                logit_scale, heads, c_m, c_n, length // align, chunk, splits, slot, slots,
-                *launch.strides(a, align), *launch.strides(b, align),
-                *((0, 0) if keep is None else keep.stride()),
-                HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
-                ROUNDED=rounded is not None, ALIGN=align,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-                **launch.options(a, tile),
-            )  # fmt: skip
-        slot += splits
+    for (a, b, keep), chunk in zip(sources, chunks, strict=True):
+        ready = launch.prepared(
+            _gathering, (a, b, keep, *results, bias, rounded), *chunk, slot, slots, final
+        )
+        tensors = a, b, keep, *results, bias, rounded
+        ready([a if t is None else t for t in tensors], (logit_scale,))
+        slot += chunk[1]
+
+
+def _gathering(a, b, keep, acc, mx, total, bias, rounded, chunk, splits, slot, slots, final):
+    batch, heads, c_m, _ = a.shape
+    c_n = b.shape[2]
+    tile = configs.tile("gather", a, c_m, c_n)
+    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    return launch.Launch(
+        gather_kernel, a, tile, batch * heads * splits * tiles,
+        maps={"a": a, "b": b}, strided={"keep": keep},
+        HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, SLOT=slot, SLOTS=slots,
+        HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
+        ROUNDED=rounded is not None,
+    )  # fmt: skip
 
 
 def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
@@ -416,33 +429,31 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
 )
 def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
     """Writes dA and dB, unless None, from dG in the dtype of the maps, δ and lse (``delta``)."""
-    batch, heads, c_m, length = a.shape
-    c_n = b.shape[2]
-    need_a, need_b = da is not None, db is not None
+    c_m, c_n = a.shape[2], b.shape[2]
     if not configs.one_tile(a, c_m, c_n):
         maps = {"logit_scale": logit_scale, "lse": lse, "keep": keep}
         if all_maps.fits(b, c_n):
             db = launch.empty_map_like(b) if db is None else db  # the same bits, needed or not
             all_maps.gather_backward(dg, a, b, correction, da, db, **maps)
             return
-        if need_a:
+        if da is not None:
             tiled.mix(dg, b, da, per_map=True, **maps)
-        if need_b:
+        if db is not None:
             tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
         return
+    ready = launch.prepared(_backward, (a, b, dg, da, db, keep, lse, correction))
+    tensors = dg, a, b, keep, lse, correction, da, db
+    ready([a if t is None else t for t in tensors], (logit_scale,))
+
+
+def _backward(a, b, dg, da, db, keep, lse, correction):
+    batch, heads, c_m, _ = a.shape
+    c_n = b.shape[2]
     tile = configs.tile("gather_backward", a, c_m, c_n)
-    chunk, splits = launch.chunks(batch * heads, length, tile, a.device)
-    da_, db_ = (a if da is None else da), (b if db is None else db)
-    align = launch.alignment(a, b, da_, db_)
-    with launch.device_of(a):
-        gather_backward_kernel[(batch * heads * splits,)](
-            dg, a, b, b if keep is None else keep, lse, correction, da_, db_,
-            logit_scale, heads, c_m, c_n, length // align, chunk, splits,
-            *dg.stride(), *launch.strides(a, align), *launch.strides(b, align),
-            *((0, 0) if keep is None else keep.stride()),
-            *launch.strides(da_, align), *launch.strides(db_, align),
-            HAS_MASK=keep is not None, NEED_A=need_a, NEED_B=need_b,
-            ALIGN=align, P_SCALE=launch.p_scale(a.dtype),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(a, tile, again=True),
-        )  # fmt: skip
+    return launch.Launch(
+        gather_backward_kernel, a, tile, batch * heads, again=True,
+        maps={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},
+        strided={"dg": dg, "keep": keep}, HEADS=heads, C_M=c_m, C_N=c_n,
+        HAS_MASK=keep is not None, NEED_A=da is not None, NEED_B=db is not None,
+        P_SCALE=launch.p_scale(a.dtype),
+    )  # fmt: skip

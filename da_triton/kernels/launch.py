@@ -1,16 +1,25 @@
 """What every launcher needs on the host: strides and their alignment, chunks, dtypes, the device.
 
 Positions are split into chunks, one program each, so that a launch has about one wave of programs.
+
+Everything about a launch but addresses and scales follows from the shapes, strides, dtypes and
+device of its tensors, the flags, and PyTorch's TF32 switch. It is found once per such signature
+(``prepared``), and the kernel that Triton compiled for it is kept, so that a later call only looks
+up the ``Launch`` and passes pointers.
 """
 
 import contextlib
 import functools
 import threading
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime.driver import driver
 
+from .. import signatures
 from ..precision import accumulator
 from .tiles import GRADIENT_RANGE
 
@@ -97,10 +106,10 @@ def chunks(programs, length, tile, device):
 
     ``programs``: how many programs there are without splitting positions.
     """
-    blocks = triton.cdiv(length, tile.block_l)
+    blocks = -(-length // tile.block_l)
     wanted = _trial.splits or max(1, processors(device) * tile.per_processor // programs)
-    blocks_per_chunk = triton.cdiv(blocks, min(wanted, blocks))
-    return blocks_per_chunk, triton.cdiv(blocks, blocks_per_chunk)
+    blocks_per_chunk = -(-blocks // min(wanted, blocks))
+    return blocks_per_chunk, -(-blocks // blocks_per_chunk)
 
 
 def empty_map_like(x, channels=None):
@@ -117,7 +126,10 @@ def empty_map_like(x, channels=None):
 
 def empty_rows_like(x, channels):
     """Uninitialised ``(N, channels, positions)`` in the memory format of ``x``, likewise."""
-    return empty_map_like(x.unsqueeze(1), channels).squeeze(1)
+    batch, _, length = x.shape
+    if x.stride(2) != 1 and x.stride(1) == 1:
+        return x.new_empty_strided((batch, channels, length), (channels * length, 1, channels))
+    return x.new_empty((batch, channels, length))
 
 
 def is_channels_last(x):
@@ -138,23 +150,170 @@ def device_of(x):
     return torch.cuda.device(x.device) if x.is_cuda else INTERPRETER
 
 
-def options(x, tile, products=True, again=False):
-    """Dtypes and compiler options of a launch; the float32 switch is PyTorch's own.
+MOST_PREPARED = 1024
+_prepared: dict[tuple, Any] = {}
+_lock = threading.Lock()
+
+
+def prepared(build, tensors, *flags):
+    """What ``build(*tensors, *flags)`` returns, built once per signature.
+
+    ``build`` reads of the tensors, any of which but the first may be None, their shapes, strides,
+    dtypes and device alone, and returns nothing that holds them: mostly a ``Launch``.
+    """
+    if _trial.tiles is not None:
+        return build(*tensors, *flags)
+    x = tensors[0]
+    key = (
+        build, flags, x.device, x.dtype == torch.float32 and _tf32(),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+    )  # fmt: skip
+    found = _prepared.get(key)
+    if found is None:
+        found = build(*tensors, *flags)
+        with _lock:
+            while len(_prepared) >= MOST_PREPARED:
+                del _prepared[next(iter(_prepared))]
+            _prepared[key] = found
+    return found
+
+
+def forget():
+    """Forgets every prepared launch, and the calls that were planned with the same facts."""
+    signatures.forget()
+    with _lock:
+        _prepared.clear()
+
+
+@contextlib.contextmanager
+def forgetting():
+    """Around what replaces a kernel, a table of tiles, or the facts about a GPU."""
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
+def _tf32():
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class Launch:
+    """A kernel with its grid and every argument but the tensors and scales, which come first.
+
+    ``values`` are the others by name, and compiler options. Left out where they follow: block
+    sizes of the tile, ACC and PRECISION of ``like``; for ``maps``, whose strides are in units of
+    ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
+    CHUNK_BLOCKS and SPLITS, which multiply ``programs``.
 
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
     FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
     where a select stands between the two, and ``exp`` of the difference overflows.
     """
-    if _trial.tiles is not None:
-        blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
-        _trial.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
-    chosen = {
-        "ACC": TRITON_DTYPE[accumulator(x.dtype)],
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "enable_fp_fusion": not again,
-    }
-    if products:
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        chosen["PRECISION"] = "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
-    return chosen
+
+    def __init__(
+        self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, **values
+    ):
+        names, marks = kernel.arg_names, kernel.fn.__annotations__
+        found = {"ACC": TRITON_DTYPE[accumulator(like.dtype)]}
+        found["PRECISION"] = "tf32" if like.dtype == torch.float32 and _tf32() else "ieee"
+        if tile is not None:
+            found |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_m}
+            found |= {"BLOCK_L": tile.block_l}
+            values |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            if _trial.tiles is not None:
+                blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
+                _trial.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
+        if maps:
+            align = alignment(*maps.values())
+            length = next(iter(maps.values())).shape[-1]
+            found |= {"ALIGN": align, "L_UNITS": length // align}
+            for name, x in maps.items():
+                found |= _named(names, name, strides(x, align))
+            if "SPLITS" in names and "SPLITS" not in values:
+                chunk, splits = chunks(programs, length, tile, like.device)
+                values |= {"CHUNK_BLOCKS": chunk, "SPLITS": splits}
+                programs *= splits
+        for name, x in (strided or {}).items():
+            found |= _named(names, name, (0, 0) if x is None else x.stride())
+        found |= values
+        self.kernel, self.device, self.grid = kernel, like.device, (programs, 1, 1)
+        self.splits = values.get("SPLITS")
+        self.sizes = tuple(found[n] for n in names if n not in marks and n[-4:] != "_ptr")
+        self.constants = {n: found[n] for n in names if marks.get(n) is tl.constexpr}
+        self.options = {n: x for n, x in values.items() if n not in names}
+        self.options["enable_fp_fusion"] = not again
+        self.rest = (*self.sizes, *self.constants.values())
+        self.results = []
+        self.compiled = {}
+
+    def allocating(self, dtype, *shapes):
+        """Itself, with contiguous results for ``empty``."""
+        for shape in shapes:
+            steps = [1]
+            for size in reversed(shape[1:]):
+                steps.append(steps[-1] * max(size, 1))
+            self.results.append((tuple(shape), tuple(reversed(steps)), dtype))
+        return self
+
+    def empty(self):
+        """The results, uninitialised."""
+        return tuple([
+            torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+            for shape, strides, dtype in self.results
+        ])  # fmt: skip
+
+    def __call__(self, tensors, scales=()):
+        """Launches on the current stream of the tensors' device.
+
+        The compiler sees which addresses 16 divides. Whatever Triton asks at every launch is asked
+        here, too; where the answer is another kernel, or a hook before the launch, it launches.
+        """
+        pointers = [t.data_ptr() for t in tensors]
+        joined = 0
+        for pointer in pointers:
+            joined |= pointer
+        aligned = True if joined % 16 == 0 else tuple([p % 16 == 0 for p in pointers])
+        found = self.compiled.get(aligned)
+        if found is None or not _direct(self.kernel):
+            return self._compile(tensors, scales, aligned)
+        current = driver.active
+        device = current.get_current_device()
+        if device != self.device.index and self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                return self(tensors, scales)
+        stream = current.get_current_stream(device)
+        kernel, run, function, metadata = found
+        enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if enter is not None and getattr(enter, "calls", True):
+            about = kernel.launch_metadata(self.grid, stream, *pointers, *scales, *self.rest)
+        run(
+            *self.grid, stream, function, metadata, about, enter, leave,
+            *pointers, *scales, *self.rest,
+        )  # fmt: skip
+
+    def _compile(self, tensors, scales, aligned):
+        """Launches through Triton; keeps what it compiled."""
+        with device_of(tensors[0]):
+            kernel = self.kernel[self.grid](
+                *tensors, *scales, *self.sizes, **self.constants, **self.options
+            )
+        if kernel is not None and _direct(self.kernel):
+            self.compiled[aligned] = kernel, kernel.run, kernel.function, kernel.packed_metadata
+
+
+def _direct(kernel):
+    """Whether nothing is set that Triton reads at a launch, other than hooks around it."""
+    runtime = knobs.runtime
+    return not (
+        runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+        or kernel.pre_run_hooks
+    )
+
+
+def _named(names, tensor, strides):
+    prefix = f"stride_{tensor}_"
+    return dict(zip([n for n in names if n.startswith(prefix)], strides, strict=True))

@@ -8,7 +8,6 @@ rounded    G in the dtype of the maps
 import triton
 import triton.language as tl
 
-from ..precision import accumulator
 from . import launch
 from .tiles import load_map, store_map
 
@@ -98,29 +97,38 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     together = len(weights) > 1 and _side_by_side(like, [len(weight) for weight in weights])
     stacked = w.new_empty((sum(map(len, weights)), w.shape[1])) if together else w
     rounded = g if g is None or g.dtype == w.dtype else g.new_empty(g.shape, dtype=w.dtype)
-    sizes = [weight.numel() for weight in weights] if together else []
-    sizes += [0] * (3 - len(sizes))
-    sizes.append(0 if rounded is g else g.numel())
-    programs = sum(triton.cdiv(size, BLOCK) for size in sizes)
-    map_ = like if start is None else start
-    x_ = map_ if x is None else x
-    align = launch.alignment(map_, x_)
-    batch, channels, length = map_.shape
-    if start is not None:
-        programs += batch * triton.cdiv(channels, BLOCK_C) * triton.cdiv(length, BLOCK_L)
-    if programs:
+    x_ = (like if start is None else start) if x is None else x
+    copied = weights if together else []
+    ready = launch.prepared(
+        _operands, (w, like if start is None else start, x_, None if rounded is g else g, bias),
+        tuple(map(len, copied)), start is not None, x is not None,
+    )  # fmt: skip
+    if ready is not None:
         first, second, third = (*weights, w, w)[:3]
-        with launch.device_of(w):
-            operands_kernel[(programs,)](
-                first, second, third, stacked,
-                *((w, w) if rounded is g else (g, rounded)), x_, w if bias is None else bias, map_,
-                *sizes, channels, length // align,
-                *launch.strides(x_, align), *launch.strides(map_, align),
-                START=start is not None, HAS_X=x is not None, HAS_BIAS=bias is not None,
-                ALIGN=align, ACC=launch.TRITON_DTYPE[accumulator(w.dtype)],
-                BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8, enable_fp_fusion=True,
-            )  # fmt: skip
+        ready((
+            first, second, third, stacked, *((w, w) if rounded is g else (g, rounded)), x_,
+            w if bias is None else bias, like if start is None else start,
+        ))  # fmt: skip
     return [stacked] if together else weights, rounded
+
+
+def _operands(w, map_, x, g, bias, rows, start, has_x):
+    """None where nothing is to be made."""
+    batch, channels, length = map_.shape
+    sizes = [r * w.shape[1] for r in rows]
+    sizes += [0] * (3 - len(sizes))
+    sizes.append(0 if g is None else g.numel())
+    programs = sum(-(-size // BLOCK) for size in sizes)
+    if start:
+        programs += batch * -(-channels // BLOCK_C) * -(-length // BLOCK_L)
+    if not programs:
+        return None
+    return launch.Launch(
+        operands_kernel, w, None, programs, maps={"start": map_, "x": x},
+        SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SIZE_G=sizes[3], C=channels,
+        START=start, HAS_X=has_x, HAS_BIAS=bias is not None,
+        BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8,
+    )  # fmt: skip
 
 
 def _side_by_side(x, rows):

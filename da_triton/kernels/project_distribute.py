@@ -162,7 +162,20 @@ def project_distribute(
     x, weight_v, bias_v, h, bias_out, out, v, *, heads, logit_scale, softmax, residual
 ):
     """Writes ``out (N, C', L)``, and ``v (N, maps, L)`` if given. ``h``: ``(N, C', maps)``."""
-    batch, channels, length = x.shape
+    ready = launch.prepared(
+        _project_distribute, (x, h, out, v, weight_v, bias_v, bias_out), heads, softmax, residual
+    )
+    ready(
+        (
+            x, x if v is None else v, weight_v, weight_v if bias_v is None else bias_v,
+            h, h if bias_out is None else bias_out, out,
+        ),
+        (logit_scale,),
+    )  # fmt: skip
+
+
+def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax, residual):
+    batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
     head_block, block_n = configs.lanes(heads, maps // heads)
     sizes = max(channels, c_out), head_block * block_n
@@ -171,19 +184,11 @@ def project_distribute(
     tile = configs.fused_tile(kernel, x, *sizes)
     if v is not None:
         tile = fused_tiles.special(tile, kernel, x, configs.architecture(x.device))
-    chunk, splits = launch.chunks(batch, length, tile, x.device)
-    maps_ = x if v is None else v
-    align = launch.alignment(x, maps_, out)
-    with launch.device_of(x):
-        project_distribute_kernel[(batch * splits,)](
-            x, maps_, weight_v, weight_v if bias_v is None else bias_v,
-            h, h if bias_out is None else bias_out, out,
-            logit_scale, heads, channels, maps // heads, c_out, length // align, chunk, splits,
-            *launch.strides(x, align), *launch.strides(maps_, align), *launch.strides(out, align),
-            HEAD_BLOCK=head_block, PACKED=configs.packed(heads, maps // heads, block_n),
-            KEEP=v is not None, SOFTMAX=softmax, HAS_BIAS=bias_v is not None,
-            HAS_BIAS_OUT=bias_out is not None, RESIDUAL=residual,
-            WHOLE=whole, ALIGN=align,
-            BLOCK_N=block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
-        )  # fmt: skip
+    return launch.Launch(
+        project_distribute_kernel, x, tile, batch,
+        maps={"x": x, "v": x if v is None else v, "out": out},
+        HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
+        PACKED=configs.packed(heads, maps // heads, block_n), KEEP=v is not None, SOFTMAX=softmax,
+        HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None, RESIDUAL=residual,
+        WHOLE=whole, BLOCK_N=block_n,
+    )  # fmt: skip

@@ -179,53 +179,48 @@ def gather_from_a_kernel(
 @guard.proved({"x": "N-L", "keep": "NL"})
 def gather_from_x(x, weight_b, keep, logit_scale):
     """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for all maps of all heads."""
-    batch, channels, length = x.shape
+    ready = launch.prepared(_gather_from_x, (x, weight_b, keep))
+    parts = ready.empty()
+    ready((x, weight_b, x if keep is None else keep, *parts), (logit_scale,))
+    return parts
+
+
+def _gather_from_x(x, weight_b, keep):
+    batch, channels, _ = x.shape
     maps = weight_b.shape[0]
     tile = configs.fused_tile("gather_from_x", x, channels, maps)
     if keep is not None:
         tile = fused_tiles.special(tile, "gather_from_x", x, configs.architecture(x.device))
-    blocks = triton.cdiv(maps, tile.block_n)
-    chunk, splits = launch.chunks(batch * blocks, length, tile, x.device)
-    parts = _parts(x, splits, maps, channels)
-    align = launch.alignment(x)
-    with launch.device_of(x):
-        gather_from_x_kernel[(batch * blocks * splits,)](
-            x, weight_b, x if keep is None else keep, *parts,
-            logit_scale, channels, maps, length // align, chunk, splits,
-            *launch.strides(x, align), *((0, 0) if keep is None else keep.stride()),
-            HAS_MASK=keep is not None, ALIGN=align,
-            BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
-        )  # fmt: skip
-    return parts
+    ready = launch.Launch(
+        gather_from_x_kernel, x, tile, batch * -(-maps // tile.block_n),
+        maps={"x": x}, strided={"keep": keep}, C=channels, MAPS=maps, HAS_MASK=keep is not None,
+    )  # fmt: skip
+    return _allocating(ready, x, maps, channels)
 
 
 @guard.proved({"x": "N-L", "keep": "NL"})
 def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
     """Partial ``(acc, max, sum)`` of ``G − ba = (Wa X) Pᵀ``."""
-    batch, channels, length = x.shape
+    ready = launch.prepared(_gather_from_a, (x, weight_a, weight_b, keep), heads)
+    parts = ready.empty()
+    ready((x, weight_a, weight_b, x if keep is None else keep, *parts), (logit_scale,))
+    return parts
+
+
+def _gather_from_a(x, weight_a, weight_b, keep, heads):
+    batch, channels, _ = x.shape
     c_m, c_n = weight_a.shape[0] // heads, weight_b.shape[0] // heads
     tile = configs.fused_tile("gather_from_a", x, c_m, c_n)
     if keep is not None:
         tile = fused_tiles.special(tile, "gather_from_a", x, configs.architecture(x.device))
-    chunk, splits = launch.chunks(batch * heads, length, tile, x.device)
-    parts = _parts(x, splits, heads * c_n, c_m)
-    align = launch.alignment(x)
-    with launch.device_of(x):
-        gather_from_a_kernel[(batch * heads * splits,)](
-            x, weight_a, weight_b, x if keep is None else keep, *parts,
-            logit_scale, heads, channels, c_m, c_n, length // align, chunk, splits,
-            *launch.strides(x, align), *((0, 0) if keep is None else keep.stride()),
-            HAS_MASK=keep is not None,
-            POSITIONS_FIRST=configs.reads_shared_operands(x.device), ALIGN=align,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=configs.BLOCK_C,
-            BLOCK_L=tile.block_l, **launch.options(x, tile),
-        )  # fmt: skip
-    return parts
+    ready = launch.Launch(
+        gather_from_a_kernel, x, tile, batch * heads, maps={"x": x}, strided={"keep": keep},
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, HAS_MASK=keep is not None,
+        POSITIONS_FIRST=configs.reads_shared_operands(x.device), BLOCK_C=configs.BLOCK_C,
+    )  # fmt: skip
+    return _allocating(ready, x, heads * c_n, c_m)
 
 
-def _parts(x, splits, maps, features):
-    dtype = accumulator(x.dtype)
-    acc = x.new_empty((x.shape[0], splits, maps, features), dtype=dtype)
-    statistics = [x.new_empty((x.shape[0], splits, maps), dtype=dtype) for _ in range(2)]
-    return acc, *statistics
+def _allocating(ready, x, maps, features):
+    statistics = x.shape[0], ready.splits, maps
+    return ready.allocating(accumulator(x.dtype), (*statistics, features), statistics, statistics)

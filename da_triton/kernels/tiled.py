@@ -312,17 +312,20 @@ def descriptor_gradient_kernel(
 
 def position_lse(x, logit_scale):
     """Log-sum-exp over maps of each position, ``(N·heads, L)``."""
-    batch, heads, c_n, length = x.shape
-    lse = x.new_empty((batch * heads, length), dtype=lse_dtype(x.dtype))
-    tile = configs.tile("position_lse", x, 1, c_n)
-    align = launch.alignment(x)
-    with launch.device_of(x):
-        position_lse_kernel[(batch * heads * triton.cdiv(length, tile.block_l),)](
-            x, lse, logit_scale, heads, c_n, length // align, *launch.strides(x, align),
-            ALIGN=align, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile, products=False),
-        )  # fmt: skip
+    ready = launch.prepared(_position_lse, (x,))
+    (lse,) = ready.empty()
+    ready((x, lse), (logit_scale,))
     return lse
+
+
+def _position_lse(x):
+    batch, heads, c_n, length = x.shape
+    tile = configs.tile("position_lse", x, 1, c_n)
+    programs = batch * heads * -(-length // tile.block_l)
+    ready = launch.Launch(
+        position_lse_kernel, x, tile, programs, maps={"x": x}, HEADS=heads, C_N=c_n
+    )
+    return ready.allocating(lse_dtype(x.dtype), (batch * heads, length))
 
 
 def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, keep=None):
@@ -334,30 +337,30 @@ def mix_product(w, x, y, *, scale, logit_scale, lse):
     """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
     tile = configs.tile("mix", x, w.shape[2], c_n)
-    blocks = triton.cdiv(w.shape[2], tile.block_m)
+    blocks = -(-w.shape[2] // tile.block_m)
     r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
     _mix(w, x, y, r, scale, logit_scale, lse, False, None)
     return r
 
 
 def _mix(w, x, y, r, scale, logit_scale, lse, per_map, keep):
+    ready = launch.prepared(_mixing, (x, w, y, r, lse, keep), per_map)
+    lse, keep, r = (x if t is None else t for t in (lse, keep, r))
+    ready((w, x, lse, keep, y, r), (scale, logit_scale))
+
+
+def _mixing(x, w, y, r, lse, keep, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = configs.tile("mix", x, c_m, c_n)
-    align = launch.alignment(x, y)
-    blocks = triton.cdiv(c_m, tile.block_m) * triton.cdiv(length, tile.block_l)
-    with launch.device_of(x):
-        mix_kernel[(batch * heads * blocks,)](
-            w, x, x if lse is None else lse, x if keep is None else keep, y, x if r is None else r,
-            scale, logit_scale, heads, c_m, c_n, length // align,
-            *w.stride(), *launch.strides(x, align),
-            *((0, 0) if keep is None else keep.stride()), *launch.strides(y, align),
-            SOFTMAX=lse is not None, PER_MAP=per_map, HAS_MASK=keep is not None,
-            PRODUCT=r is not None, ALIGN=align,
-            E_SCALE=launch.p_scale(x.dtype) if per_map else 1.0,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile, again=True),
-        )  # fmt: skip
+    blocks = -(-c_m // tile.block_m) * -(-length // tile.block_l)
+    return launch.Launch(
+        mix_kernel, x, tile, batch * heads * blocks, again=True,
+        maps={"x": x, "y": y}, strided={"w": w, "keep": keep},
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
+        HAS_MASK=keep is not None, PRODUCT=r is not None,
+        E_SCALE=launch.p_scale(x.dtype) if per_map else 1.0,
+    )  # fmt: skip
 
 
 def map_gradient(
@@ -367,42 +370,42 @@ def map_gradient(
 
     ``correction``: δ of the maps, or the parts of r that ``mix_product`` made.
     """
+    correction = None if lse is None else correction
+    ready = launch.prepared(_map_gradient, (x, w, y, dx, lse, correction, keep), per_map)
+    lse, correction, keep = (x if t is None else t for t in (lse, correction, keep))
+    ready((w, x, y, lse, correction, keep, dx), (scale, logit_scale))
+
+
+def _map_gradient(x, w, y, dx, lse, correction, keep, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = configs.tile("map_gradient", x, c_m, c_n)
-    align = launch.alignment(x, y, dx)
-    blocks = triton.cdiv(c_n, tile.block_n) * triton.cdiv(length, tile.block_l)
+    blocks = -(-c_n // tile.block_n) * -(-length // tile.block_l)
     softmax = lse is not None
-    with launch.device_of(x):
-        map_gradient_kernel[(batch * heads * blocks,)](
-            w, x, y, lse if softmax else x, correction if softmax else x,
-            x if keep is None else keep, dx,
-            scale, logit_scale, heads, c_m, c_n, length // align,
-            correction.shape[1] if softmax and not per_map else 1,
-            *w.stride(), *launch.strides(x, align), *launch.strides(y, align),
-            *((0, 0) if keep is None else keep.stride()), *launch.strides(dx, align),
-            SOFTMAX=softmax, PER_MAP=per_map, HAS_MASK=keep is not None, ALIGN=align,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile, again=True),
-        )  # fmt: skip
+    return launch.Launch(
+        map_gradient_kernel, x, tile, batch * heads * blocks, again=True,
+        maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "keep": keep},
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, PER_MAP=per_map,
+        PARTS=correction.shape[1] if softmax and not per_map else 1, HAS_MASK=keep is not None,
+    )  # fmt: skip
 
 
 def descriptor_gradient(y, x, scale, logit_scale, lse):
     """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, splits, C_M, C_N)`` in float32 or float64."""
-    batch, heads, c_n, length = x.shape
+    ready = launch.prepared(_descriptor_gradient, (x, y, lse))
+    (partial,) = ready.empty()
+    ready((y, x, x if lse is None else lse, partial), (scale, logit_scale))
+    return partial
+
+
+def _descriptor_gradient(x, y, lse):
+    batch, heads, c_n, _ = x.shape
     c_m = y.shape[2]
     tile = configs.tile("descriptor_gradient", x, c_m, c_n)
-    tiles = triton.cdiv(c_m, tile.block_m) * triton.cdiv(c_n, tile.block_n)
-    chunk, splits = launch.chunks(batch * heads * tiles, length, tile, x.device)
-    partial = x.new_empty((batch * heads, splits, c_m, c_n), dtype=accumulator(x.dtype))
-    align = launch.alignment(y, x)
-    with launch.device_of(x):
-        descriptor_gradient_kernel[(batch * heads * splits * tiles,)](
-            y, x, x if lse is None else lse, partial, scale, logit_scale,
-            heads, c_m, c_n, length // align, chunk, splits,
-            *launch.strides(y, align), *launch.strides(x, align),
-            SOFTMAX=lse is not None, ALIGN=align,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_L=tile.block_l,
-            **launch.options(x, tile, again=True),
-        )  # fmt: skip
-    return partial
+    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    ready = launch.Launch(
+        descriptor_gradient_kernel, x, tile, batch * heads * tiles, again=True,
+        maps={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
+    )  # fmt: skip
+    shape = batch * heads, ready.splits, c_m, c_n
+    return ready.allocating(accumulator(x.dtype), shape)

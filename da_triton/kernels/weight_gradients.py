@@ -263,27 +263,27 @@ def outer(t, x):
 
     ``t``: ``(N, rows, L)``; ``x``: ``(N, C, L)``, in any strides.
     """
+    ready = launch.prepared(_outer, (t, x))
+    parts, sums = ready.empty()
+    ready((t, x, parts, sums))
+    return parts, sums
+
+
+def _outer(t, x):
     batch, channels, length = x.shape
     rows = t.shape[1]
     tile = configs.fused_tile("outer", x, channels, rows)
-    tiles = triton.cdiv(rows, tile.block_n) * triton.cdiv(channels, tile.block_m)
-    padded = triton.cdiv(length, tile.block_l) * tile.block_l
+    tiles = -(-rows // tile.block_n) * -(-channels // tile.block_m)
+    padded = -(-length // tile.block_l) * tile.block_l
     chunk, _ = launch.chunks(tiles, padded * batch, tile, x.device)
     # A part weighs as much as its tiles of t and x together at a few blocks of positions.
     chunk = max(chunk, LEAST_BLOCKS)
-    chunks = triton.cdiv(padded * batch // tile.block_l, chunk)
-    dtype = accumulator(x.dtype)
-    parts = x.new_empty((chunks, rows, channels), dtype=dtype)
-    sums = x.new_empty((chunks, rows), dtype=dtype)
-    align = launch.alignment(x, t)
-    with launch.device_of(x):
-        outer_kernel[(tiles * chunks,)](
-            t, x, parts, sums, batch, rows, channels, length // align, chunk,
-            *launch.strides(t, align), *launch.strides(x, align), ALIGN=align,
-            BLOCK_N=tile.block_n, BLOCK_C=tile.block_m, BLOCK_L=tile.block_l,
-            **launch.options(x, tile),
-        )  # fmt: skip
-    return parts, sums
+    chunks = -(-(padded * batch // tile.block_l) // chunk)
+    ready = launch.Launch(
+        outer_kernel, x, tile, tiles * chunks, maps={"x": x, "t": t},
+        N=batch, ROWS=rows, C=channels, CHUNK_BLOCKS=chunk,
+    )  # fmt: skip
+    return ready.allocating(accumulator(x.dtype), (chunks, rows, channels), (chunks, rows))
 
 
 @guard.proved({"t": "N-L", "x": "N-L", "dh": "N--", "g": "N---", "dg": "N---", "m": "N--"})
@@ -293,27 +293,32 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     ``t``: dV at the start of the first half of its rows, dB of the second. dbo is right only where
     V has a softmax.
     """
+    parts, sums = outer(t, x)
+    ready = launch.prepared(_weight_gradients, (x, parts, sums, dh, g, dg, m, like))
+    dwv, dwb, dbv, dwo, dbo, dwa, dba = results = ready.empty()
+    ready((parts, sums, dh, g, dg, m, *results), (scale,))
+    return dwa, dba, dwb, dwv, dbv, dwo, dbo
+
+
+def _weight_gradients(x, parts, sums, dh, g, dg, m, like):
     batch, channels, _ = x.shape
     heads, c_m, c_n = g.shape[1:]
     c_out, maps = dh.shape[1], heads * c_n
-    parts, sums = outer(t, x)
     chunks, rows, _ = parts.shape
-    dwv, dwb = (like.new_empty((maps, channels)) for _ in range(2))
-    dbv = like.new_empty((maps,))
-    dwo, dbo = like.new_empty((c_out, heads * c_m)), like.new_empty((c_out,))
-    dwa, dba = like.new_empty((heads * c_m, channels)), like.new_empty((heads * c_m,))
     tile = configs.fused_tile("weight_gradients", x, c_m, c_n)
     square, block = tile.block_m, 1024
-    programs = 2 * triton.cdiv(maps * channels, block) + triton.cdiv(maps, block)
+    programs = 2 * -(-maps * channels // block) + -(-maps // block)
     for wide in (c_out, channels):
-        programs += heads * triton.cdiv(c_m, square) * triton.cdiv(wide, square)
-    with launch.device_of(x):
-        weight_gradients_kernel[(programs,)](
-            parts, sums, dh, g, dg, m, dwv, dwb, dbv, dwo, dbo, dwa, dba,
-            scale, chunks, rows, batch, heads, channels, c_m, c_n, c_out,
-            BLOCK_R=square, BLOCK_K=tile.block_n, BLOCK=block, **launch.options(x, tile),
-        )  # fmt: skip
-    return dwa, dba, dwb, dwv, dbv, dwo, dbo
+        programs += heads * -(-c_m // square) * -(-wide // square)
+    ready = launch.Launch(
+        weight_gradients_kernel, x, tile, programs, CHUNKS=chunks, ROWS=rows, N=batch,
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, BLOCK_R=square,
+        BLOCK_K=tile.block_n, BLOCK=block,
+    )  # fmt: skip
+    return ready.allocating(
+        like.dtype, *[(maps, channels)] * 2, (maps,), (c_out, heads * c_m), (c_out,),
+        (heads * c_m, channels), (heads * c_m,),
+    )  # fmt: skip
 
 
 def products(t, x, *rows):
@@ -324,19 +329,27 @@ def products(t, x, *rows):
     channels, arch = x.shape[1], configs.architecture(x.device)
     if not configs.fits("outer", t.element_size(), channels, t.shape[1], arch):
         return [_library_product(piece, x) for piece in t.split(rows, 1)]
-    results = [Gradient(t.new_empty((r, channels)), t.new_empty((r,))) for r in rows]
-    first, second, third = (*results, results[0], results[0])[:3]
     parts, sums = outer(t, x)
-    block = 1024
-    programs = sum(triton.cdiv(r * channels, block) + triton.cdiv(r, block) for r in rows)
-    with launch.device_of(x):
-        sums_kernel[(programs,)](
-            parts, sums, first.weight, second.weight, third.weight,
-            first.bias, second.bias, third.bias,
-            parts.shape[0], *(*rows, 0, 0)[:3], channels,
-            ACC=launch.TRITON_DTYPE[parts.dtype], BLOCK=block, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    ready = launch.prepared(_sums, (t, parts, sums), rows)
+    made = ready.empty()
+    results = [Gradient(*pair) for pair in zip(made[::2], made[1::2], strict=True)]
+    first, second, third = (*results, results[0], results[0])[:3]
+    ready((
+        parts, sums, first.weight, second.weight, third.weight, first.bias, second.bias, third.bias,
+    ))  # fmt: skip
     return results
+
+
+def _sums(t, parts, sums, rows):
+    chunks, _, channels = parts.shape
+    block = 1024
+    programs = sum(-(-r * channels // block) + -(-r // block) for r in rows)
+    first, second, third = (*rows, 0, 0)[:3]
+    ready = launch.Launch(
+        sums_kernel, t, None, programs, CHUNKS=chunks, ROWS_0=first, ROWS_1=second, ROWS_2=third,
+        C=channels, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return ready.allocating(t.dtype, *[s for r in rows for s in ((r, channels), (r,))])
 
 
 def _library_product(t, x):

@@ -330,7 +330,7 @@ launched = []
 
 def without_launch(self, *args, grid, warmup, **options):
     launched.append(self.fn.__name__)
-    return original(self, *args, grid=grid, warmup=True, **options)
+    original(self, *args, grid=grid, warmup=True, **options)
 
 with launches.on("sm_90"):
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))

@@ -7,7 +7,7 @@ import torch
 
 from da_triton import eager
 from da_triton.cores import triton as core
-from da_triton.kernels import configs, launch
+from da_triton.kernels import gather
 from support.cases import CASES, LARGEST, each_case
 from support.cases import ONE_TILE as CASE
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
@@ -93,12 +93,12 @@ def test_backward_inside_autocast():
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_tf32_is_pytorchs_own_switch(precision):
     x = torch.empty(1, 1, 4, 4)
-    tile = configs.tile("gather", x, 4, 4)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = precision
-        assert launch.options(x, tile)["PRECISION"] == precision
-        assert launch.options(x.double(), tile)["PRECISION"] == "ieee"
+        for maps, expected in ((x, precision), (x.double(), "ieee")):
+            made = gather._gathering(maps, maps, *[None] * 6, 1, 1, 0, 1, True)
+            assert made.constants["PRECISION"] == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

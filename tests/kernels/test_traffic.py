@@ -65,6 +65,7 @@ def counted():
 def _measure(work, monkeypatch):
     from support import traffic
 
+    launch.forget()
     monkeypatch.setattr(launch, "processors", lambda device: 132 // work.batch)
 
     def maps(channels):
