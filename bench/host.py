@@ -8,7 +8,7 @@ compared take turns.
     functional   ``double_attention_block``
     operator     ``torch.ops.da_triton.block``; in a step, ``block_backward`` too
     launchers    ``kernels.block.forward``, ``backward``: allocations, tiles, arguments of kernels
-    launches     ``JITFunction.run`` of each kernel with its arguments, and nothing else
+    launches     ``kernels.launch.Launch`` of each kernel, prepared, with its tensors
     gather, distribute, double_attention    the public functions, on maps
 
 Each is called with what the one above it hands down. A step is forward and backward, with the
@@ -16,7 +16,7 @@ gradients of x and of all weights; in a step of operators or launchers, autograd
 
 There are two kinds of time. ``issue`` is the host's alone. On a GPU, it is idle before a batch, and
 nothing waits for it within one. Without a GPU, CPU tensors take the GPU's path with nothing behind
-it: Triton's binder and cache run as they are, but the kernels that they find do nothing, and a
+it: launches are prepared by Triton's own binder, but the kernels that they find do nothing, and a
 library product is a function that allocates its result, which takes 1 µs longer than PyTorch takes
 for a product of tiny matrices. Not in it are the driver's part of a launch, cuBLAS's choice of a
 kernel, CUDA's caching allocator, the switch to the tensors' device, and the hand-over of backward
@@ -94,13 +94,12 @@ class Lower(NamedTuple):
 
 
 def lower_layers(run: Run) -> Lower:
-    """Finds what a call hands to operators, launchers and Triton.
+    """Finds what a call hands to operators, launchers and launches.
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
-    from triton.runtime.jit import JITFunction
-
     from da_triton.kernels import block
+    from da_triton.kernels.launch import Launch
 
     found = Lower([], [], [])
 
@@ -123,7 +122,7 @@ def lower_layers(run: Run) -> Lower:
     with (
         mock.patch.object(block, "forward", kept(found.launchers, block.forward)),
         mock.patch.object(block, "backward", kept(found.launchers, block.backward)),
-        mock.patch.object(JITFunction, "run", kept(found.launches, JITFunction.run)),
+        mock.patch.object(Launch, "__call__", kept(found.launches, Launch.__call__)),
     ):
         run()
     return found
