@@ -134,7 +134,7 @@ gathered()
 assert through_triton(knobs.runtime, "debug", False) == 0
 assert through_triton(knobs.runtime, "debug", True) == 1
 assert received[-1][1][4] != received[-2][1][4], "another kernel"
-assert through_triton(knobs.compilation, "instrumentation_mode", "gsan") == 1
+assert through_triton(knobs.compilation, "instrumentation_mode", "fpsan") == 1
 hooked = []
 assert through_triton(kernel, "pre_run_hooks", [lambda *args, **options: hooked.append(1)]) == 1
 assert hooked == [1]
