@@ -20,6 +20,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from ..precision import accumulator
+from . import measured
 from .tiles import GRADIENT_RANGE
 
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
@@ -178,7 +179,8 @@ def prepared(build, tensors, *flags):
 
 
 def forget():
-    """Forgets every prepared launch."""
+    """Forgets every prepared launch, and the tables of measured tiles that were read."""
+    measured.tiles.cache_clear()
     with _lock:
         _prepared.clear()
 
