@@ -41,7 +41,7 @@ def lie(monkeypatch):
     kernel = project_gather.gather_from_x_kernel
 
     class Lying:
-        fn, arg_names = kernel.fn, kernel.arg_names
+        fn = kernel.fn
 
         def __getitem__(self, grid):
             def launch(x, w, keep, acc, *args, **kwargs):
@@ -194,7 +194,7 @@ def test_a_kernel_that_faults_ends_the_check(small, monkeypatch, capsys):
     kernel = project_gather.gather_from_x_kernel
 
     class Faulting:
-        fn, arg_names = kernel.fn, kernel.arg_names
+        fn = kernel.fn
 
         def __getitem__(self, grid):
             return fault

@@ -229,7 +229,7 @@ def descriptors_backward_kernel(
 
 def empty(x, weights, heads):
     """Uninitialised lse and G of a batch like x."""
-    batch, c_m, maps = x.shape[0], len(weights.a), len(weights.b)
+    batch, c_m, maps = x.shape[0], weights.a.shape[0], weights.b.shape[0]
     lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
     g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
     return lse, g
@@ -270,7 +270,7 @@ def _descriptors(
 ):  # fmt: skip
     a, out = weights.a, weights.out
     ready = launch.prepared(
-        _forward, (acc, mx, total, lse, a, weights.b, bias, out, g), slots, strides, heads, mask,
+        _forward, (a, weights.b, bias, out, acc, mx, total, lse, g), slots, strides, heads, mask,
         from_x, merge, want_m, want_h,
     )  # fmt: skip
     results = ready.empty()
@@ -287,7 +287,7 @@ def _descriptors(
 
 
 def _forward(
-    acc, mx, total, lse, a, b, bias, out, g, slots, strides, heads, mask, from_x, merge, want_m,
+    a, b, bias, out, acc, mx, total, lse, g, slots, strides, heads, mask, from_x, merge, want_m,
     want_h,
 ):  # fmt: skip
     batch, channels, maps = acc.shape[0], a.shape[1], b.shape[0]
@@ -314,13 +314,13 @@ def backward(parts, lse, m, weights, *, heads, scale):
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
     shifted = torch.empty_like(lse) if weights.a.dtype == torch.float16 else lse
-    ready = launch.prepared(_backward, (parts, lse, m, weights.a, weights.out), heads)
+    ready = launch.prepared(_backward, (weights.a, weights.out, parts, lse, m), heads)
     dh, dg, delta, dm = ready.empty()
     ready((parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
     return dh, dg, dm, delta, shifted
 
 
-def _backward(parts, lse, m, a, out, heads):
+def _backward(a, out, parts, lse, m, heads):
     batch, slots, maps, c_out = parts.shape
     c_m, c_n, channels = a.shape[0] // heads, maps // heads, a.shape[1]
     tile = configs.fused_tile("descriptors_backward", a, c_m, c_n)

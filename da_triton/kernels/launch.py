@@ -10,6 +10,7 @@ up the ``Launch`` and passes pointers.
 
 import contextlib
 import functools
+import math
 import threading
 from typing import Any
 
@@ -21,6 +22,7 @@ from triton.runtime.driver import driver
 
 from .. import signatures
 from ..precision import accumulator
+from . import measured
 from .tiles import GRADIENT_RANGE
 
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
@@ -57,7 +59,7 @@ def strides(x, align):
     An axis of size 1 has stride 0 here: PyTorch leaves any value there.
     """
     s = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return *(stride // align for stride in s[:-1]), s[-1]
+    return tuple(s) if align == 1 else (*[stride // align for stride in s[:-1]], s[-1])
 
 
 def alignment(*maps):
@@ -66,11 +68,13 @@ def alignment(*maps):
     The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
     row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
     """
-    rows = [s for x in maps for s in strides(x, 1)[:-1]] + [maps[0].shape[-1]]
-    if any(x.stride(-1) != 1 for x in maps) or max(rows) >= 2**31:
-        return 1  # rows are not contiguous, or a stride rebuilt in the kernel could overflow int32
-    unit = next(d for d in (16, 8, 4, 2, 1) if all(r % d == 0 for r in rows))
-    return 1 if unit == 16 else unit
+    rows = [maps[0].shape[-1]]
+    for x in maps:
+        if x.stride(-1) != 1:
+            return 1  # rows are not contiguous
+        rows += strides(x, 1)[:-1]
+    unit = math.gcd(16, *rows)
+    return 1 if unit == 16 or max(rows) >= 2**31 else unit  # rebuilt in the kernel, it is int32
 
 
 @functools.cache
@@ -179,8 +183,9 @@ def prepared(build, tensors, *flags):
 
 
 def forget():
-    """Forgets every prepared launch, and the calls that were planned with the same facts."""
+    """Forgets every prepared launch and call, and the tables of measured tiles that were read."""
     signatures.forget()
+    measured.tiles.cache_clear()
     with _lock:
         _prepared.clear()
 
@@ -202,9 +207,9 @@ def _tf32():
 class Launch:
     """A kernel with its grid and every argument but the tensors and scales, which come first.
 
-    ``values`` are the others by name, and compiler options. Left out where they follow: block
-    sizes of the tile, ACC and PRECISION of ``like``; for ``maps``, whose strides are in units of
-    ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
+    ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
+    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
+    in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
     CHUNK_BLOCKS and SPLITS, which multiply ``programs``.
 
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
@@ -213,37 +218,41 @@ class Launch:
     """
 
     def __init__(
-        self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, **values
-    ):
-        names, marks = kernel.arg_names, kernel.fn.__annotations__
-        found = {"ACC": TRITON_DTYPE[accumulator(like.dtype)]}
-        found["PRECISION"] = "tf32" if like.dtype == torch.float32 and _tf32() else "ieee"
-        if tile is not None:
-            found |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_m}
-            found |= {"BLOCK_L": tile.block_l}
-            values |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, num_warps=None,
+        **values,
+    ):  # fmt: skip
+        sizes, constants, steps = _arguments(kernel.fn)
+        found = {
+            "ACC": TRITON_DTYPE[accumulator(like.dtype)],
+            "PRECISION": "tf32" if like.dtype == torch.float32 and _tf32() else "ieee",
+        }
+        self.options = {"enable_fp_fusion": not again}
+        if tile is None:
+            self.options["num_warps"] = num_warps
+        else:
+            found["BLOCK_M"] = found["BLOCK_C"] = tile.block_m
+            found["BLOCK_N"], found["BLOCK_L"] = tile.block_n, tile.block_l
+            self.options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             if _trial.tiles is not None:
                 blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
                 _trial.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
         if maps:
             align = alignment(*maps.values())
             length = next(iter(maps.values())).shape[-1]
-            found |= {"ALIGN": align, "L_UNITS": length // align}
+            found["ALIGN"], found["L_UNITS"] = align, length // align
             for name, x in maps.items():
-                found |= _named(names, name, strides(x, align))
-            if "SPLITS" in names and "SPLITS" not in values:
-                chunk, splits = chunks(programs, length, tile, like.device)
-                values |= {"CHUNK_BLOCKS": chunk, "SPLITS": splits}
+                found.update(zip(steps[name], strides(x, align), strict=True))
+            if "SPLITS" in sizes and "SPLITS" not in values:
+                found["CHUNK_BLOCKS"], splits = chunks(programs, length, tile, like.device)
+                found["SPLITS"] = splits
                 programs *= splits
         for name, x in (strided or {}).items():
-            found |= _named(names, name, (0, 0) if x is None else x.stride())
+            found.update(zip(steps[name], (0, 0) if x is None else x.stride(), strict=True))
         found |= values
         self.kernel, self.device, self.grid = kernel, like.device, (programs, 1, 1)
-        self.splits = values.get("SPLITS")
-        self.sizes = tuple(found[n] for n in names if n not in marks and n[-4:] != "_ptr")
-        self.constants = {n: found[n] for n in names if marks.get(n) is tl.constexpr}
-        self.options = {n: x for n, x in values.items() if n not in names}
-        self.options["enable_fp_fusion"] = not again
+        self.splits = found.get("SPLITS")
+        self.sizes = tuple([found[n] for n in sizes])
+        self.constants = {n: found[n] for n in constants}
         self.rest = (*self.sizes, *self.constants.values())
         self.results = []
         self.compiled = {}
@@ -314,6 +323,14 @@ def _direct(kernel):
     )
 
 
-def _named(names, tensor, strides):
-    prefix = f"stride_{tensor}_"
-    return dict(zip([n for n in names if n.startswith(prefix)], strides, strict=True))
+@functools.cache
+def _arguments(function):
+    """Names of a kernel's numbers, of its constants, and of strides by tensor; each in order."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    marks = function.__annotations__
+    steps = {}
+    for name in names:
+        if name.startswith("stride_"):
+            steps.setdefault(name.split("_")[1], []).append(name)
+    sizes = [n for n in names if n not in marks and not n.endswith("_ptr")]
+    return sizes, [n for n in names if marks.get(n) is tl.constexpr], steps

@@ -14,7 +14,7 @@ from bench import tune
 from bench.measure import Budget
 from bench.tune import Choice, Site
 from bench.workloads import Workload
-from da_triton.kernels import block, configs, fused_tiles, measured
+from da_triton.kernels import block, configs, fused_tiles, launch, measured
 
 ROOT = Path(tune.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -235,11 +235,10 @@ def test_step_returns_all_gradients(interpreted_tiles):
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    measured.tiles.cache_clear()
+    launch.forget()
     path = tune.path_of("NVIDIA Test (80GB)")
     tune.write(path, "NVIDIA Test (80GB)", [Choice(SITE, "w", PRESENT, (64, 4, 2), 2.0, 1.0, 3)])
-    yield path
-    measured.tiles.cache_clear()
+    return path
 
 
 def test_table_comes_back(table):

@@ -79,7 +79,7 @@ class Kernel:
 
     def __init__(self, kernel, lie):
         self.kernel, self.lie = kernel, lie
-        self.fn, self.arg_names = kernel.fn, kernel.arg_names
+        self.fn = kernel.fn
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from da_triton.kernels import distribute, gather, launch, project_gather
+from da_triton.kernels import distribute, gather, launch, measured, project_gather
 
 TESTS = Path(__file__).parents[1]
 
@@ -134,7 +134,7 @@ gathered()
 assert through_triton(knobs.runtime, "debug", False) == 0
 assert through_triton(knobs.runtime, "debug", True) == 1
 assert received[-1][1][4] != received[-2][1][4], "another kernel"
-assert through_triton(knobs.compilation, "instrumentation_mode", "gsan") == 1
+assert through_triton(knobs.compilation, "instrumentation_mode", "fpsan") == 1
 hooked = []
 assert through_triton(kernel, "pre_run_hooks", [lambda *args, **options: hooked.append(1)]) == 1
 assert hooked == [1]
@@ -295,6 +295,19 @@ def test_nothing_keeps_tensors():
     del a, b, keep, g, lse, da, db, z
     gc.collect()
     assert not any(ref() is not None for ref in kept)
+
+
+def test_a_reloaded_table_of_tiles_is_seen(monkeypatch):
+    x, w = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, 64, 8), (8, 64)))
+
+    def warps():
+        return launch.prepared(project_gather._gather_from_x, (x, w, None)).options["num_warps"]
+
+    before = warps()
+    monkeypatch.setattr(measured, "tile", lambda device, kernel, blocks: (64, 2, 2))
+    assert warps() == before != 2
+    launch.forget()
+    assert warps() == 2
 
 
 def test_what_is_replaced_inside_forgetting_is_seen_there_alone():
