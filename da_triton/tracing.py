@@ -23,7 +23,7 @@ def constant(function):
 def exporting() -> bool:
     """Whether a program is recorded that others will run: ``torch.export``, ``torch.jit.trace``,
     ONNX."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch._C._is_tracing() or torch.compiler.is_exporting()
 
 
 def checkpointed() -> bool:
