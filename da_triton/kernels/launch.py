@@ -155,6 +155,7 @@ def device_of(x):
 
 
 MOST_PREPARED = 1024
+_ABSENT = object()
 _prepared: dict[tuple, Any] = {}
 _lock = threading.Lock()
 
@@ -172,8 +173,8 @@ def prepared(build, tensors, *flags):
         build, flags, x.device, x.dtype == torch.float32 and _tf32(),
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
     )  # fmt: skip
-    found = _prepared.get(key)
-    if found is None:
+    found = _prepared.get(key, _ABSENT)
+    if found is _ABSENT:
         found = build(*tensors, *flags)
         with _lock:
             while len(_prepared) >= MOST_PREPARED:

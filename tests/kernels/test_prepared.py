@@ -285,6 +285,13 @@ def test_the_table_is_bounded_and_the_oldest_go(monkeypatch):
     assert [key[1] for key in launch._prepared] == [(2,), (3,), (4,)]
 
 
+def test_that_nothing_is_launched_is_found_once():
+    calls = []
+    for _ in range(2):
+        assert launch.prepared(calls.append, (torch.empty(1),)) is None
+    assert len(calls) == 1
+
+
 def test_nothing_keeps_tensors():
     a, b, keep = torch.randn(1, 1, 8, 24), torch.randn(1, 1, 8, 24), torch.ones(1, 24).byte()
     g, lse = gather.gather_forward([(a, b, keep)], 0.5)
