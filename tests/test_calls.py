@@ -374,7 +374,7 @@ def test_a_small_forward_pass_on_a_cpu_takes_eight_operations():
     layer, x = make("torch").cpu(), maps(1, 16, 8, 8).cpu()
     with torch.no_grad():
         assert operations(lambda: layer(x)) == 8
-        assert python_calls(lambda: layer(x)) <= 32
+        assert python_calls(lambda: layer(x)) <= 35
 
 
 def test_a_small_step_on_a_cpu():
@@ -382,7 +382,7 @@ def test_a_small_step_on_a_cpu():
     given = [x, *layer.parameters()]
     upstream = torch.ones_like(x)
     assert operations(lambda: torch.autograd.grad(layer(x), given, upstream)) == 26
-    assert python_calls(lambda: torch.autograd.grad(layer(x), given, upstream)) <= 58
+    assert python_calls(lambda: torch.autograd.grad(layer(x), given, upstream)) <= 61
 
 
 def test_a_call_of_kernels_takes_few_python_functions(monkeypatch):

@@ -24,6 +24,11 @@ EVERYTHING = {
 }  # fmt: skip
 WAYS = {
     "small": {"MOST_ELEMENTS": 2**18},
+    "small with convolutions": {
+        "MOST_ELEMENTS": 2**18,
+        "CONVOLVED_WEIGHTS": 0,
+        "CONVOLVED_POSITIONS": 0,
+    },
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
@@ -40,7 +45,9 @@ def _however_few_maps_and_elements(monkeypatch):
 
 def take(name, monkeypatch):
     for constant, value in WAYS[name].items():
-        monkeypatch.setattr(cpu_small if name == "small" else cpu_products, constant, value)
+        monkeypatch.setattr(cpu_small if "small" in name else cpu_products, constant, value)
+    if name == "small with convolutions":  # which are for several threads
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 @pytest.fixture(params=WAYS)
@@ -131,14 +138,18 @@ def test_matches_the_definition(order, heads, channels_last, dtype, way, calls):
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["one head", "every option"])
 def test_fewer_positions_than_maps(options, channels_last, recompute, way, monkeypatch):
     planned = []
-    original = cpu_block.Call.plan
-    monkeypatch.setattr(
-        cpu_block.Call, "plan", lambda call, *args: planned.append(call) or original(call, *args)
-    )
+    for kind in (cpu_block.Call, cpu_small.Call):
+
+        def plan(call, *args, original=kind.plan):
+            found = original(call, *args)
+            planned.extend([call] * found)
+            return found
+
+        monkeypatch.setattr(kind, "plan", plan)
     given = leaves(torch.float32, channels_last=channels_last, positions=(2, 2))
     compare(given, order="AZ", recompute=recompute, **options)
+    assert planned
     assert all(call.short for call in planned)
-    assert bool(planned) == (way != "small")
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
