@@ -82,7 +82,14 @@ def _prepare(x, weights, mask, options, process_group, known) -> Callable[..., T
 def _direct(prepare, x, weights, mask, options, dtype) -> Callable[..., Tensor] | None:
     cast, *given = autocast(dtype, x, *weights)
     added = options.residual and cast is x
-    call = prepare(cast, given, mask, options, added)
+    plain = options._replace(  # NumPy's numbers, too, are accepted
+        heads=int(options.heads),
+        logit_scale=float(options.logit_scale),
+        logit_scale_v=float(options.logit_scale_v),
+        scale=float(options.scale),
+        softmax_v=bool(options.softmax_v),
+    )
+    call = prepare(cast, given, mask, plain, bool(added))
     if call is None or dtype is None:
         return call
 

@@ -123,14 +123,13 @@ class DoubleAttention(nn.Module):
         ``mask``: bool, ``(N, *positions)`` or ``(N, 1, *positions)``, True where a position takes
         part in the gather.
         """
-        children: Any = self._modules  # a child's name as an attribute is slow to look up
-        convolutions = children["convA"], children["convB"], children["convV"]
-        last = children.get("conv_reconstruct")
+        own = self._modules  # faster to read than attributes, which a subclass may have
+        a, b, v, last = [own[name] if name in own else getattr(self, name) for name in CHILDREN]
         options = Options(
             self.heads, self.logit_scale, self.logit_scale_v, self.scale, self.softmax_v,
             self.residual, self.order, self.recompute, self.backend,
         )  # fmt: skip
-        return attend(x, *convolutions, last, mask, options, self.process_group, self._check)
+        return attend(x, a, b, v, last, mask, options, self.process_group, self._check)
 
     def _check(self, x: Tensor) -> None:
         check_input(self, "x", x)
@@ -236,10 +235,10 @@ class _Group:
 
 def attend(
     x: Tensor,
-    conv_a: nn.Module,
-    conv_b: nn.Module,
-    conv_v: nn.Module,
-    last: nn.Module | None,
+    conv_a: Any,
+    conv_b: Any,
+    conv_v: Any,
+    last: Any,
     mask: Tensor | None,
     options: Options,
     process_group: Any = None,
@@ -303,6 +302,7 @@ def check_input(layer: DoubleAttention, name: str, x: Tensor) -> None:
 # Options of the block, kept as attributes of the layer, and their defaults.
 OPTIONS: dict[str, Any] = {**Options._field_defaults, "process_group": None}
 
+CHILDREN = ("convA", "convB", "convV", "conv_reconstruct")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Weights with every operation. Other subclasses, quantised ones, have what their module needs.
 DENSE = (Tensor, nn.Parameter, FakeTensor)
@@ -325,8 +325,10 @@ def plain_parameters(conv: Any) -> tuple[Any, Any] | None:
         return None
     if (conv.kernel_size, conv.stride, conv.padding, conv.groups) not in POINTWISE:
         return None
-    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
-    if weight is None:  # attributes, in a replica or a shard
+    own = conv._parameters  # faster to read than attributes, which replicas and shards have
+    if own.get("weight") is not None and "bias" in own:
+        weight, bias = own["weight"], own["bias"]
+    else:
         weight, bias = conv.weight, conv.bias
     if type(weight) in DENSE or type(weight).__name__ == "DTensor":
         return weight, bias
@@ -359,11 +361,10 @@ def _global_hooks() -> Any:
 
 def is_pointwise(conv: Any) -> bool:
     """Whether it is a convolution that sees one position at a time."""
-    return (
-        isinstance(conv, CONVOLUTIONS)
-        and {*conv.kernel_size, *conv.stride, conv.groups} == {1}
-        and (conv.padding in ("valid", "same") or not any(conv.padding))
-    )
+    if not isinstance(conv, CONVOLUTIONS):
+        return False
+    padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+    return (tuple(conv.kernel_size), tuple(conv.stride), padding, conv.groups) in POINTWISE
 
 
 def call(child: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """What calls of one signature share: the first finds it out, the others look it up.
 
-A signature is all that checks, plans and launches depend on, of each tensor the shape, strides,
-dtype, device and whether it wants a gradient, and the state of autograd and autocast. It holds no
-tensor. What is looked up is used only where nothing but autograd sees a call: whatever records,
+A signature is all that checks, plans and launches depend on: for each tensor its shape, strides,
+dtype, device and whether it wants a gradient; options; the state of autograd and autocast. It holds
+no tensor. What is looked up is used only where nothing but autograd sees a call: whatever records,
 transforms or counts operations goes the long way, which is the same functions without a table.
 """
 
@@ -30,10 +30,10 @@ class Table:
         _tables.append(self)
 
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
-        """The key of a call on these tensors (or None), the first of them on its device, and what
-        was found for it, or None.
+        """The key of a call on these tensors, some of which may be None, and what was found for it.
 
-        No key where the call is watched, and for others than plain tensors and hashable options.
+        There is no key where the call is watched, nor for anything but plain tensors and hashable
+        options. The device of the first tensor says which autocast applies.
         """
         if tracing.watched() or not PLAIN.issuperset(map(type, tensors)):
             return None, None
@@ -58,7 +58,7 @@ class Table:
             return None, None  # sparse and nested tensors have no strides
 
     def add(self, key: Any, found: Any) -> None:
-        """Nothing without a key."""
+        """Does nothing without a key."""
         if key is None:
             return
         with self._lock:

@@ -54,7 +54,10 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def watched() -> bool:
-    """Whether anything but autograd sees what is done: it must find operations that it knows."""
+    """Whether anything but autograd sees what is done: it must find operations that it knows.
+
+    Asked at every call, so it asks PyTorch itself and not the functions above.
+    """
     return (
         torch.compiler.is_compiling()
         or _eval_frame_callback() is not None  # the compiler leaves this frame out, not the next

@@ -50,8 +50,7 @@ class Call(direct.Call):
             self.maps_shape, self.grad_shape = self.maps_shape[1:], self.grad_shape[1:]
         few = length * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
         self.short = few and order == "AZ"
-        large = w.a.numel() >= CONVOLVED_WEIGHTS and length >= CONVOLVED_POSITIONS
-        self.convolves = large and torch.get_num_threads() > 1
+        self.large = w.a.numel() >= CONVOLVED_WEIGHTS and length >= CONVOLVED_POSITIONS
         self.mm: Any = torch.mm if self.one else torch.bmm
         self.addmm: Any = torch.addmm if self.one else torch.baddbmm
         self.core: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
@@ -161,7 +160,7 @@ class Call(direct.Call):
 
     def _project(self, w: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """A projection of all positions."""
-        if not self.convolves:
+        if not self.large or torch.get_num_threads() == 1:
             return self._affine(w, x, bias)
         maps = x.view(self.batch, -1, x.shape[-1], 1)
         w = w if self.one else w[0]

@@ -1,7 +1,7 @@
 """The block where nothing but autograd sees it: one node, from tensors as given to the result.
 
-A backend says in a :class:`Call` what it does for one signature. Nothing is dispatched, and there
-is no node for a view, a cast aside.
+A backend says in a :class:`Call` what it does for one signature. Operators are not dispatched, and
+a view has no node of its own; only a cast has one.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Call:
             t is not None and t.requires_grad for t in (x, *weights)
         )
         self.maps_shape: Any = (*x.shape[:2], x.shape[2:].numel())
-        # Numbers: views take them sooner than a torch.Size.
+        # Tuples of ints: ``view`` parses them faster than a torch.Size.
         self.shapes: Any = [None if w is None else tuple(w.shape[:2]) for w in weights]
         last = weights[0] if weights[6] is None else weights[6]
         self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
@@ -126,7 +126,9 @@ class Block(torch.autograd.Function):
         need_v, need_bias_v, need_out, need_bias_out = others
         needs = [need_x, need_a, need_bias_a, need_b, *others]
         with _autocast_off(call.device):
-            if wants_graph(grad) or (tracing.watched() and not call.has_operator):
+            if not any(needs):
+                found: Any = (None,) * 8
+            elif wants_graph(grad) or (tracing.watched() and not call.has_operator):
                 given = x, a, bias_a, b, v, bias_v, out, bias_out
                 found = differentiable(call.composed(bias_b, mask), given, needs, grad)
             else:

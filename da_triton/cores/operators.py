@@ -100,7 +100,7 @@ def of_tensors(op):
 
 
 def or_empty(gradient, like):
-    """Operators return tensors: an empty one stands for a gradient nobody asked for."""
+    """Operators return tensors: an empty one in place of a gradient that nobody asked for."""
     return like.new_empty(0) if gradient is None else gradient
 
 

@@ -1,8 +1,8 @@
 """The block in Triton kernels: one operator forward, one backward, and its gradients.
 
 ``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
-chunk and splits are planned inside from the sizes at hand, so a compiled model is not compiled
-again for another size, and what the operators return does not depend on the plan. Kept for
+chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled again
+for another size, and what the operators return does not depend on the plan. Kept for
 backward: the inputs, lse and G, and V if asked for.
 
 Second derivatives are taken through the operations of the ``torch`` backend.
@@ -258,7 +258,7 @@ def _bytes(keep):
 
 
 def _in_format_of(x, y):
-    """y where autograd and the compiler were told it lies; a copy only if it lies elsewhere."""
+    """y in the memory format that the fake implementation promised; a copy only from another."""
     if launch.is_channels_last(x.unsqueeze(1)):
         return y.transpose(1, 2).contiguous().transpose(1, 2)
     return y.contiguous()

@@ -148,7 +148,9 @@ class ResidualDoubleAttention(nn.Module):
         weight = (norm._parameters | norm._buffers).get("weight")
         if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
             return
-        if weight.is_meta or not weight.numel() or tracing.watched():
+        if weight.is_meta or not weight.numel():
+            return
+        if tracing.transformed() or torch._C._len_torch_dispatch_stack() > 0:  # no values to read
             return
         if not any(p.requires_grad for p in self.attention.parameters()):
             return

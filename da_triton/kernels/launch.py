@@ -129,7 +129,7 @@ def empty_map_like(x, channels=None):
 
 
 def empty_rows_like(x, channels):
-    """Uninitialised ``(N, channels, positions)`` in the memory format of ``x``, likewise."""
+    """Uninitialised ``(N, channels, positions)`` in the memory format of ``x``."""
     batch, _, length = x.shape
     if x.stride(2) != 1 and x.stride(1) == 1:
         return x.new_empty_strided((batch, channels, length), (channels * length, 1, channels))

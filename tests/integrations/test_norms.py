@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrFrozenBatchNorm2d
 
 from da_triton.integrations import ResidualDoubleAttention, insert_double_attention
@@ -117,6 +118,8 @@ def test_a_norm_that_is_frozen_while_it_is_zero_is_an_error_in_training(late):
     late(block)
     with pytest.raises(ValueError, match=f"got {type(block.norm).__name__}.*missing or frozen"):
         block(x)
+    with pytest.raises(ValueError, match="missing or frozen"):
+        checkpoint(block, x, use_reentrant=False)
     assert torch.equal(block.eval()(x), x)
     block.train()
     with torch.no_grad():
