@@ -42,8 +42,8 @@ class Table:
             for t in tensors:
                 if t is None:
                     facts.append(None)
-                elif t.is_neg():  # the dispatcher changes the sign of what is read
-                    return None, None
+                elif t.is_neg() or t.layout is not torch.strided:
+                    return None, None  # the dispatcher changes signs; a sparse tensor is an error
                 else:
                     facts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad))
             device = tensors[0].device.type
@@ -55,7 +55,7 @@ class Table:
             key = tuple(facts), options, kinds, torch.is_grad_enabled(), autocast
             return key, self._found.get(key)
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
-            return None, None  # sparse and nested tensors have no strides
+            return None, None  # nested tensors have no strides
 
     def add(self, key: Any, found: Any) -> None:
         """Does nothing without a key."""

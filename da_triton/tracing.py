@@ -1,6 +1,5 @@
 """Who else runs or records a call: the compiler, exporters, checkpointing, modes, autocast."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +81,6 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 @constant  # torch 2.11 cannot trace the question
-@functools.cache
 def _autocast_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 

@@ -49,7 +49,7 @@ def test_a_small_forward_pass_on_a_cpu_takes_eight_operations():
     layer, x = make("torch"), maps(1, 16, 8, 8)
     with torch.no_grad():
         assert operations(lambda: layer(x)) == 8
-        assert python_calls(lambda: layer(x)) <= 36
+        assert python_calls(lambda: layer(x)) <= 37
 
 
 def test_a_small_step_on_a_cpu():
@@ -57,7 +57,7 @@ def test_a_small_step_on_a_cpu():
     given = [x, *layer.parameters()]
     upstream = torch.ones_like(x)
     assert operations(lambda: torch.autograd.grad(layer(x), given, upstream)) == 26
-    assert python_calls(lambda: torch.autograd.grad(layer(x), given, upstream)) <= 62
+    assert python_calls(lambda: torch.autograd.grad(layer(x), given, upstream)) <= 64
 
 
 def test_a_call_of_kernels_takes_few_python_functions(monkeypatch):
@@ -67,4 +67,4 @@ def test_a_call_of_kernels_takes_few_python_functions(monkeypatch):
         layer(x)
         out = torch.empty(1, 16, 64, device=DEVICE)
         monkeypatch.setattr(kernels, "forward", lambda *_: (out, out, out, None))
-        assert python_calls(lambda: layer(x)) <= 26
+        assert python_calls(lambda: layer(x)) <= 27

@@ -229,8 +229,9 @@ def test_wrong_tensors_raise_after_right_ones(backend):
         layer(maps(2, 8, 4, 5))
     with pytest.raises(TypeError, match="x must be a torch"):
         layer(x.tolist())
+    layer(maps(1).expand(2, 16, 4, 5))
     with pytest.raises(TypeError, match="x must be dense"):
-        layer(x.to_sparse())
+        layer(x.to_sparse())  # whose strides are 0, too
     with pytest.raises(TypeError, match="must not be a nested tensor"):
         layer(torch.nested.nested_tensor([x[0], x[1]]))
     with pytest.raises(TypeError, match="mask must be bool"):
