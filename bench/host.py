@@ -17,7 +17,7 @@ gradients of x and of all weights; in a step of operators or launchers, autograd
 There are two kinds of time. ``issue`` is the host's alone. On a GPU, it is idle before a batch, and
 nothing waits for it within one. Without a GPU, CPU tensors take the GPU's path with nothing behind
 it: launches are prepared by Triton's own binder, but the kernels that they find do nothing, and a
-library product is a function that allocates its result, which takes 1 µs longer than PyTorch takes
+GEMM is a function that allocates its result, which takes 1 µs longer than PyTorch takes
 for a product of tiny matrices. Not in it are the driver's part of a launch, cuBLAS's choice of a
 kernel, CUDA's caching allocator, the switch to the tensors' device, and the hand-over of backward
 to the device's thread: it is a lower bound. The shapes are the workload's, in bfloat16. The eager
@@ -131,7 +131,7 @@ def lower_layers(run: Run) -> Lower:
 class NoKernel:
     """In place of a compiled kernel: a launch is counted and does nothing."""
 
-    launched = 0  # kernels, and library products
+    launched = 0  # kernels and GEMMs
     function = 0
     packed_metadata = ()
 

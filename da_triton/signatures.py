@@ -32,7 +32,7 @@ class Table:
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
         """The key of a call on these tensors, some of which may be None, and what was found for it.
 
-        There is no key where the call is watched, nor for anything but plain tensors and hashable
+        The key is None where the call is watched, and for anything but plain tensors and hashable
         options. The device of the first tensor says which autocast applies.
         """
         if tracing.watched() or not PLAIN.issuperset(map(type, tensors)):

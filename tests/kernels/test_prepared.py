@@ -220,7 +220,7 @@ forward()
 sys.setprofile(None)
 print(calls)
 """)
-    assert int(calls) <= 33  # fewer where comprehensions are no calls, from Python 3.12
+    assert int(calls) <= 33  # fewer from Python 3.12, where comprehensions are inlined
 
 
 def core(length=24):
