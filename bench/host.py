@@ -6,13 +6,17 @@ compared take turns.
 
     layer        the module; of ``eager``, the block as users write it
     functional   ``double_attention_block``
+    recorded     ``kernels.recorded``: allocations, addresses, launches and GEMMs, in one pass
+    gather, distribute, double_attention    the public functions, on maps
+
+and what first calls, compiled programs and whatever watches a call take instead of ``recorded``:
+
     operator     ``torch.ops.da_triton.block``; in a step, ``block_backward`` too
     launchers    ``kernels.block.forward``, ``backward``: allocations, tiles, arguments of kernels
     launches     ``kernels.launch.Launch`` of each kernel, prepared, with its tensors
-    gather, distribute, double_attention    the public functions, on maps
 
 Each is called with what the one above it hands down. A step is forward and backward, with the
-gradients of x and of all weights; in a step of operators or launchers, autograd has no part.
+gradients of x and of all weights; below the functional layer, autograd has no part in it.
 
 There are two kinds of time. ``issue`` is the host's alone. On a GPU, it is idle before a batch, and
 nothing waits for it within one. Without a GPU, CPU tensors take the GPU's path with nothing behind
@@ -62,8 +66,8 @@ from .workloads import Workload
 FILE = "host.csv"
 ISSUE, CALL = "issue", "call"
 WHATS = (
-    "layer", "functional", "operator", "launchers", "launches", "gather", "distribute",
-    "double_attention",
+    "layer", "functional", "recorded", "operator", "launchers", "launches", "gather",
+    "distribute", "double_attention",
 )  # fmt: skip
 KEYS = ["workload", "n", "c", "c_n", "positions", "mode", "measured", "provider"]
 BATCH_SECONDS, LARGEST_BATCH = 2e-3, 10  # a batch must fit the GPU's queue of launches
@@ -88,20 +92,21 @@ class Measured(NamedTuple):
 class Lower(NamedTuple):
     """What a call handed to the layers below the functional one."""
 
+    recorded: list[Run]
     operator: list[Run]
     launchers: list[Run]
     launches: list[Run]
 
 
 def lower_layers(run: Run) -> Lower:
-    """Finds what a call hands to operators, launchers and launches.
+    """Finds what a call hands to each of the layers below.
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
-    from da_triton.kernels import block
-    from da_triton.kernels.launch import Launch
+    from da_triton.kernels import block, launch
+    from da_triton.kernels.recorded import Recorded
 
-    found = Lower([], [], [])
+    found = Lower([], [], [], [])
 
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -116,14 +121,18 @@ def lower_layers(run: Run) -> Lower:
 
         return call
 
-    run()  # a first call may prepare what later ones find
-    with Operators():
-        run()
+    launch.forget()  # a first call runs the launchers, and a third one what the second recorded
+    launched = launch.Launch.__call__
     with (
         mock.patch.object(block, "forward", kept(found.launchers, block.forward)),
         mock.patch.object(block, "backward", kept(found.launchers, block.backward)),
-        mock.patch.object(Launch, "__call__", kept(found.launches, Launch.__call__)),
+        mock.patch.object(launch.Launch, "__call__", kept(found.launches, launched)),
     ):
+        run()
+    run()
+    with mock.patch.object(Recorded, "__call__", kept(found.recorded, Recorded.__call__)):
+        run()
+    with Operators():
         run()
     return found
 

@@ -129,7 +129,8 @@ class DoubleAttention(nn.Module):
             self.heads, self.logit_scale, self.logit_scale_v, self.scale, self.softmax_v,
             self.residual, self.order, self.recompute, self.backend,
         )  # fmt: skip
-        return attend(x, a, b, v, last, mask, options, self.process_group, self._check)
+        group = self._group
+        return attend(x, a, b, v, last, mask, options, group and group.group, self._check)
 
     def _check(self, x: Tensor) -> None:
         check_input(self, "x", x)

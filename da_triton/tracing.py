@@ -49,7 +49,7 @@ def forward_mode() -> bool:
 
 
 _eval_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def watched() -> bool:
@@ -64,7 +64,7 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
-        or (_top_hooks(True) is not None and checkpointed())
+        or (top_hooks(True) is not None and checkpointed())
     )
 
 
@@ -73,9 +73,12 @@ def named() -> bool:
     return torch.autograd._profiler_enabled() or torch._C._len_torch_function_stack() > 0
 
 
+AUTOCAST = ("cuda", "cpu")  # have it in every build: asking takes time
+
+
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """The dtype of autocast on a type of device, or None where it is off."""
-    if _autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if (kind in AUTOCAST or _autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -94,9 +94,29 @@ class Call:
 
     def __call__(self, x: Tensor, weights: Any, mask: Tensor | None) -> Tensor:
         if self.wants_gradient:
-            return Block.apply(self, mask, x, *weights)
-        out, _ = self.forward(*self.as_matrices(x, weights, mask))
-        return self.as_given(out)
+            return Block.apply(self, x, mask, *weights)
+        return self.run(x, mask, *weights)[0]
+
+    def run(self, x: Tensor, mask: Tensor | None, *weights: Any) -> Any:
+        """The result as x is given, and what is kept for ``gradients``."""
+        out, kept = self.forward(*self.as_matrices(x, weights, mask))
+        return self.as_given(out), *kept
+
+    def gradients(self, known: bool, needs: Any, grad: Tensor, *tensors: Any) -> Any:
+        """Of x and of the weights, without bias_b.
+
+        ``tensors``: what ``run`` took and what it kept. ``known``: all metadata is that of this
+        signature.
+        """
+        x, mask, *others = tensors
+        weights, kept = others[:8], others[8:]
+        given = x, *weights[:3], *weights[4:]
+        x, w, keep = self.as_matrices(x, weights, mask)
+        found = self.backward(grad.reshape(*self.grad_shape), x, w, keep, kept, needs)
+        return tuple([
+            y.view(*t.shape) if need else None
+            for y, t, need in zip(found, given, needs, strict=True)
+        ])  # fmt: skip
 
     def as_given(self, out: Tensor) -> Tensor:
         """``(N, C', L)`` with the positions and the memory format of x."""
@@ -110,44 +130,31 @@ class Block(torch.autograd.Function):
     """Without ``setup_context``: no transform of ``torch.func`` gets here."""
 
     @staticmethod
-    def forward(ctx, call, mask, x, *weights):
-        out, kept = call.forward(*call.as_matrices(x, weights, mask))
-        ctx.call = call
-        ctx.save_for_backward(mask, x, *weights, *kept)
-        return unviewed(call.as_given(out))
+    def forward(ctx, call, *tensors):
+        out, *kept = call.run(*tensors)
+        ctx.call, ctx.hooked = call, tracing.top_hooks(True) is not None
+        ctx.save_for_backward(*tensors, *kept)
+        return unviewed(out) if out._is_view() else out
 
     @staticmethod
     def backward(ctx, grad):
-        call = ctx.call
-        mask, x, *rest = ctx.saved_tensors
-        weights, kept = rest[:8], rest[8:]
-        a, bias_a, b, bias_b, v, bias_v, out, bias_out = weights
-        _, _, need_x, need_a, need_bias_a, need_b, need_bias_b, *others = ctx.needs_input_grad
-        need_v, need_bias_v, need_out, need_bias_out = others
-        needs = [need_x, need_a, need_bias_a, need_b, *others]
+        call, tensors = ctx.call, ctx.saved_tensors
+        _, need_x, _, need_a, need_bias_a, need_b, need_bias_b, *others = ctx.needs_input_grad
+        needs = need_x, need_a, need_bias_a, need_b, *others
         with _autocast_off(call.device):
             if not any(needs):
                 found: Any = (None,) * 8
             elif wants_graph(grad) or (tracing.watched() and not call.has_operator):
-                given = x, a, bias_a, b, v, bias_v, out, bias_out
+                x, mask, *weights = tensors[:10]
+                bias_b = weights.pop(3)
+                given = x, *weights
                 found = differentiable(call.composed(bias_b, mask), given, needs, grad)
             else:
-                grad = grad.reshape(*call.grad_shape)
-                found = call.backward(grad, *call.as_matrices(x, weights, mask), kept, needs)
-        dx, da, dbias_a, db, dv, dbias_v, dout, dbias_out = found
-        return (
-            None,
-            None,
-            dx.view(*x.shape) if need_x else None,
-            da.view(*a.shape) if need_a else None,
-            dbias_a if need_bias_a else None,
-            db.view(*b.shape) if need_b else None,
-            torch.zeros_like(bias_b) if need_bias_b else None,
-            dv.view(*v.shape) if need_v else None,
-            dbias_v if need_bias_v else None,
-            dout.view(*out.shape) if need_out else None,
-            dbias_out if need_bias_out else None,
-        )
+                # Hooks may bring tensors back in other strides.
+                known = not ctx.hooked and type(grad) is Tensor and not grad.is_neg()
+                found = call.gradients(known, needs, grad, *tensors)
+        bias_b = torch.zeros_like(tensors[5]) if need_bias_b else None
+        return None, found[0], None, *found[1:4], bias_b, *found[4:]
 
 
 def _autocast_off(kind: str) -> Any:

@@ -8,6 +8,7 @@ backward: the inputs, lse and G, and V if asked for.
 Second derivatives are taken through the operations of the ``torch`` backend.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..arguments import Options, Weights
 from ..costs import Shape, order_cost
 from ..kernels import block as kernels
 from ..kernels import configs, launch
+from ..kernels.recorded import Recorded
 from ..precision import accumulator, lse_dtype
 from . import aten_block, direct
 from .operators import (
@@ -33,6 +35,7 @@ from .operators import (
 )
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
+MOST_RECORDED = 16  # backward passes of a signature: by what is needed, by strides of the gradient
 
 
 def block(x, w, keep, residual, o):
@@ -62,7 +65,20 @@ class Call(direct.Call):
             o.heads, o.logit_scale, o.logit_scale_v, o.scale, o.softmax_v, residual
         )
         self.route = _route(x, w, o.heads, o.order, self.keep_v)
+        self.run = Recorded(super().run)  # type: ignore[method-assign, assignment]
+        self.recorded_gradients: dict[Any, Recorded] = {}
         return True
+
+    def gradients(self, known, needs, grad, *tensors):
+        if tracing.watched() or not known:
+            return super().gradients(known, needs, grad, *tensors)
+        key = needs, grad.stride()
+        recorded = self.recorded_gradients.get(key)
+        if recorded is None:
+            recorded = Recorded(functools.partial(super().gradients, known, needs))
+            if len(self.recorded_gradients) < MOST_RECORDED:
+                self.recorded_gradients[key] = recorded
+        return recorded(grad, *tensors)
 
     def forward(self, x, w, keep):
         if tracing.named():
@@ -74,9 +90,9 @@ class Call(direct.Call):
 
     def backward(self, grad, x, w, keep, kept, needs):
         lse, g, v = kept
-        if tracing.watched() or tracing.named():
+        if tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
-            options = *self.options, self.order, needs
+            options = *self.options, self.order, list(needs)
             return run(block_backward_op, grad, x, *w, keep, lse, g, v, *options)
         needs = kernels.Gradients(*needs)
         found = kernels.backward(

@@ -307,6 +307,11 @@ def examine(repetitions=4):
         _state.verdicts, _state.repetitions = before
 
 
+def examining():
+    """Whether launches of this thread are examined."""
+    return _state.verdicts is not None
+
+
 def replaced() -> tuple[str, ...]:
     """Kernels that failed their proof and that this process does not use, in alphabetical order."""
     return tuple(sorted({v.kernel for v in _verdicts.values() if not v.right}))

@@ -11,6 +11,7 @@ up the ``Launch`` and passes pointers.
 import contextlib
 import functools
 import math
+import operator
 import threading
 from typing import Any
 
@@ -88,9 +89,24 @@ def processors(device):
 class _Trial(threading.local):
     splits = None  # programs that share the positions, instead of as many as the GPU has room for
     tiles = None  # what launches take is noted here
+    recorder = None  # is given every launch
 
 
 _trial = _Trial()
+
+
+@contextlib.contextmanager
+def recording(recorder):
+    """Gives this thread's launches to ``recorder.launched``, too."""
+    _trial.recorder = recorder
+    try:
+        yield
+    finally:
+        _trial.recorder = None
+
+
+def is_recorded():
+    return _trial.recorder is not None
 
 
 @contextlib.contextmanager
@@ -170,7 +186,7 @@ def prepared(build, tensors, *flags):
         return build(*tensors, *flags)
     x = tensors[0]
     key = (
-        build, flags, x.device, x.dtype == torch.float32 and _tf32(),
+        build, flags, x.device, x.dtype == torch.float32 and tf32(x),
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
     )  # fmt: skip
     found = _prepared.get(key, _ABSENT)
@@ -201,8 +217,9 @@ def forgetting():
         forget()
 
 
-def _tf32():
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def tf32(x):
+    """Whether products of tensors like x are computed in TF32."""
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class Launch:
@@ -225,7 +242,7 @@ class Launch:
         sizes, constants, steps = _arguments(kernel.fn)
         found = {
             "ACC": TRITON_DTYPE[accumulator(like.dtype)],
-            "PRECISION": "tf32" if like.dtype == torch.float32 and _tf32() else "ieee",
+            "PRECISION": "tf32" if tf32(like) else "ieee",
         }
         self.options = {"enable_fp_fusion": not again}
         if tile is None:
@@ -286,14 +303,14 @@ class Launch:
             joined |= pointer
         aligned = True if joined % 16 == 0 else tuple([p % 16 == 0 for p in pointers])
         found = self.compiled.get(aligned)
-        if found is None or not _direct(self.kernel):
+        if _trial.recorder is not None:
+            _trial.recorder.launched(self, tensors, scales, found)
+        if found is None or not _direct((self.kernel,)):
             return self._compile(tensors, scales, aligned)
-        current = driver.active
-        device = current.get_current_device()
-        if device != self.device.index and self.device.type == "cuda":
+        stream = stream_of(self.device)
+        if stream is None:
             with torch.cuda.device(self.device):
                 return self(tensors, scales)
-        stream = current.get_current_stream(device)
         kernel, run, function, metadata = found
         enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
         if enter is not None and getattr(enter, "calls", True):
@@ -309,19 +326,40 @@ class Launch:
             kernel = self.kernel[self.grid](
                 *tensors, *scales, *self.sizes, **self.constants, **self.options
             )
-        if kernel is not None and _direct(self.kernel):
+        if kernel is not None and _direct((self.kernel,)):
             self.compiled[aligned] = kernel, kernel.run, kernel.function, kernel.packed_metadata
 
 
-def _direct(kernel):
+def stream_of(device):
+    """Its current stream; None where another device is the current one."""
+    current = driver.active
+    index = current.get_current_device()
+    if index != device.index and device.type == "cuda":
+        return None
+    return current.get_current_stream(index)
+
+
+def unobserved(kernels):
+    """Whether launches of these are seen by nothing, and take the kernels that they took before."""
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return False
+    return _trial.tiles is None and _direct(kernels)
+
+
+def _direct(kernels):
     """Whether nothing is set that Triton reads at a launch, other than hooks around it."""
     runtime = knobs.runtime
     return not (
         runtime.debug
         or runtime.add_stages_inspection_hook
         or knobs.compilation.instrumentation_mode
-        or kernel.pre_run_hooks
+        or any(map(_pre_run_hooks, kernels))
     )
+
+
+_pre_run_hooks = operator.attrgetter("pre_run_hooks")
 
 
 @functools.cache

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 # Fused, and library products around the core, with an odd number of positions.
 NAMES = ("small_16_8x8", "small_512_7x7")
 CORE = ("gather", "distribute", "double_attention")
-LAYERS = ("layer", "functional", "operator", "launchers", "launches")
+LAYERS = ("layer", "functional", "recorded", "operator", "launchers", "launches")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_every_layer_costs_more_than_its_launches(measured):
     for name in NAMES:
         for mode in (FORWARD, STEP):
             costs = costs_of[name, mode]
-            assert costs["launches"] < costs["launchers"] < costs["layer"]
+            assert costs["recorded"] < costs["layer"]
+            assert max(costs["launches"], costs["recorded"]) < costs["launchers"]
     assert len([line for line in printed.splitlines() if line.startswith("| small_")]) == 16
 
 

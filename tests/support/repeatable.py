@@ -1,0 +1,80 @@
+"""Interpreted kernels that are launched as compiled ones are: by addresses, on a stream.
+
+Without a GPU, what is recorded of a call can so be repeated, and computes.
+"""
+
+import contextlib
+import ctypes
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from da_triton.kernels import launch
+
+DEVICE_INDEX, STREAM = 0, 7
+BEFORE = 9  # grid, stream, function, metadata, description and hooks
+
+
+class Driver:
+    """In place of Triton's, which finds no device."""
+
+    active = None
+
+    def get_current_device(self):
+        return DEVICE_INDEX
+
+    def get_current_stream(self, device):
+        return STREAM + device
+
+
+Driver.active = Driver()
+
+
+class Kernel:
+    """In place of a compiled one, for hooks."""
+
+    def launch_metadata(self, *args):
+        return None
+
+
+@contextlib.contextmanager
+def kernels():
+    """Launches keep a kernel that takes addresses. On a GPU, they are what they are."""
+    if not launch.INTERPRETED:
+        yield
+        return
+    with (
+        launch.forgetting(),
+        mock.patch.object(launch, "driver", Driver),
+        mock.patch.object(launch.Launch, "_compile", _compile),
+    ):
+        yield
+
+
+def _compile(self, tensors, scales, aligned):
+    _original(self, tensors, scales, aligned)
+    dtypes = [t.dtype for t in tensors]
+
+    def run(*args):
+        head, args = args[:BEFORE], args[BEFORE:]
+        assert head == (*self.grid, STREAM, "function", "metadata", *head[6:])
+        pointers, rest = args[: len(dtypes)], args[len(dtypes) :]
+        given = [_at(address, dtype) for address, dtype in zip(pointers, dtypes, strict=True)]
+        assert rest[len(scales) :] == self.rest
+        # The interpreter's own operations are not the launchers'.
+        with launch.INTERPRETER, _disable_current_modes():
+            self.kernel[self.grid](
+                *given, *rest[: len(scales)], *self.sizes, **self.constants, **self.options
+            )
+
+    self.compiled[aligned] = Kernel(), run, "function", "metadata"
+
+
+_original = launch.Launch._compile
+
+
+def _at(address, dtype):
+    """A tensor that starts there: kernels take no size from a tensor."""
+    memory = (ctypes.c_byte * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
