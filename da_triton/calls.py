@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checks, cores, distributed, eager, packed, signatures, tracing
 from .arguments import Options, Weights
+from .projection import channels_last, in_format
 from .tracing import exporting, sizes, transformed, unrecorded
 
 WEIGHTS = (
@@ -160,9 +161,7 @@ def positions_of(z: Tensor, like: Tensor, batch: int) -> Tensor:
     """``(N, [heads,] channels, L)`` with the position axes and the memory format of ``like``."""
     channels = math.prod(sizes(z)[1:-1])
     z = z.reshape(batch, channels, *like.shape[2:])
-    if like.stride(1) == 1 and like.stride(-1) != 1:
-        return z.movedim(1, -1).contiguous().movedim(-1, 1)
-    return z.contiguous()
+    return in_format(z, channels_last(like))
 
 
 def _zero_gradient(weight: Tensor, bias: Tensor) -> Tensor:

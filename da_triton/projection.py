@@ -14,12 +14,22 @@ def split_heads(x: Tensor, heads: int, axis: int = 1) -> Tensor:
     return x.reshape(*x.shape[:axis], heads, channels, *x.shape[axis + 1 :])
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether neighbours in memory are neighbours in channels: of ``(N, C, *positions)``."""
+    return x.stride(1) == 1 and x.stride(-1) != 1
+
+
+def in_format(x: Tensor, last: bool) -> Tensor:
+    """``(N, C, *positions)`` without gaps, channels last or first; a copy only if it must be."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """Pointwise convolution ``W x + bias (+ add)`` in x's memory format, one library product.
 
     Shapes: x ``(N, in, L)``, weight ``(out, in)``, bias ``(out,)``, add ``(N, out, L)``.
     """
-    if x.stride(1) == 1 and x.stride(2) != 1:  # channels last: rows of the product are positions
+    if channels_last(x):  # rows of the product are positions
         if add is not None and bias is None and add.dtype == x.dtype:
             rows, added = (y.transpose(1, 2).flatten(0, 1) for y in (x, add))
             y = torch.addmm(added, rows, weight.t())
@@ -40,7 +50,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None =
 
 def add_project(start: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``start + W x`` in ``start``, ``(N, out, L)``, whose memory format is x's; one product."""
-    if x.stride(1) == 1 and x.stride(2) != 1:
+    if channels_last(x):
         rows, columns = (y.transpose(1, 2).flatten(0, 1) for y in (start, x))
         rows.addmm_(columns, weight.t())
     else:

@@ -15,19 +15,32 @@ from torch import Tensor
 
 from . import tracing
 
-LIMIT = 1024  # signatures of one function; the oldest go first
+LIMIT = 1024  # entries of one table; the oldest go first
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 _tables: list["Table"] = []
 
 
-class Table:
-    """What was found for calls, by signature and options."""
+class Table(dict[Any, Any]):
+    """What was found, by signature and options. Shared by threads."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, Any] = {}
+        super().__init__()
         self._lock = threading.Lock()
         _tables.append(self)
+
+    def add(self, key: Any, found: Any) -> None:
+        """Does nothing without a key."""
+        if key is None:
+            return
+        with self._lock:
+            self[key] = found
+            while len(self) > LIMIT:
+                del self[next(iter(self))]
+
+    def clear(self) -> None:
+        with self._lock:
+            super().clear()
 
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
         """The key of a call on these tensors, some of which may be None, and what was found for it.
@@ -53,25 +66,9 @@ class Table:
             # 1, 1.0 and True are one key, and not always one option.
             kinds = tuple(map(type, options))
             key = tuple(facts), options, kinds, torch.is_grad_enabled(), autocast
-            return key, self._found.get(key)
+            return key, self.get(key)
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
             return None, None  # nested tensors have no strides
-
-    def add(self, key: Any, found: Any) -> None:
-        """Does nothing without a key."""
-        if key is None:
-            return
-        with self._lock:
-            self._found[key] = found
-            while len(self._found) > LIMIT:
-                del self._found[next(iter(self._found))]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._found.clear()
-
-    def __len__(self) -> int:
-        return len(self._found)
 
 
 def forget() -> None:

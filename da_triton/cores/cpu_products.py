@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..projection import channels_last
 from .aten import WIDE_CHUNK
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
@@ -58,7 +59,7 @@ def _long_rows(x: Tensor) -> bool:
 def as_given(y: Tensor, x: Tensor) -> Tensor:
     """``y (N, L, c)`` as ``(N, c, L)`` in the memory format of x."""
     y = y.transpose(1, 2)
-    return y if x.stride(1) == 1 and x.stride(2) != 1 else dense(y)
+    return y if channels_last(x) else dense(y)
 
 
 def dense(x: Tensor) -> Tensor:

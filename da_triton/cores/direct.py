@@ -4,7 +4,6 @@ A backend says in a :class:`Call` what it does for one signature. Operators are 
 a view has no node of its own; only a cast has one.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .. import tracing
 from ..arguments import Options, Weights
+from ..projection import channels_last, in_format
 from .operators import differentiable, unviewed, wants_graph
 
 
@@ -37,7 +37,7 @@ class Call:
         self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
         self.mask_shape = (x.shape[0], self.maps_shape[2])
         self.grad_shape: Any = (x.shape[0], last.shape[0], self.maps_shape[2])
-        self.channels_last = x.stride(1) == 1 and x.stride(-1) != 1
+        self.channels_last = channels_last(x)
 
     @classmethod
     def prepare(cls, x: Tensor, weights: Any, mask: Any, o: Options, residual: bool) -> Any:
@@ -110,20 +110,26 @@ class Call:
         """
         x, mask, *others = tensors
         weights, kept = others[:8], others[8:]
-        given = x, *weights[:3], *weights[4:]
-        x, w, keep = self.as_matrices(x, weights, mask)
-        found = self.backward(grad.reshape(*self.grad_shape), x, w, keep, kept, needs)
-        return tuple([
-            y.view(*t.shape) if need else None
-            for y, t, need in zip(found, given, needs, strict=True)
-        ])  # fmt: skip
+        x_, w, keep = self.as_matrices(x, weights, mask)
+        found = self.backward(grad.reshape(*self.grad_shape), x_, w, keep, kept, needs)
+        dx, da, dbias_a, db, dv, dbias_v, dout, dbias_out = found
+        need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
+        return (
+            dx.view(*x.shape) if need_x else None,
+            da.view(*weights[0].shape) if need_a else None,
+            dbias_a if need_bias_a else None,
+            db.view(*weights[2].shape) if need_b else None,
+            dv.view(*weights[4].shape) if need_v else None,
+            dbias_v if need_bias_v else None,
+            dout.view(*weights[6].shape) if need_out else None,
+            dbias_out if need_bias_out else None,
+        )
 
     def as_given(self, out: Tensor) -> Tensor:
         """``(N, C', L)`` with the positions and the memory format of x."""
         out = out.view(*self.out_shape)
-        if not self.channels_last:
-            return out.contiguous()
-        return out if out.stride(1) == 1 else out.movedim(1, -1).contiguous().movedim(-1, 1)
+        made_so = self.channels_last and out.stride(1) == 1
+        return out if made_so else in_format(out, self.channels_last)
 
 
 class Block(torch.autograd.Function):
@@ -138,27 +144,22 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        call, tensors = ctx.call, ctx.saved_tensors
+        call = ctx.call
+        if tracing.autocast_dtype(call.device) is not None:
+            with torch.autocast(call.device, enabled=False):
+                return Block.backward(ctx, grad)
+        tensors = ctx.saved_tensors
         _, need_x, _, need_a, need_bias_a, need_b, need_bias_b, *others = ctx.needs_input_grad
         needs = need_x, need_a, need_bias_a, need_b, *others
-        with _autocast_off(call.device):
-            if not any(needs):
-                found: Any = (None,) * 8
-            elif wants_graph(grad) or (tracing.watched() and not call.has_operator):
-                x, mask, *weights = tensors[:10]
-                bias_b = weights.pop(3)
-                given = x, *weights
-                found = differentiable(call.composed(bias_b, mask), given, needs, grad)
-            else:
-                # Hooks may bring tensors back in other strides.
-                known = not ctx.hooked and type(grad) is Tensor and not grad.is_neg()
-                found = call.gradients(known, needs, grad, *tensors)
+        if not any(needs):
+            found: Any = (None,) * 8
+        elif wants_graph(grad) or (tracing.watched() and not call.has_operator):
+            x, mask, *weights = tensors[:10]
+            bias_b = weights.pop(3)
+            found = differentiable(call.composed(bias_b, mask), (x, *weights), needs, grad)
+        else:
+            # Hooks may bring tensors back in other strides.
+            known = not ctx.hooked and type(grad) is Tensor and not grad.is_neg()
+            found = call.gradients(known, needs, grad, *tensors)
         bias_b = torch.zeros_like(tensors[5]) if need_bias_b else None
         return None, found[0], None, *found[1:4], bias_b, *found[4:]
-
-
-def _autocast_off(kind: str) -> Any:
-    """Backward may run where autocast is on."""
-    if tracing.autocast_dtype(kind) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)

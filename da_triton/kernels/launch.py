@@ -13,7 +13,6 @@ import functools
 import math
 import operator
 import threading
-from typing import Any
 
 import torch
 import triton
@@ -23,6 +22,7 @@ from triton.runtime.driver import driver
 
 from .. import signatures
 from ..precision import accumulator
+from ..projection import channels_last
 from . import measured
 from .tiles import GRADIENT_RANGE
 
@@ -147,7 +147,7 @@ def empty_map_like(x, channels=None):
 def empty_rows_like(x, channels):
     """Uninitialised ``(N, channels, positions)`` in the memory format of ``x``."""
     batch, _, length = x.shape
-    if x.stride(2) != 1 and x.stride(1) == 1:
+    if channels_last(x):
         return x.new_empty_strided((batch, channels, length), (channels * length, 1, channels))
     return x.new_empty((batch, channels, length))
 
@@ -170,10 +170,8 @@ def device_of(x):
     return torch.cuda.device(x.device) if x.is_cuda else INTERPRETER
 
 
-MOST_PREPARED = 1024
 _ABSENT = object()
-_prepared: dict[tuple, Any] = {}
-_lock = threading.Lock()
+_prepared = signatures.Table()
 
 
 def prepared(build, tensors, *flags):
@@ -192,10 +190,7 @@ def prepared(build, tensors, *flags):
     found = _prepared.get(key, _ABSENT)
     if found is _ABSENT:
         found = build(*tensors, *flags)
-        with _lock:
-            while len(_prepared) >= MOST_PREPARED:
-                del _prepared[next(iter(_prepared))]
-            _prepared[key] = found
+        _prepared.add(key, found)
     return found
 
 
@@ -203,8 +198,6 @@ def forget():
     """Forgets every prepared launch and call, and the tables of measured tiles that were read."""
     signatures.forget()
     measured.tiles.cache_clear()
-    with _lock:
-        _prepared.clear()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ rounded    G in the dtype of the maps
 import triton
 import triton.language as tl
 
+from ..projection import channels_last
 from . import launch
 from .tiles import load_map, store_map
 
@@ -136,5 +137,5 @@ def _side_by_side(x, rows):
 
     An odd number of positions in NCHW is loaded element by element anyway.
     """
-    step = 1 if x.stride(1) == 1 and x.stride(2) != 1 else x.shape[2]
+    step = 1 if channels_last(x) else x.shape[2]
     return all(r * step * x.element_size() % 16 == 0 for r in rows) or step % 2 == 1 < step

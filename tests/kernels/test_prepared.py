@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from da_triton import signatures
 from da_triton.kernels import distribute, gather, launch, measured, project_gather
 
 TESTS = Path(__file__).parents[1]
@@ -236,7 +237,7 @@ assert len(jitted) == 1
 
 
 def test_threads_share_a_table_that_is_full(monkeypatch):
-    monkeypatch.setattr(launch, "MOST_PREPARED", 2)
+    monkeypatch.setattr(signatures, "LIMIT", 2)
     x = torch.empty(1)
 
     def look_up(start):
@@ -328,7 +329,7 @@ def test_a_trial_is_apart():
 
 
 def test_the_table_is_bounded_and_the_oldest_go(monkeypatch):
-    monkeypatch.setattr(launch, "MOST_PREPARED", 3)
+    monkeypatch.setattr(signatures, "LIMIT", 3)
     x = torch.empty(1)
     for flag in range(5):
         assert launch.prepared(lambda x, flag: flag, (x,), flag) == flag
