@@ -64,9 +64,7 @@ class Recorded:
         addresses += room
         for step in steps:
             step(held, addresses, device, stream)
-        return tuple([
-            held[r] if type(r) is int else r if r is None else r.of(held) for r in results
-        ])  # fmt: skip
+        return tuple([None if view is None else view.of(held) for view in results])
 
     def _unrecorded(self, tensors):
         """Records the second call, the fourth, the eighth …, until it is known how to repeat one.
@@ -88,16 +86,19 @@ class Recorded:
 
 
 class _View(NamedTuple):
-    """A part of a tensor that starts ``start`` elements behind it."""
+    """A tensor, or what starts ``start`` elements behind it, if a shape is given."""
 
     number: int
     start: int
-    shape: Sequence[int]
+    shape: Sequence[int] | None
     strides: Sequence[int]
 
     def of(self, tensors: list[Any]) -> Tensor:
-        whole = tensors[self.number]
-        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.start)
+        number, start, shape, strides = self
+        whole = tensors[number]
+        if shape is None:
+            return whole
+        return whole.as_strided(shape, strides, whole.storage_offset() + start)
 
 
 class _Allocation(NamedTuple):
@@ -129,7 +130,7 @@ class _Launch(NamedTuple):
 
 class _Operation(NamedTuple):
     run: Any
-    args: tuple[Any, ...]
+    args: list[Any]
     kwargs: dict[str, Any]
     number: int | None  # of the tensor that it makes
 
@@ -138,10 +139,11 @@ class _Operation(NamedTuple):
         return given if self.number is None else [*given, self.number]
 
     def __call__(self, tensors, addresses, device, stream):
-        _, args, kwargs, number = self
+        run, args, kwargs, number = self
         given = [x.of(tensors) if type(x) is _View else x for x in args]
-        named = {k: x.of(tensors) if type(x) is _View else x for k, x in kwargs.items()}
-        made = self.run(*given, **named)
+        if kwargs:
+            kwargs = {k: x.of(tensors) if type(x) is _View else x for k, x in kwargs.items()}
+        made = run(*given, **kwargs)
         if number is not None:
             tensors[number], addresses[number] = made, made.data_ptr()
 
@@ -156,7 +158,7 @@ class _Drop(NamedTuple):
 
 class Program(NamedTuple):
     steps: list[Any]
-    results: list[Any]  # numbers of tensors, views of them, or None
+    results: list[_View | None]
     room: list[None]  # for tensors that are made
     kernels: list[Any]
     device: torch.device
@@ -216,7 +218,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(found, Tensor) or set(op.tags).intersection(UNREPEATABLE):
             self.complete = False
             return
-        given = tuple(map(self._argument, args))
+        given = list(map(self._argument, args))
         named = {name: self._argument(x) for name, x in kwargs.items()}
         number = self._add_new(found, False) if fresh else None
         self.steps.append(_Operation(op, given, named, number))
@@ -275,13 +277,15 @@ class _Recorder(TorchDispatchMode):
         views = [None if r is None else self._view(r) for r in results]
         if not (self.complete and self.steps and _unobserved(self.kernels)):
             return None
-        returned = {view.number for view in views if view}
-        for view in reversed(views):
-            if view:
-                self._shape(view)
-        steps = _placed(self.steps, self.wholes, returned)
+        returned = [view for view in views if view]
+        for view in reversed(returned):
+            self._shape(view)
+        for step in self.steps:
+            if type(step) is _Operation:
+                step.args[:] = [self._simplified(x) if type(x) is _View else x for x in step.args]
+        steps = _placed(self.steps, self.wholes, {view.number for view in returned})
         return Program(
-            steps, [view and self._result(view) for view in views],
+            steps, [view and self._simplified(view) for view in views],
             [None] * (len(self.wholes) - self.given), self.kernels, self.first.device,
             launch.tf32(self.first),
         )  # fmt: skip
@@ -292,10 +296,14 @@ class _Recorder(TorchDispatchMode):
         if whole.allocated and math.prod(view.shape) * whole.dtype.itemsize == whole.bytes:
             self.wholes[view.number] = whole._replace(shape=view.shape, strides=view.strides)
 
-    def _result(self, view):
+    def _simplified(self, view):
         whole = self.wholes[view.number]
         same = (view.start, view.shape, view.strides) == (0, whole.shape, whole.strides)
-        return view.number if same else view
+        return view._replace(shape=None) if same else view
+
+
+def _storage(x):
+    return x.untyped_storage().data_ptr()
 
 
 def _unobserved(kernels):
@@ -308,10 +316,6 @@ def _aligned(addresses):
     for address in addresses:
         joined |= address
     return joined % 16 == 0
-
-
-def _storage(x):
-    return x.untyped_storage().data_ptr()
 
 
 def _placed(steps, wholes, returned):
