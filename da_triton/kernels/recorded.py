@@ -26,10 +26,14 @@ aten = torch.ops.aten
 ALLOCATIONS = (
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
 )  # fmt: skip
-# What an operation with one of these returns does not depend on metadata and values alone.
+# Operations whose result has a shape from values, is random, or is not all that they change.
 UNREPEATABLE = (
     torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape,
-    torch.Tag.nondeterministic_seeded,
+    torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view,
+)  # fmt: skip
+CONSTANTS = (
+    type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
 )  # fmt: skip
 UNIT = 256  # bytes; temporaries start at multiples of it
 Found = tuple[Tensor | None, ...]
@@ -261,8 +265,9 @@ class _Recorder(TorchDispatchMode):
     def _argument(self, x):
         if isinstance(x, Tensor):
             return self._view(x)
-        if isinstance(x, (list, tuple)) and any(isinstance(y, Tensor) for y in x):
-            self.complete = False
+        for part in x if isinstance(x, (list, tuple)) else [x]:
+            if not isinstance(part, CONSTANTS):
+                self.complete = False
         return x
 
     def _view(self, x):
@@ -323,11 +328,14 @@ def _placed(steps, wholes, returned):
 
     Adds to ``wholes`` the tensor that temporaries share.
     """
-    first, last = dict.fromkeys(returned, 0), dict.fromkeys(returned, len(steps))
+    first, last = {}, {}
     for i, step in enumerate(steps):
         for number in step.numbers():
             first.setdefault(number, i)
-            last[number] = len(steps) if number in returned else i
+            last[number] = i
+    for number in returned:
+        first.setdefault(number, 0)
+        last[number] = len(steps)
     starts, arena = {}, len(wholes)
     if all(type(step) is _Launch for step in steps):
         starts, size = _shared({

@@ -314,7 +314,7 @@ def test_nothing_is_kept_alive():
 
 
 def test_threads_repeat_one_recording():
-    layer, given = make(), [maps() for _ in range(4)] * 8
+    layer, given = make(), [maps() for _ in range(4)] * 4
 
     def run(x):
         with torch.no_grad():
@@ -397,9 +397,13 @@ def test_absent_tensors():
     "function",
     [lambda x: (x * x.sum().item(),), lambda x: (torch.rand_like(x),), lambda x: (x[x > 0],),
      lambda x: (torch.cat([x, x]),), lambda x: tuple(x.topk(2)), lambda x: (x + CONSTANT,),
-     lambda x: (x.view(torch.int32) + 1,), lambda x: (x,)],
+     lambda x: (x.view(torch.int32) + 1,), lambda x: (x,),
+     lambda x: (x.clone().resize_(2, 8),),
+     lambda x: (x.new_empty(0).set_(CONSTANT.untyped_storage()),),
+     lambda x: (x.clone().bernoulli_(0.5, generator=torch.Generator(DEVICE)),)],
     ids=["a value on the host", "random numbers", "a shape from values", "a list of tensors",
-         "two results", "a tensor from elsewhere", "bits", "nothing"],
+         "two results", "a tensor from elsewhere", "bits", "nothing", "another shape in place",
+         "a storage", "a generator"],
 )  # fmt: skip
 def test_what_is_not_known_to_be_repeatable_is_not_repeated(function):
     calls = []
