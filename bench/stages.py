@@ -185,11 +185,12 @@ def order(
 ) -> list[tuple[Workload, str, int]]:
     """Workloads with a mode and the number of a group, in the order in which they are measured.
 
-    Every workload is measured in both modes before the next one.
+    Every workload is measured in both modes before the next one, the small ones last.
     """
     parts: list[tuple[Sequence[Workload], tuple[int, ...]]]
     if stage != "compiled":
-        parts = [(workloads, (group,)) for group in range(groups)]
+        halves = [[w for w in workloads if w.small is small] for small in (False, True)]
+        parts = [(half, (group,)) for half in halves for group in range(groups)]
     else:
         first = [w for name in COMPILED_FIRST for w in workloads if w.name == name]
         works = [*first, *(w for w in workloads if w not in first)]
@@ -257,8 +258,11 @@ def tuning(run: Run, budget: Budget) -> str:
 
 
 def furthest(report: Report, workloads: Sequence[Workload]) -> list[str]:
-    """Names of those with the smallest shares of the floor; without any, the first ones."""
-    names = [w.name for w in workloads]
+    """Names of those with the smallest shares of the floor; without any, the first ones.
+
+    Not the small ones, where tiles decide little.
+    """
+    names = [w.name for w in workloads if not w.small] or [w.name for w in workloads]
     frame = pd.DataFrame(report.rows, columns=["workload", "provider", "share_of_floor"])
     ours = frame[frame["provider"].isin(providers.OURS) & frame["workload"].isin(names)]
     shares = ours.dropna().groupby("workload")["share_of_floor"].max().sort_values()
@@ -374,7 +378,7 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("smoke", 60, smoke, "every fused tile at full size against float64, per assembler"),
     Stage("tests", 110, tests, "the package's tests"),
-    Stage("eager", 200, eager, "every workload: eager, da_triton and other formulations"),
+    Stage("eager", 290, eager, "every workload: eager, da_triton and other formulations"),
     Stage("compiled", 560, compiled, "the same beside torch.compile"),
     Stage("tune", 300, tuning, "tiles of the workloads that are furthest from their rooflines"),
     Stage("rest", 240, rest, "first calls, cost against positions, networks, memory checks"),

@@ -13,7 +13,7 @@ from bench.workloads import WORKLOADS
 NAMES = [stage.name for stage in STAGES]
 
 
-def seconds(*, stages=NAMES, workloads=WORKLOADS, budget=1470.0, cached=True, imports=2.0):
+def seconds(*, stages=NAMES, workloads=WORKLOADS, budget=1560.0, cached=True, imports=2.0):
     return estimate.table(stages, workloads, budget, cached, imports).set_index("stage")
 
 

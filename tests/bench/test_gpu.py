@@ -318,13 +318,22 @@ def test_furthest_from_the_floor():
         ]  # fmt: skip
 
     class Named:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, name, small=False):
+            self.name, self.small = name, small
 
-    table = [Named(name) for name in "abcde"]
+    table = [*map(Named, "abcde"), Named("elsewhere", small=True)]
     assert stages.furthest(Report, table) == ["b", "e", "d"]
     Report.rows = []
     assert stages.furthest(Report, table) == ["a", "b", "c"]
+
+
+def test_the_eager_stage_ends_with_small_workloads():
+    groups = 2
+    planned = stages.order("eager", WORKLOADS, groups)
+    small = [work.small for work, _, _ in planned]
+    assert small == sorted(small)
+    assert sum(small) == 2 * groups * sum(work.small for work in WORKLOADS) > 0
+    assert len(set(planned)) == len(planned) == 2 * groups * len(WORKLOADS)
 
 
 def test_compiled_stage_begins_with_what_matters():

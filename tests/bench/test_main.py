@@ -120,7 +120,7 @@ def gpu_calls(monkeypatch):
 def test_gpu_runs_every_stage_with_the_sum_of_their_seconds(table, tmp_path, gpu_calls):
     assert cli.main(["gpu", "--out", str(tmp_path)], table) == 7
     names = ["smoke", "tests", "eager", "compiled", "tune", "rest"]
-    assert gpu_calls == [(tmp_path, list(table), 1470, names, [])]
+    assert gpu_calls == [(tmp_path, list(table), 1560, names, [])]
 
 
 def test_gpu_adds_to_no_results_of_other_commands(table, tmp_path, gpu_calls, capsys):
@@ -139,7 +139,7 @@ def test_gpu_runs_chosen_stages_in_their_order(table, tmp_path, gpu_calls):
     assert cli.main(["gpu", *arguments, "--budget", "90"], table) == 7
     (_, works, *first), (_, _, *second) = gpu_calls
     assert [work.name for work in works] == ["tiny"]
-    assert first == [370, ["smoke", "tests", "eager"], [str(ptxas)]]
+    assert first == [460, ["smoke", "tests", "eager"], [str(ptxas)]]
     assert second == [90, ["smoke", "tests", "eager"], [str(ptxas)]]
 
 
