@@ -79,7 +79,7 @@ class Call(direct.Call):
         kept_f = kept_t = kept_g = kept_z = d = g
         p = self.softmax(_scaled(self.project(w.b, x), o.logit_scale), -1)
         if self.from_x:
-            kept_t = mm(x, t(p))
+            kept_t = t(mm(p, t(x))) if self.channels_last else mm(x, t(p))
             g = self._affine(w.a, kept_t, w.bias_a)
         else:
             kept_f = self._affine(w.a, x, w.bias_a)
