@@ -28,6 +28,7 @@ MOST_WEIGHTS = 2**18  # elements of Wa, counted for each sample
 # On several threads, where PyTorch convolves float32 with oneDNN, products of at least this many
 # multiplications are faster as convolutions, unless a side of the matrices is narrow.
 CONVOLVED_MULTIPLICATIONS, NARROW = 2**23, 64
+FEW_COLUMNS = 2**8  # of a product, for which its first matrix is not copied to be transposed
 
 
 class Call(direct.Call):
@@ -207,6 +208,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     if a.stride(-1) != 1 and b.stride(-1) == 1 and m > n:
         return torch.conv_transpose2d(b.view(1, k, 1, n), a.t().view(k, m, 1, 1)).view(m, n)
+    if a.stride(-1) != 1 and n <= FEW_COLUMNS:
+        return torch.mm(a, b)
     # An image of m pixels, in channels_last.
     image = a.contiguous().as_strided((1, k, 1, m), (k * m, 1, k * m, k))
     if b.stride(-1) == 1:

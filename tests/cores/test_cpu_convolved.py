@@ -19,6 +19,7 @@ NAMES = ("x", "weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_ou
 def _however_few_multiplications(monkeypatch):
     monkeypatch.setattr(cpu_small, "CONVOLVED_MULTIPLICATIONS", 0)
     monkeypatch.setattr(cpu_small, "NARROW", 0)
+    monkeypatch.setattr(cpu_small, "FEW_COLUMNS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -120,12 +121,22 @@ def test_upstream_gradients_of_any_strides(order, channels_last, batch, convolve
     assert convolved
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_matrix_is_copied_for_few_columns(order, channels_last, convolved, monkeypatch):
+    compare(leaves(channels_last=channels_last), order=order)
+    all_of_them = len(convolved)
+    monkeypatch.setattr(cpu_small, "FEW_COLUMNS", 2**8)
+    compare(leaves(channels_last=channels_last), order=order)
+    assert len(convolved) < 2 * all_of_them
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_smaller_products_are_not(channels_last, batch, convolved, monkeypatch):
     monkeypatch.setattr(cpu_small, "CONVOLVED_MULTIPLICATIONS", C * C_M * 36)
     compare(leaves(batch, channels_last=channels_last), order="AZ")
-    # By Wa and Wo, forward and backward; the gradients of these, where one sample gives them.
+    # By Wa and Wo, forward and backward; the gradients of these, where there is one sample.
     assert len(convolved) == (6 if batch == 1 else 4)
 
 
