@@ -24,8 +24,8 @@ LEFT_OUT = (
     "bench", "integrations", "test_export.py", "test_export_formats.py", "test_layers.py",
     "test_notebooks.py", "test_readme.py",
     # code of CPUs, and ranks that are CPU processes
-    "cores/test_cpu_block.py", "cores/test_cpu_masks.py", "test_data_parallel.py",
-    "test_distributed.py", "test_sharding.py",
+    "cores/test_cpu_block.py", "cores/test_cpu_convolved.py", "cores/test_cpu_masks.py",
+    "test_data_parallel.py", "test_distributed.py", "test_sharding.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
     "kernels/test_fused_tiles.py", "kernels/test_launch.py", "kernels/test_prepared.py",
     "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",

@@ -158,18 +158,19 @@ def test_options_of_numpy(backend):
 
 
 def test_the_number_of_threads_is_asked_at_each_call(monkeypatch):
-    monkeypatch.setattr(cpu_small, "CONVOLVED_WEIGHTS", 0)
-    monkeypatch.setattr(cpu_small, "CONVOLVED_POSITIONS", 0)
+    monkeypatch.setattr(cpu_small, "CONVOLVED_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu_small, "NARROW", 0)
     layer, x = make("torch", order="AZ").cpu(), maps(1, 16, 8, 8).cpu()
 
     def convolutions():
         with torch.no_grad(), torch.profiler.profile() as profile:
             layer(x)
-        return sum(event.name == "aten::conv2d" for event in profile.events())
+        names = "aten::conv2d", "aten::conv_transpose2d"
+        return sum(event.name in names for event in profile.events())
 
-    assert convolutions() == (0 if torch.get_num_threads() == 1 else 4)
+    assert convolutions() == (0 if torch.get_num_threads() == 1 else 6)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert convolutions() == 4
+    assert convolutions() == 6
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert convolutions() == 0
 

@@ -1,7 +1,8 @@
 r"""The block on a CPU for small inputs: the fewest operations, in one piece.
 
 Channel-major, ``(C, L)`` for one sample and ``(N, C, L)`` for several, whatever the memory format
-of x: only the result and dX are made in it. Letters as in ``cpu_block``, transposed:
+of x: only the result and dX are made in it, and all that has positions where products are large
+(``rows``: of positions). Letters as in ``cpu_block``, transposed:
 
     P = softmax over L of Wb x       F = Wa x + ba (A-) or x (X-)      T = F Pᵀ
     Q = softmax over n of Wv x + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G + bo (-H)
@@ -24,8 +25,10 @@ from .aten import WIDE_CHUNK
 # weights with the positions of all samples at once.
 MOST_ELEMENTS = 2**18  # of x
 MOST_WEIGHTS = 2**18  # elements of Wa, counted for each sample
-# On several threads, projections with larger weights are faster as convolutions.
-CONVOLVED_WEIGHTS, CONVOLVED_POSITIONS = 2**17, 2**7  # elements of Wa
+# On several threads, where PyTorch convolves float32 with oneDNN, products of at least this many
+# multiplications are faster as convolutions, unless a side of the matrices is narrow.
+CONVOLVED_MULTIPLICATIONS, NARROW = 2**23, 64
+FEW_COLUMNS = 2**8  # of a product, for which its first matrix is not copied to be transposed
 
 
 class Call(direct.Call):
@@ -50,11 +53,21 @@ class Call(direct.Call):
             self.maps_shape, self.grad_shape = self.maps_shape[1:], self.grad_shape[1:]
         few = length * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
         self.short = few and order == "AZ"
-        self.large = w.a.numel() >= CONVOLVED_WEIGHTS and length >= CONVOLVED_POSITIONS
         self.mm: Any = torch.mm if self.one else torch.bmm
         self.addmm: Any = torch.addmm if self.one else torch.baddbmm
         self.core: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
         self.t: Any = torch.t if self.core is torch.mm else _transposed
+        self.softmax: Any = torch.softmax
+        self.softmax_backward: Any = torch._softmax_backward_data
+        wide = x.dtype == torch.float32 and min(*w.a.shape, length) > NARROW
+        large = wide and w.a.numel() * length >= CONVOLVED_MULTIPLICATIONS
+        if large:
+            self.mm, self.addmm, self.core = _product, _added_product, _product
+        self.project: Any = self.mm
+        self.rows = large and self.channels_last and o.heads == 1
+        if self.rows:
+            self.project = self.core = _product_in_rows
+            self.softmax, self.softmax_backward = _softmax_in_rows, _softmax_in_rows_backward
         return True
 
     def forward(self, x, w, keep):
@@ -65,35 +78,32 @@ class Call(direct.Call):
         o, mm, t = self.o, self.mm, self.t
         g: Any = None
         kept_f = kept_t = kept_g = kept_z = d = g
-        p = _scaled(self._project(w.b, x, None), o.logit_scale).softmax(-1)
+        p = self.softmax(_scaled(self.project(w.b, x), o.logit_scale), -1)
         if self.from_x:
-            kept_t = mm(x, t(p))
+            kept_t = t(mm(p, t(x))) if self.channels_last else mm(x, t(p))
             g = self._affine(w.a, kept_t, w.bias_a)
         else:
-            kept_f = self._project(w.a, x, w.bias_a)
+            kept_f = self._affine(w.a, x, w.bias_a)
             if not self.short:
                 g = self.core(self._split(kept_f), t(self._split(p)))
         if not self.short:
             d = g = _scaled(g, o.scale)
-        q = self._split(_scaled(self._project(w.v, x, w.bias_v), o.logit_scale_v))
+        q = self._split(_scaled(self._affine(w.v, x, w.bias_v), o.logit_scale_v))
         if o.softmax_v:
-            q = q.softmax(-2)
+            q = self.softmax(q, -2)
         if self.short:
             d = _scaled(self.core(t(self._split(p)), q), o.scale)
             out = kept_z = self._join(self.core(self._split(kept_f), d))
         elif self.to_z:
             out = kept_z = self._join(self.core(g, q))
         if self.to_z:
-            if w.out is not None and self.channels_last:
-                out = t(mm(t(kept_z), t(w.out)))
-                out = out if w.bias_out is None else out.add_(w.bias_out.unsqueeze(-1))
-            elif w.out is not None:
-                out = self._project(w.out, kept_z, w.bias_out)
+            if w.out is not None:
+                out = self._affine(w.out, kept_z, w.bias_out, self.channels_last)
             if self.residual:
                 out = out + x if out is kept_z else out.add_(x)
         else:
             kept_g, d = g, self._affine(w.out, g, w.bias_out if o.softmax_v else None)
-            out = self.addmm(x, d, q) if self.residual else mm(d, q)
+            out = self._sum(x if self.residual else None, (d, q))
             if not o.softmax_v and w.bias_out is not None:
                 out.add_(w.bias_out.unsqueeze(-1))
         return out, (p, kept_f, kept_t, kept_g, q, d, kept_z)
@@ -103,7 +113,8 @@ class Call(direct.Call):
         p, f, kept_t, g, q, d, z = kept or self._forward(x, w)[1]
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
 
-        dz = self._split(grad if not self.to_z or w.out is None else mm(t(w.out), grad))
+        dz = grad if not self.to_z or w.out is None else self.project(t(w.out), grad)
+        dz = self._split(dz)
         if self.short:
             ds = _scaled(core(t(self._split(f)), dz), o.scale)
             dp, dv = core(q, t(ds)), core(self._split(p), ds)
@@ -115,15 +126,15 @@ class Call(direct.Call):
             dp = core(t(dt), x if self.from_x else self._split(f))
             df = None if self.from_x else core(dt, self._split(p))
         if o.softmax_v:
-            dv = torch._softmax_backward_data(dv, q, q.dim() - 2, q.dtype)
+            dv = self.softmax_backward(dv, q, -2, q.dtype)
         dv = _scaled(self._join(dv), o.logit_scale_v)
         dp, df = self._join(dp), df if df is None else self._join(df)
-        db = _scaled(torch._softmax_backward_data(dp, p, p.dim() - 1, p.dtype), o.logit_scale)
+        db = _scaled(self.softmax_backward(dp, p, -1, p.dtype), o.logit_scale)
 
         dx = da = dbias_a = dwb = dwv = dbias_v = dout = dbias_out = None
         if need_x:
             first = (dt, p) if self.from_x else (t(w.a), df)
-            dx = self._dx(grad, first, (t(w.v), dv), (t(w.b), db))
+            dx = self._sum(grad if self.residual else None, first, (t(w.v), dv), (t(w.b), db))
         if need_a:
             da = self._summed(mm(dg, t(kept_t)) if self.from_x else mm(df, t(x)))
         if need_bias_a:
@@ -140,15 +151,16 @@ class Call(direct.Call):
             dbias_out = self._bias(grad if self.to_z or not o.softmax_v else dd)
         return dx, da, dbias_a, dwb, dwv, dbias_v, dout, dbias_out
 
-    def _dx(self, grad: Tensor, *terms: Any) -> Tensor:
-        """X's gradient, a sum of products, in X's memory format."""
-        if self.channels_last:
-            grad, terms = self.t(grad), tuple((self.t(z), self.t(y)) for y, z in terms)
+    def _sum(self, x: Tensor | None, *terms: Any) -> Tensor:
+        """A sum of products, and of x, in the memory format of the call's x."""
+        t, channels_last = self.t, self.channels_last
+        if channels_last:
+            x, terms = x if x is None else t(x), tuple((t(z), t(y)) for y, z in terms)
         (y, z), *others = terms
-        total = self.addmm(grad, y, z) if self.residual else self.mm(y, z)
+        total = self.mm(y, z) if x is None else self.addmm(x, y, z)
         for y, z in others:
             self.addmm(total, y, z, out=total)
-        return self.t(total) if self.channels_last else total
+        return t(total) if channels_last else total
 
     def _spread(self, w: Weights) -> Weights:
         """One matrix for each sample."""
@@ -158,16 +170,10 @@ class Call(direct.Call):
         out = w.out if w.out is None else w.out.expand(shape)
         return w._replace(a=w.a.expand(shape), b=w.b.expand(shape), v=w.v.expand(shape), out=out)
 
-    def _project(self, w: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        """A projection of all positions."""
-        if not self.large or torch.get_num_threads() == 1:
-            return self._affine(w, x, bias)
-        maps = x.view(self.batch, -1, x.shape[-1], 1)
-        w = w if self.one else w[0]
-        y = torch.conv2d(maps, w[..., None, None], bias)
-        return y.view(*x.shape[:-2], -1, x.shape[-1])
-
-    def _affine(self, w: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _affine(self, w: Tensor, x: Tensor, bias: Tensor | None, rows: bool = False) -> Tensor:
+        if rows or self.rows:
+            x, w = self.t(x), self.t(w)
+            return self.t(self.mm(x, w) if bias is None else self.addmm(bias, x, w))
         return self.mm(w, x) if bias is None else self.addmm(bias.unsqueeze(-1), w, x)
 
     def _summed(self, dw: Tensor) -> Tensor:
@@ -187,6 +193,61 @@ class Call(direct.Call):
     def plain(self, x, w, keep):
         x = x if x.dim() == 3 else x[None]
         return aten_block.compose(x, w, keep, x if self.residual else None, self.o)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``mm`` or ``bmm``, as convolutions of one pixel where these are faster."""
+    if not _convolved(a, b):
+        return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+    if a.dim() == 3 and a.stride(0) == 0:
+        return _products(a[0], b.contiguous())
+    if a.dim() == 3 and b.stride(0) == 0:
+        return _transposed(_products(b[0].t(), _transposed(a.contiguous())))
+    if a.dim() == 3:
+        return torch.bmm(a, b)
+    (m, k), n = a.shape, b.shape[1]
+    if a.stride(-1) != 1 and b.stride(-1) == 1 and m > n:
+        return torch.conv_transpose2d(b.view(1, k, 1, n), a.t().view(k, m, 1, 1)).view(m, n)
+    if a.stride(-1) != 1 and n <= FEW_COLUMNS:
+        return torch.mm(a, b)
+    # An image of m pixels, in channels_last.
+    image = a.contiguous().as_strided((1, k, 1, m), (k * m, 1, k * m, k))
+    if b.stride(-1) == 1:
+        return torch.conv_transpose2d(image, b.view(k, n, 1, 1)).view(n, m).t()
+    return torch.conv2d(image, b.t().view(n, k, 1, 1)).view(n, m).t()
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """One matrix times several, in the memory format of these."""
+    b = b.unsqueeze(2)
+    if a.stride(-1) == 1:
+        return torch.conv2d(b, a[..., None, None]).squeeze(2)
+    return torch.conv_transpose2d(b, a.t()[..., None, None]).squeeze(2)
+
+
+def _added_product(x: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if not _convolved(a, b):
+        return (torch.addmm if a.dim() == 2 else torch.baddbmm)(x, a, b, out=out)
+    return _product(a, b).add_(x) if out is None else out.add_(_product(a, b))
+
+
+def _convolved(a: Tensor, b: Tensor) -> bool:
+    multiplications = a.shape[-2] * a.shape[-1] * b.shape[-1]
+    return multiplications >= CONVOLVED_MULTIPLICATIONS and torch.get_num_threads() > 1
+
+
+def _product_in_rows(a: Tensor, b: Tensor) -> Tensor:
+    """The same in memory whose columns are contiguous."""
+    return _transposed(_product(_transposed(b), _transposed(a)))
+
+
+def _softmax_in_rows(x: Tensor, dim: int) -> Tensor:
+    return _transposed(_transposed(x).softmax(-3 - dim))
+
+
+def _softmax_in_rows_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    dy, y = _transposed(dy), _transposed(y)
+    return _transposed(torch._softmax_backward_data(dy, y, -3 - dim, dtype))
 
 
 def _transposed(x: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ WAYS = {
     "small": {"MOST_ELEMENTS": 2**18},
     "small with convolutions": {
         "MOST_ELEMENTS": 2**18,
-        "CONVOLVED_WEIGHTS": 0,
-        "CONVOLVED_POSITIONS": 0,
+        "CONVOLVED_MULTIPLICATIONS": 0,
+        "NARROW": 0,
     },
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
