@@ -135,14 +135,15 @@ class Call(direct.Call):
         if need_x:
             first = (dt, p) if self.from_x else (t(w.a), df)
             dx = self._sum(grad if self.residual else None, first, (t(w.v), dv), (t(w.b), db))
+        xt = t(x)
         if need_a:
-            da = self._summed(mm(dg, t(kept_t)) if self.from_x else mm(df, t(x)))
+            da = self._summed(mm(dg, t(kept_t)) if self.from_x else mm(df, xt))
         if need_bias_a:
             dbias_a = self._bias(df if self.short else self._join(dg))
         if need_b:
-            dwb = self._summed(mm(db, t(x)))
+            dwb = self._summed(mm(db, xt))
         if need_v:
-            dwv = self._summed(mm(dv, t(x)))
+            dwv = self._summed(mm(dv, xt))
         if need_bias_v:
             dbias_v = self._bias(dv)
         if need_out:

@@ -10,8 +10,10 @@ Temporaries that kernels alone see share one allocation, and the same bytes wher
 not overlap. Every other tensor is allocated before its first use and dropped after its last.
 """
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,7 +70,7 @@ class Recorded:
         addresses += room
         for step in steps:
             step(held, addresses, device, stream)
-        return tuple([None if view is None else view.of(held) for view in results])
+        return tuple([held[r] if type(r) is int else r and r.of(held) for r in results])
 
     def _unrecorded(self, tensors):
         """Records the second call, the fourth, the eighth …, until it is known how to repeat one.
@@ -162,7 +164,7 @@ class _Drop(NamedTuple):
 
 class Program(NamedTuple):
     steps: list[Any]
-    results: list[_View | None]
+    results: list[Any]  # numbers of tensors, views of them, or None
     room: list[None]  # for tensors that are made
     kernels: list[Any]
     device: torch.device
@@ -289,8 +291,9 @@ class _Recorder(TorchDispatchMode):
             if type(step) is _Operation:
                 step.args[:] = [self._simplified(x) if type(x) is _View else x for x in step.args]
         steps = _placed(self.steps, self.wholes, {view.number for view in returned})
+        found = [view and self._simplified(view) for view in views]
         return Program(
-            steps, [view and self._simplified(view) for view in views],
+            steps, [view.number if view and view.shape is None else view for view in found],
             [None] * (len(self.wholes) - self.given), self.kernels, self.first.device,
             launch.tf32(self.first),
         )  # fmt: skip
@@ -317,10 +320,7 @@ def _unobserved(kernels):
 
 
 def _aligned(addresses):
-    joined = 0
-    for address in addresses:
-        joined |= address
-    return joined % 16 == 0
+    return functools.reduce(operator.or_, addresses, 0) % 16 == 0
 
 
 def _placed(steps, wholes, returned):
