@@ -103,8 +103,7 @@ def lower_layers(run: Run) -> Lower:
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
-    from da_triton.kernels import block, launch
-    from da_triton.kernels.recorded import Recorded
+    from da_triton.kernels import block, launch, recorded
 
     found = Lower([], [], [], [])
 
@@ -121,7 +120,7 @@ def lower_layers(run: Run) -> Lower:
 
         return call
 
-    launch.forget()  # a first call runs the launchers, and a third one what the second recorded
+    launch.forget()  # a first call runs the launchers
     launched = launch.Launch.__call__
     with (
         mock.patch.object(block, "forward", kept(found.launchers, block.forward)),
@@ -129,8 +128,10 @@ def lower_layers(run: Run) -> Lower:
         mock.patch.object(launch.Launch, "__call__", kept(found.launches, launched)),
     ):
         run()
-    run()
-    with mock.patch.object(Recorded, "__call__", kept(found.recorded, Recorded.__call__)):
+    for _ in range(recorded.FIRST):
+        run()
+    repeat = kept(found.recorded, recorded.Recorded.__call__)
+    with mock.patch.object(recorded.Recorded, "__call__", repeat):
         run()
     with Operators():
         run()

@@ -22,6 +22,7 @@ from da_triton.planner import Route
 from support import repeatable
 from support.numerics import DEVICE
 
+FIRST = recorded.FIRST
 ROUTES = {
     "fused": Route("XH", "fused", "fused", "fused", "XH", 64),
     "one sample at a time": Route("XH", "fused", "fused", "fused", "XH", 1),
@@ -365,6 +366,15 @@ def repeats(function, *given):
             assert torch.equal(y, z)
             assert y.stride() == z.stride()
     return len(ran) == 2
+
+
+def test_a_few_calls_are_not_worth_a_recording(monkeypatch):
+    monkeypatch.setattr(recorded, "FIRST", FIRST)
+    ran = []
+    ready = Recorded(lambda x: ran.append(1) or (x @ x,))
+    for _ in range(FIRST + 3):
+        ready(square())
+    assert len(ran) == FIRST == 8
 
 
 def square(n=4):

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from da_triton.kernels import launch
+from da_triton.kernels import launch, recorded
 
 DEVICE_INDEX, STREAM = 0, 7
 BEFORE = 9  # grid, stream, function, metadata, description and hooks
@@ -40,15 +40,13 @@ class Kernel:
 
 @contextlib.contextmanager
 def kernels():
-    """Launches keep a kernel that takes addresses. On a GPU, they are what they are."""
-    if not launch.INTERPRETED:
-        yield
-        return
-    with (
-        launch.forgetting(),
-        mock.patch.object(launch, "driver", Driver),
-        mock.patch.object(launch.Launch, "_compile", _compile),
-    ):
+    """The second call of a signature is recorded. Launches keep a kernel that takes addresses."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(launch.forgetting())
+        stack.enter_context(mock.patch.object(recorded, "FIRST", 2))
+        if launch.INTERPRETED:
+            stack.enter_context(mock.patch.object(launch, "driver", Driver))
+            stack.enter_context(mock.patch.object(launch.Launch, "_compile", _compile))
         yield
 
 
