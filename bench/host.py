@@ -6,7 +6,7 @@ compared take turns.
 
     layer        the module; of ``eager``, the block as users write it
     functional   ``double_attention_block``
-    recorded     ``kernels.recorded``: allocations, addresses, launches and GEMMs, in one pass
+    recorded     ``kernels.recorded``, one per pass: allocations, addresses, launches and GEMMs
     gather, distribute, double_attention    the public functions, on maps
 
 and what first calls, compiled programs and whatever watches a call take instead of ``recorded``:

@@ -271,8 +271,8 @@ def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
 
 def host_costs(argv: Sequence[str], table: Sequence[Workload]) -> int:
     parser = arguments.parser(
-        "host", "Microseconds until a call returns, by layer: module, function, operator, "
-        "launches; beside the eager block. Without a GPU, launches do nothing.",
+        "host", "Microseconds until a call returns, by layer: module, function, what is "
+        "recorded, operator, launches; beside the eager block. Without a GPU, launches do nothing.",
         "host\nhost --workload small_64_14x14,yolo_n_p5_b1 --threads 2 --out /tmp/host",
     )  # fmt: skip
     arguments.add_lists(parser, workload="")

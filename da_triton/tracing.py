@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import checkpoint
+from torch.utils import _device, checkpoint
 
 
 def constant(function):
@@ -49,7 +49,7 @@ def forward_mode() -> bool:
 
 
 _eval_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
-top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def watched() -> bool:
@@ -64,13 +64,19 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
-        or (top_hooks(True) is not None and checkpointed())
+        or (_top_hooks(True) is not None and checkpointed())
     )
 
 
 def named() -> bool:
-    """Whether a profiler or a function mode is active, which know operators by their names."""
-    return torch.autograd._profiler_enabled() or torch._C._len_torch_function_stack() > 0
+    """Whether a profiler or a function mode is active, which know operators by their names.
+
+    ``torch.set_default_device`` is such a mode, and needs no names.
+    """
+    modes = torch._C._len_torch_function_stack()
+    if modes and _device.CURRENT_DEVICE is not None:
+        modes -= 1
+    return modes > 0 or torch.autograd._profiler_enabled()
 
 
 AUTOCAST = ("cuda", "cpu")  # have it in every build: asking takes time

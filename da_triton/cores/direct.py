@@ -102,11 +102,10 @@ class Call:
         out, kept = self.forward(*self.as_matrices(x, weights, mask))
         return self.as_given(out), *kept
 
-    def gradients(self, known: bool, needs: Any, grad: Tensor, *tensors: Any) -> Any:
-        """Of x and of the weights, without bias_b.
+    def gradients(self, needs: Any, grad: Tensor, *tensors: Any) -> Any:
+        """Gradients of x and of the weights, without bias_b.
 
-        ``tensors``: what ``run`` took and what it kept. ``known``: all metadata is that of this
-        signature.
+        ``tensors``: what ``run`` took and what it kept.
         """
         x, mask, *others = tensors
         weights, kept = others[:8], others[8:]
@@ -138,7 +137,7 @@ class Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         out, *kept = call.run(*tensors)
-        ctx.call, ctx.hooked = call, tracing.top_hooks(True) is not None
+        ctx.call = call
         ctx.save_for_backward(*tensors, *kept)
         return unviewed(out) if out._is_view() else out
 
@@ -158,8 +157,6 @@ class Block(torch.autograd.Function):
             bias_b = weights.pop(3)
             found = differentiable(call.composed(bias_b, mask), (x, *weights), needs, grad)
         else:
-            # Hooks may bring tensors back in other strides.
-            known = not ctx.hooked and type(grad) is Tensor and not grad.is_neg()
-            found = call.gradients(known, needs, grad, *tensors)
+            found = call.gradients(needs, grad, *tensors)
         bias_b = torch.zeros_like(tensors[5]) if need_bias_b else None
         return None, found[0], None, *found[1:4], bias_b, *found[4:]

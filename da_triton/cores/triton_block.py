@@ -69,13 +69,14 @@ class Call(direct.Call):
         self.recorded_gradients: dict[Any, Recorded] = {}
         return True
 
-    def gradients(self, known, needs, grad, *tensors):
-        if tracing.watched() or not known:
-            return super().gradients(known, needs, grad, *tensors)
+    def gradients(self, needs, grad, *tensors):
+        if tracing.watched() or type(grad) is not Tensor or grad.is_neg():
+            return super().gradients(needs, grad, *tensors)
         key = needs, grad.stride()
         recorded = self.recorded_gradients.get(key)
         if recorded is None:
-            recorded = Recorded(functools.partial(super().gradients, known, needs))
+            # Hooks, and whoever sets ``data``, may change what was saved.
+            recorded = Recorded(functools.partial(super().gradients, needs), compared=True)
             if len(self.recorded_gradients) < MOST_RECORDED:
                 self.recorded_gradients[key] = recorded
         return recorded(grad, *tensors)
@@ -90,7 +91,8 @@ class Call(direct.Call):
 
     def backward(self, grad, x, w, keep, kept, needs):
         lse, g, v = kept
-        if tracing.named() or (tracing.watched() and not launch.is_recorded()):
+        unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
+        if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
             options = *self.options, self.order, list(needs)
             return run(block_backward_op, grad, x, *w, keep, lse, g, v, *options)

@@ -142,7 +142,8 @@ def _use(spec, args, kwargs):
         if _concerns(args):
             with _lock:
                 verdict = _verdict(spec, spec.bound(args, kwargs))
-            if verdict is None:
+            if verdict is None:  # asked again at the next call
+                launch.leave_unrecorded()
                 return True
             known = verdict.right
         if len(_known) >= 4096:

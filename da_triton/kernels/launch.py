@@ -5,7 +5,7 @@ Positions are split into chunks, one program each, so that a launch has about on
 Everything about a launch but addresses and scales follows from the shapes, strides, dtypes and
 device of its tensors, the flags, and PyTorch's TF32 switch. It is found once per such signature
 (``prepared``), and the kernel that Triton compiled for it is kept, so that a later call only looks
-up the ``Launch`` and passes pointers.
+up the ``Launch`` and passes pointers; or not even that, where the whole call was ``recorded``.
 """
 
 import contextlib
@@ -86,39 +86,45 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Trial(threading.local):
+class _Thread(threading.local):
     splits = None  # programs that share the positions, instead of as many as the GPU has room for
     tiles = None  # what launches take is noted here
     recorder = None  # is given every launch
 
 
-_trial = _Trial()
+_thread = _Thread()
 
 
 @contextlib.contextmanager
 def recording(recorder):
     """Gives this thread's launches to ``recorder.launched``, too."""
-    _trial.recorder = recorder
+    _thread.recorder = recorder
     try:
         yield
     finally:
-        _trial.recorder = None
+        _thread.recorder = None
 
 
 def is_recorded():
-    return _trial.recorder is not None
+    return _thread.recorder is not None
+
+
+def leave_unrecorded():
+    """What is done now is not to be repeated."""
+    if _thread.recorder is not None:
+        _thread.recorder.complete = False
 
 
 @contextlib.contextmanager
 def trial(splits, tiles):
     """Splits positions of this thread's launches over ``splits`` programs, blocks permitting, and
     adds the tile of every launch to the list ``tiles``, in words."""
-    before = _trial.splits, _trial.tiles
-    _trial.splits, _trial.tiles = splits, tiles
+    before = _thread.splits, _thread.tiles
+    _thread.splits, _thread.tiles = splits, tiles
     try:
         yield
     finally:
-        _trial.splits, _trial.tiles = before
+        _thread.splits, _thread.tiles = before
 
 
 def chunks(programs, length, tile, device):
@@ -127,7 +133,7 @@ def chunks(programs, length, tile, device):
     ``programs``: how many programs there are without splitting positions.
     """
     blocks = -(-length // tile.block_l)
-    wanted = _trial.splits or max(1, processors(device) * tile.per_processor // programs)
+    wanted = _thread.splits or max(1, processors(device) * tile.per_processor // programs)
     blocks_per_chunk = -(-blocks // min(wanted, blocks))
     return blocks_per_chunk, -(-blocks // blocks_per_chunk)
 
@@ -180,7 +186,7 @@ def prepared(build, tensors, *flags):
     ``build`` reads of the tensors, any of which but the first may be None, their shapes, strides,
     dtypes and device alone, and returns nothing that holds them: mostly a ``Launch``.
     """
-    if _trial.tiles is not None:
+    if _thread.tiles is not None:
         return build(*tensors, *flags)
     x = tensors[0]
     key = (
@@ -244,9 +250,9 @@ class Launch:
             found["BLOCK_M"] = found["BLOCK_C"] = tile.block_m
             found["BLOCK_N"], found["BLOCK_L"] = tile.block_n, tile.block_l
             self.options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-            if _trial.tiles is not None:
+            if _thread.tiles is not None:
                 blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
-                _trial.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
+                _thread.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
         if maps:
             align = alignment(*maps.values())
             length = next(iter(maps.values())).shape[-1]
@@ -296,14 +302,15 @@ class Launch:
             joined |= pointer
         aligned = True if joined % 16 == 0 else tuple([p % 16 == 0 for p in pointers])
         found = self.compiled.get(aligned)
-        if _trial.recorder is not None:
-            _trial.recorder.launched(self, tensors, scales, found)
         if found is None or not _direct((self.kernel,)):
+            leave_unrecorded()
             return self._compile(tensors, scales, aligned)
         stream = stream_of(self.device)
         if stream is None:
             with torch.cuda.device(self.device):
                 return self(tensors, scales)
+        if _thread.recorder is not None:
+            _thread.recorder.launched(self, tensors, scales, found)
         kernel, run, function, metadata = found
         enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
         if enter is not None and getattr(enter, "calls", True):
@@ -338,7 +345,7 @@ def unobserved(kernels):
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and getattr(hook, "calls", True):
             return False
-    return _trial.tiles is None and _direct(kernels)
+    return _thread.tiles is None and _direct(kernels)
 
 
 def _direct(kernels):

@@ -30,8 +30,7 @@ ALLOCATIONS = (
 )  # fmt: skip
 # Operations whose result has a shape from values, is random, or is not all that they change.
 UNREPEATABLE = (
-    torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape,
-    torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view,
+    torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view,
 )  # fmt: skip
 CONSTANTS = (
     type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout,
@@ -46,13 +45,14 @@ Found = tuple[Tensor | None, ...]
 class Recorded:
     """``function`` of tensors, any of which but the first may be None, that returns such a tuple.
 
-    All calls have the metadata of the first, and the function depends on nothing else; it calls
-    kernels of this package and operations of ATen. It runs itself where kernels are interpreted,
-    where launches are observed or examined, and for addresses that 16 does not divide.
+    It must depend on their metadata alone, and call only kernels of this package and operations of
+    ATen. All calls must have the metadata of the first, unless ``compared``: then those with other
+    metadata run the function. So do calls whose launches are observed, examined or interpreted, and
+    those with addresses that 16 does not divide.
     """
 
-    def __init__(self, function: Callable[..., Found]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Found], *, compared: bool = False) -> None:
+        self.function, self.compared = function, compared
         self.program: Program | None = None
         self.calls = 0
 
@@ -60,9 +60,14 @@ class Recorded:
         program = self.program
         if program is None:
             return self._unrecorded(tensors)
-        steps, results, room, kernels, device, tf32 = program
+        steps, results, room, kernels, device, tf32, metadata = program
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        if not (_aligned(addresses) and _unobserved(kernels) and tf32 == launch.tf32(tensors[0])):
+        if not (
+            _aligned(addresses)
+            and _unobserved(kernels)
+            and tf32 == launch.tf32(tensors[0])
+            and (not self.compared or metadata == _metadata(tensors))
+        ):
             return self.function(*tensors)
         stream = launch.stream_of(device)
         if stream is None:
@@ -91,7 +96,7 @@ class Recorded:
 
 
 class _View(NamedTuple):
-    """A tensor, or what starts ``start`` elements behind it, if a shape is given."""
+    """A tensor, or if a shape is given, what starts ``start`` elements after its start."""
 
     number: int
     start: int
@@ -122,14 +127,15 @@ class _Launch(NamedTuple):
     run: Any
     grid: tuple[int, int, int]
     about: tuple[Any, ...]  # function, metadata, no description, no hooks
-    pointers: list[tuple[int, int]]  # numbers of tensors, and bytes behind their start
+    pointers: list[tuple[int, int]]  # numbers of tensors, and bytes after their start
     others: tuple[Any, ...]
+    compiled: Any  # kept loaded
 
     def numbers(self):
         return [number for number, _ in self.pointers]
 
     def __call__(self, tensors, addresses, device, stream):
-        run, grid, about, pointers, others = self
+        run, grid, about, pointers, others, _ = self
         run(*grid, stream, *about, *[addresses[n] + start for n, start in pointers], *others)
 
 
@@ -168,6 +174,7 @@ class Program(NamedTuple):
     kernels: list[Any]
     device: torch.device
     tf32: bool
+    metadata: list[Any]
 
 
 # --- how it is recorded ---------------------------------------------------------------------------
@@ -188,7 +195,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.first, self.given = tensors[0], len(tensors)
+        self.first, self.given, self.metadata = tensors[0], len(tensors), _metadata(tensors)
         self.wholes: list[_Whole | None] = []
         self.places: dict[int, tuple[int, int]] = {}  # of tensors that are alive
         self.steps: list[Any] = []
@@ -220,7 +227,11 @@ class _Recorder(TorchDispatchMode):
         fresh = not all(isinstance(x, Tensor) and _storage(x) in known for x in several)
         if not fresh and not op._schema.is_mutable:
             return  # a view
-        if not isinstance(found, Tensor) or set(op.tags).intersection(UNREPEATABLE):
+        if (
+            not isinstance(found, Tensor)
+            or set(op.tags).intersection(UNREPEATABLE)
+            or (fresh and found.storage_offset())
+        ):
             self.complete = False
             return
         given = list(map(self._argument, args))
@@ -229,19 +240,17 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(_Operation(op, given, named, number))
 
     def launched(self, ready, tensors, scales, compiled):
-        """``ready``: a ``launch.Launch``; ``compiled``: what it found, or None."""
-        if compiled is None or not all(t.numel() for t in tensors):
-            self.complete = False
-        if not self.complete:
-            return
+        """``ready``: a ``launch.Launch``; ``compiled``: what it launches."""
         _, run, function, metadata = compiled
         pointers = [self._place(t.data_ptr()) for t in tensors]
-        about = function, metadata, None, None, None
-        self.steps.append(_Launch(run, ready.grid, about, pointers, (*scales, *ready.rest)))
+        about, others = (function, metadata, None, None, None), (*scales, *ready.rest)
+        self.steps.append(_Launch(run, ready.grid, about, pointers, others, compiled))
         self.kernels.append(ready.kernel)
 
     def _add_new(self, x, allocated):
         storage = x.untyped_storage()
+        if x.device != self.first.device:
+            self.complete = False
         return self._add(x, storage.data_ptr(), storage.nbytes(), allocated)
 
     def _add(self, x, start, size, allocated):
@@ -256,7 +265,7 @@ class _Recorder(TorchDispatchMode):
         return number
 
     def _place(self, address):
-        """The number of the tensor there, and how many bytes behind its start."""
+        """The number of the tensor there, and how many bytes after its start."""
         for number, (start, end) in self.places.items():
             if start <= address < end:
                 return number, address - start
@@ -279,22 +288,24 @@ class _Recorder(TorchDispatchMode):
         return _View(number, start // x.itemsize, tuple(x.shape), x.stride())
 
     def program(self, results: Found) -> Program | None:
-        """What repeats the recorded call; None where that cannot be told."""
+        """What repeats the recorded call; None where that is not known."""
         views = [None if r is None else self._view(r) for r in results]
-        if not (self.complete and self.steps and _unobserved(self.kernels)):
+        if not (self.complete and self.steps):
             return None
         returned = [view for view in views if view]
         for view in reversed(returned):
             self._shape(view)
         for step in self.steps:
             if type(step) is _Operation:
-                step.args[:] = [self._simplified(x) if type(x) is _View else x for x in step.args]
-        steps = _placed(self.steps, self.wholes, {view.number for view in returned})
-        found = [view and self._simplified(view) for view in views]
+                step.args[:] = map(self._simplified, step.args)
+                step.kwargs.update({k: self._simplified(x) for k, x in step.kwargs.items()})
+        numbers = {view.number for view in returned}
+        steps = _placed(self.steps, self.wholes, self.given, numbers)
+        found = [self._simplified(view) for view in views]
         return Program(
             steps, [view.number if view and view.shape is None else view for view in found],
             [None] * (len(self.wholes) - self.given), self.kernels, self.first.device,
-            launch.tf32(self.first),
+            launch.tf32(self.first), self.metadata,
         )  # fmt: skip
 
     def _shape(self, view):
@@ -304,9 +315,15 @@ class _Recorder(TorchDispatchMode):
             self.wholes[view.number] = whole._replace(shape=view.shape, strides=view.strides)
 
     def _simplified(self, view):
+        if type(view) is not _View:
+            return view
         whole = self.wholes[view.number]
         same = (view.start, view.shape, view.strides) == (0, whole.shape, whole.strides)
         return view._replace(shape=None) if same else view
+
+
+def _metadata(tensors):
+    return [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
 def _storage(x):
@@ -322,10 +339,10 @@ def _aligned(addresses):
     return functools.reduce(operator.or_, addresses, 0) % 16 == 0
 
 
-def _placed(steps, wholes, returned):
+def _placed(steps, wholes, given, returned):
     """The steps between allocations before first uses and drops after last ones.
 
-    Adds to ``wholes`` the tensor that temporaries share.
+    Adds to ``wholes`` the tensor that temporaries share. The first ``given`` are the caller's.
     """
     first, last = {}, {}
     for i, step in enumerate(steps):
@@ -341,8 +358,9 @@ def _placed(steps, wholes, returned):
             n: (first[n], last[n], whole.bytes) for n, whole in enumerate(wholes)
             if n in first and n not in returned and whole.allocated
         })  # fmt: skip
-        wholes.append(_Whole((size,), (1,), torch.uint8, True, size))
-        first[arena], last[arena] = 0, len(steps)
+        if starts:
+            wholes.append(_Whole((size,), (1,), torch.uint8, True, size))
+            first[arena], last[arena] = 0, len(steps)
     placed = []
     for i, step in enumerate(steps):
         for n, whole in enumerate(wholes):
@@ -355,7 +373,7 @@ def _placed(steps, wholes, returned):
             ]  # fmt: skip
             step = step._replace(pointers=moved)
         placed.append(step)
-        unused = [n for n, used in last.items() if used == i and n not in starts]
+        unused = [n for n, used in last.items() if used == i and n >= given and n not in starts]
         if unused:
             placed.append(_Drop(unused))
     return placed

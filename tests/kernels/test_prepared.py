@@ -128,7 +128,7 @@ assert functions[0] == functions[2] != functions[1] == functions[3]
 
 
 def test_a_recorded_launch_passes_what_a_prepared_one_passes():
-    """But for addresses of what it allocates, and hooks, of which there are none."""
+    """Apart from the addresses of what it allocates, and hooks, which it does not pass."""
     compiled("""
 ready = Recorded(forward)
 for _ in range(9):

@@ -2,27 +2,24 @@
 
 import contextlib
 import gc
-import itertools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 from triton import knobs
 
 from da_triton import DoubleAttention
 from da_triton.cores import triton_block
 from da_triton.kernels import block, guard, launch, recorded
 from da_triton.kernels.project_gather import gather_from_a_kernel
-from da_triton.kernels.recorded import Recorded
 from da_triton.planner import Route
 from support import repeatable
 from support.numerics import DEVICE
 
-FIRST = recorded.FIRST
 ROUTES = {
     "fused": Route("XH", "fused", "fused", "fused", "XH", 64),
     "one sample at a time": Route("XH", "fused", "fused", "fused", "XH", 1),
@@ -188,18 +185,52 @@ def test_a_gradient_may_be_the_input():
         assert ("backward" in ran) == (number < 5)
 
 
-def test_hooks_on_saved_tensors_may_change_their_strides():
+def through_default_hooks(layer, x, upstream):
+    """Saved tensors come back contiguous."""
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        return step(layer, x, upstream)
+
+
+def through_own_hooks(layer, x, upstream):
+    """x alone comes back contiguous."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    saved = y.grad_fn._raw_saved_tensors[0]
+    saved.register_hooks(lambda t: t, lambda t: t.contiguous())
+    return y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+
+
+def with_other_data(layer, x, upstream):
+    """x and a weight get other strides between the passes."""
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    x.data = x.data.contiguous()
+    layer.convB.weight.data = layer.convB.weight.data.transpose(0, 1).clone().transpose(0, 1)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+    layer.convB.weight.data = layer.convB.weight.data.contiguous()
+    return y.detach(), *found
+
+
+@pytest.mark.parametrize("change", [through_default_hooks, through_own_hooks, with_other_data])
+def test_what_was_saved_may_have_other_strides(change):
     layer = make()
     given = [(maps(last=True), maps(last=True)) for _ in range(3)]
-    expected = [step(layer, *arguments) for arguments in given]
-    contiguous = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
-    )
+    expected = [step(layer, *arguments) for arguments in given]  # recorded, too
     for arguments, wanted in zip(given, expected, strict=True):
-        with contiguous:
-            found = step(layer, *arguments)
-        for y, z in zip(found, wanted, strict=True):
+        for y, z in zip(change(layer, *arguments), wanted, strict=True):
             torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
+
+
+def test_a_weight_that_lost_rows_raises():
+    layer, x = make(), maps().requires_grad_()
+    for _ in range(3):
+        step(layer, x, x.detach().clone())
+    y = layer(x)
+    layer.convB.weight.data = layer.convB.weight.data[:4].clone()
+    with pytest.raises(RuntimeError, match="shape"):
+        y.sum().backward()
 
 
 def warm(layer, x):
@@ -243,6 +274,77 @@ def test_trials_and_examinations_see_launches():
     assert not runs_launchers(layer, x)
 
 
+def test_a_counter_around_the_backward_pass_sees_its_operator():
+    layer, x = make(), maps().requires_grad_()
+    for _ in range(3):
+        step(layer, x, maps())
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() > 0
+
+
+def test_a_subclass_as_gradient_is_not_read_by_its_address():
+    class Subclass(torch.Tensor):
+        pass
+
+    layer, x = make(), maps()
+    for _ in range(3):
+        expected = step(layer, x, torch.ones_like(x))
+    with launchers() as ran:
+        same(step(layer, x, torch.ones_like(x).as_subclass(Subclass)), expected)
+    assert "backward" in ran
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_default_device_does_not_count_as_a_mode():
+    layer, x = make(), maps()
+    torch.set_default_device(DEVICE)
+    try:
+        assert not runs_launchers(layer, warm(layer, x))
+        with Mode():
+            assert runs_launchers(layer, x)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_where_another_device_is_current_each_launch_is_recorded_once(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    layer, x = make(), maps()
+    monkeypatch.setattr(triton_block, "_route", lambda *_: ROUTES["fused"])
+    monkeypatch.setattr(launch, "stream_of", lambda _: repeatable.STREAM if current else None)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    runs = []
+    original = recorded._Launch.__call__
+    monkeypatch.setattr(
+        recorded._Launch, "__call__", lambda *given: runs.append(1) or original(*given)
+    )
+    warm(layer, x)
+    assert len(runs) == 3
+    assert not current
+
+
+def test_what_a_capture_leaves_unproved_is_not_recorded(monkeypatch):
+    layer, x = make(), maps()
+    monkeypatch.setattr(guard, "watched", lambda: True)
+    monkeypatch.setattr(guard, "_concerns", lambda args: True)
+    monkeypatch.setattr(guard, "_verdict", lambda *_: None)
+    guard._known.clear()
+    warm(layer, x)
+    assert runs_launchers(layer, x)
+
+
 def test_the_tf32_switch_is_read_at_every_call():
     layer, x = make(), maps()
     before = torch.backends.cuda.matmul.fp32_precision
@@ -262,6 +364,7 @@ def test_addresses_that_16_does_not_divide_go_the_long_way():
     odd = unaligned(x)
     warm(layer, odd)
     assert runs_launchers(layer, odd)
+    assert runs_launchers(layer, x), "nothing was recorded with odd addresses"
     with torch.no_grad():
         expected = layer(x)
     launch.forget()
@@ -341,114 +444,6 @@ def test_forms_of_gradients_are_bounded(monkeypatch):
         step(layer, x, grad)
     (call,) = calls
     assert len(call.recorded_gradients) == 2
-
-
-# --- functions of ATen alone ----------------------------------------------------------------------
-
-
-def repeats(function, *given):
-    """Whether the third call of a function repeats the second, with the right results."""
-    ran = []
-
-    def counted(*tensors):
-        ran.append(1)
-        return function(*tensors)
-
-    ready = Recorded(counted)
-    for _ in range(2):
-        ready(*given)
-    again = [None if t is None else t + 1 for t in given]
-    expected = function(*[t if t is None else t.clone() for t in again])
-    found = ready(*again)
-    for y, z in zip(found, expected, strict=True):
-        assert (y is None) == (z is None)
-        if y is not None:
-            assert torch.equal(y, z)
-            assert y.stride() == z.stride()
-    return len(ran) == 2
-
-
-def test_a_few_calls_are_not_worth_a_recording(monkeypatch):
-    monkeypatch.setattr(recorded, "FIRST", FIRST)
-    ran = []
-    ready = Recorded(lambda x: ran.append(1) or (x @ x,))
-    for _ in range(FIRST + 3):
-        ready(square())
-    assert len(ran) == FIRST == 8
-
-
-def square(n=4):
-    return torch.randn(n, n, device=DEVICE)
-
-
-def in_place(x, y):
-    made = torch.empty_like(x)
-    torch.mm(x, y, out=made)
-    made[:, 1:].mul_(2)
-    return made.t(), None, made[1:, ::2].sum(1), x
-
-
-def through_views(x, y):
-    first, second = (x @ y).relu().split(2)
-    first = first.unflatten(1, (2, 2)).transpose(0, 1).reshape(2, 4)
-    return first, second, second
-
-
-@pytest.mark.parametrize("function", [in_place, through_views])
-def test_operations_are_repeated(function):
-    assert repeats(function, square(), square())
-
-
-def test_absent_tensors():
-    assert repeats(lambda x, none, y: (x @ y, none), square(), None, square())
-
-
-@pytest.mark.parametrize(
-    "function",
-    [lambda x: (x * x.sum().item(),), lambda x: (torch.rand_like(x),), lambda x: (x[x > 0],),
-     lambda x: (torch.cat([x, x]),), lambda x: tuple(x.topk(2)), lambda x: (x + CONSTANT,),
-     lambda x: (x.view(torch.int32) + 1,), lambda x: (x,),
-     lambda x: (x.clone().resize_(2, 8),),
-     lambda x: (x.new_empty(0).set_(CONSTANT.untyped_storage()),),
-     lambda x: (x.clone().bernoulli_(0.5, generator=torch.Generator(DEVICE)),)],
-    ids=["a value on the host", "random numbers", "a shape from values", "a list of tensors",
-         "two results", "a tensor from elsewhere", "bits", "nothing", "another shape in place",
-         "a storage", "a generator"],
-)  # fmt: skip
-def test_what_is_not_known_to_be_repeatable_is_not_repeated(function):
-    calls = []
-    ready = Recorded(lambda x: calls.append(1) or function(x))
-    for _ in range(5):
-        ready(square())
-    assert len(calls) == 5
-    assert ready.program is None
-
-
-CONSTANT = torch.ones(4, device=DEVICE)
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(1, 2000)).map(
-            lambda t: (min(t[:2]), max(t[:2]), t[2])
-        ),
-        min_size=1, max_size=12,
-    )
-)  # fmt: skip
-def test_lives_that_overlap_share_no_bytes(lives):
-    lives = dict(enumerate(lives))
-    starts, size = recorded._shared(lives)
-    for (n, (a, b, taken)), (m, (c, d, other)) in itertools.combinations(lives.items(), 2):
-        if a <= d and c <= b:
-            assert starts[n] + taken <= starts[m] or starts[m] + other <= starts[n]
-    assert all(start % recorded.UNIT == 0 for start in starts.values())
-    assert size == max(starts[n] + taken for n, (_, _, taken) in lives.items())
-
-
-def test_lives_that_are_apart_share_bytes():
-    starts, size = recorded._shared({1: (0, 1, 512), 2: (2, 3, 500), 3: (1, 2, 100)})
-    assert starts == {1: 0, 2: 0, 3: 512}
-    assert size == 612
 
 
 def test_temporaries_of_kernels_are_one_allocation(monkeypatch):

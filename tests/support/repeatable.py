@@ -1,6 +1,6 @@
 """Interpreted kernels that are launched as compiled ones are: by addresses, on a stream.
 
-Without a GPU, what is recorded of a call can so be repeated, and computes.
+A call that was recorded without a GPU can then be repeated, and computes.
 """
 
 import contextlib
