@@ -193,6 +193,11 @@ class _Whole(NamedTuple):
 class _Recorder(TorchDispatchMode):
     """Notes launches and operations. A tensor is known by the memory that it takes."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise the first operation imports the compiler, which takes a second."""
+        return False
+
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.first, self.given, self.metadata = tensors[0], len(tensors), _metadata(tensors)
