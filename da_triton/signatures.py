@@ -21,11 +21,14 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _tables: list["Table"] = []
 
 
-class Table(dict[Any, Any]):
-    """What was found, by signature and options. Shared by threads."""
+class Table:
+    """What was found, by signature and options. Shared by threads.
+
+    Not a dict itself: the compiler would compile again whenever one changes that it has seen.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        self.found: dict[Any, Any] = {}
         self._lock = threading.Lock()
         _tables.append(self)
 
@@ -34,13 +37,13 @@ class Table(dict[Any, Any]):
         if key is None:
             return
         with self._lock:
-            self[key] = found
-            while len(self) > LIMIT:
-                del self[next(iter(self))]
+            self.found[key] = found
+            while len(self.found) > LIMIT:
+                del self.found[next(iter(self.found))]
 
     def clear(self) -> None:
         with self._lock:
-            super().clear()
+            self.found.clear()
 
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
         """The key of a call on these tensors, some of which may be None, and what was found for it.
@@ -66,7 +69,7 @@ class Table(dict[Any, Any]):
             # 1, 1.0 and True are one key, and not always one option.
             kinds = tuple(map(type, options))
             key = tuple(facts), options, kinds, torch.is_grad_enabled(), autocast
-            return key, self.get(key)
+            return key, self.found.get(key)
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
             return None, None  # nested tensors have no strides
 

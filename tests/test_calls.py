@@ -358,9 +358,9 @@ def test_the_table_is_bounded(monkeypatch):
     for length in range(3, 12):
         layer(maps(1, 16, length))
         da_triton.gather(maps(1, 16, length), maps(1, 16, length), backend="torch")
-    assert len(calls._table) == len(functional._table) == 4
+    assert len(calls._table.found) == len(functional._table.found) == 4
     signatures.forget()
-    assert len(calls._table) == len(functional._table) == 0
+    assert len(calls._table.found) == len(functional._table.found) == 0
 
 
 @each_backend

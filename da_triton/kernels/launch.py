@@ -193,7 +193,7 @@ def prepared(build, tensors, *flags):
         build, flags, x.device, x.dtype == torch.float32 and tf32(x),
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
     )  # fmt: skip
-    found = _prepared.get(key, _ABSENT)
+    found = _prepared.found.get(key, _ABSENT)
     if found is _ABSENT:
         found = build(*tensors, *flags)
         _prepared.add(key, found)

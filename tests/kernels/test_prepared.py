@@ -250,7 +250,7 @@ def test_threads_share_a_table_that_is_full(monkeypatch):
 
     with ThreadPoolExecutor(8) as threads:
         assert all(map(all, threads.map(look_up, range(8))))
-    assert len(launch._prepared) == 2
+    assert len(launch._prepared.found) == 2
 
 
 def test_a_warm_forward_pass_calls_few_functions():
@@ -321,12 +321,12 @@ def test_a_trial_is_apart():
     """It neither takes nor leaves a prepared launch, and notes tiles."""
     a = torch.randn(1, 1, 8, 300)
     expected = gather.gather_parts([(a, a, None)], 0.5)[0].shape[1]
-    table = dict(launch._prepared)
+    table = dict(launch._prepared.found)
     tiles = []
     with launch.trial(2, tiles):
         assert gather.gather_parts([(a, a, None)], 0.5)[0].shape[1] == 2 != expected
     assert len(tiles) == 1
-    assert launch._prepared == table
+    assert launch._prepared.found == table
     assert gather.gather_parts([(a, a, None)], 0.5)[0].shape[1] == expected
 
 
@@ -335,7 +335,7 @@ def test_the_table_is_bounded_and_the_oldest_go(monkeypatch):
     x = torch.empty(1)
     for flag in range(5):
         assert launch.prepared(lambda x, flag: flag, (x,), flag) == flag
-    assert [key[1] for key in launch._prepared] == [(2,), (3,), (4,)]
+    assert [key[1] for key in launch._prepared.found] == [(2,), (3,), (4,)]
 
 
 def test_that_nothing_is_launched_is_found_once():
@@ -351,7 +351,7 @@ def test_nothing_keeps_tensors():
     da, db = gather.gather_backward(g, a, b, keep, g, lse, None, 0.5, True, True)
     z = distribute.distribute_forward(g, b, 0.5, True, 0.6)
     kept = [weakref.ref(t) for t in (a, b, keep, g, lse, da, db, z)]
-    assert launch._prepared
+    assert launch._prepared.found
     del a, b, keep, g, lse, da, db, z
     gc.collect()
     assert not any(ref() is not None for ref in kept)
