@@ -1,7 +1,7 @@
 """The host's part of a call, recorded once and then repeated: allocations, launches, products.
 
 Which kernels a pass launches, and on which parts of which tensors, follows from metadata alone. So
-the eighth call with the same metadata is recorded, and later ones no longer run the launchers: they
+the eighth call with the same metadata is recorded, and later ones skip the launchers: they
 allocate, add offsets to addresses, launch, and call the library. Like a CUDA graph, a recording
 leaves out what was decided before; unlike one, it takes tensors at any address, runs on any stream
 and keeps no memory between calls.
@@ -260,7 +260,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, x, start, size, allocated):
         end, number = start + size, len(self.wholes)
-        # What was made in these bytes before is no longer alive.
+        # What was made in these bytes before has been freed.
         self.places = {
             n: place for n, place in self.places.items()
             if n < self.given or place[1] <= start or end <= place[0]

@@ -145,16 +145,7 @@ for (kernel, args), (again, found) in zip(second, third):
 
 def test_recorded_launches_are_on_the_current_stream_of_the_tensors_device():
     compiled("""
-import contextlib
-from unittest import mock
-
-@contextlib.contextmanager
-def device(wanted):
-    before, compiled.current.device = compiled.current.device, wanted.index
-    yield
-    compiled.current.device = before
-
-torch.cuda.device = device
+torch.cuda.device = compiled.device
 original = torch.empty_strided
 torch.empty_strided = lambda *args, device, **how: original(*args, **how)
 ready = Recorded(forward)
@@ -217,15 +208,7 @@ assert [args[3] for _, args in received] == [7, 7, 8, 108]
 
 def test_the_tensors_device_is_made_the_current_one():
     compiled("""
-import contextlib
-
-@contextlib.contextmanager
-def device(wanted):
-    before, compiled.current.device = compiled.current.device, wanted.index
-    yield
-    compiled.current.device = before
-
-torch.cuda.device = device
+torch.cuda.device = compiled.device
 ready = launch.prepared(project_gather._gather_from_x, (x, w.b, None))
 tensors = x, w.b, x, *ready.empty()
 ready(tensors, (0.5,))

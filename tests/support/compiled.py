@@ -5,6 +5,7 @@ is given, tensors as addresses; ``jitted`` by the name of each kernel that is la
 Triton's own ``run``.
 """
 
+import contextlib
 from unittest import mock
 
 import torch
@@ -30,6 +31,14 @@ class Driver:
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
+
+
+@contextlib.contextmanager
+def device(wanted):
+    """In place of ``torch.cuda.device``."""
+    before, current.device = current.device, wanted.index
+    yield
+    current.device = before
 
 
 class Compiled:
