@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+FUNCTION = re.compile(r'@(?:"[^"]+"|[\w.$-]+)')
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 TARGETS = {
@@ -129,8 +130,9 @@ def identity(launch: Launch, arch: str) -> tuple:
 def digest(launch: Launch, arch: str) -> str:
     """Equal for two launches of which this Triton makes the same code.
 
-    Of the program in Triton's first representation, which takes a hundredth of the time of the
-    rest, and the options. Comments, names and line numbers are not in it.
+    A hash of the options and of the program in Triton's first representation, which takes a
+    hundredth of the time of the rest. Comments, names (of functions and modules too) and line
+    numbers are not in it.
     """
     source, options = specialized(launch, arch)
     target = TARGETS[arch]
@@ -140,10 +142,16 @@ def digest(launch: Launch, arch: str) -> str:
     ir.load_dialects(context)
     backend.load_dialects(context)
     functions = backend.get_codegen_implementation(parsed), backend.get_module_map()
-    program = source.make_ir(target, parsed, *functions, context).str_nodebug()
+    program = _without_names(source.make_ir(target, parsed, *functions, context).str_nodebug())
     options = {k: v for k, v in options.items() if k != "extern_libs"}  # paths of this machine
     parts = triton.__version__, arch, program, sorted(options.items())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _without_names(program: str) -> str:
+    """Functions by their number in the program: a moved or renamed helper is the same code."""
+    numbers: dict[str, int] = {}
+    return FUNCTION.sub(lambda name: f"@{numbers.setdefault(name[0], len(numbers))}", program)
 
 
 def compile_launch(launch: Launch, arch: str) -> Code:
