@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from da_triton.checks import ORDERS
-from da_triton.costs import order_cost
+from da_triton.planning.costs import order_cost
 
 from .problems import BACKWARD, FORWARD, STEP
 from .workloads import Workload

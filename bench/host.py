@@ -6,14 +6,14 @@ compared take turns.
 
     layer        the module; of ``eager``, the block as users write it
     functional   ``double_attention_block``
-    recorded     ``kernels.recorded``, one per pass: allocations, addresses, launches and GEMMs
+    recorded     ``runtime.recorded``, one per pass: allocations, addresses, launches and GEMMs
     gather, distribute, double_attention    the public functions, on maps
 
 and what first calls, compiled programs and whatever watches a call take instead of ``recorded``:
 
     operator     ``torch.ops.da_triton.block``; in a step, ``block_backward`` too
-    launchers    ``kernels.block.forward``, ``backward``: allocations, tiles, arguments of kernels
-    launches     ``kernels.launch.Launch`` of each kernel, prepared, with its tensors
+    launchers    ``ops.triton.routes``: allocations, tiles, arguments of kernels
+    launches     ``runtime.launch.Launch`` of each kernel, prepared, with its tensors
 
 Each is called with what the one above it hands down. A step is forward and backward, with the
 gradients of x and of all weights; below the functional layer, autograd has no part in it.
@@ -47,13 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from da_triton import (
-    DoubleAttention,
-    distribute,
-    double_attention,
-    double_attention_block,
-    gather,
-)
+from da_triton import DoubleAttention, distribute, double_attention, double_attention_block, gather
 
 from . import observe
 from .formulations import EagerDoubleAttention
@@ -103,7 +97,8 @@ def lower_layers(run: Run) -> Lower:
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
-    from da_triton.kernels import block, launch, recorded
+    from da_triton.ops.triton import routes
+    from da_triton.runtime import launch, recorded
 
     found = Lower([], [], [], [])
 
@@ -123,8 +118,8 @@ def lower_layers(run: Run) -> Lower:
     launch.forget()  # a first call runs the launchers
     launched = launch.Launch.__call__
     with (
-        mock.patch.object(block, "forward", kept(found.launchers, block.forward)),
-        mock.patch.object(block, "backward", kept(found.launchers, block.backward)),
+        mock.patch.object(routes, "forward", kept(found.launchers, routes.forward)),
+        mock.patch.object(routes, "backward", kept(found.launchers, routes.backward)),
         mock.patch.object(launch.Launch, "__call__", kept(found.launches, launched)),
     ):
         run()
@@ -157,7 +152,7 @@ def nothing_behind() -> Iterator[None]:
     """Tensors of a CPU take the path of an H200's, whose kernels do nothing."""
     from triton.runtime.jit import JITFunction
 
-    from da_triton.cores import triton as core
+    from da_triton.ops.triton import core
 
     def compiled(self, key, signature, device, *_):
         return self.device_caches[device][0].setdefault(key, NoKernel())

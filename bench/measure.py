@@ -403,7 +403,7 @@ def note_unused_kernels(rows: list[Row]) -> None:
 
     A kernel that failed its proof on first use is replaced for the rest of the process.
     """
-    guard = sys.modules.get("da_triton.kernels.guard")  # without it, no kernel has run
+    guard = sys.modules.get("da_triton.runtime.guard")  # without it, no kernel has run
     unused = guard.replaced() if guard else ()
     for row in rows:
         if unused and row["status"] == OK and "triton" in row["provider"].split():

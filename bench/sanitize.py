@@ -51,8 +51,8 @@ def block(
     device: torch.device, sizes: tuple[int, int, int], way: str, order: str, backward: str
 ) -> None:
     """The block on a route, forward and backward, in both memory formats."""
-    from da_triton.kernels import block as kernels
-    from da_triton.planner import Route
+    from da_triton.ops.triton import routes as kernels
+    from da_triton.planning.planner import Route
 
     channels, c_m, c_n = sizes
     backward_order = "XH" if backward == "fused" else order

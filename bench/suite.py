@@ -24,17 +24,18 @@ LEFT_OUT = (
     "bench", "integrations", "test_export.py", "test_export_formats.py", "test_layers.py",
     "test_notebooks.py", "test_readme.py",
     # code of CPUs, and ranks that are CPU processes
-    "cores/test_cpu_block.py", "cores/test_cpu_convolved.py", "cores/test_cpu_masks.py",
-    "test_data_parallel.py", "test_distributed.py", "test_sharding.py",
+    "ops/aten/test_cpu_block.py", "ops/aten/test_cpu_convolved.py", "ops/aten/test_cpu_masks.py",
+    "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
+    "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
-    "kernels/test_fused_tiles.py", "kernels/test_launch.py", "kernels/test_prepared.py",
+    "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
-    "test_copies.py", "test_default_device.py", "test_eager.py", "test_hints.py", "test_package.py",
-    "test_streaming_refusals.py",
+    "test_copies.py", "test_default_device.py", "test_hints.py", "test_package.py",
+    "test_reference.py", "test_streaming_refusals.py",
     # ahead-of-time compilation, what only the interpreter can count, and what ``da_triton.check``
     # says, which the smoke stage runs
     "kernels/test_aot.py", "kernels/test_layouts.py", "test_selfcheck.py",
-    "kernels/test_block_launches.py", "kernels/test_block_traffic.py",
+    "ops/triton/test_routes_launches.py", "ops/triton/test_routes_traffic.py",
     "kernels/test_traffic.py",
 )  # fmt: skip
 NEEDS = {"test_properties.py": "hypothesis"}  # optional packages

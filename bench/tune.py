@@ -4,7 +4,7 @@ For each fused kernel on the planned route of each workload, all candidates are 
 parallel, captured as CUDA graphs of the whole block and timed in turns, so that only the GPU's time
 counts. A candidate that cannot be launched or gives another result than the present tile is not
 timed; one that spills is slow and loses. A candidate replaces the present tile only where its 80th
-percentile is below the present one's 20th. ``kernels.measured`` reads the table by the GPU's name;
+percentile is below the present one's 20th. ``runtime.measured`` reads the table by the GPU's name;
 tables from a different Triton version, or with invalid entries, are ignored there with a warning.
 """
 
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from da_triton import planner
-from da_triton.costs import Shape
-from da_triton.kernels import block, configs, launch, measured
+from da_triton.ops.triton import routes
+from da_triton.planning import planner
+from da_triton.planning.costs import Shape
+from da_triton.runtime import configs, launch, measured
 
 from .codegen.candidates import CANDIDATES, SMALL
 from .measure import Budget, Timer, describe, on_gpu, progress, usable
@@ -121,10 +122,10 @@ def step(work: Workload, device: torch.device, *, backward: bool) -> Closure:
     x, w, options, route = _problem(work, device)
 
     def run():
-        out, lse, g, v = block.forward(x, w, None, options, route, False)
+        out, lse, g, v = routes.forward(x, w, None, options, route, False)
         if not backward:
             return (out,)
-        grads = block.backward(out, x, w, None, lse, g, v, options, route)
+        grads = routes.backward(out, x, w, None, lse, g, v, options, route)
         return out, *(grad for grad in grads if grad is not None)
 
     return run
@@ -141,8 +142,8 @@ def _problem(work, device):
     x = normal(batch, work.c, work.length)
     sizes = ((work.c_m, work.c), (work.c_n, work.c), (work.c_n, work.c), (work.c, work.c_m))
     a, b, v, out = (normal(o, i) / i**0.5 for o, i in sizes)
-    w = block.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
-    options = block.Options(work.heads, 1.0, 1.0, 1.0, True, True)
+    w = routes.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
+    options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     s = Shape(batch, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
     limits = configs.limits(s, work.c, configs.architecture(device), launch.processors(device))
     return x, w, options, planner.options(s, limits)[0].route

@@ -93,8 +93,8 @@ def step(
     device: torch.device = META,
 ) -> None:
     """The launches of the block's forward and backward operators; values do not matter."""
-    from da_triton import planner
-    from da_triton.cores import triton_block
+    from da_triton.ops.triton import block as triton_block
+    from da_triton.planning import planner
 
     form = torch.contiguous_format
     if channels_last:
@@ -123,8 +123,9 @@ def key(arch: str) -> dict[str, Any]:
     from triton.runtime.cache import triton_key
 
     sources = hashlib.sha256()
-    for path in sorted((ROOT / "da_triton" / "kernels").glob("*.py")):
-        sources.update(path.read_bytes())
+    for folder in ("kernels", "runtime"):
+        for path in sorted((ROOT / "da_triton" / folder).glob("*.py")):
+            sources.update(path.read_bytes())
     return {
         "arch": arch,
         "triton": triton.__version__,
@@ -191,7 +192,7 @@ def on_absent(arch: str) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from da_triton.kernels import configs, launch
+    from da_triton.runtime import configs, launch
 
     target = TARGETS[arch]
 

@@ -1,11 +1,12 @@
 """Double attention (A²-Nets, NeurIPS 2018) for PyTorch: Triton kernels, a layer, functions."""
 
 from . import layers
-from ._version import __version__
 from .functional import distribute, double_attention, double_attention_block, gather
 from .modules import DoubleAttention
-from .planner import plan
+from .planning.planner import plan
 from .selfcheck import check
+
+__version__ = "0.1.0"
 
 __all__ = [
     "DoubleAttention",

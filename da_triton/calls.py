@@ -3,7 +3,7 @@
 block         looks the signature up; prepares the call if it is new, or watched
 _prepare      the checks, and what metadata decides: autocast, backend, the direct way or not
 _dispatched   in operations that every watcher can follow: compiler, transforms, modes, exports
-_direct       one autograd node from the tensors as given to the result: ``cores.direct``
+_direct       one autograd node from the tensors as given to the result: ``ops.direct``
 """
 
 import contextlib
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cores, distributed, eager, packed, signatures, tracing
+from . import checks, ops, reference, signatures, tracing, varlen
 from .arguments import Options, Weights
+from .parallel import context_parallel
 from .projection import channels_last, in_format
 from .tracing import exporting, sizes, transformed, unrecorded
 
@@ -112,9 +113,9 @@ def _dispatched(core, x, weights, mask, options, dtype) -> Tensor:
         residual = inputs if cast is x else x.flatten(2)
     keep = None if mask is None else mask.flatten(1)
     with autocast_off(x.device.type, dtype):
-        if core is cores.EAGER:
+        if core is ops.EAGER:
             heads, logit_scale, logit_scale_v, scale, softmax_v, *_ = options
-            out = eager.block(
+            out = reference.block(
                 inputs, *matrices, heads=heads, logit_scale=logit_scale,
                 logit_scale_v=logit_scale_v, scale=scale, softmax_v=softmax_v,
                 residual=residual, keep=keep,
@@ -135,14 +136,14 @@ def select(
     process_group: Any,
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> cores.Backend:
+) -> ops.Backend:
     """The backend for tensors like x, in autocast's ``dtype``."""
     if dtype not in (None, x.dtype) and x.dtype != torch.float64:
         x = x.new_empty(0, dtype=dtype)
-    core = cores.select(backend, x)
+    core = ops.select(backend, x)
     if cu_seqlens is not None:
-        return packed.backend(core, cu_seqlens, x)
-    return core if process_group is None else distributed.split(core, process_group)
+        return varlen.backend(core, cu_seqlens, x)
+    return core if process_group is None else context_parallel.split(core, process_group)
 
 
 def autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Any:

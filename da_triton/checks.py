@@ -21,7 +21,7 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
     if x.is_nested:
         raise TypeError(
             f"{name} must not be a nested tensor. Maps (C, *positions) of several sizes are joined "
-            f"by da_triton.packed.pack({name}.unbind())."
+            f"by da_triton.varlen.pack({name}.unbind())."
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}. Convert it with {name}.to_dense().")
@@ -142,7 +142,7 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> None:
         if x.dim() != 3 or x.shape[0] != 1:
             raise ValueError(
                 f"with cu_seqlens, {name} must be (1, channels, total), all sequences joined; got "
-                f"shape {_shape(x)}. da_triton.packed.pack makes it from a list."
+                f"shape {_shape(x)}. da_triton.varlen.pack makes it from a list."
             )
     tensor("cu_seqlens", offsets, " of int32 or int64", " Use torch.tensor(cu_seqlens).")
     if offsets.dtype not in (torch.int32, torch.int64):

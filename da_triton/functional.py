@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import calls, checks, cores
+from . import calls, checks, ops
 from .arguments import Options
 from .calls import autocast, autocast_off, positions_of, select
 from .projection import split_heads
@@ -40,13 +40,13 @@ def gather(
             of S concatenated sequences, ``(1, channels, total)``, and sequence s is those from
             ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. On the Triton
             backend, sequences of similar length share a launch. The host reads it, and waits for it
-            if it is on a GPU: keep it on the CPU. See :mod:`da_triton.packed`. Not with
+            if it is on a GPU: keep it on the CPU. See :mod:`da_triton.varlen`. Not with
             ``process_group``.
         backend: ``"auto"`` (Triton on a supported GPU, else ``"torch"``), ``"triton"``,
             ``"torch"`` or ``"eager"`` (the definition).
         process_group: a ``torch.distributed.ProcessGroup``: a, b and mask are this rank's slice of
             the positions, perhaps empty, and G is that of all ranks, the same bits on each. See
-            :mod:`da_triton.distributed`. Not with ``backend="eager"``.
+            :mod:`da_triton.parallel.context_parallel`. Not with ``backend="eager"``.
 
     Returns:
         ``(N, heads, m, n)`` in the dtype of the maps (under autocast, the autocast dtype); with
@@ -96,7 +96,7 @@ def gather_part(
     dtype = autocast_dtype(a.device.type)
     a, b = autocast(dtype, a, b)
     checks.one_kind(a=a, b=b)
-    core = cores.select(backend, b)
+    core = ops.select(backend, b)
     with autocast_off(a.device.type, dtype):
         return core.gather_part(
             _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale

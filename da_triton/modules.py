@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from . import calls, checkpoints, checks, distributed, eager, tracing
+from . import calls, checkpoints, checks, reference, tracing
 from .arguments import Options
-from .cores import aten
 from .functional import double_attention
+from .ops.aten import core as aten
+from .parallel import context_parallel
 
 
 class DoubleAttention(nn.Module):
@@ -37,8 +38,9 @@ class DoubleAttention(nn.Module):
         order, recompute, backend: see :func:`da_triton.double_attention_block`. The first two have
             no effect where convolutions are called as modules, as described below.
         process_group: x and mask are this rank's slice of the positions, split over the ranks of
-            the group (see :mod:`da_triton.distributed`). ``torch.distributed.group.WORLD`` is None,
-            and splits nothing, before ``init_process_group``. The gradients of the parameters are
+            the group (see :mod:`da_triton.parallel.context_parallel`).
+            ``torch.distributed.group.WORLD`` is None, and splits nothing, before
+            ``init_process_group``. The gradients of the parameters are
             then this rank's share of them, for a loss that is the sum of the ranks' losses: add
             them up with ``torch.distributed.all_reduce(p.grad, group=process_group)``, or wrap the
             model in DistributedDataParallel and multiply the loss by the number of ranks, whose
@@ -155,11 +157,11 @@ class DoubleAttention(nn.Module):
         )
         if self.process_group is None:
             logits = aten.logits_in(b, self.logit_scale, b.dtype)
-            p = eager.gather_weights(logits, mask).to(b.dtype)
+            p = reference.gather_weights(logits, mask).to(b.dtype)
         else:
-            p = distributed.gather_weights(b, mask, self.logit_scale, self.process_group)
+            p = context_parallel.gather_weights(b, mask, self.logit_scale, self.process_group)
         logits = aten.logits_in(v, self.logit_scale_v, v.dtype)
-        q = eager.distribution_weights(logits, self.softmax_v).to(v.dtype)
+        q = reference.distribution_weights(logits, self.softmax_v).to(v.dtype)
         return p.unflatten(-1, x.shape[2:]), q.unflatten(-1, x.shape[2:])
 
     def extra_repr(self) -> str:

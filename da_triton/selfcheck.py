@@ -124,8 +124,8 @@ def check(
 def _check(device, thorough, cases=None, part=(0, 1)):
     if importlib.util.find_spec("triton") is None:
         return Check(_versions(), (), "Triton is not installed; backend='torch' needs none.")
-    from .cores import triton as core
-    from .kernels import guard
+    from .ops.triton import core
+    from .runtime import guard
 
     x = torch.empty(0, device=_device(device))
     facts = _versions() | _gpu(x.device)
@@ -159,7 +159,7 @@ def _in_processes(count: int, options: Sequence[str]) -> Check:
 
 def _joined(parts: Sequence[dict[str, Any]], errors: Sequence[str]) -> Check:
     """One from the files of several processes; ``errors``: what those without a file printed."""
-    from .kernels.verdicts import Verdict
+    from .runtime.verdicts import Verdict
 
     verdicts: dict[tuple[str, str], Any] = {}
     for part in parts:
@@ -192,7 +192,7 @@ def units(thorough=True, gpu=True, cases=None) -> Iterator[tuple[Case, Any, bool
 
 def run(case, dtype, masked, device, every=False):
     """A training step of a block on routes that the planner has for it."""
-    from .kernels import block
+    from .ops.triton import routes
 
     precision = "tf32" if dtype == TF32 else "ieee"
     dtype = torch.float32 if isinstance(dtype, str) else dtype
@@ -205,18 +205,18 @@ def run(case, dtype, masked, device, every=False):
     x = x.mT.contiguous().mT if case.channels_last else x
     sizes = ((case.c_m, case.channels), (case.c_n, case.channels), (case.channels, case.c_m))
     a, b, out = (normal(*size) * size[1] ** -0.5 for size in sizes)
-    weights = block.Weights(
+    weights = routes.Weights(
         a, normal(case.c_m), b, b.flip(0), normal(case.c_n), out, normal(case.channels)
     )
     keep = None
     if masked:
         kept = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
         keep = kept.to(device, torch.uint8)
-    options = block.Options(case.heads, 1.0, 1.0, 1.0, True, True)
+    options = routes.Options(case.heads, 1.0, 1.0, 1.0, True, True)
     with torch.no_grad(), matmul_precision(precision):
         for route, keep_v in _routes(x, case, every):
-            _, lse, g, v = block.forward(x, weights, keep, options, route, keep_v)
-            block.backward(x, x, weights, keep, lse, g, v, options, route)
+            _, lse, g, v = routes.forward(x, weights, keep, options, route, keep_v)
+            routes.backward(x, x, weights, keep, lse, g, v, options, route)
 
 
 def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
@@ -224,9 +224,9 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
 
     ``every``: all orders of unfused passes too, which differ in sizes only.
     """
-    from . import planner
-    from .costs import Shape
-    from .kernels import configs, launch
+    from .planning import planner
+    from .planning.costs import Shape
+    from .runtime import configs, launch
 
     size = x.element_size()
     s = Shape(
@@ -247,7 +247,7 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
 
 
 def _versions() -> dict[str, Any]:
-    from ._version import __version__
+    from . import __version__
 
     triton_version = "not installed"
     if importlib.util.find_spec("triton"):
@@ -262,7 +262,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _gpu(device) -> dict[str, Any]:
-    from .kernels import compilers, launch
+    from .runtime import compilers, launch
 
     if device.type != "cuda":
         return {

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from da_triton.kernels import launch
+from da_triton.runtime import launch
 from support import interpreter
 
 if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import da_triton
 from da_triton import DoubleAttention, calls, functional, signatures
-from da_triton.cores import cpu_small
+from da_triton.ops.aten import cpu_small
 from support.numerics import DEVICE
 
 each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import da_triton
 from da_triton import DoubleAttention
-from da_triton.cores import triton, triton_block
+from da_triton.ops.triton import block as triton_block
+from da_triton.ops.triton import core as triton
 from support.numerics import DEVICE, check
 
 STEPS = [1.0 - 0.07 * step for step in range(10)]  # begins with the default

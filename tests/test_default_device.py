@@ -9,7 +9,7 @@ from torch.utils._device import _device_constructors
 
 import da_triton
 from da_triton.integrations import insert_double_attention
-from da_triton.packed import mask_from_sizes, pack, unpack
+from da_triton.varlen import mask_from_sizes, pack, unpack
 
 PACKAGE = pathlib.Path(da_triton.__file__).parent
 FACTORIES = {f"torch.{function.__name__}" for function in _device_constructors()}

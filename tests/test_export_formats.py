@@ -14,7 +14,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from da_triton import DoubleAttention, cores, double_attention, gather
+from da_triton import DoubleAttention, double_attention, gather, ops
 from da_triton.integrations import ResidualDoubleAttention
 
 DYNAMIC = {"x": {0: "n", 2: "h", 3: "w"}}
@@ -151,13 +151,13 @@ def test_a_module_that_is_used_twice_changes_no_program():
 @pytest.fixture
 def a_gpu(monkeypatch):
     """Tensors that are on a GPU by their device only."""
-    monkeypatch.setattr("da_triton.cores.triton._gpu_obstacle", lambda device: None)
+    monkeypatch.setattr("da_triton.ops.triton.core._gpu_obstacle", lambda device: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.empty(2, 16, 4, 4, device="cuda")
 
 
 def test_auto_is_the_torch_backend_in_a_program_exported_on_a_gpu(a_gpu):
-    assert cores.select("auto", a_gpu) is not cores.TORCH
+    assert ops.select("auto", a_gpu) is not ops.TORCH
     for block in (
         DoubleAttention(16, device="cuda"),
         ResidualDoubleAttention(16, device="cuda").eval(),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton import eager
+from da_triton import reference
 from support.numerics import DEVICE, check, peaky, relative_rms
 
 BACKENDS = ["triton", "torch", "eager"]
@@ -19,14 +19,14 @@ def maps(batch, positions, *channels, dtype=torch.float32):
     ]
 
 
-def reference(a, b, v, heads=1, mask=None, extra=None, **options):
+def definition(a, b, v, heads=1, mask=None, extra=None, **options):
     """The definition in float64, on flattened positions."""
     a, b, w = (x.double().flatten(2).unflatten(1, (heads, -1)) for x in (a, b, v))
     keep = None if mask is None else mask.reshape(mask.shape[0], -1)
     if extra is not None:
         extra = [e.double().expand(a.shape[0], -1, -1).unflatten(1, (heads, -1)) for e in extra]
-    g = eager.gather(a, b, keep=keep, extra=extra, logit_scale=options.pop("logit_scale", 1.0))
-    z = eager.distribute(
+    g = reference.gather(a, b, keep=keep, extra=extra, logit_scale=options.pop("logit_scale", 1.0))
+    z = reference.distribute(
         g,
         w,
         scale=options.get("scale", 1.0),
@@ -40,7 +40,7 @@ def reference(a, b, v, heads=1, mask=None, extra=None, **options):
 @pytest.mark.parametrize("positions", [(11,), (5, 7), (2, 3, 4)])
 def test_one_two_and_three_position_axes(backend, positions):
     a, b, v = maps(2, positions, 6, 8, 8)
-    g, z = reference(a, b, v, heads=2)
+    g, z = definition(a, b, v, heads=2)
     check(da_triton.gather(a, b, heads=2, backend=backend), g, a.dtype)
     check(da_triton.double_attention(a, b, v, heads=2, backend=backend), z, a.dtype)
     check(da_triton.distribute(g.float(), v, backend=backend), z, a.dtype)
@@ -56,7 +56,7 @@ def test_every_option_at_once(backend):
         "heads": 2, "logit_scale": 0.5, "logit_scale_v": 0.7, "scale": 1.3, "softmax_v": False,
         "mask": mask, "extra": extra,
     }  # fmt: skip
-    _, expected = reference(a, b, v, **options)
+    _, expected = definition(a, b, v, **options)
     z = da_triton.double_attention(a, b, v, **options, backend=backend)
     assert z.shape == (2, 6, 3, 4)
     check(z, expected, a.dtype)
@@ -79,7 +79,7 @@ def test_memory_format_follows_v(backend, heads, positions, memory_format):
     v = v.to(memory_format=memory_format)
     z = da_triton.double_attention(a, b, v, heads=heads, backend=backend)
     assert z.is_contiguous(memory_format=memory_format)
-    check(z, reference(a, b, v, heads=heads)[1], a.dtype)
+    check(z, definition(a, b, v, heads=heads)[1], a.dtype)
 
 
 @each_backend
@@ -87,10 +87,10 @@ def test_token_major_maps_and_crops(backend):
     tokens = peaky(2, 1, 24, 30, dtype=torch.float32)[:, 0].mT.contiguous()  # (N, L, C)
     a, b, v = tokens.transpose(1, 2).split([8, 8, 8], dim=1)
     z = da_triton.double_attention(a, b, v, backend=backend)
-    check(z, reference(a, b, v)[1], a.dtype)
+    check(z, definition(a, b, v)[1], a.dtype)
     assert z.transpose(1, 2).is_contiguous()
     cropped = [x[:, :, 1:-1, 2:5] for x in maps(2, (6, 7), 6, 8, 8)]
-    check(da_triton.double_attention(*cropped, backend=backend), reference(*cropped)[1], a.dtype)
+    check(da_triton.double_attention(*cropped, backend=backend), definition(*cropped)[1], a.dtype)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -103,7 +103,7 @@ def test_gradients_reach_every_tensor(backend):
     da_triton.double_attention(
         a, b, v, heads=2, extra=extra, backend=backend
     ).square().sum().backward()
-    _, z = reference(*wide[:3], heads=2, extra=wide[3:])
+    _, z = definition(*wide[:3], heads=2, extra=wide[3:])
     z.square().sum().backward()
     for x, y in zip(leaves, wide, strict=True):
         check(x.grad, y.grad, a.dtype)
@@ -119,7 +119,7 @@ def test_autocast(backend, dtype):
         y = da_triton.distribute(g, v, backend=backend)
         assert torch.is_autocast_enabled(DEVICE)
     assert g.dtype == z.dtype == y.dtype == dtype
-    expected = reference(a.to(dtype), b.to(dtype), v.to(dtype))
+    expected = definition(a.to(dtype), b.to(dtype), v.to(dtype))
     check(z, expected[1], dtype, slack=2)
     check(y, expected[1], dtype, slack=2)
     with torch.autocast(DEVICE, dtype=dtype):
@@ -135,7 +135,7 @@ def test_autocast_lets_mixed_inputs_in():
 
 def test_descriptors_stay_in_float32_between_the_steps():
     a, b, v = maps(2, (16, 16), 24, 16, 16, dtype=torch.bfloat16)
-    _, z = reference(a, b, v)
+    _, z = definition(a, b, v)
     whole = da_triton.double_attention(a, b, v, backend="triton")
     halves = da_triton.distribute(da_triton.gather(a, b, backend="triton"), v, backend="triton")
     assert relative_rms(whole, z) <= relative_rms(halves, z)

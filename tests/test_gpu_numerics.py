@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import da_triton
-from da_triton import eager, planner
-from da_triton.cores import triton as core
-from da_triton.costs import Shape
-from da_triton.kernels import configs
+from da_triton import reference
+from da_triton.ops.triton import core
+from da_triton.planning import planner
+from da_triton.planning.costs import Shape
+from da_triton.runtime import configs
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run
 from support.numerics import (
@@ -120,7 +121,7 @@ def core_run(backend, a, b, v, keep, dz, dtype):
 @pytest.mark.parametrize(("m", "n"), CORES if AS_ON_A_GPU else CORES[:1])
 def test_core(m, n, dtype, masked):
     given = core_inputs(m, n, dtype, masked, LONG)
-    exact, own = (core_run(eager, *given, kind) for kind in (torch.float64, dtype))
+    exact, own = (core_run(reference, *given, kind) for kind in (torch.float64, dtype))
     found = core_run(core, *given, dtype)
     for name, *results in zip(("Z", "dA", "dB", "dV"), found, exact, own, strict=True):
         check_blocks(*results[:2], dtype, results[2], name)
@@ -143,7 +144,7 @@ TF32 = 2 * 2.0**-10  # both operands of a product are cut to 10 bits of mantissa
 @pytest.mark.parametrize(("m", "n"), CORES[:5] if AS_ON_A_GPU else CORES[:3])
 def test_core_in_tf32(m, n, masked):
     given = core_inputs(m, n, torch.float32, masked, LONG)
-    exact, own = (core_run(eager, *given, kind) for kind in (torch.float64, torch.float32))
+    exact, own = (core_run(reference, *given, kind) for kind in (torch.float64, torch.float32))
     found = core_run(core, *given, torch.float32)
     for name, *results in zip(("Z", "dA", "dB", "dV"), found, exact, own, strict=True):
         check_blocks(*results[:2], torch.float32, results[2], name, TF32)

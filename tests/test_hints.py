@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton import packed
+from da_triton import varlen
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
@@ -140,9 +140,9 @@ def test_lengths_given_as_offsets(dtype):
 @pytest.mark.parametrize("sizes", [[(1.0, 2.0)], torch.tensor([[1.0, 2.0]]), [(True, True)]])
 def test_sizes(sizes):
     with pytest.raises(TypeError, match="sizes must be integers, got torch") as caught:
-        packed.mask_from_sizes(sizes, (2, 2))
+        varlen.mask_from_sizes(sizes, (2, 2))
     sizes = eval(re.search(r"with (torch.*)\.$", str(caught.value))[1])
-    assert packed.mask_from_sizes(sizes, (2, 2)).sum() == sizes.prod()
+    assert varlen.mask_from_sizes(sizes, (2, 2)).sum() == sizes.prod()
 
 
 def test_nested_maps_are_packed():

@@ -14,8 +14,10 @@ import torch
 import triton.language as tl
 
 import da_triton
-from da_triton.kernels import block, configs, distribute, gather, launch
-from da_triton.planner import Route
+from da_triton.kernels import distribute, gather
+from da_triton.ops.triton import routes
+from da_triton.planning.planner import Route
+from da_triton.runtime import configs, launch
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
 
@@ -122,12 +124,12 @@ def block_run(place, case):
         (c_m, channels), (c_m,), (c_n, channels), (c_n, channels), (c_n,), (channels, c_m),
         (channels,),
     )  # fmt: skip
-    w = block.Weights(*(torch.randn(s, device=DEVICE).to(HALF) / s[-1] ** 0.5 for s in shapes))
+    w = routes.Weights(*(torch.randn(s, device=DEVICE).to(HALF) / s[-1] ** 0.5 for s in shapes))
     x, dout = (place(peaky(2, 1, channels, LENGTH, dtype=HALF)[:, 0]) for _ in range(2))
     keep = (torch.rand(2, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
-    options = block.Options(2, 0.5, 1.0, 1.0, True, True)
-    out, lse, g, v = block.forward(x, w, keep, options, route, True)
-    return out, g, *block.backward(dout, x, w, keep, lse, g, v, options, route)
+    options = routes.Options(2, 0.5, 1.0, 1.0, True, True)
+    out, lse, g, v = routes.forward(x, w, keep, options, route, True)
+    return out, g, *routes.backward(dout, x, w, keep, lse, g, v, options, route)
 
 
 RUNS = [(core_run, case) for case in CORE] + [(block_run, case) for case in BLOCK]

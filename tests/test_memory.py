@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from bench.workloads import WORKLOADS
-from da_triton import double_attention_block, planner
-from da_triton.costs import Shape
-from da_triton.kernels import block, configs
+from da_triton import double_attention_block
+from da_triton.ops.triton import routes
+from da_triton.planning import planner
+from da_triton.planning.costs import Shape
+from da_triton.runtime import configs
 from support import launches
 from support.memory import Peak
 from support.numerics import DEVICE
@@ -75,15 +77,15 @@ def test_peak(work):
     x = x.flatten(2).expand(work.n, -1, -1).contiguous()
     a, bias_a, b, _, v, bias_v, out, bias_out = weights
     upstream = torch.empty_like(x)
-    w = block.Weights(a, bias_a, b, v, bias_v, out, bias_out)
+    w = routes.Weights(a, bias_a, b, v, bias_v, out, bias_out)
     s = Shape(*x.shape[:2], work.c_m, work.c_n, work.heads, x.shape[2], 2, True)
     route = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
-    options = block.Options(work.heads, 1.0, 1.0, 1.0, True, True)
+    options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     with launches.count(), Peak() as inference:
-        block.forward(x, w, None, options, route, False)
+        routes.forward(x, w, None, options, route, False)
     with launches.count(), Peak() as ours:
-        y, lse, g, _ = block.forward(x, w, None, options, route, False)
-        grads = block.backward(upstream, x, w, None, lse, g, None, options, route)
+        y, lse, g, _ = routes.forward(x, w, None, options, route, False)
+        grads = routes.backward(upstream, x, w, None, lse, g, None, options, route)
     assert len(grads) == len(weights)
 
     with Peak() as eager, torch.no_grad():

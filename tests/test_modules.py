@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from da_triton import DoubleAttention, double_attention, double_attention_block, eager
+from da_triton import DoubleAttention, double_attention, double_attention_block, reference
 from support.numerics import DEVICE, HALVES, check
 
 
@@ -20,7 +20,7 @@ def definition(block, x, mask=None):
         none = conv is None
         weights += [None, None] if none else [conv.weight.double().flatten(1), conv.bias.double()]
     flat = x.double().flatten(2)
-    out = eager.block(
+    out = reference.block(
         flat, *weights, heads=block.heads, logit_scale=block.logit_scale,
         logit_scale_v=block.logit_scale_v, scale=block.scale, softmax_v=block.softmax_v,
         residual=flat if block.residual else None, keep=None if mask is None else mask.flatten(1),
@@ -222,7 +222,7 @@ def test_changed_children_are_called(change, residual):
     change(block)
     a, b, v = (conv(x).double() for conv in (block.convA, block.convB, block.convV))
     a, b, v = (t.flatten(2).unflatten(1, (2, -1)) for t in (a, b, v))
-    z = eager.distribute(eager.gather(a, b), v).flatten(1, 2).unflatten(2, (5, 6))
+    z = reference.distribute(reference.gather(a, b), v).flatten(1, 2).unflatten(2, (5, 6))
     expected = block.conv_reconstruct(z.float()).double() + (x if residual else 0)
     check(block(x), expected, torch.float32)
     assert not torch.allclose(block(x), before)

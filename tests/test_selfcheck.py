@@ -12,8 +12,9 @@ import torch
 
 import da_triton
 from da_triton import selfcheck
-from da_triton.cores import triton as core
-from da_triton.kernels import compilers, project_gather, trials
+from da_triton.kernels import project_gather
+from da_triton.ops.triton import core
+from da_triton.runtime import compilers, trials
 from da_triton.selfcheck import Case
 
 ROOT = Path(__file__).parents[1]
@@ -209,7 +210,7 @@ import json, torch
 from unittest import mock
 from bench.codegen import compiler, launches
 from da_triton import selfcheck
-from da_triton.kernels import configs, fused_tiles
+from da_triton.runtime import configs, fused_tiles
 reached, tile = set(), configs.fused_tile
 def spy(kernel, x, *sizes):
     if x.element_size() == 2:

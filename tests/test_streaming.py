@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton import DoubleAttention, eager
+from da_triton import DoubleAttention, reference
 from da_triton.streaming import Descriptors, StreamingDoubleAttention, Window
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
 
@@ -39,7 +39,7 @@ def by_head(frames):
 def whole(a, b, masks=None, logit_scale=1.0):
     """The definition in float64 over all frames at once."""
     keep = None if masks is None else torch.cat(masks, -1)
-    return eager.gather(by_head(a), by_head(b), keep=keep, logit_scale=logit_scale)
+    return reference.gather(by_head(a), by_head(b), keep=keep, logit_scale=logit_scale)
 
 
 def start(dtype=torch.float64, batch=2):

@@ -11,8 +11,8 @@ import torch
 
 from bench.codegen import compiler, launches
 from bench.codegen.launches import LAYOUTS, ODD, Variant
-from da_triton.kernels import configs, fused_tiles, launch
-from da_triton.planner import Route
+from da_triton.planning.planner import Route
+from da_triton.runtime import configs, fused_tiles, launch
 
 BATCH = 64
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]

@@ -8,9 +8,11 @@ from unittest import mock
 import torch
 
 from bench.codegen import compiler
-from da_triton.kernels import block, configs, distribute, gather, launch
-from da_triton.planner import Route
+from da_triton.kernels import distribute, gather
+from da_triton.ops.triton import routes
+from da_triton.planning.planner import Route
 from da_triton.precision import matmul_precision
+from da_triton.runtime import configs, launch
 
 # Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
 # channels-last memory.
@@ -85,15 +87,15 @@ def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list
     x = _empty(v, batch, channels, v.length)
     if v.layout == "nhwc":
         x = _empty(v, batch, v.length, channels).transpose(1, 2)
-    w = block.Weights(
+    w = routes.Weights(
         _empty(v, c_m, channels), _empty(v, c_m), _empty(v, c_n, channels),
         _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
     )  # fmt: skip
-    options = block.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
+    options = routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
     keep = _keep(v, batch)
     with compiler.record() as launches:
-        _, lse, g, kept = block.forward(x, w, keep, options, route, v.keep_v)
-        block.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route)
+        _, lse, g, kept = routes.forward(x, w, keep, options, route, v.keep_v)
+        routes.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route)
     return launches
 
 

@@ -26,10 +26,10 @@ import torch
 from bench.codegen import compiler, fused, launches
 from bench.codegen.launches import LAYOUTS, Variant
 from bench.workloads import WORKLOADS
-from da_triton import planner
-from da_triton.costs import Shape
-from da_triton.kernels import configs, fused_tiles
-from da_triton.planner import Route
+from da_triton.planning import planner
+from da_triton.planning.costs import Shape
+from da_triton.planning.planner import Route
+from da_triton.runtime import configs, fused_tiles
 
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 # Features or maps: each side reaches a tile of its own in the tables of the core.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.codegen import compiler, fused, launches
 from bench.codegen.candidates import CANDIDATES, SMALL
-from da_triton.kernels import fused_tiles
+from da_triton.runtime import fused_tiles
 
 HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
 SHORTEST = 32  # positions of a tile for which a route is fused at all

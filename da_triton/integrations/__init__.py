@@ -1,6 +1,6 @@
 """Double attention where people already work. Each library is imported only when it is used."""
 
-from .acceleration import Report, accelerate, restore
+from .accelerate import Report, accelerate, restore
 from .openmmlab import register_openmmlab
 from .residual import ResidualDoubleAttention
 from .resnet import (

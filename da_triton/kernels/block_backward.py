@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import configs, fused_tiles, guard, launch
+from ..runtime import configs, fused_tiles, guard, launch
+from .primitives import dot, exp_minus, load_keep, load_map, load_matrix, scalar
 from .project_distribute import rows_of_lanes, softmax_heads
-from .tiles import dot, exp_minus, load_keep, load_map, load_matrix, scalar
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, launch
-from .tiles import into_float16, load_matrix
+from ..runtime import configs, launch
+from .primitives import into_float16, load_matrix
 
 
 @triton.jit

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import all_maps, configs, guard, launch, tiled
-from .tiles import dot, load_map, load_matrix, scalar, softmax_maps, store_map
+from ..runtime import configs, guard, launch
+from . import core_full_n, core_tiled
+from .primitives import dot, load_map, load_matrix, scalar, softmax_maps, store_map
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -172,13 +173,13 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
         return z
     scalars = {"scale": scale, "logit_scale": logit_scale}
     in_one = configs.one_tile(v, c_m, c_n)
-    if (bias is not None or not in_one) and all_maps.fits(v, c_n):
-        all_maps.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
+    if (bias is not None or not in_one) and core_full_n.fits(v, c_n):
+        core_full_n.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
         return z
     v = with_bias(v, bias)
     if not in_one:
-        lse = tiled.position_lse(v, logit_scale) if softmax else None
-        tiled.mix(g, v, z, lse=lse, **scalars)
+        lse = core_tiled.position_lse(v, logit_scale) if softmax else None
+        core_tiled.mix(g, v, z, lse=lse, **scalars)
         return z
     ready = launch.prepared(_forward, (v, g, z), softmax)
     ready((g, v, z), (scale, logit_scale))
@@ -206,12 +207,12 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if configs.one_tile(v, g.shape[2], c_n):
         parts = _backward_in_one(dz, g, v, dv, need_g, **scalars)
-    elif all_maps.fits(v, c_n):
+    elif core_full_n.fits(v, c_n):
         q = launch.empty_map_like(v) if need_g else None
         # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
         made = launch.empty_map_like(v) if dv is None else dv
-        all_maps.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
-        parts = tiled.descriptor_gradient(dz, q, scale, 1.0, None) if need_g else None
+        core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
+        parts = core_tiled.descriptor_gradient(dz, q, scale, 1.0, None) if need_g else None
     else:
         parts = _backward_in_blocks(dz, g, v, dv, need_g, **scalars)
     return (launch.add_parts(parts, g.shape) if need_g else None), dv
@@ -228,9 +229,9 @@ def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     for Q, like v; what is there afterwards is not said.
     """
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
-    if all_maps.fits(v, v.shape[2]):
-        all_maps.distribute_backward(dz, g.to(v.dtype), v, bias, dv, z, q, **scalars)
-        parts = tiled.descriptor_gradient(dz, q, scale, 1.0, None)
+    if core_full_n.fits(v, v.shape[2]):
+        core_full_n.distribute_backward(dz, g.to(v.dtype), v, bias, dv, z, q, **scalars)
+        parts = core_tiled.descriptor_gradient(dz, q, scale, 1.0, None)
     else:
         v = with_bias(v, bias)
         if z is not None:
@@ -269,8 +270,8 @@ def _backward(v, dz, g, dv, softmax, need_g):
 def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     """The same where no program holds all of G, nor all maps of its positions."""
     scalars = {"scale": scale, "logit_scale": logit_scale}
-    lse = tiled.position_lse(v, logit_scale) if softmax else None
+    lse = core_tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:
-        r = tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None
-        tiled.map_gradient(g, v, dz, dv, lse=lse, correction=r, **scalars)
-    return tiled.descriptor_gradient(dz, v, scale, logit_scale, lse) if need_g else None
+        r = core_tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None
+        core_tiled.map_gradient(g, v, dz, dv, lse=lse, correction=r, **scalars)
+    return core_tiled.descriptor_gradient(dz, v, scale, logit_scale, lse) if need_g else None

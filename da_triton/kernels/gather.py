@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator, lse_dtype
-from . import all_maps, configs, delta, guard, launch, tiled
-from .tiles import (
+from ..runtime import configs, guard, launch
+from . import core_full_n, core_tiled, delta
+from .primitives import (
     dot,
     exp,
     exp_minus,
@@ -34,7 +35,7 @@ from .tiles import (
     online_softmax,
     scalar,
     store_map,
-)  # fmt: skip
+)
 
 SOURCE = ("N--L", "N--L", "NL")
 
@@ -432,14 +433,14 @@ def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
     c_m, c_n = a.shape[2], b.shape[2]
     if not configs.one_tile(a, c_m, c_n):
         maps = {"logit_scale": logit_scale, "lse": lse, "keep": keep}
-        if all_maps.fits(b, c_n):
+        if core_full_n.fits(b, c_n):
             db = launch.empty_map_like(b) if db is None else db  # the same bits, needed or not
-            all_maps.gather_backward(dg, a, b, correction, da, db, **maps)
+            core_full_n.gather_backward(dg, a, b, correction, da, db, **maps)
             return
         if da is not None:
-            tiled.mix(dg, b, da, per_map=True, **maps)
+            core_tiled.mix(dg, b, da, per_map=True, **maps)
         if db is not None:
-            tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
+            core_tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
         return
     ready = launch.prepared(_backward, (a, b, dg, da, db, keep, lse, correction))
     tensors = dg, a, b, keep, lse, correction, da, db

@@ -11,8 +11,8 @@ X, V and the result are ``(N, channels, L)`` in any strides.
 import triton
 import triton.language as tl
 
-from . import configs, fused_tiles, guard, launch
-from .tiles import dot, exp, load_map, load_matrix, scalar
+from ..runtime import configs, fused_tiles, guard, launch
+from .primitives import dot, exp, load_map, load_matrix, scalar
 
 
 @triton.jit

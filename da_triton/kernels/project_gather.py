@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import configs, fused_tiles, guard, launch
-from .tiles import dot, load_keep, load_map, load_matrix, online_softmax, scalar
+from ..runtime import configs, fused_tiles, guard, launch
+from .primitives import dot, load_keep, load_map, load_matrix, online_softmax, scalar
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)

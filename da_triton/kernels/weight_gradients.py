@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from . import configs, guard, launch
-from .tiles import GRADIENT_RANGE, LOW_SCALE, dot, load_map, load_matrix, scalar, split
+from ..runtime import configs, guard, launch
+from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_map, load_matrix, scalar, split
 
 LEAST_BLOCKS = 4  # of positions in a chunk
 

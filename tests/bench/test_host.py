@@ -16,9 +16,9 @@ from bench.environment import ROOT
 from bench.host import CALL, ISSUE, Measured
 from bench.problems import FORWARD, STEP
 from bench.workloads import WORKLOADS
-from da_triton import planner
-from da_triton.costs import Shape
-from da_triton.kernels import configs
+from da_triton.planning import planner
+from da_triton.planning.costs import Shape
+from da_triton.runtime import configs
 
 CPU = torch.device("cpu")
 # Fused, and library products around the core, with an odd number of positions.

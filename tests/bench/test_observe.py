@@ -163,7 +163,7 @@ def test_used_up_budget_counts_nothing(bench, tiny, eager, as_on_a_gpu):
 
 def test_rows_of_ours_name_the_kernels_that_were_not_used(bench, tiny, variant, monkeypatch):
     group = [variant("eager"), variant("triton"), variant("compile triton")]
-    module = "da_triton.kernels.guard"
+    module = "da_triton.runtime.guard"
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ("a", "b")))
     rows = bench.measure(tiny, FORWARD, group)
     assert [row.get("kernels_not_used") for row in rows] == [None, "a, b", "a, b"]

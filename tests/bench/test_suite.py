@@ -94,9 +94,9 @@ def test_tests_that_fill_the_memory_share_a_worker():
     }
 
 
-SAMPLE = "tests/cores/test_triton.py"
-ON_A_CPU = "tests/cores/test_cpu_block.py::test_no_more_is_kept_than_eager_keeps"
-MIXED = "tests/cores/test_cpu_block.py::test_without_biases"
+SAMPLE = "tests/ops/triton/test_core.py"
+ON_A_CPU = "tests/ops/aten/test_cpu_block.py::test_no_more_is_kept_than_eager_keeps"
+MIXED = "tests/ops/aten/test_cpu_block.py::test_without_biases"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from bench import tune
 from bench.measure import Budget
 from bench.tune import Choice, Site
 from bench.workloads import Workload
-from da_triton.kernels import block, configs, fused_tiles, launch, measured
+from da_triton.ops.triton import routes
+from da_triton.runtime import configs, fused_tiles, launch, measured
 
 ROOT = Path(tune.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -228,7 +229,7 @@ def test_step_returns_all_gradients(interpreted_tiles):
     shapes = [tuple(t.shape) for t in results]
     batch = WORK.batch(CPU)
     assert shapes[:2] == [(batch, 64, 128)] * 2
-    assert len(results) == 1 + len(block.Gradients._fields)
+    assert len(results) == 1 + len(routes.Gradients._fields)
     assert all(t.isfinite().all() for t in results)
 
 
@@ -304,7 +305,7 @@ before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
 from bench.codegen import cli, compiler, fused, launches, survey, tiles
 from bench.tune import Site
-from da_triton.kernels import block
+from da_triton.ops.triton import routes
 
 class Card:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -314,10 +315,10 @@ class Card:
 driver.set_active(Card())
 variant = launches.Variant("nchw", 256)
 shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
-w = block.Weights(*(launches._empty(variant, *shape) for shape in shapes))
+w = routes.Weights(*(launches._empty(variant, *shape) for shape in shapes))
 x = launches._empty(variant, 1, 256, 256)
-options = block.Options(1, 1.0, 1.0, 1.0, True, True)
-run = lambda: block.forward(x, w, None, options, fused.route("project_distribute"), False)
+options = routes.Options(1, 1.0, 1.0, 1.0, True, True)
+run = lambda: routes.forward(x, w, None, options, fused.route("project_distribute"), False)
 site = Site("project_distribute", 256, 64)
 entries = [(32, 4, 2), (64, 8, 2)]
 

@@ -23,7 +23,7 @@ import torch
 from triton import knobs
 from bench import formulations, problems, providers, warm
 from bench.workloads import Workload
-from da_triton.cores import triton as core
+from da_triton.ops.triton import core
 found = []
 knobs.compilation.listener = lambda src, cache_hit, **_: found.append(cache_hit)
 cpu = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_without_a_folder():
 
 
 def test_every_architecture_is_one_that_tiles_are_known_for():
-    from da_triton.kernels import fused_tiles
+    from da_triton.runtime import fused_tiles
 
     assert {arch for arch, *_ in fused_tiles.TILES} >= {*warm.TARGETS}
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from da_triton import DoubleAttention
 from da_triton.integrations import accelerate, restore
-from da_triton.integrations.acceleration import Accelerated
-from da_triton.integrations.families import EfficientAttention
+from da_triton.integrations.accelerate.patterns import EfficientAttention
+from da_triton.integrations.accelerate.search import Accelerated
 from support import published
 from support.numerics import relative_rms
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from da_triton.integrations import accelerate, restore
-from da_triton.integrations.acceleration import Accelerated
+from da_triton.integrations.accelerate.search import Accelerated
 from support import published
 from support.numerics import relative_rms
 

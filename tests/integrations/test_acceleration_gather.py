@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from da_triton.integrations import accelerate, restore
-from da_triton.integrations.acceleration import Accelerated
+from da_triton.integrations.accelerate.search import Accelerated
 from support.numerics import relative_rms
 
 FEATS, PROBS = (2, 12, 6, 7), (2, 5, 6, 7)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from da_triton.integrations import accelerate, restore
-from da_triton.integrations.acceleration import Accelerated
-from da_triton.integrations.proof import Reference
+from da_triton.integrations.accelerate.search import Accelerated
+from da_triton.integrations.accelerate.verify import Reference
 from support.numerics import relative_rms
 
 X = (2, 14, 12)

@@ -12,11 +12,7 @@ from torch import nn
 from torch.export import Dim
 
 from da_triton import DoubleAttention
-from da_triton.integrations import (
-    ResidualDoubleAttention,
-    a2_resnet50,
-    insert_double_attention,
-)
+from da_triton.integrations import ResidualDoubleAttention, a2_resnet50, insert_double_attention
 from support.numerics import relative_rms
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from da_triton import eager
-from da_triton.cores import triton as core
+from da_triton import reference
+from da_triton.ops.triton import core
 from support.cases import CASES, LARGEST, each_case
 from support.cases import ONE_TILE as CASE
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
@@ -22,8 +22,8 @@ def run(function, g, v, upstream, **options):
 
 def compare(g, v, upstream, **options):
     """The kernels within the tolerance of the dtype and twice eager's own error."""
-    wide = run(eager.distribute, g.double(), v.double(), upstream.double(), **options)
-    own = run(eager.distribute, g, v, upstream, **options)
+    wide = run(reference.distribute, g.double(), v.double(), upstream.double(), **options)
+    own = run(reference.distribute, g, v, upstream, **options)
     actual = run(core.distribute, g, v, upstream, **options)
     assert actual["dG"].dtype == g.dtype
     for name, expected in wide.items():
@@ -129,7 +129,7 @@ def test_bitwise_repeatable(case, dtype):
 def test_huge_logits(case, offset):
     g, v, upstream = inputs(case, torch.float32)
     v = v + offset
-    expected = run(eager.distribute, g.double(), v.double(), upstream.double())
+    expected = run(reference.distribute, g.double(), v.double(), upstream.double())
     actual = run(core.distribute, g, v, upstream)
     for name in expected:
         if case.n > 1 or name != "dV":  # of one map, dV is zero
@@ -151,7 +151,7 @@ def test_infinite_logits_and_nan_stay_at_their_position():
     v[0, 1, 3, 7] = math.inf
     v[1, 0, 4, 9] = math.nan
     v[1, 1, :, 11] = -math.inf
-    expected = eager.distribute(g.double(), v.double())
+    expected = reference.distribute(g.double(), v.double())
     actual = core.distribute(g, v)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert expected.isnan().sum() == 3 * CASE.m
@@ -175,7 +175,7 @@ def test_nan_stays_in_its_sample_in_backward():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda g, v: eager.distribute(g, v, logit_scale=0.5),
+        lambda g, v: reference.distribute(g, v, logit_scale=0.5),
         lambda g, v: g @ v.softmax(-1),
         lambda g, v: g @ v.softmax(0),
         lambda g, v: 1.05 * (g @ v.softmax(-2)),

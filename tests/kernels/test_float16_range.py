@@ -6,8 +6,8 @@ Sums over positions make dG many times larger than what is made of it.
 import pytest
 import torch
 
-from da_triton.cores import aten
-from da_triton.cores import triton as core
+from da_triton.ops.aten import core as aten
+from da_triton.ops.triton import core
 from support.block import NAMES, ROUTES, definition, run
 from support.block import Case as Sizes
 from support.block import inputs as block_inputs

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from da_triton import eager
-from da_triton.cores import triton as core
+from da_triton import reference
 from da_triton.kernels import gather
+from da_triton.ops.triton import core
 from support.cases import CASES, LARGEST, each_case
 from support.cases import ONE_TILE as CASE
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
@@ -32,8 +32,8 @@ def compare(a, b, upstream, own=None, **options):
     else:
         wide_extra = None
     wide = {**options, "extra": wide_extra}
-    expected = run(eager.gather, a.double(), b.double(), upstream.double(), **wide)
-    own = run(eager.gather, *(own or (a, b)), upstream, **options)
+    expected = run(reference.gather, a.double(), b.double(), upstream.double(), **wide)
+    own = run(reference.gather, *(own or (a, b)), upstream, **options)
     actual = run(core.gather, a, b, upstream, **options)
     return {name: check(actual[name], expected[name], dtype, own[name], name) for name in expected}
 
@@ -74,8 +74,8 @@ def test_features_with_a_mean(case, dtype):
     a, b, upstream = inputs(case, dtype)
     a = a + 5
     x = peaky(case.batch, 1, 16, case.length, dtype=torch.float64) + 5
-    wide = run(eager.gather, a.double(), b.double(), upstream.double())
-    own, actual = (run(f, a, b, upstream) for f in (eager.gather, core.gather))
+    wide = run(reference.gather, a.double(), b.double(), upstream.double())
+    own, actual = (run(f, a, b, upstream) for f in (reference.gather, core.gather))
     error, allowed = ((r["dB"].double() @ x.mT - wide["dB"] @ x.mT).norm() for r in (actual, own))
     assert error <= max(2 * allowed, 1e-5 * wide["dB"].norm() * x.norm())
     compare(a, b, upstream)
@@ -175,7 +175,7 @@ def test_extra_tokens(case, masked, tokens_per_sample):
     wide = [x.detach().double().requires_grad_() for x in leaves]
     for function, (x, y), (f, g) in (
         (core.gather, leaves, (a, b)),
-        (eager.gather, wide, (a.double(), b.double())),
+        (reference.gather, wide, (a.double(), b.double())),
     ):
         pair = (x.expand(batch, -1, -1, -1), y.expand(batch, -1, -1, -1))
         out = function(f, g, extra=pair, keep=keep)
@@ -245,7 +245,7 @@ def test_huge_logits(offset):
     """A softmax does not feel what is added to all its logits, up to the last float32."""
     a, b, upstream = inputs(CASE, torch.float32)
     shifted = (b + offset).clamp(max=torch.finfo(torch.float32).max)
-    expected = run(eager.gather, a.double(), shifted.double(), upstream.double())
+    expected = run(reference.gather, a.double(), shifted.double(), upstream.double())
     actual = run(core.gather, a, shifted, upstream)
     assert relative_rms(actual["G"], expected["G"]) < TOLERANCE[torch.float32]
     if offset < 1e9:  # beyond, no float64 holds the log of the sum beside the maximum
@@ -269,7 +269,7 @@ def test_infinite_logits():
     b[0, 1, 5, :100] = -math.inf  # a whole chunk of positions and more
     b[1, 0, 3, 7] = math.inf
     b[1, 1, 4] = -math.inf
-    expected = eager.gather(a.double(), b.double())
+    expected = reference.gather(a.double(), b.double())
     actual = core.gather(a, b)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert expected.isnan().sum() == 2 * CASE.m
@@ -295,7 +295,7 @@ def test_weights_below_float16_still_count():
     a, b = (peaky(1, 1, 16, 200, dtype=torch.float16, deviation=1) for _ in range(2))
     b[..., 0] = 14
     upstream = peaky(1, 1, 16, 16, dtype=torch.float16, deviation=300)
-    expected = run(eager.gather, a.double(), b.double(), upstream.double())
+    expected = run(reference.gather, a.double(), b.double(), upstream.double())
     actual = run(core.gather, a, b, upstream)
     p = b.double().softmax(-1)[..., 1:]
     assert p.mean() < 2e-6
@@ -306,7 +306,7 @@ def test_weights_below_float16_still_count():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda a, b: eager.gather(a, b, logit_scale=0.5),
+        lambda a, b: reference.gather(a, b, logit_scale=0.5),
         lambda a, b: a @ b.softmax(-2).mT,
         lambda a, b: a @ b.softmax(0).mT,
         lambda a, b: a @ b.softmax(-1).detach().mT + 0 * b.sum(),

@@ -80,7 +80,7 @@ def test_chained_products_are_found():
 CONTRACTED = """
 import re, torch, triton
 from bench.codegen import compiler, launches
-from da_triton.planner import Route
+from da_triton.planning.planner import Route
 with launches.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
     found = [x for m, n in sizes for x in launches.core(m, n, launches.Variant())]

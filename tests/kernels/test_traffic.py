@@ -9,7 +9,8 @@ import dataclasses
 import pytest
 import torch
 
-from da_triton.kernels import configs, distribute, gather, launch
+from da_triton.kernels import distribute, gather
+from da_triton.runtime import configs, launch
 from support.numerics import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter, not on a GPU")

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from da_triton import eager
-from da_triton.kernels import block
-from da_triton.planner import Route
+from da_triton import reference
+from da_triton.ops.triton import routes
+from da_triton.planning.planner import Route
 
 from .numerics import DEVICE
 
@@ -74,14 +74,14 @@ def inputs(case, dtype, channels_last):
     upstream = normal(2, case.channels, case.length)
     move = functools.partial(torch.Tensor.to, device=DEVICE, dtype=dtype)
     keep = None if keep is None else keep.to(DEVICE)
-    return move(x), block.Weights(*map(move, weights)), keep, move(upstream)
+    return move(x), routes.Weights(*map(move, weights)), keep, move(upstream)
 
 
 def definition(case, x, w, keep, upstream, dtype, logit_scale=0.7):
     """The definition's result and gradients, computed in ``dtype``."""
     leaves = [t.to(dtype).requires_grad_() for t in (x, *w)]
     x, a, bias_a, b, v, bias_v, out, bias_out = leaves
-    y = eager.block(
+    y = reference.block(
         x, a, bias_a, b, None, v, bias_v, out, bias_out, heads=case.heads, logit_scale=logit_scale,
         logit_scale_v=0.9, scale=1.3, softmax_v=case.softmax_v, residual=x, keep=keep,
     )  # fmt: skip
@@ -91,9 +91,9 @@ def definition(case, x, w, keep, upstream, dtype, logit_scale=0.7):
 
 def run(route, case, x, w, keep, upstream):
     """The kernels' result and gradients."""
-    options = block.Options(case.heads, 0.7, 0.9, 1.3, case.softmax_v, True)
+    options = routes.Options(case.heads, 0.7, 0.9, 1.3, case.softmax_v, True)
     mask = None if keep is None else keep.view(torch.uint8)
-    out, lse, g, v = block.forward(x, w, mask, options, route, case.keep_v)
+    out, lse, g, v = routes.forward(x, w, mask, options, route, case.keep_v)
     assert (v is not None) == case.keep_v
-    grads = block.backward(upstream, x, w, mask, lse, g, v, options, route)
+    grads = routes.backward(upstream, x, w, mask, lse, g, v, options, route)
     return out - x, *grads

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from da_triton.kernels import configs, launch
+from da_triton.runtime import configs, launch
 
 received: list = []
 jitted: list = []

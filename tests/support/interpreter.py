@@ -18,7 +18,7 @@ Handle, Builder = ti.TensorHandle, ti.InterpreterBuilder
 
 def correct():
     """Installs the corrections, once, and tells the package."""
-    from da_triton.cores import triton as core
+    from da_triton.ops.triton import core
 
     if not core.interpreter_has_bfloat16:
         _correct_builder()

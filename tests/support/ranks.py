@@ -11,7 +11,7 @@ import torch
 
 # Imported once, by the process that all ranks are forked from: it is most of what a rank costs.
 PRELOADED = [
-    "da_triton.cores.triton_block",
+    "da_triton.ops.triton.block",
     "functorch.compile",
     "networkx",
     "torch._inductor.compile_fx",

@@ -8,7 +8,7 @@ The file that DA_TRITON_RECORD names gets a JSON object per line:
 
     {"test", "ended", "mixed", "cpu"}       per test: how it failed, if it did; whether because
                                             tensors were on two devices; whether it reached
-                                            ``cores.cpu_block``
+                                            ``ops.aten.cpu_block``
     {"kernel", "args", "kwargs", "test"}    per distinct launch, with the first test that made it
 
 ``bench.codegen.replay`` compiles the launches.
@@ -122,11 +122,11 @@ if not INTERPRETED:
 
 def _as_on_a_gpu(recorder):
     """Backends and splits over positions are chosen as on a GPU."""
-    from da_triton import cores
-    from da_triton.cores import cpu_block, cpu_small
-    from da_triton.kernels import launch
+    from da_triton import ops
+    from da_triton.ops.aten import cpu_block, cpu_small
+    from da_triton.runtime import launch
 
-    select = cores.select
+    select = ops.select
 
     def spied(plan):
         def reached(*args):
@@ -139,7 +139,7 @@ def _as_on_a_gpu(recorder):
 
     for kind in (cpu_small.Call, cpu_block.Call):
         kind.plan = spied(kind.plan)
-    cores.select = lambda name, x: select("triton" if name == "auto" else name, x)
+    ops.select = lambda name, x: select("triton" if name == "auto" else name, x)
     launch.processors = lambda device: PROCESSORS
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from da_triton.kernels import launch, recorded
+from da_triton.runtime import launch, recorded
 
 DEVICE_INDEX, STREAM = 0, 7
 BEFORE = 9  # grid, stream, function, metadata, description and hooks

@@ -1,0 +1,211 @@
+r"""Products with softmax weights for which a program holds all maps of its positions.
+
+With ``E[n, l] = softmax_n(s·(x + bias))`` (distribution: W is G, x is V) or ``exp(s·x − lse)`` with
+lse of the map (gather's backward: W is dG, x is B), one pass over positions makes
+
+    out = scale · W E                                                            Z, dA
+    dx  = s · E∘(scale · Wᵀ y − c)      c = Σ_n E∘(scale · Wᵀ y), or δ           dV, dB
+
+feature block by feature block, and leaves E itself where a later product needs it. Each block of W
+serves both products; y is read once and x twice (again at the end: E of all maps would not fit the
+registers beside its gradient). Half precision up to 512 maps, see ``fits``; elsewhere ``tiled``.
+
+W is ``(N, heads, C_M, C_N)``, maps are ``(N, heads, channels, positions)``, both in any strides.
+"""
+
+import triton
+import triton.language as tl
+
+from ..runtime import configs, launch
+from .primitives import dot, exp, exp_minus, load_keep, load_map, load_matrix, scalar, store_map
+
+
+@triton.jit
+def _logits(
+    x_base, bias_ptr, rows, cols, C_N, L, stride_c, stride_l, scale, HAS_BIAS: tl.constexpr
+):
+    """``s·(x + bias)`` of a tile, ``[BLOCK_N, BLOCK_L]``; 0 outside the map."""
+    x = load_map(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + rows, mask=rows < C_N, other=0.0).to(scale.dtype)[:, None]
+    return x * scale
+
+
+@triton.jit(do_not_specialize=["HEADS"])
+def all_maps_kernel(
+    w_ptr,  # (N, heads, C_M, C_N)
+    x_ptr,  # (N, heads, C_N, L)
+    bias_ptr,  # (heads·C_N,), contiguous; read if HAS_BIAS
+    lse_ptr,  # (N·heads, C_N); read if PER_MAP
+    delta_ptr,  # (N·heads, C_N): c; read if PER_MAP and GRADIENT
+    keep_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
+    y_ptr,  # (N, heads, C_M, L); read if GRADIENT
+    out_ptr,  # (N, heads, C_M, L); written if WRITE_OUT
+    e_ptr,  # (N, heads, C_N, L); written if WRITE_E
+    dx_ptr,  # (N, heads, C_N, L); written if GRADIENT
+    scale_out: "fp64",
+    logit_scale: "fp64",
+    HEADS,
+    C_M,
+    C_N,
+    L_UNITS,
+    stride_w_n,
+    stride_w_h,
+    stride_w_m,
+    stride_w_k,
+    stride_x_n,
+    stride_x_h,
+    stride_x_c,
+    stride_x_l,
+    stride_keep_n,
+    stride_keep_l,
+    stride_y_n,
+    stride_y_h,
+    stride_y_c,
+    stride_y_l,
+    stride_out_n,
+    stride_out_h,
+    stride_out_c,
+    stride_out_l,
+    stride_e_n,
+    stride_e_h,
+    stride_e_c,
+    stride_e_l,
+    stride_dx_n,
+    stride_dx_h,
+    stride_dx_c,
+    stride_dx_l,
+    SOFTMAX: tl.constexpr,
+    PER_MAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WRITE_OUT: tl.constexpr,
+    WRITE_E: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a block of positions of a head of a sample. BLOCK_N ≥ C_N."""
+    L = L_UNITS * ALIGN
+    blocks = tl.cdiv(L, BLOCK_L)
+    pid = tl.program_id(0)
+    nh = (pid // blocks).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    cols = (pid % blocks * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    inside_n = rows_n < C_N
+    w_base = w_ptr + n * stride_w_n + h * stride_w_h
+    x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
+    y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
+    out_base = out_ptr + (n * stride_out_n + h * stride_out_h) * ALIGN
+    scale_x = scalar(logit_scale, ACC)
+    scale = scalar(scale_out, ACC)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    e = _logits(
+        x_base, bias_ptr + h * C_N, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, scale_x,
+        HAS_BIAS,
+    )  # fmt: skip
+    if HAS_MASK:
+        keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+    if PER_MAP:
+        lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=inside_n, other=float("inf"))
+        e = exp_minus(e, lse[:, None])
+    elif SOFTMAX:
+        e = tl.where(inside_n[:, None], e, -float("inf"))
+        mx = tl.max(e, 0)
+        e = exp(e - mx[None, :])
+        inverse = 1.0 / tl.sum(e, 0)
+        e = e * inverse[None, :]
+    if HAS_MASK:
+        e = tl.where(keep[None, :], e, 0.0)
+    operand = (e * E_SCALE).to(dtype)
+    if WRITE_E:
+        e_base = e_ptr + (n * stride_e_n + h * stride_e_h) * ALIGN
+        store_map(e_base, rows_n, cols, C_N, L, stride_e_c * ALIGN, stride_e_l, operand)
+
+    grad = tl.zeros((BLOCK_N, BLOCK_L), ACC)
+    for m0 in range(0, C_M, BLOCK_M):
+        rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        w = load_matrix(w_base, rows_m, rows_n, C_M, C_N, stride_w_m, stride_w_k, dtype)
+        if WRITE_OUT:
+            out = dot(w, operand, tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION)
+            out = out * (scale / E_SCALE)
+            store_map(out_base, rows_m, cols, C_M, L, stride_out_c * ALIGN, stride_out_l, out)
+        if GRADIENT:
+            y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+            grad = dot(tl.trans(w), y, grad, PRECISION)
+
+    if GRADIENT:
+        grad = grad * scale
+        if PER_MAP or SOFTMAX:
+            e = _logits(
+                x_base, bias_ptr + h * C_N, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l,
+                scale_x, HAS_BIAS,
+            )  # fmt: skip
+            if PER_MAP:
+                delta = tl.load(delta_ptr + nh * C_N + rows_n, mask=inside_n, other=0.0)
+                grad = exp_minus(e, lse[:, None]) * (grad - delta[:, None])
+            else:
+                e = tl.where(inside_n[:, None], e, -float("inf"))
+                e = exp(e - mx[None, :]) * inverse[None, :]
+                grad = e * (grad - tl.sum(e * grad, 0)[None, :])
+        if HAS_MASK:
+            grad = tl.where(keep[None, :], grad, 0.0)  # 0 · NaN, where y holds anything
+        dx_base = dx_ptr + (n * stride_dx_n + h * stride_dx_h) * ALIGN
+        grad = grad * scale_x
+        store_map(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, grad)
+
+
+def fits(x, c_n):
+    """Whether a program can hold all maps of a head, in the dtype of x."""
+    return configs.all_maps_tile(x, c_n) is not None
+
+
+def distribute(g, v, bias, z, *, scale, logit_scale, softmax):
+    """Writes ``Z = scale · G Q``. ``g``: in the dtype of v; ``bias``: of V, or None."""
+    _launch(g, v, bias, scale, logit_scale, softmax=softmax, out=z)
+
+
+def distribute_backward(dz, g, v, bias, dv, z, q, *, scale, logit_scale, softmax):
+    """Writes dV, and Z and Q where they are given."""
+    _launch(g, v, bias, scale, logit_scale, softmax=softmax, y=dz, out=z, e=q, dx=dv)
+
+
+def gather_backward(dg, a, b, delta, da, db, *, keep, lse, logit_scale):
+    """Writes dA and dB where they are given. ``dg``: in the dtype of the maps."""
+    per_map = {"lse": lse, "delta": delta, "keep": keep}
+    _launch(dg, b, None, 1.0, logit_scale, y=a, out=da, dx=db, **per_map)
+
+
+def _launch(
+    w, x, bias, scale, logit_scale, *, softmax=True, y=None, out=None, e=None, dx=None,
+    lse=None, delta=None, keep=None,
+):  # fmt: skip
+    gradient = dx is not None
+    y, dx = (y, dx) if gradient else (x, x)
+    ready = launch.prepared(
+        _all_maps, (x, w, y, out, e, dx, bias, lse, delta, keep), gradient, softmax
+    )
+    optional = [x if t is None else t for t in (bias, lse, delta, keep)]
+    written = [x if t is None else t for t in (out, e)]
+    ready((w, x, *optional, y, *written, dx), (scale, logit_scale))
+
+
+def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
+    batch, heads, c_n, length = x.shape
+    tile = configs.all_maps_tile(x, c_n, gradient)
+    out_, e_ = (x if t is None else t for t in (out, e))
+    return launch.Launch(
+        all_maps_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
+        maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "keep": keep},
+        HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
+        HAS_BIAS=bias is not None, HAS_MASK=keep is not None, WRITE_OUT=out is not None,
+        WRITE_E=e is not None, GRADIENT=gradient,
+        E_SCALE=1.0 if lse is None else launch.p_scale(x.dtype),
+    )  # fmt: skip

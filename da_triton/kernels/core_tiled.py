@@ -1,0 +1,421 @@
+r"""Products with softmax weights for any number of maps and features, tile by tile.
+
+With ``E[n, l] = exp(s·x[n, l] − lse)``, lse of the map or of the position (or ``E = s·x`` without a
+softmax), these four kernels are what gather's backward and distribute are made of when G does not
+fit one tile, nor its maps ``all_maps`` (dG, ``descriptor_gradient``, also where they do):
+
+    mix                   out[m, l] = scale · Σ_n W[m, n] E[n, l]            Z, dA
+    mix_product           r[l] = Σ_m y[m, l] · out[m, l]                     r = Σ_m dZ∘Z = Σ_n Q∘dQ
+    map_gradient          dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c) dV (c = r), dB (c = δ)
+    descriptor_gradient   dW[m, n] = scale · Σ_l y[m, l] E[n, l]             dG
+
+E is made in registers from x, tile by tile, and never written. W is ``(N, heads, C_M, C_N)``, maps
+are ``(N, heads, channels, positions)``, both in any strides. Each product has its sum in the
+innermost loop, where loads are pipelined.
+"""
+
+import triton
+import triton.language as tl
+
+from ..precision import accumulator, lse_dtype
+from ..runtime import configs, launch
+from .primitives import (
+    dot,
+    exp,
+    exp_minus,
+    load_keep,
+    load_map,
+    load_matrix,
+    log_sum,
+    scalar,
+    store_map,
+)
+
+
+@triton.jit(do_not_specialize=["HEADS"])
+def position_lse_kernel(
+    x_ptr,  # (N, heads, C_N, L)
+    lse_ptr,  # (N·heads, L): log Σ_n exp(s·x)
+    logit_scale: "fp64",
+    HEADS,
+    C_N,
+    L_UNITS,
+    stride_x_n,
+    stride_x_h,
+    stride_x_c,
+    stride_x_l,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: a block of positions of one head of one sample; maps in blocks, online."""
+    L = L_UNITS * ALIGN
+    blocks = tl.cdiv(L, BLOCK_L)
+    pid = tl.program_id(0)
+    nh = (pid // blocks).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    cols = ((pid % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
+    scale = scalar(logit_scale, ACC)
+    mx = tl.full((BLOCK_L,), -float("inf"), ACC)
+    total = tl.zeros((BLOCK_L,), ACC)
+    for n0 in range(0, C_N, BLOCK_N):
+        rows = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
+        x = load_map(x_base, rows, cols, C_N, L, stride_x_c * ALIGN, stride_x_l).to(ACC) * scale
+        x = tl.where((rows < C_N)[:, None], x, -float("inf"))
+        new_mx = tl.maximum(mx, tl.max(x, 0))
+        pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)  # −inf − (−inf) would be NaN
+        total = total * exp(mx - pivot) + tl.sum(exp(x - pivot[None, :]), 0)
+        mx = new_mx
+    lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
+    tl.store(lse_ptr + nh * L + cols, lse, mask=cols < L)
+
+
+@triton.jit
+def _weights(
+    x_base, rows, cols, C_N, L, stride_c, stride_l, lse_base, scale,
+    SOFTMAX: tl.constexpr, PER_MAP: tl.constexpr,
+):  # fmt: skip
+    """``E`` of a tile, ``[BLOCK_N, BLOCK_L]`` in the dtype of ``scale``; 0 outside the map."""
+    e = load_map(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype) * scale
+    if SOFTMAX:
+        if PER_MAP:
+            lse = tl.load(lse_base + rows, mask=rows < C_N, other=float("inf"))[:, None]
+        else:
+            lse = tl.load(lse_base + cols, mask=cols < L, other=float("inf"))[None, :]
+        e = exp_minus(e, lse)
+        if (
+            not PER_MAP
+        ):  # beyond the last map, exp(0 − lse) overflows where all logits are far below
+            e = tl.where((rows < C_N)[:, None], e, 0.0)
+    return e
+
+
+@triton.jit(do_not_specialize=["HEADS"])
+def mix_kernel(
+    w_ptr,  # (N, heads, C_M, C_N)
+    x_ptr,  # (N, heads, C_N, L)
+    lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
+    keep_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
+    y_ptr,  # (N, heads, C_M, L): read if PRODUCT, else written: out
+    r_ptr,  # (N·heads, blocks of features, L): parts of r, written if PRODUCT
+    scale_out: "fp64",
+    logit_scale: "fp64",
+    HEADS,
+    C_M,
+    C_N,
+    L_UNITS,
+    stride_w_n,
+    stride_w_h,
+    stride_w_m,
+    stride_w_k,
+    stride_x_n,
+    stride_x_h,
+    stride_x_c,
+    stride_x_l,
+    stride_keep_n,
+    stride_keep_l,
+    stride_y_n,
+    stride_y_h,
+    stride_y_c,
+    stride_y_l,
+    SOFTMAX: tl.constexpr,
+    PER_MAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: blocks of features and positions, a head of a sample; sums over maps."""
+    L = L_UNITS * ALIGN
+    blocks_m = tl.cdiv(C_M, BLOCK_M)
+    blocks_l = tl.cdiv(L, BLOCK_L)
+    pid = tl.program_id(0)
+    block_m = pid % blocks_m
+    nh = (pid // (blocks_m * blocks_l)).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    rows_m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = ((pid // blocks_m) % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    w_base = w_ptr + n * stride_w_n + h * stride_w_h
+    x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
+    y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
+    lse_base = lse_ptr + nh * (C_N if PER_MAP else L)
+    scale_x = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    acc = tl.zeros((BLOCK_M, BLOCK_L), ACC)
+    for n0 in range(0, C_N, BLOCK_N):
+        rows_n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
+        w = load_matrix(w_base, rows_m, rows_n, C_M, C_N, stride_w_m, stride_w_k, dtype)
+        e = _weights(
+            x_base, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, lse_base, scale_x,
+            SOFTMAX, PER_MAP,
+        )  # fmt: skip
+        acc = dot(w, (e * E_SCALE).to(dtype), acc, PRECISION)
+    if HAS_MASK:
+        keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+        acc = tl.where(keep[None, :], acc, 0.0)
+    acc = acc * (scalar(scale_out, ACC) / E_SCALE)
+    if PRODUCT:
+        y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+        r = tl.sum(acc * y.to(ACC), 0)
+        tl.store(r_ptr + (nh * blocks_m + block_m) * L + cols, r, mask=cols < L)
+    else:
+        store_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
+
+
+@triton.jit(do_not_specialize=["HEADS", "PARTS"])
+def map_gradient_kernel(
+    w_ptr,  # (N, heads, C_M, C_N)
+    x_ptr,  # (N, heads, C_N, L)
+    y_ptr,  # (N, heads, C_M, L)
+    lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
+    c_ptr,  # (N·heads, C_N) if PER_MAP, else parts (N·heads, PARTS, L); read if SOFTMAX
+    keep_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
+    dx_ptr,  # (N, heads, C_N, L)
+    scale_out: "fp64",
+    logit_scale: "fp64",
+    HEADS,
+    C_M,
+    C_N,
+    L_UNITS,
+    PARTS,
+    stride_w_n,
+    stride_w_h,
+    stride_w_m,
+    stride_w_k,
+    stride_x_n,
+    stride_x_h,
+    stride_x_c,
+    stride_x_l,
+    stride_y_n,
+    stride_y_h,
+    stride_y_c,
+    stride_y_l,
+    stride_keep_n,
+    stride_keep_l,
+    stride_dx_n,
+    stride_dx_h,
+    stride_dx_c,
+    stride_dx_l,
+    SOFTMAX: tl.constexpr,
+    PER_MAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: blocks of maps and positions, a head of a sample; sums over features."""
+    L = L_UNITS * ALIGN
+    blocks_n = tl.cdiv(C_N, BLOCK_N)
+    blocks_l = tl.cdiv(L, BLOCK_L)
+    pid = tl.program_id(0)
+    nh = (pid // (blocks_n * blocks_l)).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    rows_n = (pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    cols = ((pid // blocks_n) % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    w_base = w_ptr + n * stride_w_n + h * stride_w_h
+    x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
+    y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
+    dx_base = dx_ptr + (n * stride_dx_n + h * stride_dx_h) * ALIGN
+    lse_base = lse_ptr + nh * (C_N if PER_MAP else L)
+    scale_x = scalar(logit_scale, ACC)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    acc = tl.zeros((BLOCK_N, BLOCK_L), ACC)
+    for m0 in range(0, C_M, BLOCK_M):
+        rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        w = load_matrix(w_base, rows_n, rows_m, C_N, C_M, stride_w_k, stride_w_m, dtype)
+        y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+        acc = dot(w, y, acc, PRECISION)
+    acc = acc * scalar(scale_out, ACC)
+    if SOFTMAX:
+        e = _weights(
+            x_base, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, lse_base, scale_x,
+            SOFTMAX, PER_MAP,
+        )  # fmt: skip
+        if PER_MAP:
+            c = tl.load(c_ptr + nh * C_N + rows_n, mask=rows_n < C_N, other=0.0)[:, None]
+        else:
+            c = tl.zeros((BLOCK_L,), ACC)
+            for part in range(0, PARTS):
+                c += tl.load(c_ptr + (nh * PARTS + part) * L + cols, mask=cols < L, other=0.0)
+            c = c[None, :]
+        acc = e * (acc - c)
+    if HAS_MASK:
+        keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+        acc = tl.where(keep[None, :], acc, 0.0)
+    store_map(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, acc * scale_x)
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def descriptor_gradient_kernel(
+    y_ptr,  # (N, heads, C_M, L)
+    x_ptr,  # (N, heads, C_N, L)
+    lse_ptr,  # (N·heads, L); read if SOFTMAX
+    dw_ptr,  # (N·heads, SPLITS, C_M, C_N) float32/64: partial sums
+    scale_out: "fp64",
+    logit_scale: "fp64",
+    HEADS,
+    C_M,
+    C_N,
+    L_UNITS,
+    CHUNK_BLOCKS,
+    SPLITS,
+    stride_y_n,
+    stride_y_h,
+    stride_y_c,
+    stride_y_l,
+    stride_x_n,
+    stride_x_h,
+    stride_x_c,
+    stride_x_l,
+    SOFTMAX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One program: blocks of maps and features, a chunk of positions, a head of a sample."""
+    L = L_UNITS * ALIGN
+    blocks_m = tl.cdiv(C_M, BLOCK_M)
+    tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    split = (pid // tiles) % SPLITS
+    nh = (pid // (tiles * SPLITS)).to(tl.int64)
+    n, h = nh // HEADS, nh % HEADS
+    rows_m = ((tile % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows_n = ((tile // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
+    x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
+    lse_base = lse_ptr + nh * L
+    scale_x = scalar(logit_scale, ACC)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    start = split * CHUNK_BLOCKS * BLOCK_L
+    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+        e = _weights(
+            x_base, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, lse_base, scale_x,
+            SOFTMAX, False,
+        )  # fmt: skip
+        acc = dot(e.to(y.dtype), tl.trans(y), acc, PRECISION)
+
+    offs = rows_m[None, :] * C_N + rows_n[:, None]
+    inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
+    slot = (nh * SPLITS + split) * C_M * C_N
+    tl.store(dw_ptr + slot + offs, acc * scalar(scale_out, ACC), mask=inside)
+
+
+def position_lse(x, logit_scale):
+    """Log-sum-exp over maps of each position, ``(N·heads, L)``."""
+    ready = launch.prepared(_position_lse, (x,))
+    (lse,) = ready.empty()
+    ready((x, lse), (logit_scale,))
+    return lse
+
+
+def _position_lse(x):
+    batch, heads, c_n, length = x.shape
+    tile = configs.tile("position_lse", x, 1, c_n)
+    programs = batch * heads * -(-length // tile.block_l)
+    ready = launch.Launch(
+        position_lse_kernel, x, tile, programs, maps={"x": x}, HEADS=heads, C_N=c_n
+    )
+    return ready.allocating(lse_dtype(x.dtype), (batch * heads, length))
+
+
+def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, keep=None):
+    """Writes ``out = scale · W E``; lse of maps (``per_map``), of positions, or no softmax."""
+    _mix(w, x, out, None, scale, logit_scale, lse, per_map, keep)
+
+
+def mix_product(w, x, y, *, scale, logit_scale, lse):
+    """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
+    batch, heads, c_n, length = x.shape
+    tile = configs.tile("mix", x, w.shape[2], c_n)
+    blocks = -(-w.shape[2] // tile.block_m)
+    r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
+    _mix(w, x, y, r, scale, logit_scale, lse, False, None)
+    return r
+
+
+def _mix(w, x, y, r, scale, logit_scale, lse, per_map, keep):
+    ready = launch.prepared(_mixing, (x, w, y, r, lse, keep), per_map)
+    lse, keep, r = (x if t is None else t for t in (lse, keep, r))
+    ready((w, x, lse, keep, y, r), (scale, logit_scale))
+
+
+def _mixing(x, w, y, r, lse, keep, per_map):
+    batch, heads, c_n, length = x.shape
+    c_m = w.shape[2]
+    tile = configs.tile("mix", x, c_m, c_n)
+    blocks = -(-c_m // tile.block_m) * -(-length // tile.block_l)
+    return launch.Launch(
+        mix_kernel, x, tile, batch * heads * blocks, again=True,
+        maps={"x": x, "y": y}, strided={"w": w, "keep": keep},
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
+        HAS_MASK=keep is not None, PRODUCT=r is not None,
+        E_SCALE=launch.p_scale(x.dtype) if per_map else 1.0,
+    )  # fmt: skip
+
+
+def map_gradient(
+    w, x, y, dx, *, scale=1.0, logit_scale=1.0, lse=None, correction=None, per_map=False, keep=None
+):
+    """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
+
+    ``correction``: δ of the maps, or the parts of r that ``mix_product`` made.
+    """
+    correction = None if lse is None else correction
+    ready = launch.prepared(_map_gradient, (x, w, y, dx, lse, correction, keep), per_map)
+    lse, correction, keep = (x if t is None else t for t in (lse, correction, keep))
+    ready((w, x, y, lse, correction, keep, dx), (scale, logit_scale))
+
+
+def _map_gradient(x, w, y, dx, lse, correction, keep, per_map):
+    batch, heads, c_n, length = x.shape
+    c_m = w.shape[2]
+    tile = configs.tile("map_gradient", x, c_m, c_n)
+    blocks = -(-c_n // tile.block_n) * -(-length // tile.block_l)
+    softmax = lse is not None
+    return launch.Launch(
+        map_gradient_kernel, x, tile, batch * heads * blocks, again=True,
+        maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "keep": keep},
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, PER_MAP=per_map,
+        PARTS=correction.shape[1] if softmax and not per_map else 1, HAS_MASK=keep is not None,
+    )  # fmt: skip
+
+
+def descriptor_gradient(y, x, scale, logit_scale, lse):
+    """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, splits, C_M, C_N)`` in float32 or float64."""
+    ready = launch.prepared(_descriptor_gradient, (x, y, lse))
+    (partial,) = ready.empty()
+    ready((y, x, x if lse is None else lse, partial), (scale, logit_scale))
+    return partial
+
+
+def _descriptor_gradient(x, y, lse):
+    batch, heads, c_n, _ = x.shape
+    c_m = y.shape[2]
+    tile = configs.tile("descriptor_gradient", x, c_m, c_n)
+    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    ready = launch.Launch(
+        descriptor_gradient_kernel, x, tile, batch * heads * tiles, again=True,
+        maps={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
+    )  # fmt: skip
+    shape = batch * heads, ready.splits, c_m, c_n
+    return ready.allocating(accumulator(x.dtype), shape)

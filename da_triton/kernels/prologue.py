@@ -1,0 +1,141 @@
+r"""What library products of the split route find in memory, made in one launch.
+
+stacked    the weights of several projections, one below the other: one product for all maps
+start      X + bo, to which the last product adds: its result is written once
+rounded    G in the dtype of the maps
+"""
+
+import triton
+import triton.language as tl
+
+from ..projection import channels_last
+from ..runtime import launch
+from .primitives import load_map, store_map
+
+BLOCK = 4096
+BLOCK_C, BLOCK_L = 32, 128
+
+
+@triton.jit
+def _copy(source_ptr, target_ptr, block, SIZE, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(source_ptr + offs, mask=offs < SIZE, other=0.0)
+    tl.store(target_ptr + offs, values.to(target_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
+def operands_kernel(
+    w0_ptr,  # SIZE_0 elements
+    w1_ptr,  # SIZE_1
+    w2_ptr,  # SIZE_2
+    stacked_ptr,  # SIZE_0 + SIZE_1 + SIZE_2: one behind the other
+    g_ptr,  # SIZE_G
+    rounded_ptr,  # SIZE_G, another dtype
+    x_ptr,  # (N, C, L); read if START
+    bias_ptr,  # (C,); read if START and HAS_BIAS
+    start_ptr,  # (N, C, L): x + bias
+    SIZE_0,
+    SIZE_1,
+    SIZE_2,
+    SIZE_G,
+    C,
+    L_UNITS,
+    stride_x_n,
+    stride_x_c,
+    stride_x_l,
+    stride_start_n,
+    stride_start_c,
+    stride_start_l,
+    START: tl.constexpr,
+    HAS_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Programs in the order of the arguments: blocks of the copies, then tiles of ``start``."""
+    pid = tl.program_id(0)
+    end_0 = tl.cdiv(SIZE_0, BLOCK)
+    end_1 = end_0 + tl.cdiv(SIZE_1, BLOCK)
+    end_2 = end_1 + tl.cdiv(SIZE_2, BLOCK)
+    end_g = end_2 + tl.cdiv(SIZE_G, BLOCK)
+    if pid < end_0:
+        _copy(w0_ptr, stacked_ptr, pid, SIZE_0, BLOCK)
+    elif pid < end_1:
+        _copy(w1_ptr, stacked_ptr + SIZE_0, pid - end_0, SIZE_1, BLOCK)
+    elif pid < end_2:
+        _copy(w2_ptr, stacked_ptr + SIZE_0 + SIZE_1, pid - end_1, SIZE_2, BLOCK)
+    elif pid < end_g:
+        _copy(g_ptr, rounded_ptr, pid - end_2, SIZE_G, BLOCK)
+    elif START:
+        L = L_UNITS * ALIGN
+        pid -= end_g
+        tiles_l, tiles_c = tl.cdiv(L, BLOCK_L), tl.cdiv(C, BLOCK_C)
+        n = (pid // (tiles_l * tiles_c)).to(tl.int64)
+        rows = (pid // tiles_l % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        cols = (pid % tiles_l * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+        y = tl.zeros((BLOCK_C, BLOCK_L), ACC)
+        if HAS_X:
+            x_base = x_ptr + n * stride_x_n * ALIGN
+            y += load_map(x_base, rows, cols, C, L, stride_x_c * ALIGN, stride_x_l).to(ACC)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows, mask=rows < C, other=0.0).to(ACC)[:, None]
+        start_base = start_ptr + n * stride_start_n * ALIGN
+        store_map(start_base, rows, cols, C, L, stride_start_c * ALIGN, stride_start_l, y)
+
+
+def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
+    """``(matrices, rounded)``, and x + bias in ``start`` where that is given.
+
+    ``like``: X, ``(N, C, L)``. ``weights``: up to three contiguous ``(rows, C)``. The matrices are
+    all of them stacked, or, where maps of X would lie askew side by side, the weights themselves.
+    ``g``: contiguous or None; it is not copied if it has the weights' dtype. ``x``, ``bias``: None
+    adds nothing.
+    """
+    w = weights[0]
+    together = len(weights) > 1 and _side_by_side(like, [len(weight) for weight in weights])
+    stacked = w.new_empty((sum(map(len, weights)), w.shape[1])) if together else w
+    rounded = g if g is None or g.dtype == w.dtype else g.new_empty(g.shape, dtype=w.dtype)
+    x_ = (like if start is None else start) if x is None else x
+    copied = weights if together else []
+    ready = launch.prepared(
+        _operands, (w, like if start is None else start, x_, None if rounded is g else g, bias),
+        tuple(map(len, copied)), start is not None, x is not None,
+    )  # fmt: skip
+    if ready is not None:
+        first, second, third = (*weights, w, w)[:3]
+        ready((
+            first, second, third, stacked, *((w, w) if rounded is g else (g, rounded)), x_,
+            w if bias is None else bias, like if start is None else start,
+        ))  # fmt: skip
+    return [stacked] if together else weights, rounded
+
+
+def _operands(w, map_, x, g, bias, rows, start, has_x):
+    """None where nothing is to be made."""
+    batch, channels, length = map_.shape
+    sizes = [r * w.shape[1] for r in rows]
+    sizes += [0] * (3 - len(sizes))
+    sizes.append(0 if g is None else g.numel())
+    programs = sum(-(-size // BLOCK) for size in sizes)
+    if start:
+        programs += batch * -(-channels // BLOCK_C) * -(-length // BLOCK_L)
+    if not programs:
+        return None
+    return launch.Launch(
+        operands_kernel, w, None, programs, maps={"start": map_, "x": x},
+        SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SIZE_G=sizes[3], C=channels,
+        START=start, HAS_X=has_x, HAS_BIAS=bias is not None,
+        BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8,
+    )  # fmt: skip
+
+
+def _side_by_side(x, rows):
+    """Whether maps of so many rows, side by side in one tensor like x, can be loaded as wide.
+
+    An odd number of positions in NCHW is loaded element by element anyway.
+    """
+    step = 1 if channels_last(x) else x.shape[2]
+    return all(r * step * x.element_size() % 16 == 0 for r in rows) or step % 2 == 1 < step

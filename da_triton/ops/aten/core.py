@@ -1,0 +1,163 @@
+"""The core in ATen operations: any device, differentiable twice, exportable.
+
+``gather`` and ``distribute`` have the arguments and results of ``eager``; the differences are those
+that save time or digits: A is not copied for extra tokens, scales are folded into the small matrix
+G, products are laid out so that the result already has v's memory format, logits are scaled in the
+dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
+products: that of the maps, but float32 for many positions of float16.
+
+``gather_part``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
+are, and work in the dtype of sums, as the kernels do.
+"""
+
+import torch
+from torch import Tensor
+
+from ...precision import accumulator, converted, lse_dtype
+from ...reference import distribution_weights, exponentials, gather_weights, join_extra
+from ...tracing import exporting, transformed
+
+# The most positions whose weights 1/L are normal numbers in float16; the smallest is 2^-14.
+FLOAT16_POSITIONS = 2**14
+# Positions of one product on a CPU, in float32 or float64 and in half precision. Libraries add one
+# position after the other: 10^6 equal terms in one float32 sum are wrong by 10^-3.
+WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
+
+
+def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """``G (N, heads, m, n)``."""
+    dtype = product_dtype(b)
+    a = kept_features(a, keep)
+    if extra is not None:
+        extra_a, extra_b = extra
+        b = torch.cat([b, extra_b], -1)
+        if keep is not None:
+            keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_b.shape[-1])], -1)
+    weights = converted(gather_weights(logits_in(b, logit_scale, dtype), keep), dtype)
+    total = weights.sum(-1) if dtype.itemsize > 2 and chunk_of(weights) is not None else None
+    if extra is None:
+        g = sum_over_positions(a, weights)
+    else:
+        weights, extra_weights = weights.split([a.shape[-1], extra_a.shape[-1]], -1)
+        g = sum_over_positions(a, weights) + converted(extra_a, dtype) @ extra_weights.transpose(
+            -1, -2
+        )
+    if total is None:
+        return g
+    return g / total.masked_fill(total == 0, 1)[:, :, None]  # softmax adds one after the other, too
+
+
+def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
+    """``Z (N, heads, m, L)`` in v's dtype."""
+    dtype = product_dtype(v)
+    factor = scale if softmax else scale * logit_scale
+    g = converted(g if factor == 1.0 else factor * g, dtype)
+    q = distribution_weights(logits_in(v, logit_scale, dtype)) if softmax else v
+    q = converted(q, dtype)
+    pairs = [(g, q)]
+    chunk = chunk_of(q) if g.requires_grad else None
+    if chunk is not None:  # dG is a sum over positions
+        parts = q.split(chunk, -1)
+        pairs = list(zip(g.expand(len(parts), *g.shape).unbind(), parts, strict=True))
+    if v.stride(-2) == 1 and v.shape[1] == 1:
+        return converted(
+            _cat([x.transpose(-1, -2) @ y.transpose(-1, -2) for y, x in pairs], -2), v.dtype
+        ).transpose(-1, -2)
+    return converted(_cat([y @ x for y, x in pairs], -1), v.dtype)
+
+
+def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    """``eager.gather_part``; nothing is rounded to the maps' dtype on the way."""
+    if extra is not None:
+        a, b, keep = join_extra(a, b, keep, extra)
+    logits = scaled_logits(b, keep, logit_scale)
+    pivot, weights, total = exponentials(logits, keep is not None)
+    g = sum_over_positions(kept_features(a, keep), weights)
+    return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
+
+
+def gather_lse(a, b, **options):
+    """``G (N, heads, m, n)`` and log-sum-exp ``(N, heads, n)``, +inf where no position is left."""
+    g, pivot, total = gather_part(a, b, **options)
+    statistics, nothing = lse_dtype(b.dtype), total == 0
+    lse = pivot.to(statistics) + total.masked_fill(nothing, 1).to(statistics).log()
+    return g, lse.masked_fill(nothing, torch.inf)
+
+
+def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+    """dA and dB of some positions from the G and lse of all; None where not needed."""
+    weights = weights_from_lse(scaled_logits(b, keep, logit_scale), lse)
+    da = (dg @ weights).to(a.dtype) if need_a else None
+    if not need_b:
+        return da, None
+    delta = (dg * g).sum(-2)
+    if dlse is not None:
+        delta = delta - dlse.to(delta.dtype)
+    db = weights * (dg.mT @ kept_features(a, keep).to(dg.dtype) - delta[..., None])
+    return da, (logit_scale * db).to(b.dtype)
+
+
+def scaled_logits(b, keep, logit_scale):
+    """The gather's logits in the dtype of sums, −inf where a position is masked."""
+    logits = logits_in(b, logit_scale, accumulator(b.dtype))
+    return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+
+
+def weights_from_lse(logits, lse):
+    """``P = exp(logits − lse)``: lse is taken away in two parts, as ``kernels.primitives`` does."""
+    pivot = lse.to(logits.dtype)
+    rest = (pivot - lse).nan_to_num(0).to(logits.dtype)  # inf − inf, where nothing is left to weigh
+    return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
+
+
+def kept_features(a, keep):
+    """A masked position may hold anything."""
+    return a if keep is None else a.masked_fill(~keep[:, None, None, :], 0)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The maps' dtype, but float32 where float16 has more positions than its weights can represent.
+
+    A graph for any number of positions has the product that is right for all of them.
+    """
+    if x.dtype == torch.float16 and (_any_length(x) or x.shape[-1] > FLOAT16_POSITIONS):
+        return torch.float32
+    return x.dtype
+
+
+def _any_length(x: Tensor) -> bool:
+    """Whether what is recorded must not ask for the number of positions."""
+    if torch.compiler.is_dynamo_compiling():
+        return exporting()
+    return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)
+
+
+def logits_in(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale · x`` in ``dtype``, or where it is scaled, in the dtype of sums."""
+    if scale == 1:
+        return converted(x, dtype)
+    wide = x.to(accumulator(x.dtype))
+    if wide is x or transformed():  # transforms forbid changing what they have captured in place
+        return scale * wide
+    return wide.mul_(scale)
+
+
+def sum_over_positions(a: Tensor, weights: Tensor) -> Tensor:
+    """``a @ weightsᵀ`` in the dtype of ``weights``."""
+    chunk = chunk_of(weights)
+    if chunk is None:
+        return converted(a, weights.dtype) @ weights.transpose(-1, -2)
+    pairs = zip(a.split(chunk, -1), weights.split(chunk, -1), strict=True)
+    return torch.stack([converted(x, y.dtype) @ y.mT for x, y in pairs]).sum(0)
+
+
+def chunk_of(x: Tensor) -> int | None:
+    """Positions of one product of a sum over those of ``x``, or None for all."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or _any_length(x):
+        return None
+    chunk = HALF_CHUNK if x.dtype.itemsize == 2 else WIDE_CHUNK
+    return chunk if x.shape[-1] > chunk else None
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

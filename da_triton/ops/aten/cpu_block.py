@@ -1,0 +1,254 @@
+r"""The block on a CPU: one function with a gradient of its own, sample by sample, in pieces.
+
+Position-major throughout: x is ``(N, L, C)`` and what has c channels is ``(g, l, c)``, for g of the
+samples and a piece of l of their positions, all in the memory order of x, or of a copy where x's
+own makes slow products: only views are transposed. k is ``heads`` where an order keeps heads apart
+(gather: A-, distribute: -Z) and 1 where one product serves all maps (X-, -H).
+
+    P = softmax over L of x Wbᵀ       F = x Waᵀ + ba (A-) or x (X-)     T = Fᵀ P  (g, k, m or C, n)
+    Q = softmax over n of x Wvᵀ + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G (-H)
+    Z = Q Dᵀ                          out = Z Woᵀ (-Z) or Z (-H), + bo, + x
+
+Backward, with dZ = dout Wo (order -Z) or dout (-H):
+
+    dD = dZᵀ Q   dQ = dZ D    dV = Q∘(dQ − Σ_n Q∘dQ)   dx = dV Wv, + dout
+    dF = P dTᵀ   δ = Σ dT∘T   dB = P∘(F dT − δ)        dx += dB Wb + (dF Wa (A-) or dF (X-))
+
+Order AZ of few positions and many maps ("short") forms neither T nor dT, but S = Q Pᵀ (g, k, l, l):
+
+    Z = S F      dF = Sᵀ dZ   dS = dZ Fᵀ   dQ = dS P   dP = dSᵀ Q   dB = P∘(dP − Σ_l P∘dP)
+
+Temporaries of a piece stay in the cache and in memory that the process already has: on a CPU, the
+first touch of a page can cost more than the product that fills it. The P of a piece is its own
+softmax; ``share``, the part of a map's whole mass that a piece has, is a factor on T and on dT.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arguments import Options, Weights
+from .. import direct
+from . import block as aten_block
+from .core import sum_over_positions
+from .cpu_products import (
+    accumulate,
+    add_product,
+    as_given,
+    empty_as,
+    gathered_rows,
+    join,
+    lying_as,
+    position_major,
+    project,
+    samples,
+    softmax_,
+    softmax_and_mass,
+    softmax_backward,
+    split,
+    split_positions,
+    times,
+    too_narrow,
+)
+
+
+class Call(direct.Call):
+    """For whatever is not small, and for masks."""
+
+    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
+        if too_narrow(x, len(w.b)):
+            return False
+        order = aten_block.order_of(x, w, o)
+        self.o = o._replace(order=order, residual=residual)
+        self.factors = Weights(
+            o.scale, o.scale, o.logit_scale, o.logit_scale_v, o.logit_scale_v, 1, 1
+        )
+        few = x.shape[2] * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
+        self.short = few and order == "AZ" and len(split_positions(x[:1].mT)) == 1
+        self.gather_heads = o.heads if order[0] == "A" else 1
+        self.distribute_heads = o.heads if order[1] == "Z" else 1
+        return True
+
+    def forward(self, x, w, keep):
+        return _block(x, self._scaled(w), keep, self, keeping=self.o.recompute is not True)
+
+    def backward(self, grad, x, w, keep, kept, needs):
+        tokens, w = position_major(x), self._scaled(w)
+        grad = lying_as(grad.transpose(1, 2), tokens)
+        dx = empty_as(tokens, x.shape[1]) if needs[0] else None
+        dw = Weights(
+            *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
+        )
+        kept = iter(kept)
+        for n in samples(tokens):
+            here = tokens[n], None if keep is None else keep[n], w, self
+            if self.o.recompute is True:
+                kept = iter(_forward(*here, None, keeping=True))
+            _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
+        return None if dx is None else as_given(dx, x), *self._scaled(dw)
+
+    def _scaled(self, w: Weights) -> Weights:
+        """Scales are part of the weights, and of their gradients."""
+        pairs = zip(w, self.factors, strict=True)
+        return Weights(*(z if z is None or factor == 1 else factor * z for z, factor in pairs))
+
+    def plain(self, x, w, keep):
+        return aten_block.compose(x, w, keep, x if self.o.residual else None, self.o)
+
+
+def _block(x, w, keep, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
+    """The output ``(N, C', L)``, and what ``_backward`` reads, if ``keeping``."""
+    tokens = position_major(x)
+    out = empty_as(tokens, len(w.a if w.out is None else w.out))
+    kept: list[Tensor | None] = []
+    for n in samples(tokens):
+        here = None if keep is None else keep[n]
+        kept += _forward(tokens[n], here, w, call, out[n], keeping)
+    return as_given(out, x), kept
+
+
+def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
+    """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
+    options, short = call.o, call.short
+    from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
+    heads, k = options.heads, call.gather_heads
+    pieces = split_positions(x)
+    kept: list[Any] = []
+    parts: list[Tensor] = []
+    masses: list[Any] = []
+    for piece in pieces:
+        here = None if keep is None else keep[:, piece]
+        rows = gathered_rows(x[:, piece], here)
+        p, mass = softmax_and_mass(project(rows, w.b), len(pieces) == 1, here)
+        f = rows if from_x else project(rows, w.a, w.bias_a)
+        if not short:
+            parts.append(sum_over_positions(split(f, k).mT, split(p, k).mT))
+        masses.append(mass)
+        if keeping:
+            kept += [p, None if from_x else f]
+    t: Any = None
+    share = None
+    if len(pieces) > 1:
+        share = torch.stack(masses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
+        if keep is not None:
+            share.nan_to_num_(0)  # where no piece has any mass
+        t = torch.stack(parts).mul_(share).sum(0)
+    elif not short:
+        t = parts[0]
+
+    g = t
+    if from_x:
+        g = w.a.unflatten(0, (heads, -1)) @ split(t[:, 0], heads)
+        if w.bias_a is not None:
+            bias = w.bias_a.view(heads, -1, 1)
+            g.add_(bias if keep is None else bias * keep.any(1)[:, None, None, None])
+    d = g
+    if not to_z:
+        d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
+
+    for piece in pieces:
+        q = project(x[:, piece], w.v, w.bias_v)
+        if options.softmax_v:
+            softmax_(q, heads)
+        if short:
+            d = split(q, heads) @ split(p, heads).mT
+        z = None
+        if to_z:
+            z = join(times(d, split(f, heads)) if short else times(split(q, heads), d.mT))
+        if keeping:
+            kept += [q, z]
+        if out is None:
+            continue
+        y = out[:, piece]
+        bias = 0 if w.bias_out is None else w.bias_out
+        if options.residual:
+            torch.add(x[:, piece], bias, out=y)
+        else:
+            y[:] = bias
+        if z is None:
+            add_product(y, q, d[:, 0].mT)
+        elif w.out is None:
+            y.add_(z)
+        else:
+            add_product(y, z, w.out.T)
+    return [t, g, d, share, *kept] if keeping else []
+
+
+def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
+    """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
+    options = call.o
+    from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
+    heads, k = options.heads, call.distribute_heads
+    pieces = split_positions(x)
+    t, g, d, share = (next(kept) for _ in range(4))
+    maps = [(next(kept), next(kept)) for _ in pieces]
+    short = t is None
+
+    dd: Any = None
+    df: Any = None
+    for piece in pieces:
+        rows, dout, q, z = x[:, piece], grad[:, piece], next(kept), next(kept)
+        dz = dout if z is None or w.out is None else project(dout, w.out.T)
+        if w.out is not None and to_z:
+            accumulate(dw.out, dout, z)
+        if dw.bias_out is not None:
+            dw.bias_out.add_(dout.sum((0, 1)))
+        if short:
+            p, f = maps[0]
+            ds = times(split(dz, k), split(f, k).mT)
+            df = join(times(split(dz, k).mT, d).mT)
+            dp = join(times(split(q, k).mT, ds).mT)
+            dv = join(times(ds, split(p, k)))
+        else:
+            part = sum_over_positions(split(dz, k).mT, split(q, k).mT)
+            dd = part if dd is None else dd.add_(part)
+            dv = join(times(split(dz, k), d))
+        if options.softmax_v:
+            dv = softmax_backward(dv, q, heads)
+        accumulate(dw.v, dv, rows)
+        if dw.bias_v is not None:
+            dw.bias_v.add_(dv.sum((0, 1)))
+        if dx is not None:
+            dx[:, piece] = dout if options.residual else 0
+            add_product(dx[:, piece], dv, w.v)
+
+    if not short:
+        dg = dd
+        if not to_z:
+            dd = split(dd[:, 0], heads)
+            if dw.out is not None:
+                dw.out.unflatten(1, (heads, -1)).add_((dd @ g.mT).sum(0).transpose(0, 1))
+            dg = w.out.unflatten(1, (heads, -1)).permute(1, 2, 0) @ dd
+        dt = dg
+        if from_x:
+            if dw.bias_a is not None:
+                some = dg if keep is None else dg[keep.any(1)]
+                dw.bias_a.add_(some.sum((0, 3)).flatten())
+            if dw.a is not None:
+                dw.a.add_((dg @ split(t[:, 0], heads).mT).sum(0).flatten(0, 1))
+            dt = join(w.a.unflatten(0, (heads, -1)).mT @ dg)[:, None]
+        delta = (dt * t).sum(2, keepdim=True)
+
+    k = call.gather_heads
+    for i, piece in enumerate(pieces):
+        rows = gathered_rows(x[:, piece], None if keep is None else keep[:, piece])
+        p, f = maps[i]
+        if short:
+            db = dp.sub_((dp * p).sum(1, keepdim=True)).mul_(p)
+        else:
+            dt_, delta_ = (dt, delta) if share is None else (dt * share[i], delta * share[i])
+            db = join(times(split(rows if f is None else f, k), dt_)).sub_(join(delta_)).mul_(p)
+            df = None if f is None else join(times(split(p, k), dt_.mT))
+        accumulate(dw.b, db, rows)
+        if df is not None:
+            accumulate(dw.a, df, rows)
+            if dw.bias_a is not None:
+                dw.bias_a.add_(df.sum((0, 1)))
+        if dx is None:
+            continue
+        add_product(dx[:, piece], db, w.b)
+        if df is None:
+            add_product(dx[:, piece], p, dt_[:, 0].mT)
+        else:
+            add_product(dx[:, piece], df, w.a)

@@ -1,0 +1,162 @@
+"""The block where nothing but autograd sees it: one node, from tensors as given to the result.
+
+A backend says in a :class:`Call` what it does for one signature. Operators are not dispatched, and
+a view has no node of its own; only a cast has one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tracing
+from ..arguments import Options, Weights
+from ..projection import channels_last, in_format
+from .custom_op import differentiable, unviewed, wants_graph
+
+
+class Call:
+    """The block for one signature, prepared on tensors of it, of which it keeps none.
+
+    ``weights`` are the arguments of ``double_attention_block`` in its order, bias_b among them.
+    """
+
+    see: Any = staticmethod(Tensor.view)
+    has_operator = False  # for a backward pass that is watched
+
+    def __init__(self, x: Tensor, weights: Any) -> None:
+        self.device = x.device.type
+        self.wants_gradient = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *weights)
+        )
+        self.maps_shape: Any = (*x.shape[:2], x.shape[2:].numel())
+        # Tuples of ints: ``view`` parses them faster than a torch.Size.
+        self.shapes: Any = [None if w is None else tuple(w.shape[:2]) for w in weights]
+        last = weights[0] if weights[6] is None else weights[6]
+        self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
+        self.mask_shape = (x.shape[0], self.maps_shape[2])
+        self.grad_shape: Any = (x.shape[0], last.shape[0], self.maps_shape[2])
+        self.channels_last = channels_last(x)
+
+    @classmethod
+    def prepare(cls, x: Tensor, weights: Any, mask: Any, o: Options, residual: bool) -> Any:
+        """A call, or None for tensors that this one does not take.
+
+        ``residual``: adds x, in its own dtype.
+        """
+        call = cls(x, weights)
+        try:
+            call.as_matrices(x, weights, mask)
+        except RuntimeError:
+            call.see = Tensor.reshape  # copies
+        x, w, keep = call.as_matrices(x, weights, mask)
+        return call if call.plan(x, w, keep, o, residual) else None
+
+    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
+        """Decides what metadata decides; False where this call does not apply."""
+        raise NotImplementedError
+
+    def as_matrices(self, x: Tensor, weights: Any, mask: Tensor | None) -> Any:
+        """``(x (N, C, L), Weights, mask (N, L) or None)``: views where these exist."""
+        see = self.see
+        a, bias_a, b, _, v, bias_v, out, bias_out = weights
+        shape_a, _, shape_b, _, shape_v, _, shape_out, _ = self.shapes
+        w = Weights(
+            see(a, *shape_a), bias_a, see(b, *shape_b), see(v, *shape_v), bias_v,
+            None if out is None else see(out, *shape_out), bias_out,
+        )  # fmt: skip
+        keep = None if mask is None else see(mask, *self.mask_shape)
+        return see(x, *self.maps_shape), w, keep
+
+    def forward(self, x: Tensor, w: Weights, keep: Any) -> tuple[Tensor, Any]:
+        """The result ``(N, C', L)``, and tensors (or None) for ``backward``."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, x: Tensor, w: Weights, keep: Any, kept: Any, needs: Any
+    ) -> Any:
+        """Gradients of x and of the weights, where ``needs`` says so."""
+        raise NotImplementedError
+
+    def plain(self, x: Tensor, w: Weights, keep: Any) -> Tensor:
+        """The same in differentiable operations."""
+        raise NotImplementedError
+
+    def composed(self, bias_b: Tensor | None, mask: Tensor | None) -> Callable[..., Tensor]:
+        """``plain`` on tensors as they were given, all but ``bias_b`` and the mask."""
+
+        def forward(x, weight_a, bias_a, weight_b, *others):
+            weights = weight_a, bias_a, weight_b, bias_b, *others
+            return self.plain(*self.as_matrices(x, weights, mask)).reshape(self.out_shape)
+
+        return forward
+
+    def __call__(self, x: Tensor, weights: Any, mask: Tensor | None) -> Tensor:
+        if self.wants_gradient:
+            return Block.apply(self, x, mask, *weights)
+        return self.run(x, mask, *weights)[0]
+
+    def run(self, x: Tensor, mask: Tensor | None, *weights: Any) -> Any:
+        """The result as x is given, and what is kept for ``gradients``."""
+        out, kept = self.forward(*self.as_matrices(x, weights, mask))
+        return self.as_given(out), *kept
+
+    def gradients(self, needs: Any, grad: Tensor, *tensors: Any) -> Any:
+        """Gradients of x and of the weights, without bias_b.
+
+        ``tensors``: what ``run`` took and what it kept.
+        """
+        x, mask, *others = tensors
+        weights, kept = others[:8], others[8:]
+        x_, w, keep = self.as_matrices(x, weights, mask)
+        found = self.backward(grad.reshape(*self.grad_shape), x_, w, keep, kept, needs)
+        dx, da, dbias_a, db, dv, dbias_v, dout, dbias_out = found
+        need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
+        return (
+            dx.view(*x.shape) if need_x else None,
+            da.view(*weights[0].shape) if need_a else None,
+            dbias_a if need_bias_a else None,
+            db.view(*weights[2].shape) if need_b else None,
+            dv.view(*weights[4].shape) if need_v else None,
+            dbias_v if need_bias_v else None,
+            dout.view(*weights[6].shape) if need_out else None,
+            dbias_out if need_bias_out else None,
+        )
+
+    def as_given(self, out: Tensor) -> Tensor:
+        """``(N, C', L)`` with the positions and the memory format of x."""
+        out = out.view(*self.out_shape)
+        made_so = self.channels_last and out.stride(1) == 1
+        return out if made_so else in_format(out, self.channels_last)
+
+
+class Block(torch.autograd.Function):
+    """Without ``setup_context``: no transform of ``torch.func`` gets here."""
+
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        out, *kept = call.run(*tensors)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, *kept)
+        return unviewed(out) if out._is_view() else out
+
+    @staticmethod
+    def backward(ctx, grad):
+        call = ctx.call
+        if tracing.autocast_dtype(call.device) is not None:
+            with torch.autocast(call.device, enabled=False):
+                return Block.backward(ctx, grad)
+        tensors = ctx.saved_tensors
+        _, need_x, _, need_a, need_bias_a, need_b, need_bias_b, *others = ctx.needs_input_grad
+        needs = need_x, need_a, need_bias_a, need_b, *others
+        if not any(needs):
+            found: Any = (None,) * 8
+        elif wants_graph(grad) or (tracing.watched() and not call.has_operator):
+            x, mask, *weights = tensors[:10]
+            bias_b = weights.pop(3)
+            found = differentiable(call.composed(bias_b, mask), (x, *weights), needs, grad)
+        else:
+            found = call.gradients(needs, grad, *tensors)
+        bias_b = torch.zeros_like(tensors[5]) if need_bias_b else None
+        return None, found[0], None, *found[1:4], bias_b, *found[4:]

@@ -1,0 +1,321 @@
+"""The block in Triton kernels: one operator forward, one backward, and its gradients.
+
+``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
+chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled again
+for another size, and what the operators return does not depend on the plan. Kept for
+backward: the inputs, lse and G, and V if asked for.
+
+Second derivatives are taken through the operations of the ``torch`` backend.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ... import tracing
+from ...arguments import Options, Weights
+from ...planning import planner
+from ...planning.costs import Shape, order_cost
+from ...precision import accumulator, lse_dtype
+from ...runtime import configs, launch
+from ...runtime.recorded import Recorded
+from .. import direct
+from ..aten import block as aten_block
+from ..custom_op import (
+    apply,
+    differentiable,
+    of_tensors,
+    run,
+    scalars,
+    unviewed,
+    vectorise,
+    wants_graph,
+)
+from . import routes as kernels
+
+WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
+MOST_RECORDED = 16  # backward passes of a signature: by what is needed, by strides of the gradient
+
+
+def block(x, w, keep, residual, o):
+    """``(N, C, L)`` to ``(N, C or c_m, L)``; arguments as ``aten_block.block``."""
+    fused = residual is not None and residual.dtype == x.dtype
+    scales = scalars(o.logit_scale, o.logit_scale_v, o.scale)
+    options = o.heads, *scales, o.softmax_v, fused, o.order, _keeps_v(w, o)
+    out = apply(Block, x, *w, keep, *options)[0]
+    return out if residual is None or fused else residual + out
+
+
+def _keeps_v(w, o):
+    c_m, channels = w.a.shape
+    return planner.keeps_v(channels, c_m, w.b.shape[0], o.heads, o.recompute)
+
+
+class Call(direct.Call):
+    """The kernels of one signature, launched without a dispatcher."""
+
+    has_operator = True
+
+    def plan(self, x, w, keep, o, residual):
+        if x.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in w):
+            return False
+        self.keep_v, self.order = _keeps_v(w, o), o.order
+        self.options = kernels.Options(
+            o.heads, o.logit_scale, o.logit_scale_v, o.scale, o.softmax_v, residual
+        )
+        self.route = _route(x, w, o.heads, o.order, self.keep_v)
+        self.run = Recorded(super().run)  # type: ignore[method-assign, assignment]
+        self.recorded_gradients: dict[Any, Recorded] = {}
+        return True
+
+    def gradients(self, needs, grad, *tensors):
+        if tracing.watched() or type(grad) is not Tensor or grad.is_neg():
+            return super().gradients(needs, grad, *tensors)
+        key = needs, grad.stride()
+        recorded = self.recorded_gradients.get(key)
+        if recorded is None:
+            # Hooks, and whoever sets ``data``, may change what was saved.
+            recorded = Recorded(functools.partial(super().gradients, needs), compared=True)
+            if len(self.recorded_gradients) < MOST_RECORDED:
+                self.recorded_gradients[key] = recorded
+        return recorded(grad, *tensors)
+
+    def forward(self, x, w, keep):
+        if tracing.named():
+            options = *self.options, self.order, self.keep_v
+            out, lse, g, v = block_op(x, *w, keep, *options)
+            return out, (lse, g, v if self.keep_v else None)
+        out, lse, g, v = kernels.forward(x, w, _bytes(keep), self.options, self.route, self.keep_v)
+        return out, (lse, g, v)
+
+    def backward(self, grad, x, w, keep, kept, needs):
+        lse, g, v = kept
+        unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
+        if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
+            v = x.new_empty(0) if v is None else v
+            options = *self.options, self.order, list(needs)
+            return run(block_backward_op, grad, x, *w, keep, lse, g, v, *options)
+        needs = kernels.Gradients(*needs)
+        found = kernels.backward(
+            grad, x, w, _bytes(keep), lse, g, v, self.options, self.route, needs
+        )
+        return found._replace(x=_in_format_of(x, found.x)) if needs.x else found
+
+    def plain(self, x, w, keep):
+        return _compose(x, w, keep, self.options)
+
+
+@torch.library.custom_op("da_triton::block", mutates_args=())
+def block_op(
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    weight_b: Tensor,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
+    keep: Tensor | None,
+    heads: int,
+    logit_scale: float,
+    logit_scale_v: float,
+    scale: float,
+    softmax_v: bool,
+    residual: bool,
+    order: str,
+    keep_v: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The block's result, lse, G, and V (empty if not kept)."""
+    weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
+    if x.shape[0] == 0:
+        return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
+    route = _route(x, weights, heads, order, keep_v)
+    out, lse, g, v = kernels.forward(x, weights, _bytes(keep), options, route, keep_v)
+    out = unviewed(_in_format_of(x, out))
+    return out, lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
+
+
+@block_op.register_fake
+def _(
+    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+    logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+):  # fmt: skip
+    return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
+
+
+def _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v):
+    batch, c_m, maps = x.shape[0], weight_a.shape[0], weight_b.shape[0]
+    out = launch.empty_rows_like(x, c_m if weight_out is None else weight_out.shape[0])
+    lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
+    return out, lse, g, launch.empty_rows_like(x, maps) if keep_v else x.new_empty(0)
+
+
+@torch.library.custom_op("da_triton::block_backward", mutates_args=())
+def block_backward_op(
+    dout: Tensor,
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    weight_b: Tensor,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
+    keep: Tensor | None,
+    lse: Tensor,
+    g: Tensor,
+    v: Tensor,
+    heads: int,
+    logit_scale: float,
+    logit_scale_v: float,
+    scale: float,
+    softmax_v: bool,
+    residual: bool,
+    order: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out and bias_out.
+
+    ``needs``: which of them; the others are empty.
+    """
+    weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    if x.shape[0] == 0:
+        inputs: Any = zip((x, *weights), needs, strict=True)
+        return [torch.zeros_like(t) if need else x.new_empty(0) for t, need in inputs]
+    options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
+    v_ = v if v.dim() == 3 else None
+    route = _route(x, weights, heads, order, v_ is not None)
+    wanted = kernels.Gradients(*needs)
+    found = kernels.backward(dout, x, weights, _bytes(keep), lse, g, v_, options, route, wanted)
+    grads = [y if need else x.new_empty(0) for y, need in zip(found, needs, strict=True)]
+    if needs[0]:
+        grads[0] = _in_format_of(x, grads[0])
+    return grads
+
+
+@block_backward_op.register_fake
+def _(
+    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs,
+):  # fmt: skip
+    inputs = (x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
+    given = zip(inputs, needs, strict=True)
+    _, *grads = (x.new_empty(t.shape if need else 0) for t, need in given)
+    return [launch.empty_rows_like(x, x.shape[1]) if needs[0] else x.new_empty(0), *grads]
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.heads, ls, lsv, scale, softmax, residual, ctx.order, _ = inputs
+    ctx.scalars = (ls, lsv, scale, softmax, residual)
+    _, lse, g, v = output
+    ctx.mark_non_differentiable(lse, g, v)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, lse, g, v)
+
+
+def _gradients(ctx, dout, *_):
+    *tensors, lse, g, v = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:8]
+    nothing = (None,) * 9  # keep and the options
+    if dout is None or not any(needs):
+        return (None,) * 8 + nothing
+    if wants_graph(dout):
+        grads = differentiable(_composition(ctx, tensors[8]), tensors[:8], needs, dout)
+        return *grads, *nothing
+    options = ctx.heads, *ctx.scalars, ctx.order, list(needs)
+    found = run(block_backward_op, dout, *tensors, lse, g, v, *options)
+    return *(y if need else None for y, need in zip(found, needs, strict=True)), *nothing
+
+
+def _composition(ctx, keep):
+    o = kernels.Options(ctx.heads, *ctx.scalars)
+    return lambda x, *weights: _compose(x, weights, keep, o)
+
+
+def _compose(x, w, keep, o):
+    """The same in differentiable operations."""
+    residual = x if o.residual else None
+    return aten_block.compose(x, Weights(*w), keep, residual, Options(*o)._replace(order="AZ"))
+
+
+vectorise(block_op, shared=WEIGHTS)
+vectorise(block_backward_op, joined=False)
+block_op.register_autograd(_gradients, setup_context=_setup)
+block_of_tensors, block_backward_of_tensors = map(of_tensors, (block_op, block_backward_op))
+
+
+class Block(torch.autograd.Function):
+    """``block_op`` with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+        logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+    ):  # fmt: skip
+        return run(
+            block_op, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep,
+            heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+        )  # fmt: skip
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_gradients)
+
+
+def _weights(*given) -> kernels.Weights:
+    contiguous: list[Any] = [None if w is None else w.contiguous() for w in given]
+    return kernels.Weights(*contiguous)
+
+
+def _bytes(keep):
+    return None if keep is None else keep.view(torch.uint8)
+
+
+def _in_format_of(x, y):
+    """y in the memory format that the fake implementation promised; a copy only from another."""
+    if launch.is_channels_last(x.unsqueeze(1)):
+        return y.transpose(1, 2).contiguous().transpose(1, 2)
+    return y.contiguous()
+
+
+def _route(x, weights, heads, order, kept_v):
+    c_out = x.shape[1] if weights.out is None else weights.out.shape[0]
+    shape = Shape(
+        x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
+        x.element_size(), weights.out is not None, planner.wide(x),
+    )  # fmt: skip
+    device = configs.architecture(x.device), launch.processors(x.device)
+    return planner.options(shape, configs.limits(shape, c_out, *device), order, kept_v)[0].route
+
+
+@register_flop_formula([torch.ops.da_triton.block, torch.ops.da_triton.block_of_tensors])
+def block_flops(
+    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
+    logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v, **_,
+):  # fmt: skip
+    """A multiply-add as two. "auto" counts as the paper's order, whatever the plan is."""
+    return 2 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+
+
+@register_flop_formula(
+    [torch.ops.da_triton.block_backward, torch.ops.da_triton.block_backward_of_tensors]
+)
+def block_backward_flops(
+    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs, **_,
+):  # fmt: skip
+    """Once the forward pass for dX, once for the weights; what is computed again is not counted."""
+    passes = needs[0] + any(needs[1:])
+    return 2 * passes * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+
+
+def _multiply_adds(x, weight_a, weight_b, weight_out, heads, order):
+    sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
+    cost = order_cost("AZ" if order == "auto" else order, *sizes, weight_out is not None)
+    return x[0] * (cost.multiply_adds + cost.small_multiply_adds)

@@ -1,0 +1,39 @@
+"""Library products and small matrices around the core, and how maps are seen by head."""
+
+from ...kernels import combine
+from ...projection import project
+from ...runtime import configs
+
+
+def project_maps(x, matrices, rows, heads):
+    """Maps of so many ``rows``, each by head and without bias, from what ``operands`` prepared."""
+    if len(matrices) == 1:
+        maps = project(x, matrices[0][: sum(rows)], None).split(rows, 1)
+    else:
+        maps = [project(x, matrix, None) for matrix in matrices[: len(rows)]]
+    return [by_head(y, heads) for y in maps]
+
+
+def by_head(y, heads):
+    """``(N, channels, L)`` as ``(N, heads, channels / heads, L)``."""
+    return y.unflatten(1, (heads, -1))
+
+
+def shared(x, heads):
+    """X for each head, without a copy."""
+    return x[:, None].expand(-1, heads, -1, -1)
+
+
+def fit(w, heads):
+    """Whether ``descriptors`` has a tile for the small products of these weights."""
+    arch = configs.architecture(w.a.device)
+    return configs.fits("descriptors", w.a.element_size(), w.a.shape[0] // heads, 1, arch)
+
+
+def reconstructing(g, w, heads, scale):
+    """``H = scale · Wo G``, ``(N, C', maps)`` in the dtype of the weights."""
+    if fit(w, heads):
+        return combine.reconstructing(g, w, heads=heads, scale=scale)
+    per_head = w.out.unflatten(1, (heads, -1)).transpose(0, 1).to(g.dtype)
+    h = scale * (per_head @ g)  # (N, heads, C', n)
+    return h.transpose(1, 2).flatten(2).to(w.a.dtype).contiguous()

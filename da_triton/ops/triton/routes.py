@@ -1,0 +1,213 @@
+r"""The block on a GPU: which launches and library products make it, forward and backward.
+
+    gather        fused   pass 1 from X or from A, then ``descriptors``
+                  split   library products for B (and A), then the core's gather
+    distribute    fused   pass 2, with H
+                  split   library products for V and the last convolution around the core
+
+Any pair is a route; the planner chooses. Forward leaves lse and G (and V, if asked to) for
+backward, which is fused in order XH or split in any order.
+
+X is ``(N, C, L)``. G is ``(N, heads, m, n)`` with ba, lse ``(N, heads·n)``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...arguments import Weights as Weights
+from ...kernels import (
+    block_backward,
+    combine,
+    project_distribute,
+    project_gather,
+    prologue,
+    weight_gradients,
+)
+from ...kernels import distribute as core_distribute
+from ...kernels import gather as core_gather
+from ...precision import accumulator
+from ...projection import add_project, project
+from ...runtime import launch
+from . import gemms, unfused_backward
+from .gemms import by_head, shared
+
+
+class Options(NamedTuple):
+    """What the block computes."""
+
+    heads: int
+    logit_scale: float
+    logit_scale_v: float
+    scale: float
+    softmax_v: bool
+    residual: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of X and the weights (None or arbitrary where not needed), or which are needed."""
+
+    x: Any
+    a: Any
+    bias_a: Any
+    b: Any
+    v: Any
+    bias_v: Any
+    out: Any
+    bias_out: Any
+
+
+EVERY = Gradients(*(True,) * 8)
+
+
+def forward(x, w, keep, o, route, keep_v):
+    """``(out, lse, G, V or None)``."""
+    if route.order[1] == "Z" or route.distribute == "split":
+        return _split_forward(x, w, keep, o, route, keep_v)
+    out = launch.empty_rows_like(x, w.out.shape[0])
+    v = launch.empty_rows_like(x, w.v.shape[0]) if keep_v else None
+    lse, g = combine.empty(x, w, o.heads)
+    batched = x, keep, lse, g, out, v
+    batch, chunk = x.shape[0], route.chunk
+    parts = [batched] if batch <= chunk else [
+        [None if t is None else t[i : i + chunk] for t in batched] for i in range(0, batch, chunk)
+    ]  # fmt: skip
+    for x_, keep_, lse_, g_, out_, v_ in parts:
+        h, _ = _gather(x_, w, keep_, lse_, g_, o, route)
+        project_distribute.project_distribute(
+            x_, w.v, w.bias_v, h, w.bias_out, out_, v_,
+            heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v, residual=o.residual,
+        )  # fmt: skip
+    return out, lse, g, v
+
+
+def _split_forward(x, w, keep, o, route, keep_v):
+    """Distributes maps of V that lie in memory: through H, or through Z and the last product."""
+    kept, start = None, None
+    if keep_v or route.gather == "fused":
+        kept = project(x, w.v, w.bias_v)
+    if route.order[1] == "Z" and w.out is not None and (o.residual or w.bias_out is not None):
+        start = launch.empty_rows_like(x, w.out.shape[0])
+    lse, g = combine.empty(x, w, o.heads)
+    d, v = _gather(x, w, keep, lse, g, o, route, with_v=kept is None, start=start)
+    v, bias = (v, w.bias_v) if kept is None else (by_head(kept, o.heads), None)
+    out = _distribute(x, v, bias, d, start, w, o, route.order[1] == "H")
+    return out, lse, g, kept if keep_v else None
+
+
+def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
+    """Writes lse and G; returns what distributes, H or G in the dtype of X, and V or None.
+
+    ``with_v``: on the split route, V (by head, without its bias) comes from the same product.
+    ``start``: where X and bo are to be added up for the last product, or None.
+    """
+    from_x, want_h = route.order[0] == "X", route.order[1] == "H"
+    small = {
+        "heads": o.heads, "scale": o.scale, "mask": keep is not None, "from_x": from_x,
+        "want_h": want_h,
+    }  # fmt: skip
+    adding = {"x": x if o.residual else None, "bias": w.bias_out, "start": start}
+    if route.gather == "fused":
+        if from_x:
+            parts = project_gather.gather_from_x(x, w.b, keep, o.logit_scale)
+        else:
+            parts = project_gather.gather_from_a(x, w.a, w.b, keep, o.heads, o.logit_scale)
+        _, h = combine.from_parts(parts, w, lse, g, **small)
+        return h if want_h else prologue.prepare(x, [w.v], g=g, **adding)[1], None
+
+    source, v = _project(x, w, keep, o, from_x, with_v, adding)
+    if (from_x or want_h) and gemms.fit(w, o.heads):
+        parts = core_gather.gather_parts([source], o.logit_scale)
+        _, h = combine.from_parts(parts, w, lse, g, **small)
+        return h if want_h else g.to(x.dtype), v
+    rounded = _gather_maps(source, w, lse, g, o, from_x)
+    return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else rounded, v
+
+
+def _project(x, w, keep, o, from_x, with_v, adding):
+    """What the core gathers from, by head: ``(X or A, B, mask)``; and V, if it is wanted."""
+    weights = [] if from_x else [w.a]
+    weights += [w.b, w.v] if with_v else [w.b]
+    matrices, _ = prologue.prepare(x, weights, **adding)
+    maps = gemms.project_maps(x, matrices, [len(weight) for weight in weights], o.heads)
+    v = maps.pop() if with_v else None
+    return (shared(x, o.heads) if from_x else maps[0], maps[-1], keep), v
+
+
+def _gather_maps(source, w, lse, g, o, from_x):
+    """Writes lse and G with the core's kernel; returns G in the dtype of the maps."""
+    results = g, lse.unflatten(1, (o.heads, -1))
+    rounded = torch.empty_like(g, dtype=source[0].dtype)
+    if not from_x:
+        core_gather.gather_forward([source], o.logit_scale, w.bias_a, rounded, *results)
+        return rounded
+    m, _ = core_gather.gather_forward([source], o.logit_scale, lse=results[1])
+    g.copy_(w.a.unflatten(0, (o.heads, -1)).to(g.dtype) @ m)
+    if w.bias_a is not None:
+        g += _gathered_bias(w.bias_a, results[1], g)
+    return rounded.copy_(g)
+
+
+def _gathered_bias(bias, lse, g):
+    """What ba adds to G: itself, but nothing to a map whose positions are all masked."""
+    bias = bias.to(g.dtype).view(1, g.shape[1], -1, 1)
+    return torch.where((lse == torch.inf)[:, :, None], 0.0, bias)
+
+
+def _distribute(x, v, bias, d, start, w, o, through_h):
+    """The output on the split route, from V (by head) and its bias, or None."""
+    if not through_h:
+        z = core_distribute.distribute_forward(d, v, o.scale, o.softmax_v, o.logit_scale_v, bias)
+        z = z.flatten(1, 2)
+        if start is not None:
+            return add_project(start, z, w.out)
+        if w.out is not None:
+            return project(z, w.out, None)
+        return z.add_(x) if o.residual else z
+    h = d.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
+    y = core_distribute.distribute_forward(h, v, 1.0, o.softmax_v, o.logit_scale_v, bias)
+    y = y.squeeze(1) if o.heads == 1 else y.sum(1, dtype=accumulator(x.dtype))
+    if w.bias_out is not None:
+        y = y + w.bias_out[:, None]
+    return (y + x if o.residual else y).to(x.dtype)
+
+
+def backward(dout, x, w, keep, lse, g, v, o, route, needs=EVERY):
+    """Gradients of X and of the weights that are there, where needed."""
+    if route.backward == "fused":
+        return _fused_backward(dout, x, w, keep, v, o, needs)
+    return Gradients(*unfused_backward.backward(dout, x, w, keep, lse, g, v, o, route, needs))
+
+
+def _fused_backward(dout, x, w, keep, v, o, needs):
+    """Pass 1 again for M, then two passes over X and dO. M makes G and lse anew on its way."""
+    maps = w.b.shape[0]
+    parts = project_gather.gather_from_x(x, w.b, keep, o.logit_scale)
+    lse, g = combine.empty(x, w, o.heads)
+    m, h = combine.from_parts(
+        parts, w, lse, g, heads=o.heads, scale=o.scale, mask=keep is not None, from_x=True,
+        want_m=True,
+    )  # fmt: skip
+    # In channels-last memory, rows that start at multiples of 16 elements can be loaded at once.
+    rows = -(-maps // 16) * 16 if x.stride(1) == 1 else maps
+    both = launch.empty_rows_like(x, 2 * rows)
+    dv, db = both[:, :maps], both[:, rows : rows + maps]
+    parts = block_backward.distribute_side(
+        x, dout, w.v, w.bias_v, v, h, dv,
+        heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,
+    )  # fmt: skip
+    dh, dg, dm, delta, lse = combine.backward(parts, lse, m, w, heads=o.heads, scale=o.scale)
+    dx = None
+    if needs.x or needs.b:
+        dx = block_backward.gather_side(
+            x, dout, w.b, w.v, dm, lse, delta, keep, dv, db,
+            logit_scale=o.logit_scale, residual=o.residual, need_x=needs.x,
+        )  # fmt: skip
+    if not any(needs[1:]):
+        return Gradients(dx, *[None] * 7)
+    dwa, dba, dwb, dwv, dbv, dwo, dbo = weight_gradients.weight_gradients(
+        both, x, dh, g, dg, m, w.a, scale=o.scale
+    )
+    if needs.bias_out and not o.softmax_v:
+        dbo = dout.sum((0, 2), dtype=accumulator(x.dtype)).to(x.dtype)
+    return Gradients(dx, dwa, dba, dwb, dwv, dbv, dwo, dbo)

@@ -1,0 +1,1 @@
+"""Several devices: context parallelism over positions, and DTensor sharding rules."""

@@ -1,0 +1,1 @@
+"""What a block costs in each association order and route, and which one runs."""

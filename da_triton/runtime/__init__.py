@@ -1,0 +1,1 @@
+"""The host side of a launch: tiles, arguments, recording, and proofs of the generated code."""

@@ -1,0 +1,375 @@
+"""What every launcher needs on the host: strides and their alignment, chunks, dtypes, the device.
+
+Positions are split into chunks, one program each, so that a launch has about one wave of programs.
+
+Everything about a launch but addresses and scales follows from the shapes, strides, dtypes and
+device of its tensors, the flags, and PyTorch's TF32 switch. It is found once per such signature
+(``prepared``), and the kernel that Triton compiled for it is kept, so that a later call only looks
+up the ``Launch`` and passes pointers; or not even that, where the whole call was ``recorded``.
+"""
+
+import contextlib
+import functools
+import math
+import operator
+import threading
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime.driver import driver
+
+from .. import signatures
+from ..kernels.primitives import GRADIENT_RANGE
+from ..precision import accumulator
+from ..projection import channels_last
+from . import measured
+
+# Read when the kernels are decorated, on import; a later change of the variable changes nothing.
+INTERPRETED = triton.knobs.runtime.interpret
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+# Without a GPU (interpreted kernels) the split over positions is made for this many processors: few
+# enough to keep interpreted launches short, enough to exercise the combination of chunks.
+INTERPRETED_PROCESSORS = 4
+INTERPRETER = threading.RLock()
+
+# Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
+COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
+
+
+def p_scale(dtype):
+    """Factor that keeps normalised gather weights out of float16's subnormals.
+
+    P ≤ 1 sums to 1 over up to 2^21 positions, so most of it is below 2^-14, the smallest normal
+    float16. 2^15 · P still fits, where P may be larger by the range that ``into_float16`` gives
+    to gradients; the product is scaled back in float32. Exact: a power of two.
+    """
+    return 32768.0 / GRADIENT_RANGE.value if dtype == torch.float16 else 1.0
+
+
+def strides(x, align):
+    """Strides of ``(…, channels, positions)``, all but the last in units of ``align``.
+
+    An axis of size 1 has stride 0 here: PyTorch leaves any value there.
+    """
+    s = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return tuple(s) if align == 1 else (*[stride // align for stride in s[:-1]], s[-1])
+
+
+def alignment(*maps):
+    """The unit (8, 4, 2 or 1) in which a launch passes strides and the number of positions.
+
+    The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
+    row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
+    """
+    rows = [maps[0].shape[-1]]
+    for x in maps:
+        if x.stride(-1) != 1:
+            return 1  # rows are not contiguous
+        rows += strides(x, 1)[:-1]
+    unit = math.gcd(16, *rows)
+    return 1 if unit == 16 or max(rows) >= 2**31 else unit  # rebuilt in the kernel, it is int32
+
+
+@functools.cache
+def processors(device):
+    """Multiprocessors of the GPU; a small fixed number for interpreted kernels."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Thread(threading.local):
+    splits = None  # programs that share the positions, instead of as many as the GPU has room for
+    tiles = None  # what launches take is noted here
+    recorder = None  # is given every launch
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recording(recorder):
+    """Gives this thread's launches to ``recorder.launched``, too."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
+
+
+def is_recorded():
+    return _thread.recorder is not None
+
+
+def leave_unrecorded():
+    """What is done now is not to be repeated."""
+    if _thread.recorder is not None:
+        _thread.recorder.complete = False
+
+
+@contextlib.contextmanager
+def trial(splits, tiles):
+    """Splits positions of this thread's launches over ``splits`` programs, blocks permitting, and
+    adds the tile of every launch to the list ``tiles``, in words."""
+    before = _thread.splits, _thread.tiles
+    _thread.splits, _thread.tiles = splits, tiles
+    try:
+        yield
+    finally:
+        _thread.splits, _thread.tiles = before
+
+
+def chunks(programs, length, tile, device):
+    """(blocks of positions in a chunk, number of chunks) that fill the GPU about once.
+
+    ``programs``: how many programs there are without splitting positions.
+    """
+    blocks = -(-length // tile.block_l)
+    wanted = _thread.splits or max(1, processors(device) * tile.per_processor // programs)
+    blocks_per_chunk = -(-blocks // min(wanted, blocks))
+    return blocks_per_chunk, -(-blocks // blocks_per_chunk)
+
+
+def empty_map_like(x, channels=None):
+    """Uninitialised ``(N, heads, channels, positions)`` in the memory format of x.
+
+    Channels-last memory is ``(N, positions, heads, channels)``, as a convolution's output has it.
+    """
+    batch, heads, c, length = x.shape
+    c = c if channels is None else channels
+    if is_channels_last(x):
+        return x.new_empty((batch, length, heads, c)).permute(0, 2, 3, 1)
+    return x.new_empty((batch, heads, c, length))
+
+
+def empty_rows_like(x, channels):
+    """Uninitialised ``(N, channels, positions)`` in the memory format of ``x``."""
+    batch, _, length = x.shape
+    if channels_last(x):
+        return x.new_empty_strided((batch, channels, length), (channels * length, 1, channels))
+    return x.new_empty((batch, channels, length))
+
+
+def is_channels_last(x):
+    """Whether neighbours in memory are neighbours in channels, not in positions."""
+    return x.stride(3) != 1 and (x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) == 1))
+
+
+def add_parts(parts, shape):
+    """Partial sums ``(N·heads, splits, …)`` added in a fixed order."""
+    return (parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)).view(shape)
+
+
+def device_of(x):
+    """Triton launches on the current device: make it the tensors'.
+
+    The interpreter keeps its state in one place of the process: there, one thread at a time.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else INTERPRETER
+
+
+_ABSENT = object()
+_prepared = signatures.Table()
+
+
+def prepared(build, tensors, *flags):
+    """What ``build(*tensors, *flags)`` returns, built once per signature.
+
+    ``build`` reads of the tensors, any of which but the first may be None, their shapes, strides,
+    dtypes and device alone, and returns nothing that holds them: mostly a ``Launch``.
+    """
+    if _thread.tiles is not None:
+        return build(*tensors, *flags)
+    x = tensors[0]
+    key = (
+        build, flags, x.device, x.dtype == torch.float32 and tf32(x),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+    )  # fmt: skip
+    found = _prepared.found.get(key, _ABSENT)
+    if found is _ABSENT:
+        found = build(*tensors, *flags)
+        _prepared.add(key, found)
+    return found
+
+
+def forget():
+    """Forgets every prepared launch and call, and the tables of measured tiles that were read."""
+    signatures.forget()
+    measured.tiles.cache_clear()
+
+
+@contextlib.contextmanager
+def forgetting():
+    """Around what replaces a kernel, a table of tiles, or the facts about a GPU."""
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
+def tf32(x):
+    """Whether products of tensors like x are computed in TF32."""
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class Launch:
+    """A kernel with its grid and every argument but the tensors and scales, which come first.
+
+    ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
+    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
+    in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
+    CHUNK_BLOCKS and SPLITS, which multiply ``programs``.
+
+    ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
+    FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
+    where a select stands between the two, and ``exp`` of the difference overflows.
+    """
+
+    def __init__(
+        self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, num_warps=None,
+        **values,
+    ):  # fmt: skip
+        sizes, constants, steps = _arguments(kernel.fn)
+        found = {
+            "ACC": TRITON_DTYPE[accumulator(like.dtype)],
+            "PRECISION": "tf32" if tf32(like) else "ieee",
+        }
+        self.options = {"enable_fp_fusion": not again}
+        if tile is None:
+            self.options["num_warps"] = num_warps
+        else:
+            found["BLOCK_M"] = found["BLOCK_C"] = tile.block_m
+            found["BLOCK_N"], found["BLOCK_L"] = tile.block_n, tile.block_l
+            self.options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            if _thread.tiles is not None:
+                blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
+                _thread.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
+        if maps:
+            align = alignment(*maps.values())
+            length = next(iter(maps.values())).shape[-1]
+            found["ALIGN"], found["L_UNITS"] = align, length // align
+            for name, x in maps.items():
+                found.update(zip(steps[name], strides(x, align), strict=True))
+            if "SPLITS" in sizes and "SPLITS" not in values:
+                found["CHUNK_BLOCKS"], splits = chunks(programs, length, tile, like.device)
+                found["SPLITS"] = splits
+                programs *= splits
+        for name, x in (strided or {}).items():
+            found.update(zip(steps[name], (0, 0) if x is None else x.stride(), strict=True))
+        found |= values
+        self.kernel, self.device, self.grid = kernel, like.device, (programs, 1, 1)
+        self.splits = found.get("SPLITS")
+        self.sizes = tuple([found[n] for n in sizes])
+        self.constants = {n: found[n] for n in constants}
+        self.rest = (*self.sizes, *self.constants.values())
+        self.results = []
+        self.compiled = {}
+
+    def allocating(self, dtype, *shapes):
+        """Itself, with contiguous results for ``empty``."""
+        for shape in shapes:
+            steps = [1]
+            for size in reversed(shape[1:]):
+                steps.append(steps[-1] * max(size, 1))
+            self.results.append((tuple(shape), tuple(reversed(steps)), dtype))
+        return self
+
+    def empty(self):
+        """The results, uninitialised."""
+        return tuple([
+            torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+            for shape, strides, dtype in self.results
+        ])  # fmt: skip
+
+    def __call__(self, tensors, scales=()):
+        """Launches on the current stream of the tensors' device.
+
+        The compiler sees which addresses 16 divides. Whatever Triton asks at every launch is asked
+        here, too; where the answer is another kernel, or a hook before the launch, it launches.
+        """
+        pointers = [t.data_ptr() for t in tensors]
+        joined = 0
+        for pointer in pointers:
+            joined |= pointer
+        aligned = True if joined % 16 == 0 else tuple([p % 16 == 0 for p in pointers])
+        found = self.compiled.get(aligned)
+        if found is None or not _direct((self.kernel,)):
+            leave_unrecorded()
+            return self._compile(tensors, scales, aligned)
+        stream = stream_of(self.device)
+        if stream is None:
+            with torch.cuda.device(self.device):
+                return self(tensors, scales)
+        if _thread.recorder is not None:
+            _thread.recorder.launched(self, tensors, scales, found)
+        kernel, run, function, metadata = found
+        enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if enter is not None and getattr(enter, "calls", True):
+            about = kernel.launch_metadata(self.grid, stream, *pointers, *scales, *self.rest)
+        run(
+            *self.grid, stream, function, metadata, about, enter, leave,
+            *pointers, *scales, *self.rest,
+        )  # fmt: skip
+
+    def _compile(self, tensors, scales, aligned):
+        """Launches through Triton; keeps what it compiled."""
+        with device_of(tensors[0]):
+            kernel = self.kernel[self.grid](
+                *tensors, *scales, *self.sizes, **self.constants, **self.options
+            )
+        if kernel is not None and _direct((self.kernel,)):
+            self.compiled[aligned] = kernel, kernel.run, kernel.function, kernel.packed_metadata
+
+
+def stream_of(device):
+    """Its current stream; None where another device is the current one."""
+    current = driver.active
+    index = current.get_current_device()
+    if index != device.index and device.type == "cuda":
+        return None
+    return current.get_current_stream(index)
+
+
+def unobserved(kernels):
+    """Whether launches of these are seen by nothing, and take the kernels that they took before."""
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return False
+    return _thread.tiles is None and _direct(kernels)
+
+
+def _direct(kernels):
+    """Whether nothing is set that Triton reads at a launch, other than hooks around it."""
+    runtime = knobs.runtime
+    return not (
+        runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+        or any(map(_pre_run_hooks, kernels))
+    )
+
+
+_pre_run_hooks = operator.attrgetter("pre_run_hooks")
+
+
+@functools.cache
+def _arguments(function):
+    """Names of a kernel's numbers, of its constants, and of strides by tensor; each in order."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    marks = function.__annotations__
+    steps = {}
+    for name in names:
+        if name.startswith("stride_"):
+            steps.setdefault(name.split("_")[1], []).append(name)
+    sizes = [n for n in names if n not in marks and not n.endswith("_ptr")]
+    return sizes, [n for n in names if marks.get(n) is tl.constexpr], steps

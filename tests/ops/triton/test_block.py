@@ -1,0 +1,249 @@
+"""The block's operators at PyTorch's boundary, on the fused and on the split route."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from da_triton import double_attention_block
+from da_triton.ops.triton import block as core
+from da_triton.ops.triton import routes as kernels
+from da_triton.planning.costs import order_cost
+from da_triton.planning.planner import Route
+from support import launches
+from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
+
+C, C_M, C_N, LENGTH = 12, 8, 6, 20
+ROUTES = {
+    "fused": Route("XH", "fused", "fused", "fused", "XH", 2),
+    "split": Route("AZ", "split", "split", "split", "AZ", 2),
+}
+each_route = pytest.mark.parametrize("route", ROUTES)
+in_float64 = ["split"] if AS_ON_A_GPU else [*ROUTES]  # of fused kernels, no tile is that wide
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+
+
+@pytest.fixture
+def taking(monkeypatch):
+    """Makes the operators take a route."""
+
+    def take(route):
+        monkeypatch.setattr(core, "_route", lambda *_: ROUTES[route])
+
+    return take
+
+
+def arguments(dtype=torch.float32, channels_last=False, masked=False, batch=2, out=C):
+    """Of the forward operator: tensors, then options."""
+    x = torch.randn(batch, C, LENGTH, dtype=dtype, device=DEVICE)
+    x = x.mT.contiguous().mT if channels_last else x
+    shapes = ((C_M, C), (C_M,), (C_N, C), (C_N, C), (C_N,), (out, C_M), (out,))
+    weights = [torch.randn(s, dtype=dtype, device=DEVICE) / s[-1] ** 0.5 for s in shapes]
+    keep = torch.rand(batch, LENGTH, device=DEVICE) > 0.4 if masked else None
+    return [x, *weights, keep], [2, 0.7, 0.9, 1.3, True, out == C, "auto"]
+
+
+@layouts
+@each_route
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keep_v", [False, True])
+def test_opcheck(route, channels_last, masked, keep_v, taking):
+    taking(route)
+    tensors, options = arguments(route_dtype(ROUTES[route]), channels_last, masked)
+    for need in (False, True):
+        leaves = [
+            t if t is None or t.dtype == torch.bool else t.requires_grad_(need) for t in tensors
+        ]
+        torch.library.opcheck(core.block_op, (*leaves, *options, keep_v))
+    tensors = [None if t is None else t.detach() for t in tensors]
+    out, *kept = core.block_op(*tensors, *options, keep_v)
+    for needs in (8 * [True], [False] + 7 * [True], [True] + 7 * [False], 4 * [False, True]):
+        torch.library.opcheck(
+            core.block_backward_op, (torch.randn_like(out), *tensors, *kept, *options, needs)
+        )
+
+
+@layouts
+@each_route
+@pytest.mark.parametrize("out", [C, 5])
+def test_fakes_have_the_true_strides(route, channels_last, out, taking):
+    """Checked here, because opcheck of torch 2.11 does not look at strides."""
+    taking(route)
+    tensors, options = arguments(torch.bfloat16, channels_last, out=out)
+
+    def both(tensors):
+        out, lse, g, v = core.block_op(*tensors, *options, True)
+        grads = core.block_backward_op(out, *tensors, lse, g, v, *options, 8 * [True])
+        return out, lse, g, v, *grads
+
+    real = both(tensors)
+    mode = torch._subclasses.FakeTensorMode()
+    with mode:
+        fakes = both([None if t is None else mode.from_tensor(t) for t in tensors])
+    for x, fake in zip(real, fakes, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+def block_function(options, keep_v, keep=None):
+    def function(*leaves):
+        return core.Block.apply(*leaves, keep, *options, keep_v)[0]
+
+    return function
+
+
+@layouts
+@pytest.mark.parametrize("route", in_float64)
+def test_gradcheck_of_the_real_kernels(route, channels_last, taking):
+    taking(route)
+    tensors, options = arguments(torch.float64, channels_last, batch=1)
+    leaves = [t.requires_grad_() for t in tensors[:-1]]
+    assert torch.autograd.gradcheck(
+        block_function(options, False), leaves, nondet_tol=0.0, fast_mode=True
+    )
+
+
+def test_gradgradcheck(taking):
+    taking(in_float64[0])
+    tensors, options = arguments(torch.float64, batch=1)
+    leaves = [t.requires_grad_() for t in tensors[:-1]]
+    assert torch.autograd.gradgradcheck(block_function(options, False), leaves, fast_mode=True)
+
+
+@each_route
+def test_some_inputs_that_need_no_gradient(route, taking):
+    taking(route)
+    tensors, options = arguments(route_dtype(ROUTES[route]))
+    function = block_function(options, False)
+    leaves = [t.requires_grad_() for t in tensors[:-1]]
+    every = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    for wanted in itertools.chain(([i] for i in range(8)), ([0, 3], [1, 5, 7])):
+        some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
+        grads = torch.autograd.grad(function(*some).square().sum(), [some[i] for i in wanted])
+        for i, grad in zip(wanted, grads, strict=True):
+            assert torch.equal(grad, every[i])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU, which would run")
+@pytest.mark.parametrize(
+    ("route", "wanted", "spared"),
+    [
+        # sums of dV Xᵀ and dB Xᵀ, and those of the descriptors
+        ("fused", ("x",), ["outer_kernel", "weight_gradients_kernel"]),
+        ("fused", ("v", "out"), ["gather_side_kernel"]),
+        ("fused", ("a", "b", "v", "out"), []),
+        ("split", ("out",), ["delta_kernel", "gather_backward_kernel"]),
+    ],
+)
+def test_what_frozen_weights_spare(route, wanted, spared, taking):
+    """Launches of the backward pass, and the library's products for dX."""
+    taking(route)
+    names = "x", "a", "bias_a", "b", "v", "bias_v", "out", "bias_out"
+    tensors, options = arguments()
+    options[5] = False  # no residual
+
+    def launched(wanted):
+        leaves = [
+            t.detach().requires_grad_(n in wanted) for n, t in zip(names, tensors[:-1], strict=True)
+        ]
+        with launches.count() as backward:
+            out = block_function(options, False)(*leaves)
+            backward.clear()
+            out.backward(torch.ones_like(out))
+        return Counter(backward)
+
+    every, some = launched(names), launched(wanted)
+    saved = every - some
+    assert sorted(n for n in saved.elements() if n.endswith("_kernel")) == sorted(spared)
+    assert not some - every
+
+
+@pytest.mark.parametrize(("wanted", "spared"), [("x", 4), ("b", 2), ("a", 2)])
+def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
+    """On the split route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
+    (x, *tensors, _), (heads, *scalars) = arguments()
+    w, route = kernels.Weights(*tensors), ROUTES["split"]
+    o = kernels.Options(heads, *scalars[:-1])
+    _, lse, g, _ = kernels.forward(x, w, None, o, route, False)
+
+    def products(*need):
+        with launches.count() as names:
+            kernels.backward(x, x, w, None, lse, g, None, o, route, kernels.Gradients(*need))
+        return sum(name in ("aten::bmm", "aten::baddbmm", "aten::convolution") for name in names)
+
+    some = (name == wanted for name in ("x", "a", "bias_a", "b", "v", "bias_v", "out", "bias_out"))
+    assert products(*8 * [True]) - products(*some) == spared
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize(
+    ("route", "reconstruct"), [("fused", True), ("split", True), ("split", False)]
+)
+def test_without_biases_and_without_reconstruction(route, biases, reconstruct, taking):
+    taking(route)
+    dtype = route_dtype(ROUTES[route])
+    tensors, _ = arguments(dtype)
+    x, a, bias_a, b, v, bias_v, out, bias_out, _ = (
+        None if t is None else t.requires_grad_() for t in tensors
+    )
+    if not biases:
+        bias_a = bias_v = bias_out = None
+    if not reconstruct:
+        out = bias_out = None
+    weights = (a, bias_a, b, None, v, bias_v, out, bias_out)
+    given = [t for t in (x, *weights) if t is not None]
+    results = []
+    for backend in ("triton", "eager"):
+        kind = dtype if backend == "triton" else torch.float64
+        leaves = [
+            None if t is None else t.detach().to(kind).requires_grad_() for t in (x, *weights)
+        ]
+        y = double_attention_block(*leaves, heads=2, backend=backend)
+        wanted = [t for t in leaves if t is not None]
+        upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape).to(dtype)
+        results.append([y.detach(), *torch.autograd.grad(y, wanted, upstream.to(kind))])
+    assert len(results[0]) == len(given) + 1
+    for ours, truth in zip(*results, strict=True):
+        check(ours, truth, dtype)
+
+
+def test_empty_batch():
+    tensors, options = arguments(batch=0)
+    leaves = [t.requires_grad_() for t in tensors[:-1]]
+    out = block_function(options, True)(*leaves)
+    assert out.shape == (0, C, LENGTH)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    for grad, leaf in zip(grads, leaves, strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("order", ["AZ", "XZ", "AH", "XH", "auto"])
+def test_flop_formulas(order):
+    tensors, options = arguments()
+    leaves = [t.requires_grad_() for t in tensors[:-1]]
+    options[-1] = order
+    with FlopCounterMode(display=False) as forward:
+        out = block_function(options, False)(*leaves)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    cost = order_cost("AZ" if order == "auto" else order, C, C_M, C_N, 2, LENGTH)
+    expected = 2 * 2 * (cost.multiply_adds + cost.small_multiply_adds)
+    assert forward.get_total_flops() == expected
+    assert backward.get_total_flops() == 2 * expected
+
+
+@each_route
+@pytest.mark.parametrize("keep_v", [False, True])
+def test_what_autograd_keeps(route, keep_v, taking):
+    """Inputs, lse and G; V if asked for; nothing else."""
+    taking(route)
+    tensors, options = arguments(torch.bfloat16)
+    leaves = [t.requires_grad_() for t in tensors[:-1]]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block_function(options, keep_v)(*leaves)
+    given = {t.data_ptr() for t in leaves}
+    sizes = sorted(t.numel() for t in kept if t.data_ptr() not in given and t.numel())
+    assert sizes == sorted([2 * C_N, 2 * C_M * C_N // 2] + keep_v * [2 * C_N * LENGTH])

@@ -1,0 +1,58 @@
+"""How many launches the planned route of every named workload makes, at full size."""
+
+import math
+
+import pytest
+import torch
+
+from bench.workloads import WORKLOADS
+from da_triton.ops.triton import routes
+from da_triton.planning import planner
+from da_triton.planning.costs import Shape
+from da_triton.runtime import configs, launch
+from support import launches
+from support.numerics import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU, which would run")
+
+
+@pytest.fixture(autouse=True)
+def on_132_processors(monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+
+
+def counted(work, channels_last, masked):
+    """The plan of a workload, and the names of what one step launches, forward and backward."""
+    length = math.prod(work.positions)
+    s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
+    plan = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0]
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = empty(s.batch, length, s.channels).mT if channels_last else empty(*s[:2], length)
+    w = routes.Weights(
+        empty(s.c_m, s.channels), empty(s.c_m), empty(s.c_n, s.channels),
+        empty(s.c_n, s.channels), empty(s.c_n), empty(s.channels, s.c_m), empty(s.channels),
+    )  # fmt: skip
+    keep = empty(s.batch, length, dtype=torch.uint8) if masked else None
+    o = routes.Options(s.heads, 1.0, 1.0, 1.0, True, True)
+    with launches.count() as forward:
+        out, lse, g, _ = routes.forward(x, w, keep, o, plan.route, False)
+    with launches.count() as backward:
+        routes.backward(torch.empty_like(out), x, w, keep, lse, g, None, o, plan.route)
+    return s, plan, forward, backward
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
+def test_launches_are_few_and_those_of_the_model(work, channels_last, masked):
+    s, plan, forward, backward = counted(work, channels_last, masked)
+    chunks = math.ceil(s.batch / plan.route.chunk)
+    assert len(forward) == chunks * sum(step.launches for step in plan.forward), forward
+    assert len(backward) == sum(step.launches for step in plan.backward), backward
+    fused = plan.route.gather == plan.route.distribute == "fused"
+    merging = "gather_combine_kernel" in forward  # few samples of long maps
+    assert len(forward) <= (3 * chunks if fused else 5 + merging), forward
+    assert len(backward) <= (7 if plan.route.backward == "fused" else 12), backward

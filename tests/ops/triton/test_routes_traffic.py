@@ -1,0 +1,180 @@
+"""Bytes, sectors, operations and launches of the planned block, counted on interpreted kernels.
+
+For each named workload whose route is fused: the route, tiles and splits of the full batch on a GPU
+with 132 multiprocessors, run on one sample, and of long ones on a part, by programs that work as
+many positions each as they would on the whole.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench.workloads import WORKLOADS
+from da_triton.ops.triton import routes
+from da_triton.planning import planner
+from da_triton.planning.costs import (
+    Core,
+    Shape,
+    distribute_steps,
+    fused_backward_steps,
+    gather_steps,
+)
+from da_triton.runtime import configs, launch
+from support.numerics import DEVICE
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter, not on a GPU"),
+    pytest.mark.xdist_group("block_traffic"),  # counted once, in one process
+]
+
+LONGEST = 2**12
+
+
+def planned(work):
+    length = torch.Size(work.positions).numel()
+    s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
+    return s, planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
+
+
+FUSED = [w for w in WORKLOADS if planned(w)[1].gather == planned(w)[1].distribute == "fused"]
+# Bytes of the forward pass over those of the floor: requested, and what each launch has to fetch or
+# write at least once. Two passes over X and one over the result are 1.5 of it (1 where X is too
+# large for the cache); the rest are partial sums and, from A, the weights that every tile of
+# positions asks for again, as in any product of matrices. What is asked for twice comes from the
+# second-level cache. Of one sample; weights are the whole batch's.
+LIMITS = {
+    "yolo_p3": (2.3, 1.65),
+    "ddpm_64": (2.5, 2.15),
+    "seg_19": (2.1, 1.8),
+    "volume_128": (1.25, 1.05),
+    "yolo_p5": (8.3, 3.7),
+}
+COUNTED = [w for w in WORKLOADS if w.name in LIMITS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    shape: Shape
+    route: planner.Route
+    forward: list
+    backward: list
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Counts of each workload in each layout, made once."""
+    cache = {}
+
+    def measure(work, channels_last, monkeypatch):
+        key = work.name, channels_last
+        if key not in cache:
+            cache[key] = _measure(work, channels_last, monkeypatch)
+        return cache[key]
+
+    return measure
+
+
+def _measure(work, channels_last, monkeypatch):
+    from support import traffic
+
+    s, route = planned(work)
+    length = min(s.length, LONGEST)
+    processors = max(1, 132 * length // s.length // min(s.batch, route.chunk))
+    launch.forget()
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    s = s._replace(batch=1, length=length)
+
+    def normal(*shape):
+        return torch.randn(shape).bfloat16()
+
+    x = normal(1, s.channels, s.length)
+    x = x.mT.contiguous().mT if channels_last else x
+    w = routes.Weights(
+        normal(s.c_m, s.channels), normal(s.c_m), normal(s.c_n, s.channels),
+        normal(s.c_n, s.channels), normal(s.c_n), normal(s.channels, s.c_m), normal(s.channels),
+    )  # fmt: skip
+    o = routes.Options(s.heads, 1.0, 1.0, 1.0, True, True)
+    with traffic.count() as forward:
+        _, lse, g, _ = routes.forward(x, w, None, o, route, False)
+    backward = []
+    if route.backward == "fused":
+        dout = torch.randn_like(x)
+        with traffic.count() as backward:
+            routes.backward(dout, x, w, None, lse, g, None, o, route)
+    return Count(s, route, forward, backward)
+
+
+each_workload = pytest.mark.parametrize(
+    ("work", "channels_last"),
+    [(w, False) for w in COUNTED] + [(w, True) for w in COUNTED if w.name in ("yolo_p3", "seg_19")],
+    ids=lambda value: getattr(value, "name", "nhwc" if value else "nchw"),
+)
+
+
+def test_the_memory_bound_workloads_are_fused():
+    names = {w.name for w in FUSED}
+    assert names >= set(LIMITS)
+    assert names >= {"yolo_p3", "ddpm_64", "hires_256", "volume_128", "seg_19"}
+    backward = {w.name for w in FUSED if planned(w)[1].backward == "fused"}
+    assert backward >= {"yolo_p3", "ddpm_64", "hires_256", "volume_128", "seg_19"}
+
+
+@each_workload
+def test_requested_bytes(work, channels_last, counted, monkeypatch):
+    count = counted(work, channels_last, monkeypatch)
+    s = count.shape
+    reads = 1 if s.channels * work_length(work) * 2 <= 25e6 else 2
+    floor = 2 * s.length * (reads * s.channels + s.out_channels)
+    requested, fetched = LIMITS[work.name]
+    assert sum(k.bytes for k in count.forward) <= requested * floor
+    assert sum(k.distinct_bytes for k in count.forward) <= fetched * floor
+
+
+def work_length(work):
+    return torch.Size(work.positions).numel()
+
+
+@each_workload
+def test_sectors(work, channels_last, counted, monkeypatch):
+    count = counted(work, channels_last, monkeypatch)
+    aligned = channels_last or count.shape.length % 16 == 0
+    for kernel in (*count.forward, *count.backward):
+        if kernel.load_sectors:
+            ratio = 32 * kernel.load_sectors / kernel.load_bytes
+            assert ratio <= (1.1 if aligned else 1.35), (kernel.kernel, ratio)
+
+
+@each_workload
+def test_operations(work, channels_last, counted, monkeypatch):
+    """Those of the planner's model, with sizes rounded up to tiles and descriptors in two parts."""
+    count = counted(work, channels_last, monkeypatch)
+    s, route = count.shape, count.route
+    n = s.c_n // s.heads
+    rounded = s._replace(
+        length=-(-s.length // 128) * 128, c_n=s.heads * configs._block(n, 16 if s.heads == 1 else 1)
+    )
+    if s.c_n < 32:
+        rounded = rounded._replace(c_n=32)
+    small = {"descriptors", "descriptors, backward", "other weights"}
+    steps = [
+        *gather_steps(rounded, route.order[0], 64, True, 1),
+        *distribute_steps(rounded, "H", 64, Core(128, 64, 64), True),
+    ]
+    parts = {"other weights": 3}
+    for steps_, kernels in (
+        (steps, count.forward),
+        (fused_backward_steps(rounded, 1, 64), count.backward),
+    ):
+        if kernels:
+            model = sum(
+                2 * step.multiply_adds * (parts.get(step.name, 2) if step.name in small else 1)
+                for step in steps_
+            )
+            assert sum(k.dot_flop for k in kernels) <= 1.05 * model
+
+
+@each_workload
+def test_no_atomics(work, channels_last, counted, monkeypatch):
+    count = counted(work, channels_last, monkeypatch)
+    assert not any(k.atomics for k in (*count.forward, *count.backward))

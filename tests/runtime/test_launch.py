@@ -1,0 +1,114 @@
+"""Host decisions of a launch: strides and their unit, chunks, memory formats, tiles."""
+
+import pytest
+import torch
+
+from da_triton.kernels import prologue
+from da_triton.runtime import configs, launch
+
+
+def maps(length, channels=32, rows=None):
+    return torch.empty(2, 1, channels, rows or length, device="meta")[..., :length]
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "unit"),
+    [(784, None, 1), (196, None, 4), (200, None, 8), (98, None, 2), (49, None, 1), (784, 788, 4)],
+)
+def test_alignment(length, rows, unit):
+    """The largest unit of rows that the compiler would not see by itself."""
+    x = maps(length, rows=rows)
+    assert launch.alignment(x) == unit
+    n, h, c, last = launch.strides(x, unit)
+    assert (n * unit, h * unit, c * unit, last) == (x.stride(0), 0, x.stride(2), 1)
+
+
+def test_alignment_is_that_of_all_maps():
+    assert launch.alignment(maps(196), maps(196, rows=198)) == 2
+    assert launch.alignment(maps(196), maps(196).mT.contiguous().mT) == 1
+    assert launch.alignment(maps(196)[:, :, ::2]) == 4
+
+
+def test_strides_of_axes_of_one_element_are_zero():
+    x = torch.empty(1, 1, 3, 4).as_strided((1, 1, 3, 4), (7, 5, 4, 1))
+    assert launch.strides(x, 1) == (0, 0, 4, 1)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 16, 64, 132, 1000])
+@pytest.mark.parametrize("length", [1, 49, 784, 6400, 2**21])
+def test_chunks_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    tile = configs.Tile(64, 64, 64, 4, 2, 1)
+    blocks, chunks = launch.chunks(programs, length, tile, None)
+    assert blocks * chunks * 64 >= length
+    assert blocks * (chunks - 1) * 64 < length, "no empty chunk"
+    assert chunks * programs <= max(132, programs)
+
+
+def test_memory_formats():
+    nchw, nhwc = torch.empty(2, 3, 4, 5), torch.empty(2, 5, 3, 4).permute(0, 2, 3, 1)
+    assert not launch.is_channels_last(nchw)
+    assert launch.is_channels_last(nhwc)
+    assert launch.empty_map_like(nchw, 7).stride() == (105, 35, 5, 1)
+    assert launch.empty_map_like(nhwc, 7).stride() == (105, 7, 1, 21)
+    assert launch.empty_map_like(nhwc).stride() == nhwc.stride()
+
+
+def test_every_architecture_has_a_tile_for_every_kernel():
+    kernels = [*configs.WHOLE["sm_90"], *configs.BLOCKED["sm_90"]]
+    kernels += ["position_lse", "gather_combine", "delta"]
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"):
+        for kernel in kernels:
+            for itemsize in (2, 4, 8):
+                tile = configs._tile(kernel, itemsize, 32, 32, arch)
+                assert min(tile) >= 1
+    for arch, kernel, *_ in configs.EXCEPTIONS:
+        assert arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+        assert kernel in kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_89"),
+    ],
+)
+def test_architectures(capability, arch, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs.architecture.__wrapped__(torch.device("cuda")) == arch
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert configs.architecture.__wrapped__(torch.device("cuda")) == "gfx942"
+    assert configs.architecture(torch.device("cpu")) == "sm_90"
+
+
+def test_tiles_with_all_maps_come_in_pairs_for_every_architecture():
+    """Forward and backward up to 512 maps: where one is missing, the other is never asked for."""
+    expected = {
+        (arch, gradient, maps)
+        for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+        for gradient in (False, True)
+        for maps in (32, 64, 128, 256, 512)
+    }
+    assert set(configs.ALL_MAPS) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "channels_last", "expected"),
+    [
+        ([64, 24, 24], 196, False, True),
+        ([64, 19, 19], 196, False, False),  # the second map of 19 would begin at 8 bytes
+        ([64, 20, 20], 196, False, True),
+        ([64, 19, 19], 49, False, True),  # rows of 49 are never wide
+        ([64, 24, 24], 49, True, True),
+        ([64, 20, 20], 196, True, False),
+    ],
+)
+def test_maps_share_a_tensor_only_where_their_rows_stay_wide(rows, length, channels_last, expected):
+    x = torch.empty(2, 32, length, dtype=torch.bfloat16)
+    x = x.mT.contiguous().mT if channels_last else x
+    assert prologue._side_by_side(x, rows) == expected
