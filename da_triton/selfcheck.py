@@ -224,6 +224,7 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
 
     ``every``: all orders of unfused passes too, which differ in sizes only.
     """
+    from .ops.triton.plan import kernel_limits
     from .planning import planner
     from .planning.costs import Shape
     from .runtime import configs, launch
@@ -233,7 +234,7 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
         2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
     )
     arch, processors = configs.architecture(x.device), launch.processors(x.device)
-    limits = configs.limits(s, case.channels, arch, processors)
+    limits = kernel_limits(s, case.channels, arch, processors)
     fused = ("fused", "XH")
     options = list(planner.options(s, limits))
     if not every:

@@ -26,7 +26,7 @@ import torch
 from bench.codegen import compiler, fused, launches
 from bench.codegen.launches import LAYOUTS, Variant
 from bench.workloads import WORKLOADS
-from da_triton.planning import planner
+from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.costs import Shape
 from da_triton.planning.planner import Route
 from da_triton.runtime import configs, fused_tiles
@@ -179,8 +179,7 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
             continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        limits = configs.limits(s, work.c, arch, launches.PROCESSORS)
-        planned = planner.options(s, limits)[0].route
+        planned = kernel_routes(s, work.c, arch, launches.PROCESSORS)[0].route
         split = planned._replace(
             order="AZ", gather="split", distribute="split", backward="split", backward_order="AZ"
         )

@@ -6,19 +6,17 @@ They depend on channels and heads only, which a compiled model knows: no guard o
 is known, and a model traced for any L takes the paper's order.
 
 For the kernels the whole plan is made inside the operator, where L is a number: order, route, batch
-chunk, and the route of the backward pass. ``plan`` shows it.
+chunk, and the route of the backward pass. ``da_triton.plan`` shows it.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import checks
 from ..checks import ORDERS
 from ..tracing import constant
 from .costs import (
@@ -139,7 +137,7 @@ class Route(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the kernels can do for a shape on a GPU; ``runtime.configs.limits`` finds it."""
+    """What the kernels can do for a shape on a GPU; ``ops.triton.plan`` finds it."""
 
     processors: int
     gather_from_x: int  # positions in a tile; 0 where the kernel does not fit
@@ -196,7 +194,6 @@ def floor(s: Shape) -> float:
     return s.batch * max(moved / BANDWIDTH, cheapest / rate)
 
 
-@functools.lru_cache(maxsize=4096)
 def options(
     s: Shape, limits: Limits, order: str = "auto", kept_v: bool = False
 ) -> tuple[Option, ...]:
@@ -265,129 +262,3 @@ def keeps_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str
     forward = channels * (2 * c_m + 2 * c_n) + 2 * c_m * c_n // heads
     step = 3 * forward + channels * (c_m + c_n)
     return channels * c_n > 0.1 * (step + channels * c_n)
-
-
-# --- what a user sees -----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What would run for a shape, and why. ``print`` shows it; times are modelled, not measured."""
-
-    shape: Shape
-    device: str  # what the plan is for
-    chosen: Option
-    runners_up: tuple[Option, ...]
-    keeps_v: bool  # V is kept for backward instead of projected again
-    floor: float  # seconds; see ``floor``
-
-    @property
-    def order(self) -> str:
-        return self.chosen.route.order
-
-    @property
-    def route(self) -> Route:
-        return self.chosen.route
-
-    def __str__(self) -> str:
-        s = self.shape
-        lines = [
-            f"double attention block, N={s.batch} C={s.channels} L={s.length} c_m={s.c_m} "
-            f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes an element, on {self.device}",
-            f"  {self.route}",
-            f"  {math.ceil(s.batch / self.route.chunk)} chunk(s) of {self.route.chunk} samples; "
-            f"backward {'keeps V' if self.keeps_v else 'projects V again'}",
-            f"  modelled forward {self.chosen.seconds * 1e6:.1f} µs (floor "
-            f"{self.floor * 1e6:.1f} µs), backward {self.chosen.backward_seconds * 1e6:.1f} µs",
-            "",
-            f"  {'step':<26}{'GFLOP':>9}{'MB':>9}{'launches':>10}",
-        ]
-        for title, steps in (("forward", self.chosen.forward), ("backward", self.chosen.backward)):
-            lines.append(f"  {title}")
-            lines += [self._line(step) for step in steps]
-        lines += ["", f"  {'runners-up, forward':<46}{'modelled µs':>12}"]
-        for option in self.runners_up:
-            forward = str(option.route).split(";")[0]
-            lines.append(f"  {forward:<46}{option.seconds * 1e6:>12.1f}")
-        return "\n".join(lines)
-
-    def _line(self, step: Step) -> str:
-        s = self.shape
-        moved = step.elements * s.itemsize + step.wide_elements * max(4, s.itemsize)
-        flop = 2 * step.multiply_adds * s.batch / 1e9
-        return f"    {step.name:<24}{flop:>9.2f}{moved * s.batch / 1e6:>9.2f}{step.launches:>10}"
-
-
-def plan(
-    x_shape,
-    c_m: int,
-    c_n: int,
-    *,
-    heads: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cuda",
-    memory_format: torch.memory_format = torch.contiguous_format,
-    reconstruct: bool = True,
-    order: str = "auto",
-    recompute: bool | str = "auto",
-) -> Plan:
-    """What ``double_attention_block`` would run on a GPU for an input of a shape, and why.
-
-    Args:
-        x_shape: ``(N, C, *positions)``.
-        c_m, c_n, heads, reconstruct, order, recompute: as of the block.
-        dtype: of the input and the weights.
-        device: a CUDA device. On a machine that has none, the plan is for an H200.
-        memory_format: of the input.
-
-    Returns:
-        A :class:`Plan`, with the order, the route (which steps are fused kernels and which library
-        products), samples in a chunk, modelled operations, bytes and launches of each step, the
-        floor, and the runners-up. The times come from a model with stated assumptions, not from
-        measurements.
-
-    Raises:
-        ValueError: shape, channels, heads, order, recompute.
-        TypeError: dtype, or ``reconstruct`` that is no bool.
-        RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
-    """
-    shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()
-    if not 3 <= len(shape) <= 5 or not all(isinstance(n, int) and n >= 1 for n in shape):
-        raise ValueError(
-            f"x_shape must be (N, C, *positions) with one to three position axes and no size "
-            f"below 1, got {x_shape!r}."
-        )
-    checks.positive(c_m=c_m, c_n=c_n, heads=heads)
-    checks.heads(heads, c_m=c_m, c_n=c_n)
-    checks.flag(reconstruct=reconstruct)
-    checks.order(order, reconstruct, "auto")
-    checks.recompute(recompute, "auto")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise type(error)(f"device must be a CUDA device, got {device!r}. {error}") from error
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"plan() shows the kernels' plan, which needs a CUDA device; got {str(device)!r}. "
-            "On other devices the operations of backend='torch' run."
-        )
-    if dtype not in checks.DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
-    from ..runtime import configs, launch  # Triton is needed from here on
-
-    batch, channels, length = shape[0], shape[1], math.prod(shape[2:])
-    rows = length if memory_format == torch.contiguous_format else channels
-    s = Shape(
-        batch, channels, c_m, c_n, heads, length, dtype.itemsize, reconstruct,
-        rows * dtype.itemsize % 8 == 0,
-    )  # fmt: skip
-    name, arch, processors = "an H200 (no GPU here)", "sm_90", 132
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(device)
-        arch, processors = configs.architecture(device), launch.processors(device)
-    limits = configs.limits(s, channels if reconstruct else c_m, arch, processors)
-    keep = keeps_v(channels, c_m, c_n, heads, recompute)
-    chosen, *others = options(s, limits, order, keep)
-    return Plan(s, name, chosen, tuple(others), keep, floor(s))

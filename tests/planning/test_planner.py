@@ -12,6 +12,7 @@ from bench.workloads import WORKLOADS
 from da_triton.checks import ORDERS
 from da_triton.ops.triton import block as triton_block  # noqa: F401, its FLOP formulas, before a counter looks
 from da_triton.ops.triton import routes
+from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
 from da_triton.planning.costs import (
     Shape,
@@ -22,7 +23,6 @@ from da_triton.planning.costs import (
     split_backward_steps,
 )
 from da_triton.planning.planner import choose_order, intervals, seconds
-from da_triton.runtime import configs
 from support.numerics import DEVICE
 
 
@@ -158,7 +158,7 @@ def test_modelled_operations_are_those_that_run(route, heads):
 
 
 def limits_of(s, arch="sm_90", processors=132):
-    return configs.limits(s, s.out_channels, arch, processors)
+    return kernel_limits(s, s.out_channels, arch, processors)
 
 
 def shape_of(work, itemsize=2):

@@ -35,6 +35,7 @@ from ..custom_op import (
     wants_graph,
 )
 from . import routes as kernels
+from .plan import kernel_routes
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
 MOST_RECORDED = 16  # backward passes of a signature: by what is needed, by strides of the gradient
@@ -291,7 +292,7 @@ def _route(x, weights, heads, order, kept_v):
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
     device = configs.architecture(x.device), launch.processors(x.device)
-    return planner.options(shape, configs.limits(shape, c_out, *device), order, kept_v)[0].route
+    return kernel_routes(shape, c_out, *device, order, kept_v)[0].route
 
 
 @register_flop_formula([torch.ops.da_triton.block, torch.ops.da_triton.block_of_tensors])

@@ -12,6 +12,7 @@ import torch
 
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
+from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning import planner
 from da_triton.planning.costs import (
     Core,
@@ -34,7 +35,7 @@ LONGEST = 2**12
 def planned(work):
     length = torch.Size(work.positions).numel()
     s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-    return s, planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
+    return s, kernel_routes(s, work.c, "sm_90", 132)[0].route
 
 
 FUSED = [w for w in WORKLOADS if planned(w)[1].gather == planned(w)[1].distribute == "fused"]
