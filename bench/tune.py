@@ -24,7 +24,7 @@ from torch import Tensor
 
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.costs import Shape
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import configs, launch, measured
 
 from .codegen.candidates import CANDIDATES, SMALL

@@ -16,7 +16,7 @@ from da_triton import reference
 from da_triton.ops.triton import core
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
-from da_triton.planning.costs import Shape
+from da_triton.planning.shapes import XH, Route, Shape
 from da_triton.runtime import configs
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run
@@ -55,11 +55,11 @@ def routes(width):
     s = Shape(2, channels, c_m, c_n, heads, LONG, 2, True)
     limits = kernel_limits(s, channels, configs.architecture(torch.device(DEVICE)), 132)
     found = {}
-    for option in planner.options(s, limits):
+    for option in planner.routes(s, limits):
         route = option.route._replace(backward="split", backward_order=option.route.order, chunk=1)
         found[f"{route.order}-{route.gather}-{route.distribute}"] = route
     if limits.backward:
-        found["XH-backward"] = planner.Route("XH", "split", "split", "fused", "XH", 2)
+        found["XH-backward"] = Route(XH, "split", "split", "fused", XH, 2)
     return found
 
 

@@ -7,7 +7,7 @@ from bench.workloads import WORKLOADS
 from da_triton import double_attention_block
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.costs import Shape
+from da_triton.planning.shapes import Shape
 from support import launches
 from support.memory import Peak
 from support.numerics import DEVICE

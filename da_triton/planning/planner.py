@@ -9,27 +9,22 @@ For the kernels the whole plan is made inside the operator, where L is a number:
 chunk, and the route of the backward pass. ``da_triton.plan`` shows it.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..checks import ORDERS
 from ..tracing import constant
 from .costs import (
-    Core,
-    Cost,
-    Shape,
-    Step,
     distribute_steps,
     fused_backward_steps,
     gather_steps,
     order_cost,
     split_backward_steps,
 )
+from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Step, orders
 
 # Rates of an H200 with measured or data-sheet ceilings; only their proportions matter here, and
 # only to rank the orders.
@@ -60,15 +55,15 @@ def intervals(
     itemsize: int,
     reconstruct: bool,
     cpu: bool = False,
-) -> tuple[tuple[float, float, str], ...]:
+) -> tuple[tuple[float, float, Order], ...]:
     """``(first L, first L beyond, best order)``, ascending, from 1 to infinity."""
-    orders = ORDERS if reconstruct else ORDERS[:2]
+    candidates = orders(reconstruct)
 
-    def modelled(order: str, length: int) -> float:
+    def modelled(order: Order, length: int) -> float:
         cost = order_cost(order, channels, c_m, c_n, heads, length, reconstruct)
         return seconds(cost, itemsize, cpu)
 
-    lines = [(modelled(o, 0), modelled(o, 1) - modelled(o, 0)) for o in orders]
+    lines = [(modelled(o, 0), modelled(o, 1) - modelled(o, 0)) for o in candidates]
     crossings = {
         math.floor((there - here) / (slope - slope_there)) + i
         for here, slope in lines
@@ -77,7 +72,7 @@ def intervals(
         for i in (0, 1, 2)  # either side of a crossing that rounding may have moved
     }
     starts = sorted({1, *crossings} - {0})
-    best = [min(orders, key=lambda o: modelled(o, start)) for start in starts]
+    best = [min(candidates, key=lambda o: modelled(o, start)) for start in starts]
     return tuple(zip(starts, [*starts[1:], math.inf], best, strict=True))
 
 
@@ -96,12 +91,12 @@ def choose_order(
     itemsize: int,
     reconstruct: bool,
     cpu: bool = False,
-) -> str:
+) -> Order:
     """The order with the least modelled time for ``length`` positions."""
     known: Any = bool
     if torch.compiler.is_compiling() or isinstance(length, torch.SymInt):  # slow to import
         from torch.fx.experimental.symbolic_shapes import statically_known_true as known
-    chosen = "AZ"
+    chosen = AZ
     for start, end, order in _known_intervals(
         channels, c_m, c_n, heads, itemsize, reconstruct, cpu
     ):
@@ -119,45 +114,6 @@ NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 by
 LAUNCH = 2.0e-6  # seconds, start and tail included
 CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the second-level cache
 CACHE = 32 * 2**20  # bytes of X that stay at hand between two passes
-
-
-class Route(NamedTuple):
-    """How a block runs in kernels."""
-
-    order: str  # AZ, XZ, AH or XH
-    gather: str  # "fused" or "split"
-    distribute: str
-    backward: str
-    backward_order: str  # of a split backward pass; XH of a fused one
-    chunk: int  # samples that go through both passes before the next ones start
-
-    def __str__(self) -> str:
-        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
-        return f"{forward}; backward {self.backward} {self.backward_order}"
-
-
-class Limits(NamedTuple):
-    """What the kernels can do for a shape on a GPU; ``ops.triton.plan`` finds it."""
-
-    processors: int
-    gather_from_x: int  # positions in a tile; 0 where the kernel does not fit
-    gather_from_a: int
-    project_distribute: int
-    backward: int  # of the pass that writes dX
-    map_blocks: int  # of gather_from_x
-    whole: bool  # project_distribute keeps all channels of a tile at hand
-    core: Core  # what the kernels of the split route hold
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """A route with its modelled costs for the whole batch."""
-
-    route: Route
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    seconds: float  # forward
-    backward_seconds: float
 
 
 def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:
@@ -186,55 +142,53 @@ def floor(s: Shape) -> float:
     per_sample = s.channels * s.length * s.itemsize
     reads = 1 if per_sample <= 25e6 else 2
     moved = per_sample * reads + s.out_channels * s.length * s.itemsize
-    orders = ORDERS if s.reconstruct else ORDERS[:2]
     costs = [
-        order_cost(o, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct) for o in orders
+        order_cost(o, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct)
+        for o in orders(s.reconstruct)
     ]
     cheapest = min(c.multiply_adds + c.small_multiply_adds for c in costs)
     return s.batch * max(moved / BANDWIDTH, cheapest / rate)
 
 
-def options(
-    s: Shape, limits: Limits, order: str = "auto", kept_v: bool = False
-) -> tuple[Option, ...]:
+def routes(
+    s: Shape, limits: Limits, order: Order | None = None, kept_v: bool = False
+) -> tuple[PlannedRoute, ...]:
     """Every route that the kernels can take, the one with the least modelled forward time first.
 
-    ``kept_v``: backward finds V, and does not project it again.
+    ``order``: that of the forward pass; None for all. ``kept_v``: backward finds V, and does not
+    project it again.
     """
-    orders = ORDERS if s.reconstruct else ORDERS[:2]
-    backward = _backwards(s, limits, orders, kept_v)
+    kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, kept_v)
     found = []
-    for name in orders if order == "auto" else (order,):
-        pass_1 = limits.gather_from_x if name[0] == "X" else limits.gather_from_a
-        pass_2 = limits.project_distribute if name[1] == "H" else 0
+    for o in (order,) if order else orders(s.reconstruct):
+        pass_1 = limits.gather_from_x if o.from_x else limits.gather_from_a
+        pass_2 = limits.project_distribute if o.through_h else 0
         for one, two in itertools.product({pass_1, 0}, {pass_2, 0}):
             chunk = _chunk(s) if one and two else max(1, s.batch)
             splits = max(1, limits.processors // max(1, min(s.batch, chunk)))
             cached = chunk * _bytes(s) <= CACHE
-            want_h, both = name[1] == "H", not one and not two
+            both = not one and not two
             steps = (
-                *gather_steps(s, name[0], one, want_h, splits, limits.map_blocks, both),
-                *distribute_steps(s, name[1], two, limits.core, cached, limits.whole, both),
+                *gather_steps(s, o, one, splits, limits.map_blocks, both),
+                *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
             )
-            chunks = math.ceil(s.batch / chunk)
-            kind, backward_order, backward_steps, seconds = backward
             gather, distribute = ("fused" if way else "split" for way in (one, two))
-            route = Route(name, gather, distribute, kind, backward_order, chunk)
-            found.append(Option(route, steps, backward_steps, modelled(steps, s, chunks), seconds))
-    return tuple(sorted(found, key=lambda option: option.seconds))
+            route = Route(o, gather, distribute, kind, backward_order, chunk)
+            seconds = modelled(steps, s, math.ceil(s.batch / chunk))
+            found.append(PlannedRoute(route, steps, backward_steps, seconds, backward_seconds))
+    return tuple(sorted(found, key=lambda planned: planned.seconds))
 
 
-def _backwards(
-    s: Shape, limits: Limits, orders, kept_v: bool
-) -> tuple[str, str, tuple[Step, ...], float]:
+def _backward(s: Shape, limits: Limits, kept_v: bool) -> tuple[str, Order, tuple[Step, ...], float]:
     """The backward pass with the least modelled time, whatever the forward pass was."""
     splits = max(1, limits.processors // max(1, s.batch))
     candidates = [
-        ("split", o, tuple(split_backward_steps(s, o, limits.core, kept_v))) for o in orders
+        ("split", o, tuple(split_backward_steps(s, o, limits.core, kept_v)))
+        for o in orders(s.reconstruct)
     ]
     if limits.backward:
         sizes = splits, limits.backward, limits.map_blocks, kept_v
-        candidates.append(("fused", "XH", tuple(fused_backward_steps(s, *sizes))))
+        candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])
 

@@ -17,7 +17,7 @@ from bench.host import CALL, ISSUE, Measured
 from bench.problems import FORWARD, STEP
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.costs import Shape
+from da_triton.planning.shapes import Shape
 
 CPU = torch.device("cpu")
 # Fused, and library products around the core, with an odd number of positions.

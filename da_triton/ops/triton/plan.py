@@ -11,8 +11,8 @@ import math
 import torch
 
 from ... import checks
-from ...planning.costs import Core, Shape, Step
-from ...planning.planner import Limits, Option, Route, floor, keeps_v, options
+from ...planning import planner
+from ...planning.shapes import ORDERS, CoreLimits, Limits, PlannedRoute, Route, Shape, Step
 
 
 def kernel_limits(shape, c_out, arch, processors):
@@ -51,7 +51,7 @@ def kernel_limits(shape, c_out, arch, processors):
         backward=positions(*backward) if shape.reconstruct else 0,
         map_blocks=-(-shape.c_n // configs.fused_blocks(*pass_1)[1]),
         whole=whole,
-        core=Core(
+        core=CoreLimits(
             configs.ONE_TILE[shape.itemsize],
             *(configs.positions_of_all_maps(shape.itemsize, n, arch, way) for way in (False, True)),
         ),
@@ -59,9 +59,9 @@ def kernel_limits(shape, c_out, arch, processors):
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_routes(shape, c_out, arch, processors, order="auto", kept_v=False):
-    """``planner.options`` on a GPU."""
-    return options(shape, kernel_limits(shape, c_out, arch, processors), order, kept_v)
+def kernel_routes(shape, c_out, arch, processors, order=None, kept_v=False):
+    """``planner.routes`` on a GPU."""
+    return planner.routes(shape, kernel_limits(shape, c_out, arch, processors), order, kept_v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Plan:
 
     shape: Shape
     device: str  # what the plan is for
-    chosen: Option
-    runners_up: tuple[Option, ...]
+    chosen: PlannedRoute
+    runners_up: tuple[PlannedRoute, ...]
     keeps_v: bool  # V is kept for backward instead of projected again
-    floor: float  # seconds; see ``floor``
+    floor: float  # seconds; see ``planner.floor``
 
     @property
     def order(self) -> str:
-        return self.chosen.route.order
+        return self.chosen.route.order.name
 
     @property
     def route(self) -> Route:
@@ -100,9 +100,9 @@ class Plan:
             lines.append(f"  {title}")
             lines += [self._line(step) for step in steps]
         lines += ["", f"  {'runners-up, forward':<46}{'modelled µs':>12}"]
-        for option in self.runners_up:
-            forward = str(option.route).split(";")[0]
-            lines.append(f"  {forward:<46}{option.seconds * 1e6:>12.1f}")
+        for planned in self.runners_up:
+            forward = str(planned.route).split(";")[0]
+            lines.append(f"  {forward:<46}{planned.seconds * 1e6:>12.1f}")
         return "\n".join(lines)
 
     def _line(self, step: Step) -> str:
@@ -181,6 +181,6 @@ def plan(
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
         arch, processors = configs.architecture(device), launch.processors(device)
-    keep = keeps_v(channels, c_m, c_n, heads, recompute)
-    chosen, *others = kernel_routes(s, s.out_channels, arch, processors, order, keep)
-    return Plan(s, name, chosen, tuple(others), keep, floor(s))
+    keep = planner.keeps_v(channels, c_m, c_n, heads, recompute)
+    chosen, *others = kernel_routes(s, s.out_channels, arch, processors, ORDERS.get(order), keep)
+    return Plan(s, name, chosen, tuple(others), keep, planner.floor(s))

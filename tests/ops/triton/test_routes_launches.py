@@ -8,7 +8,7 @@ import torch
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.costs import Shape
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import launch
 from support import launches
 from support.numerics import DEVICE
