@@ -52,11 +52,11 @@ def block(
 ) -> None:
     """The block on a route, forward and backward, in both memory formats."""
     from da_triton.ops.triton import routes as kernels
-    from da_triton.planning.planner import Route
+    from da_triton.planning.shapes import ORDERS, XH, Route
 
     channels, c_m, c_n = sizes
-    backward_order = "XH" if backward == "fused" else order
-    route = Route(order, way, way, backward, backward_order, 1 if way == "fused" else 2)
+    backward_order = XH if backward == "fused" else ORDERS[order]
+    route = Route(ORDERS[order], way, way, backward, backward_order, 1 if way == "fused" else 2)
     shapes = (
         (c_m, channels), (c_m,), (c_n, channels), (c_n, channels), (c_n,), (channels, c_m),
         (channels,),

@@ -11,7 +11,7 @@ import torch
 
 from bench.codegen import compiler, launches
 from bench.codegen.launches import LAYOUTS, ODD, Variant
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import AH, AZ, XH, Route
 from da_triton.runtime import configs, fused_tiles, launch
 
 BATCH = 64
@@ -41,8 +41,8 @@ def launched(kernel: str) -> str:
 
 def route(kernel: str) -> Route:
     """One that launches the kernel."""
-    fused = Route("XH", "fused", "fused", "fused", "XH", BATCH)
-    from_a = fused._replace(order="AH", backward="split", backward_order="AZ")
+    fused = Route(XH, "fused", "fused", "fused", XH, BATCH)
+    from_a = fused._replace(order=AH, backward="split", backward_order=AZ)
     if kernel == "project_distribute_blocks":
         return from_a._replace(gather="split")
     return from_a if kernel == "gather_from_a" else fused

@@ -10,7 +10,7 @@ import torch
 from bench.codegen import compiler
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import Route
 from da_triton.precision import matmul_precision
 from da_triton.runtime import configs, launch
 

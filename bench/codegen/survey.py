@@ -26,9 +26,8 @@ import torch
 from bench.codegen import compiler, fused, launches
 from bench.codegen.launches import LAYOUTS, Variant
 from bench.workloads import WORKLOADS
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.planning.planner import Route
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import AZ, Route, Shape
 from da_triton.runtime import configs, fused_tiles
 
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
@@ -144,7 +143,7 @@ def _core() -> Iterator[Found]:
 
 def _all_maps(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
-    route = Route("AZ", "split", "split", "split", "AZ", 64)
+    route = Route(AZ, "split", "split", "split", AZ, 64)
     sizes = {n: torch.bfloat16 for key, _, n in configs.ALL_MAPS if key == arch}
     runs = [(n, Variant(*layout, dtype)) for n, dtype in sizes.items() for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
@@ -179,10 +178,9 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
             continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        limits = configs.limits(s, work.c, arch, launches.PROCESSORS)
-        planned = planner.options(s, limits)[0].route
+        planned = kernel_routes(s, work.c, arch, launches.PROCESSORS)[0].route
         split = planned._replace(
-            order="AZ", gather="split", distribute="split", backward="split", backward_order="AZ"
+            order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
         )
         special = work.heads > 1 or work.c_n % 16 > 0
         for route in (planned, split):
