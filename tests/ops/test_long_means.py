@@ -1,4 +1,4 @@
-"""The torch backend: means over millions of positions, and logits that half precision overflows."""
+"""The ``torch`` backend: means over millions of positions, logits that overflow half precision."""
 
 import io
 

@@ -333,7 +333,7 @@ def test_known_faults(capability, triton, ptxas, number):
 
 @pytest.mark.parametrize(("wish", "number"), [("", 2), ("1", 2), ("0", 0)])
 @pytest.mark.parametrize("made_by", [compilers.Compiler(H100, (3, 7, 1), (12, 8))])
-def test_one_variable_turns_it_off(wish, number, made_by, monkeypatch):
+def test_an_environment_variable_turns_proofs_off(wish, number, made_by, monkeypatch):
     monkeypatch.setenv("DA_TRITON_PROVE", wish)
     monkeypatch.setattr(compilers, "compiler", lambda device: made_by)
     monkeypatch.setattr(torch.version, "hip", None)
