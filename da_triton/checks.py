@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from .precision import POLICIES
+
 BACKENDS = ("auto", "triton", "torch", "eager")
 ORDERS = ("AZ", "XZ", "AH", "XH")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = tuple(POLICIES)
 
 
 def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
