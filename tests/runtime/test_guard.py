@@ -13,7 +13,7 @@ import torch
 
 from da_triton.kernels import distribute, gather, project_gather
 from da_triton.ops.triton import core
-from da_triton.precision import matmul_precision
+from da_triton.precision import POLICIES, matmul_precision
 from da_triton.runtime import compilers, guard, launch, stand_ins, trials, verdicts
 from support.block import CASES, ROUTES, inputs, run
 from support.numerics import DEVICE, TOLERANCE, relative_rms
@@ -362,7 +362,7 @@ def test_tf32_is_examined_apart(monkeypatch):
         gathered(a, b)
         with matmul_precision("tf32"):
             gathered(a, b)
-    assert [v.allowed for v in verdicts] == [guard.ALLOWED[torch.float32], guard.ALLOWED_TF32]
+    assert [v.allowed for v in verdicts] == [POLICIES[torch.float32].proof, guard.ALLOWED_TF32]
 
 
 def test_a_mask_of_few_positions(monkeypatch):
