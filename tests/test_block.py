@@ -1,15 +1,18 @@
 """``double_attention_block`` in every association order, against the definition in float64."""
 
+import functools
+
 import pytest
 import torch
 
 import da_triton
 from da_triton.projection import project
+from support.cases import ORDERS
+from support.compare import check_against_reference, step, widened
 from support.numerics import DEVICE, check, peaky, relative_rms
 
-ORDERS = ["AZ", "XZ", "AH", "XH"]
 C, C_M, C_N, POSITIONS = 20, 12, 8, (5, 7)
-NAMES = ("weight_a", "bias_a", "weight_b", "bias_b", "weight_v", "bias_v", "weight_out", "bias_out")
+eager = functools.partial(da_triton.double_attention_block, backend="eager")
 
 
 def parameters(dtype, bias=True, reconstruct=True):
@@ -25,33 +28,15 @@ def parameters(dtype, bias=True, reconstruct=True):
     return [None if p is None else p.to(device=DEVICE, dtype=dtype) for p in result]
 
 
-def run(x, weights, upstream, **options):
-    leaves = [x.detach().requires_grad_()]
-    leaves += [None if w is None else w.detach().requires_grad_() for w in weights]
-    out = da_triton.double_attention_block(*leaves, **options)
-    given = [leaf for leaf in leaves if leaf is not None]
-    grads = torch.autograd.grad(out, given, upstream.to(out.dtype))
-    names = ["x", *(n for n, w in zip(NAMES, weights, strict=True) if w is not None)]
-    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
-
-
-def compare(x, weights, slack=1, **options):
-    options.setdefault("backend", "triton")
-    dtype = x.dtype
+def compare(x, weights, slack=1, order="auto", backend="triton", **options):
+    block = functools.partial(da_triton.double_attention_block, order=order, backend=backend)
     channels = C if weights[6] is not None else C_M
-    upstream = torch.randn(x.shape[0], channels, *x.shape[2:], dtype=torch.float64).to(x.device)
-    order = options.pop("order", "auto")
-    wide = [None if w is None else w.double() for w in weights]
-    reference = {**options, "backend": "eager"}
-    reference.pop("recompute", None)
-    expected = run(x.double(), wide, upstream, **reference)
-    own = run(x, weights, upstream.to(dtype), **reference)
-    actual = run(x, weights, upstream.to(dtype), order=order, **options)
-    for name, value in actual.items():
-        if name == "bias_b":
-            assert not value.any(), "a softmax over positions removes bias_b"
-        else:
-            check(value, expected[name], dtype, own[name], f"{order} {name}", slack)
+    upstream = torch.randn(x.shape[0], channels, *x.shape[2:], dtype=torch.float64)
+    found = check_against_reference(
+        block, eager, (x, *weights), upstream, slack=slack, left_out=["bias_b"], **options
+    )
+    if weights[3] is not None:
+        assert not found["bias_b"].any(), "a softmax over positions removes bias_b"
 
 
 def features(dtype, batch=2, channels_last=False):
@@ -109,9 +94,9 @@ def test_without_reconstruction(order, residual):
     if residual:
         weights[:2] = [torch.randn(C, C, device=DEVICE) / C**0.5, torch.randn(C, device=DEVICE)]
         x, upstream = features(torch.float32), torch.randn(2, C, *POSITIONS, device=DEVICE)
-        expected = run(x.double(), [None if w is None else w.double() for w in weights],
-                       upstream, residual=True, backend="eager")  # fmt: skip
-        actual = run(x, weights, upstream, residual=True, order=order, backend="triton")
+        block = functools.partial(da_triton.double_attention_block, order=order, backend="triton")
+        expected = step(eager, widened((x, *weights)), upstream, residual=True)
+        actual = step(block, (x, *weights), upstream, residual=True)
         for name in set(actual) - {"bias_b"}:
             check(actual[name], expected[name], torch.float32)
     else:
@@ -145,7 +130,8 @@ def test_recomputation_gives_the_same_and_keeps_less(order, backend):
     results = []
     for recompute in (True, False):
         options = {"order": order, "backend": backend, "recompute": recompute, "residual": True}
-        results.append(run(x, weights, upstream, **options))
+        block = functools.partial(da_triton.double_attention_block, **options)
+        results.append(step(block, (x, *weights), upstream))
         kept = []
         leaves = [x.requires_grad_(), *(w.requires_grad_() for w in weights)]
         with torch.autograd.graph.saved_tensors_hooks(

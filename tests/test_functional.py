@@ -6,10 +6,8 @@ import torch
 
 import da_triton
 from da_triton import reference
+from support.cases import each_backend
 from support.numerics import DEVICE, check, peaky, relative_rms
-
-BACKENDS = ["triton", "torch", "eager"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def maps(batch, positions, *channels, dtype=torch.float32):

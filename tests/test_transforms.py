@@ -6,10 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import da_triton
 from da_triton import DoubleAttention
+from support.cases import each_backend
 from support.numerics import DEVICE, TOLERANCE, check, relative_rms
 
-BACKENDS = ["triton", "torch", "eager"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 

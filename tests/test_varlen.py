@@ -8,10 +8,9 @@ import torch
 import da_triton
 from da_triton import DoubleAttention, varlen
 from da_triton.varlen import mask_from_sizes, pack, unpack
+from support.cases import each_backend
 from support.numerics import DEVICE, DTYPES, check, peaky, relative_rms
 
-BACKENDS = ["triton", "torch", "eager"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 HEADS, M, N = 2, 3, 4
 # Some neighbours are equal; two sequences are empty, one of them at the end.
 LENGTHS = [5, 5, 12, 0, 12, 1, 7, 0]

@@ -9,13 +9,13 @@ from torch import nn
 from da_triton import DoubleAttention
 from da_triton.integrations import ResidualDoubleAttention
 from da_triton.streaming import StreamingDoubleAttention
+from support.cases import RANKS
 from support.numerics import DEVICE
 from support.plain import PlainBlock, PlainResidual, randomize
 
 peft = pytest.importorskip("peft")
 
 CHILDREN = ["convA", "convB", "convV", "conv_reconstruct"]
-RANKS = [(30,), (5, 6), (2, 3, 5)]
 each_rank = pytest.mark.parametrize("positions", RANKS, ids=["1d", "2d", "3d"])
 each_kind = pytest.mark.parametrize("kind", ["layer", "residual"])
 

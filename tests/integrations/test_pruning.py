@@ -10,9 +10,9 @@ from torch.nn.utils import parametrizations, prune
 from da_triton import DoubleAttention
 from da_triton.integrations import ResidualDoubleAttention
 from da_triton.streaming import StreamingDoubleAttention
+from support.cases import RANKS
 from support.plain import PlainBlock, PlainResidual, randomize
 
-RANKS = [(30,), (5, 6), (2, 3, 5)]
 KINDS = {
     "layer": (DoubleAttention, PlainBlock),
     "residual": (ResidualDoubleAttention, PlainResidual),

@@ -5,6 +5,7 @@ import torch
 
 from da_triton import DoubleAttention
 from da_triton.integrations import ResidualDoubleAttention, insert_double_attention
+from support.cases import RANKS
 from support.numerics import relative_rms
 from support.plain import PlainBlock, PlainResidual, randomize
 
@@ -37,7 +38,6 @@ def for_xpu(qat):
 
 
 each_quantiser = pytest.mark.parametrize("quantiser", [for_x86, for_arm, for_xpu])
-RANKS = [(30,), (5, 6), (2, 3, 5)]
 each_rank = pytest.mark.parametrize("positions", RANKS, ids=["1d", "2d", "3d"])
 each_kind = pytest.mark.parametrize("kind", ["layer", "residual"])
 

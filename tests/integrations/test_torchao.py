@@ -9,6 +9,7 @@ from torch import nn
 from da_triton import DoubleAttention
 from da_triton.integrations import ResidualDoubleAttention
 from da_triton.streaming import StreamingDoubleAttention
+from support.cases import RANKS
 from support.numerics import DEVICE, relative_rms
 from support.plain import PlainBlock, PlainResidual, randomize
 
@@ -17,7 +18,6 @@ pytest.importorskip("torchao")
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis
 
-RANKS = [(30,), (5, 6), (2, 3, 5)]
 each_rank = pytest.mark.parametrize("positions", RANKS, ids=["1d", "2d", "3d"])
 each_kind = pytest.mark.parametrize("kind", ["layer", "residual"])
 each_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -9,25 +9,14 @@ from da_triton import reference
 from da_triton.ops.triton import core
 from support.cases import CASES, LARGEST, each_case
 from support.cases import ONE_TILE as CASE
-from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
-
-
-def run(function, g, v, upstream, **options):
-    """Z and both gradients of one implementation, from detached leaves."""
-    g, v = g.detach().requires_grad_(), v.detach().requires_grad_()
-    z = function(g, v, **options)
-    dg, dv = torch.autograd.grad(z, (g, v), upstream)
-    return {"Z": z.detach(), "dG": dg, "dV": dv}
+from support.compare import check_against_reference, step
+from support.numerics import DEVICE, DTYPES, TOLERANCE, peaky, relative_rms
 
 
 def compare(g, v, upstream, **options):
-    """The kernels within the tolerance of the dtype and twice eager's own error."""
-    wide = run(reference.distribute, g.double(), v.double(), upstream.double(), **options)
-    own = run(reference.distribute, g, v, upstream, **options)
-    actual = run(core.distribute, g, v, upstream, **options)
-    assert actual["dG"].dtype == g.dtype
-    for name, expected in wide.items():
-        check(actual[name], expected, v.dtype, own[name], name)
+    return check_against_reference(
+        core.distribute, reference.distribute, (g, v), upstream, **options
+    )
 
 
 def inputs(case, dtype, channels_last=False):
@@ -58,7 +47,8 @@ def test_largest_numbers_of_maps_and_features():
 @each_case
 def test_descriptors_in_float32_beside_lower_precision(case, dtype):
     g, v, upstream = inputs(case, dtype)
-    compare(g.float() + 1e-4, v, upstream)
+    found = compare(g.float() + 1e-4, v, upstream)
+    assert found["g"].dtype == torch.float32
 
 
 def test_scales_are_not_rounded_to_float32():
@@ -70,8 +60,8 @@ def test_output_has_the_memory_format_of_v(case):
     """Not asked of one channel, where both formats are the same memory."""
     for channels_last in (False, True):
         g, v, upstream = inputs(case, torch.float32, channels_last)
-        result = run(core.distribute, g, v, upstream)
-        for x in (result["Z"], result["dV"]):
+        result = step(core.distribute, (g, v), upstream)
+        for x in (result["out"], result["v"]):
             memory = x.permute(0, 3, 1, 2) if channels_last else x
             assert memory.is_contiguous()
 
@@ -105,10 +95,10 @@ def test_upstream_strides(case, channels_last):
 @each_case
 def test_partial_gradients(case, needs, softmax, poisoned):
     g, v, upstream = inputs(case, torch.float32)
-    whole = run(core.distribute, g, v, upstream, softmax=softmax)
+    whole = step(core.distribute, (g, v), upstream, softmax=softmax)
     g, v = g.requires_grad_(needs[0]), v.requires_grad_(needs[1])
     core.distribute(g, v, softmax=softmax).backward(upstream)
-    for name, x, need in zip(("dG", "dV"), (g, v), needs, strict=True):
+    for name, x, need in zip(("g", "v"), (g, v), needs, strict=True):
         assert (x.grad is not None) == need
         if need:
             assert torch.equal(x.grad, whole[name])
@@ -117,9 +107,8 @@ def test_partial_gradients(case, needs, softmax, poisoned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_case
 def test_bitwise_repeatable(case, dtype):
-    first = run(core.distribute, *inputs(case, dtype))
-    torch.manual_seed(0)
-    second = run(core.distribute, *inputs(case, dtype))
+    g, v, upstream = inputs(case, dtype)
+    first, second = (step(core.distribute, (g, v), upstream) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -129,10 +118,10 @@ def test_bitwise_repeatable(case, dtype):
 def test_huge_logits(case, offset):
     g, v, upstream = inputs(case, torch.float32)
     v = v + offset
-    expected = run(reference.distribute, g.double(), v.double(), upstream.double())
-    actual = run(core.distribute, g, v, upstream)
+    expected = step(reference.distribute, (g.double(), v.double()), upstream)
+    actual = step(core.distribute, (g, v), upstream)
     for name in expected:
-        if case.n > 1 or name != "dV":  # of one map, dV is zero
+        if case.n > 1 or name != "v":  # of one map, dV is zero
             assert relative_rms(actual[name], expected[name]) < TOLERANCE[torch.float32], name
 
 
@@ -163,9 +152,9 @@ def test_infinite_logits_and_nan_stay_at_their_position():
 
 def test_nan_stays_in_its_sample_in_backward():
     g, v, upstream = inputs(CASE, torch.float32)
-    clean = run(core.distribute, g, v, upstream)
+    clean = step(core.distribute, (g, v), upstream)
     v[1, 0, 4, 9] = math.nan
-    spoiled = run(core.distribute, g, v, upstream)
+    spoiled = step(core.distribute, (g, v), upstream)
     for name in clean:
         assert torch.equal(spoiled[name][0], clean[name][0]), name
         assert torch.equal(spoiled[name][1, 1], clean[name][1, 1]), name
@@ -185,9 +174,9 @@ def test_nan_stays_in_its_sample_in_backward():
 )
 def test_a_wrong_reference_is_rejected(wrong):
     g, v, upstream = inputs(CASE, torch.bfloat16)
-    right = run(core.distribute, g, v, upstream)
-    other = run(wrong, g.double(), v.double(), upstream.double())
-    assert relative_rms(right["dV"], other["dV"]) > TOLERANCE[torch.bfloat16]
+    right = step(core.distribute, (g, v), upstream)
+    other = step(wrong, (g.double(), v.double()), upstream)
+    assert relative_rms(right["v"], other["v"]) > TOLERANCE[torch.bfloat16]
 
 
 def test_gradients_of_the_kernels_by_finite_differences():

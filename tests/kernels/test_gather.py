@@ -10,32 +10,12 @@ from da_triton.kernels import gather
 from da_triton.ops.triton import core
 from support.cases import CASES, LARGEST, each_case
 from support.cases import ONE_TILE as CASE
+from support.compare import check_against_reference, step
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
 
 
-def run(function, a, b, upstream, **options):
-    """G and both gradients of one implementation, from detached leaves."""
-    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
-    g = function(a, b, **options)
-    da, db = torch.autograd.grad(g, (a, b), upstream.to(g.dtype))
-    return {"G": g.detach(), "dA": da, "dB": db}
-
-
-def compare(a, b, upstream, own=None, **options):
-    """The kernels within the tolerance of the dtype and twice eager's own error.
-
-    ``own``: a and b for eager, where its library products cannot take the strides.
-    """
-    dtype = a.dtype
-    if options.get("extra") is not None:
-        wide_extra = tuple(e.double() for e in options["extra"])
-    else:
-        wide_extra = None
-    wide = {**options, "extra": wide_extra}
-    expected = run(reference.gather, a.double(), b.double(), upstream.double(), **wide)
-    own = run(reference.gather, *(own or (a, b)), upstream, **options)
-    actual = run(core.gather, a, b, upstream, **options)
-    return {name: check(actual[name], expected[name], dtype, own[name], name) for name in expected}
+def compare(a, b, upstream, **options):
+    check_against_reference(core.gather, reference.gather, (a, b), upstream, **options)
 
 
 def inputs(case, dtype, channels_last=False):
@@ -60,11 +40,11 @@ def test_largest_numbers_of_maps_and_features():
 def test_one_position(dtype):
     """G is A itself and no logit matters: dB is zero up to the rounding of dP."""
     a, b, upstream = (peaky(2, 1, c, k, dtype=dtype) for c, k in ((5, 1), (3, 1), (5, 3)))
-    result = run(core.gather, a, b, upstream)
-    check(result["G"], a.double().expand(-1, -1, -1, 3), dtype)
-    check(result["dA"], upstream.double().sum(-1, keepdim=True), dtype)
+    result = step(core.gather, (a, b), upstream)
+    check(result["out"], a.double().expand(-1, -1, -1, 3), dtype)
+    check(result["a"], upstream.double().sum(-1, keepdim=True), dtype)
     dp = (upstream.double().mT @ a.double()).norm()
-    assert result["dB"].double().norm() <= TOLERANCE[dtype] * dp
+    assert result["b"].double().norm() <= TOLERANCE[dtype] * dp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -74,18 +54,18 @@ def test_features_with_a_mean(case, dtype):
     a, b, upstream = inputs(case, dtype)
     a = a + 5
     x = peaky(case.batch, 1, 16, case.length, dtype=torch.float64) + 5
-    wide = run(reference.gather, a.double(), b.double(), upstream.double())
-    own, actual = (run(f, a, b, upstream) for f in (reference.gather, core.gather))
-    error, allowed = ((r["dB"].double() @ x.mT - wide["dB"] @ x.mT).norm() for r in (actual, own))
-    assert error <= max(2 * allowed, 1e-5 * wide["dB"].norm() * x.norm())
+    wide = step(reference.gather, (a.double(), b.double()), upstream)
+    own, actual = (step(f, (a, b), upstream) for f in (reference.gather, core.gather))
+    error, allowed = ((r["b"].double() @ x.mT - wide["b"] @ x.mT).norm() for r in (actual, own))
+    assert error <= max(2 * allowed, 1e-5 * wide["b"].norm() * x.norm())
     compare(a, b, upstream)
 
 
 def test_backward_inside_autocast():
     a, b, upstream = inputs(CASE, torch.float32)
-    expected = run(core.gather, a, b, upstream)
+    expected = step(core.gather, (a, b), upstream)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        actual = run(core.gather, a, b, upstream)
+        actual = step(core.gather, (a, b), upstream)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 
@@ -107,9 +87,9 @@ def test_tf32_is_pytorchs_own_switch(precision):
 def test_logit_scale(logit_scale):
     a, b, upstream = inputs(CASE, torch.float32)
     if logit_scale == 0:  # dB is exactly zero: no relative error to speak of
-        result = run(core.gather, a, b, upstream, logit_scale=0.0)
-        assert result["dB"].count_nonzero() == 0
-        check(result["G"], a.double().mean(-1, keepdim=True).expand(-1, -1, -1, CASE.n), a.dtype)
+        result = step(core.gather, (a, b), upstream, logit_scale=0.0)
+        assert result["b"].count_nonzero() == 0
+        check(result["out"], a.double().mean(-1, keepdim=True).expand(-1, -1, -1, CASE.n), a.dtype)
     else:
         compare(a, b, upstream, logit_scale=logit_scale)
 
@@ -132,7 +112,7 @@ def test_mask_with_every_position_gone_gives_zeros():
     a, b, upstream = inputs(CASE, torch.float32)
     keep = torch.ones(CASE.batch, CASE.length, dtype=torch.bool, device=DEVICE)
     keep[0] = False
-    result = run(core.gather, a, b, upstream, keep=keep)
+    result = step(core.gather, (a, b), upstream, keep=keep)
     for name, value in result.items():
         assert value[0].count_nonzero() == 0, name
         assert value[1].isfinite().all(), name
@@ -142,17 +122,12 @@ def test_mask_with_every_position_gone_gives_zeros():
 def test_masked_values_reach_neither_result_nor_gradients():
     a, b, upstream = inputs(CASE, torch.float32)
     keep = torch.rand(CASE.batch, CASE.length, device=DEVICE) > 0.3
-    expected = run(core.gather, a, b, upstream, keep=keep)
+    expected = step(core.gather, (a, b), upstream, keep=keep)
     hidden = ~keep[:, None, None, :]
-    spoiled = run(
-        core.gather,
-        a.masked_fill(hidden, math.nan),
-        b.masked_fill(hidden, math.inf),
-        upstream,
-        keep=keep,
-    )
+    spoiled = a.masked_fill(hidden, math.nan), b.masked_fill(hidden, math.inf)
+    found = step(core.gather, spoiled, upstream, keep=keep)
     for name in expected:
-        assert torch.equal(spoiled[name], expected[name]), name
+        assert torch.equal(found[name], expected[name]), name
 
 
 @pytest.mark.parametrize("tokens_per_sample", [False, True])
@@ -220,10 +195,10 @@ def test_upstream_strides(case):
 @each_case
 def test_partial_gradients(case, needs, poisoned):
     a, b, upstream = inputs(case, torch.float32)
-    whole = run(core.gather, a, b, upstream)
+    whole = step(core.gather, (a, b), upstream)
     a, b = a.requires_grad_(needs[0]), b.requires_grad_(needs[1])
     core.gather(a, b).backward(upstream)
-    for name, x, need in zip(("dA", "dB"), (a, b), needs, strict=True):
+    for name, x, need in zip(("a", "b"), (a, b), needs, strict=True):
         assert (x.grad is not None) == need
         if need:
             assert torch.equal(x.grad, whole[name])
@@ -232,9 +207,8 @@ def test_partial_gradients(case, needs, poisoned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_case
 def test_bitwise_repeatable(case, dtype):
-    first = run(core.gather, *inputs(case, dtype))
-    torch.manual_seed(0)
-    second = run(core.gather, *inputs(case, dtype))
+    a, b, upstream = inputs(case, dtype)
+    first, second = (step(core.gather, (a, b), upstream) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -244,11 +218,11 @@ def test_huge_logits(offset):
     """A softmax does not feel what is added to all its logits, up to the last float32."""
     a, b, upstream = inputs(CASE, torch.float32)
     shifted = (b + offset).clamp(max=torch.finfo(torch.float32).max)
-    expected = run(reference.gather, a.double(), shifted.double(), upstream.double())
-    actual = run(core.gather, a, shifted, upstream)
-    assert relative_rms(actual["G"], expected["G"]) < TOLERANCE[torch.float32]
+    expected = step(reference.gather, (a.double(), shifted.double()), upstream)
+    actual = step(core.gather, (a, shifted), upstream)
+    assert relative_rms(actual["out"], expected["out"]) < TOLERANCE[torch.float32]
     if offset < 1e9:  # beyond, no float64 holds the log of the sum beside the maximum
-        assert relative_rms(actual["dA"], expected["dA"]) < TOLERANCE[torch.float32]
+        assert relative_rms(actual["a"], expected["a"]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("case", [CASE, CASES[4], CASES[5]], ids=lambda case: case.name)
@@ -256,7 +230,7 @@ def test_huge_logits(offset):
 def test_weights_sum_to_one_however_large_the_logits(case, offset):
     """Backward must round ``0.7·b`` as forward did: ``exp`` of the difference would overflow."""
     a, b, upstream = inputs(case, torch.float32)
-    found = run(core.gather, a, b + offset, upstream, logit_scale=0.7)["dA"]
+    found = step(core.gather, (a, b + offset), upstream, logit_scale=0.7)["a"]
     sums = upstream.double().sum(-1)  # Σ_L dA = Σ_n dG, as every map's weights sum to 1
     assert relative_rms(found.double().sum(-1), sums) < TOLERANCE[torch.float32]
 
@@ -278,13 +252,13 @@ def test_infinite_logits():
 
 def test_nan_stays_in_its_map_and_sample():
     a, b, upstream = inputs(CASE, torch.float32)
-    clean = run(core.gather, a, b, upstream)
+    clean = step(core.gather, (a, b), upstream)
     b[1, 0, 3, 17] = math.nan
-    spoiled = run(core.gather, a, b, upstream)
-    assert spoiled["G"][1, 0, :, 3].isnan().all()
-    spoiled["G"][1, 0, :, 3] = clean["G"][1, 0, :, 3]
-    assert torch.equal(spoiled["G"], clean["G"])
-    for name in ("dA", "dB"):
+    spoiled = step(core.gather, (a, b), upstream)
+    assert spoiled["out"][1, 0, :, 3].isnan().all()
+    spoiled["out"][1, 0, :, 3] = clean["out"][1, 0, :, 3]
+    assert torch.equal(spoiled["out"], clean["out"])
+    for name in ("a", "b"):
         assert torch.equal(spoiled[name][0], clean[name][0])
         assert torch.equal(spoiled[name][1, 1], clean[name][1, 1])
 
@@ -294,11 +268,11 @@ def test_weights_below_float16_still_count():
     a, b = (peaky(1, 1, 16, 200, dtype=torch.float16, deviation=1) for _ in range(2))
     b[..., 0] = 14
     upstream = peaky(1, 1, 16, 16, dtype=torch.float16, deviation=300)
-    expected = run(reference.gather, a.double(), b.double(), upstream.double())
-    actual = run(core.gather, a, b, upstream)
+    expected = step(reference.gather, (a.double(), b.double()), upstream)
+    actual = step(core.gather, (a, b), upstream)
     p = b.double().softmax(-1)[..., 1:]
     assert p.mean() < 2e-6
-    error = relative_rms(actual["dA"][..., 1:], expected["dA"][..., 1:])
+    error = relative_rms(actual["a"][..., 1:], expected["a"][..., 1:])
     assert error < 2 * TOLERANCE[torch.float16], error
 
 
@@ -314,9 +288,9 @@ def test_weights_below_float16_still_count():
 )
 def test_a_wrong_reference_is_rejected(wrong):
     a, b, upstream = inputs(CASE, torch.bfloat16)
-    right = run(core.gather, a, b, upstream)
-    other = run(wrong, a.double(), b.double(), upstream.double())
-    assert relative_rms(right["dB"], other["dB"]) > TOLERANCE[torch.bfloat16]
+    right = step(core.gather, (a, b), upstream)
+    other = step(wrong, (a.double(), b.double()), upstream)
+    assert relative_rms(right["b"], other["b"]) > TOLERANCE[torch.bfloat16]
 
 
 def test_gradients_of_the_kernels_by_finite_differences():

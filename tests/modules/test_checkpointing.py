@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from da_triton import DoubleAttention, double_attention_block
 from da_triton.integrations import ResidualDoubleAttention
-
-BACKENDS = ["torch", "triton", "eager"]
+from support.cases import BACKENDS
 
 
 class Watching(TorchDispatchMode):

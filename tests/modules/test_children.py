@@ -9,8 +9,8 @@ from torch import nn
 from da_triton import DoubleAttention
 from da_triton.integrations import ResidualDoubleAttention
 from da_triton.streaming import StreamingDoubleAttention
+from support.cases import RANKS
 
-RANKS = [(30,), (5, 6), (2, 3, 5)]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 each_rank = pytest.mark.parametrize("positions", RANKS, ids=["1d", "2d", "3d"])
 

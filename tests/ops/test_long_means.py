@@ -8,10 +8,10 @@ import torch
 import da_triton
 from da_triton.ops.aten import core as aten
 from da_triton.precision import POLICIES
+from support.cases import ORDERS
 from support.numerics import DEVICE, HALVES, TOLERANCE, check, relative_rms
 
 LONG = 3_000_001  # its inverse is subnormal in float16, and not a power of two
-ORDERS = ["AZ", "XZ", "AH", "XH"]
 NARROW = [torch.float32, *HALVES]
 each_dtype = pytest.mark.parametrize("dtype", NARROW, ids=str)
 

@@ -9,10 +9,9 @@ import torch
 import da_triton
 from da_triton import DoubleAttention, reference
 from da_triton.streaming import Descriptors, StreamingDoubleAttention, Window
+from support.cases import each_backend
 from support.numerics import DEVICE, DTYPES, TOLERANCE, check, peaky, relative_rms
 
-BACKENDS = ["triton", "torch", "eager"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 HEADS, M, N = 2, 3, 4
 EXACT = TOLERANCE[torch.float64]
 

@@ -1,8 +1,14 @@
-"""Shapes that reach every path of the kernels, small enough to interpret."""
+"""What tests run over: orders, backends, position axes, and shapes that reach every path of the
+kernels, small enough to interpret."""
 
 import dataclasses
 
 import pytest
+
+ORDERS = ["AZ", "XZ", "AH", "XH"]
+BACKENDS = ["triton", "torch", "eager"]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+RANKS = [(30,), (5, 6), (2, 3, 5)]  # positions of signals, images and videos
 
 
 @dataclasses.dataclass(frozen=True)

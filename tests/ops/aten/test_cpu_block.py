@@ -4,6 +4,7 @@ A few constants decide how samples and positions are cut up; setting them reache
 small tensors.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -15,12 +16,13 @@ from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_block, cpu_products, cpu_small
 from da_triton.planning import planner
 from da_triton.planning.shapes import AZ, XH
+from support.cases import ORDERS
+from support.compare import check_against_reference, step
 from support.numerics import check, peaky
 
-ORDERS = ["AZ", "XZ", "AH", "XH"]
 C, C_M, C_N, POSITIONS = 20, 12, 8, (5, 7)
-NAMES = ("x", "weight_a", "bias_a", "weight_b", "bias_b", "weight_v", "bias_v", "weight_out",
-         "bias_out")  # fmt: skip
+WANTED = ("x", "weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
+eager = functools.partial(double_attention_block, backend="eager")
 EVERYTHING = {
     "heads": 2, "logit_scale": 0.5, "logit_scale_v": 0.7, "scale": 1.3, "softmax_v": False,
 }  # fmt: skip
@@ -78,7 +80,7 @@ def calls(monkeypatch):
 
 
 def leaves(dtype, batch=3, channels_last=False, bias=True, reconstruct=True, positions=POSITIONS):
-    """x and the weights, in the order of ``NAMES``; logits of deviation about 3."""
+    """x and the weights, as the block takes them; logits of deviation about 3."""
     length = math.prod(positions)
     x = peaky(batch, 1, C, length, dtype=dtype, deviation=1)[:, 0].reshape(batch, C, *positions)
     if channels_last:
@@ -93,29 +95,19 @@ def leaves(dtype, batch=3, channels_last=False, bias=True, reconstruct=True, pos
     return [None if z is None else z.to(dtype).requires_grad_() for z in found]
 
 
-def gradients(given, upstream=None, **options):
-    """The output, and the gradients of what requires one, by name."""
-    out = double_attention_block(*given, **options)
-    if upstream is None:
-        torch.manual_seed(1)
-        upstream = torch.randn(out.shape, dtype=torch.float64)
-    wanted = {n: z for n, z in zip(NAMES, given, strict=True) if z is not None and z.requires_grad}
-    wanted.pop("bias_b", None)
-    found = torch.autograd.grad(out, list(wanted.values()), upstream.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
+def gradients(given, upstream=None, wanted=WANTED, **options):
+    return step(functools.partial(double_attention_block, **options), given, upstream, wanted)
 
 
 def compare(given, upstream=None, order="auto", recompute="auto", **options):
-    dtype = given[0].dtype
-    wide = [None if z is None else z.detach().double().requires_grad_() for z in given]
-    expected = gradients(wide, upstream, backend="eager", **options)
-    own = gradients(given, upstream, backend="eager", **options)
-    options |= {"backend": "torch", "order": order, "recompute": recompute}
-    actual = gradients(given, upstream, **options)
-    for name, value in actual.items():
-        # The terms of bias_v's gradient cancel: in float32 only the tolerance says something.
-        theirs = None if name == "bias_v" and dtype.itemsize > 2 else own[name]
-        check(value, expected[name], dtype, theirs, f"{order} {name}")
+    ours = functools.partial(
+        double_attention_block, backend="torch", order=order, recompute=recompute
+    )
+    # The terms of bias_v's gradient cancel: in float32 only the tolerance says something.
+    only_tolerance = ["bias_v"] if given[0].dtype.itemsize > 2 else []
+    check_against_reference(
+        ours, eager, given, upstream, only_tolerance=only_tolerance, wanted=WANTED, **options
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -203,15 +195,13 @@ def test_nothing_is_kept_when_every_position_is_masked(order):
         assert not results[name].any(), name
 
 
-@pytest.mark.parametrize("wanted", [n for n in NAMES if n != "bias_b"])
+@pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("order", ORDERS)
 def test_one_gradient_alone(order, wanted, one_piece_or_several):
     given = leaves(torch.float64)
     options = {"order": order, "heads": 2, "residual": True, "backend": "torch"}
     expected = gradients(given, **options)
-    for name, z in zip(NAMES, given, strict=True):
-        z.requires_grad_(name == wanted)
-    results = gradients(given, **options)
+    results = gradients(given, wanted=[wanted], **options)
     assert torch.equal(results[wanted], expected[wanted])
 
 

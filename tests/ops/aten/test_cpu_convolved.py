@@ -3,16 +3,20 @@
 Constants of zero convolve every product, however small; convolutions need no second thread.
 """
 
+import functools
+
 import pytest
 import torch
 
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_small
+from support.cases import ORDERS
+from support.compare import check_against_reference, widened
 from support.numerics import check
 
-ORDERS = ["AZ", "XZ", "AH", "XH"]
 C, C_M, C_N = 20, 12, 8
 NAMES = ("x", "weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
+eager = functools.partial(double_attention_block, backend="eager")
 
 
 @pytest.fixture(autouse=True)
@@ -38,39 +42,22 @@ def convolved(monkeypatch):
 
 
 def leaves(batch=1, size=6, channels_last=False, left_out=()):
-    """x and the weights, in the order of ``NAMES``."""
+    """x and the weights, as the block takes them."""
     sizes = (C_M, C), C_M, (C_N, C), (C_N, C), C_N, (C, C_M), C
     found = [torch.randn(batch, C, size, size), *(torch.randn(s) / 4 for s in sizes)]
     if channels_last:
         found[0] = found[0].contiguous(memory_format=torch.channels_last)
-    return [None if n in left_out else z for n, z in zip(NAMES, found, strict=True)]
+    found = [None if n in left_out else z for n, z in zip(NAMES, found, strict=True)]
+    return [*found[:4], None, *found[4:]]
 
 
-def gradients(given, trained=NAMES, upstream=None, **options):
-    """The output, and the gradients of ``trained``, by name."""
-    leaf = {
-        n: z.detach().clone(memory_format=torch.preserve_format).requires_grad_(n in trained)
-        for n, z in zip(NAMES, given, strict=True)
-        if z is not None
-    }
-    x, a, bias_a, b, *others = map(leaf.get, NAMES)
-    out = double_attention_block(x, a, bias_a, b, None, *others, residual=True, **options)
-    torch.manual_seed(1)
-    upstream = torch.randn(out.shape) if upstream is None else upstream
-    wanted = [n for n in trained if n in leaf]
-    found = torch.autograd.grad(out, [leaf[n] for n in wanted], upstream.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
-
-
-def compare(given, trained=NAMES, upstream=None, **options):
+def compare(given, trained=NAMES, upstream=None, order="auto", heads=1):
     """Returns what the ``torch`` backend gave."""
-    wide = [None if z is None else z.double() for z in given]
-    heads = options.get("heads", 1)
-    expected = gradients(wide, trained, upstream, backend="eager", heads=heads)
-    actual = gradients(given, trained, upstream, backend="torch", **options)
-    for name, value in actual.items():
-        check(value, expected[name], torch.float32, what=name)
-    return actual
+    ours = functools.partial(double_attention_block, backend="torch", order=order)
+    return check_against_reference(
+        ours, eager, given, upstream, only_tolerance=("out", *NAMES), wanted=trained, heads=heads,
+        residual=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [2, 6], ids=["fewer positions than maps", "more"])
@@ -152,11 +139,10 @@ def test_second_derivatives(order, channels_last):
     given = leaves(channels_last=channels_last)
 
     def penalty(given, **options):
-        x, *others = (z.detach().clone().requires_grad_() for z in given)
-        a, bias_a, b, *rest = others
-        out = double_attention_block(x, a, bias_a, b, None, *rest, **options)
+        x, *weights = (None if z is None else z.detach().requires_grad_() for z in given)
+        out = double_attention_block(x, *weights, **options)
         (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), x)[0]
 
-    expected = penalty([z.double() for z in given], backend="eager")
+    expected = penalty(widened(given), backend="eager")
     check(penalty(given, backend="torch", order=order), expected, torch.float32)

@@ -6,9 +6,9 @@ from torch.profiler import profile
 
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_products
+from support.cases import ORDERS
 from support.numerics import check
 
-ORDERS = ["AZ", "XZ", "AH", "XH"]
 C, C_M, C_N = 20, 12, 6
 WAYS = {
     "one piece": {},
