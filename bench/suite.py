@@ -32,9 +32,10 @@ LEFT_OUT = (
     "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
     "test_copies.py", "test_default_device.py", "test_hints.py", "test_package.py",
     "test_reference.py", "test_streaming_refusals.py",
-    # ahead-of-time compilation, what only the interpreter can count, and what ``da_triton.check``
-    # says, which the smoke stage runs
-    "kernels/test_aot.py", "kernels/test_layouts.py", "test_selfcheck.py",
+    # ahead-of-time compilation, what only the interpreter can count, what ``da_triton.check`` says,
+    # which the smoke stage runs, and what runs under compute-sanitizer
+    "kernels/test_aot.py", "kernels/test_layouts.py", "kernels/test_sanitize.py",
+    "test_selfcheck.py",
     "ops/triton/test_routes_launches.py", "ops/triton/test_routes_traffic.py",
     "kernels/test_traffic.py",
 )  # fmt: skip
