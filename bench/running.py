@@ -9,7 +9,7 @@ import torch
 
 from . import arguments, ceilings, estimate, host, names, networks, providers, scaling
 from .arguments import UsageError
-from .codegen.cli import cannot_compile
+from .codegen.table import cannot_compile
 from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu

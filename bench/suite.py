@@ -117,8 +117,8 @@ def record(tests: Sequence[str], *, interpret: bool = False) -> Recorded:
 def compiled(
     launches: Sequence[dict[str, Any]], arch: str, jobs: int
 ) -> Iterator[tuple[str, str, int, str]]:
-    """``codegen.replay.Compiled`` of each distinct launch, as it is compiled."""
-    command = [sys.executable, "-m", "bench.codegen.replay", arch, str(jobs)]
+    """``codegen.compile.Compiled`` of each distinct launch, as it is compiled."""
+    command = [sys.executable, "-m", "bench.codegen.compile", arch, str(jobs)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryFile("w+") as given, subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=given, stdout=subprocess.PIPE, text=True

@@ -12,7 +12,7 @@ from da_triton import selfcheck
 from . import arguments, names, providers, suite
 from . import warm as warming
 from .arguments import UsageError
-from .codegen.cli import cannot_compile
+from .codegen.table import cannot_compile
 from .compare import NotComparableError, compare, read
 from .providers import LAYOUTS
 from .workloads import Workload, select
@@ -127,9 +127,23 @@ def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
 
 
 def codegen(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    from .codegen.cli import main
+    from .codegen import table as tables
 
-    return main(argv)
+    parser = arguments.parser(
+        "codegen", "Registers, spills, shared memory and loads of every kernel with its tiles, "
+        "without a GPU. Programs that have not changed are not compiled again; all of them take "
+        "minutes for each architecture. See what a change made of them by git diff.",
+        "codegen\ncodegen --arch sm_90\ncodegen --arch gfx942 --out /tmp/codegen.csv",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arch", action="append", choices=tables.ORDER, help="repeatable; all without"
+    )
+    parser.add_argument("--out", type=Path, default=tables.KEPT, help="a CSV file, kept in order")
+    options = parser.parse_args(argv)
+    if reason := cannot_compile():
+        raise UsageError(reason)
+    tables.update(options.arch or tables.ORDER, options.out)
+    return 0
 
 
 def test_suite(argv: Sequence[str], table: Sequence[Workload]) -> int:

@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench.codegen import compiler, fused, launches
+from bench.codegen import compile, survey
 from bench.codegen.candidates import CANDIDATES, SMALL
 from da_triton.runtime import fused_tiles
 
@@ -37,7 +37,7 @@ def main(argv=None):
     )
     parser.add_argument("arch", nargs="+", help="sm_80, sm_89, sm_90, sm_100, gfx942")
     parser.add_argument(
-        "--kernel", action="append", choices=fused.BLOCKS, help="repeatable; else all"
+        "--kernel", action="append", choices=survey.BLOCKS, help="repeatable; else all"
     )
     parser.add_argument(
         "--from", dest="start", metavar="ARCH",
@@ -48,7 +48,7 @@ def main(argv=None):
         print("TRITON_INTERPRET is set: nothing would be compiled. Unset it.", file=sys.stderr)
         return 2
     for arch in options.arch:
-        for kernel in options.kernel or fused.BLOCKS:
+        for kernel in options.kernel or survey.BLOCKS:
             write(arch, kernel, Search(arch, kernel, options.start).run())
     return 0
 
@@ -63,10 +63,10 @@ class Search:
     def run(self):
         """``{(block_m, block_n): ((plain tile, remark), (special tile, remark))}``"""
         found = {}
-        for blocks, sizes in fused.BLOCKS[self.kernel].items():
+        for blocks, sizes in survey.BLOCKS[self.kernel].items():
             entry = self.best(blocks, sizes, self.candidates(blocks), special=False)
             entries = entry, entry
-            if entry and fused.special_flags(self.kernel):
+            if entry and survey.special_flags(self.kernel):
                 rest = self.candidates(blocks, entry[0])
                 entries = entry, self.best(blocks, sizes, rest, special=True)
             print(self.arch, self.kernel, blocks, *entries, flush=True)
@@ -76,8 +76,8 @@ class Search:
 
     def best(self, blocks, sizes, candidates, special):
         """The first that is clean, with a remark; None if none is."""
-        usual = fused.variants(self.kernel, special)
-        odd = fused.odd_variants(self.kernel, special)
+        usual = survey.variants(self.kernel, special)
+        odd = survey.odd_variants(self.kernel, special)
         fallback, remark, hopeless = None, "", set()
         for candidate in candidates:
             block_l, warps, stages = candidate
@@ -112,7 +112,7 @@ class Search:
         if self.arch == "gfx942" and stages > 2:
             return False  # one buffer beside the registers is what its pipelines are made of
         held = blocks[0] * block_l * 2 * (stages - 1) if self.kernel in HOLD_ALL_CHANNELS else 0
-        return held < compiler.SHARED_LIMIT[self.arch]
+        return held < compile.SHARED_LIMIT[self.arch]
 
     def spills(self, blocks, sizes, candidate, wanted):
         """Of the first variant that spills, else 0; 0.5 for any other failure."""
@@ -120,19 +120,19 @@ class Search:
         for number, variant in enumerate(wanted):
             if number >= LIKELIEST and registers <= AT_EASE:
                 break
-            with launches.on("sm_90"):  # its table has what the launchers ask for on the way
-                recorded = fused.record(self.kernel, sizes, candidate, variant, special={})
+            with survey.on("sm_90"):  # its table has what the launchers ask for on the way
+                recorded = survey.record(self.kernel, sizes, candidate, variant, special={})
             for launch in recorded:
-                key = compiler.identity(launch, self.arch)
+                key = compile.identity(launch, self.arch)
                 if key in seen:
                     continue
                 seen.add(key)
                 spills = 0.5
                 try:
-                    code = compiler.compile_launch(launch, self.arch)
+                    code = compile.compile_launch(launch, self.arch)
                     spills, registers = code.spills, max(registers, code.registers)
                     failure = f"{spills} spills"
-                except compiler.OutOfSharedMemoryError as error:
+                except compile.OutOfSharedMemoryError as error:
                     failure = f"{error} of shared memory"
                 except Exception as error:  # the compiler's own limits differ by version
                     failure = f"{type(error).__name__} {str(error)[:80]}"

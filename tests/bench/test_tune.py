@@ -303,7 +303,7 @@ from triton.runtime.jit import JITFunction
 import bench
 before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
-from bench.codegen import cli, compiler, fused, launches, survey, tiles
+from bench.codegen import compile, survey, table, tiles
 from bench.tune import Site
 from da_triton.ops.triton import routes
 
@@ -313,12 +313,12 @@ class Card:
     def get_current_stream(self, device): return 0
 
 driver.set_active(Card())
-variant = launches.Variant("nchw", 256)
+variant = survey.Variant("nchw", 256)
 shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
-w = routes.Weights(*(launches._empty(variant, *shape) for shape in shapes))
-x = launches._empty(variant, 1, 256, 256)
+w = routes.Weights(*(survey._empty(variant, *shape) for shape in shapes))
+x = survey._empty(variant, 1, 256, 256)
 options = routes.Options(1, 1.0, 1.0, 1.0, True, True)
-run = lambda: routes.forward(x, w, None, options, fused.route("project_distribute"), False)
+run = lambda: routes.forward(x, w, None, options, survey.route("project_distribute"), False)
 site = Site("project_distribute", 256, 64)
 entries = [(32, 4, 2), (64, 8, 2)]
 
@@ -332,7 +332,7 @@ def without_launch(self, *args, grid, warmup, **options):
     launched.append(self.fn.__name__)
     original(self, *args, grid=grid, warmup=True, **options)
 
-with launches.on("sm_90"):
+with survey.on("sm_90"):
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
         mock.patch("triton.compile", no_compilation),
@@ -344,9 +344,9 @@ with launches.on("sm_90"):
             with tune.tile_of(site, entry):
                 run()
 print(launched.count("project_distribute_kernel"))
-with launches.on("sm_90"):
-    recorded = fused.record(site.kernel, (256, 64, 64), (32, 4, 2), variant, special={})
-print(compiler.compile_launch(recorded[0], "sm_90").spills)
+with survey.on("sm_90"):
+    recorded = survey.record(site.kernel, (256, 64, 64), (32, 4, 2), variant, special={})
+print(compile.compile_launch(recorded[0], "sm_90").spills)
 print({k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)})
 print(knobs.compilation.disable_line_info)
 """
