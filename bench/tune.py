@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from da_triton.ops.triton import routes
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import configs, launch, measured
 
 from .codegen.candidates import CANDIDATES, SMALL
@@ -145,8 +145,8 @@ def _problem(work, device):
     w = routes.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
     options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     s = Shape(batch, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
-    limits = configs.limits(s, work.c, configs.architecture(device), launch.processors(device))
-    return x, w, options, planner.options(s, limits)[0].route
+    gpu = configs.architecture(device), launch.processors(device)
+    return x, w, options, kernel_routes(s, work.c, *gpu)[0].route
 
 
 @contextlib.contextmanager

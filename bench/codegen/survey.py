@@ -37,9 +37,8 @@ from bench.codegen.compile import Launch
 from bench.workloads import WORKLOADS
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.planning.planner import Route
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import AH, AZ, XH, Route, Shape
 from da_triton.precision import matmul_precision
 from da_triton.runtime import configs, fused_tiles, launch
 
@@ -184,8 +183,8 @@ def launched(kernel: str) -> str:
 
 def route(kernel: str) -> Route:
     """One that launches the kernel."""
-    fused = Route("XH", "fused", "fused", "fused", "XH", BATCH)
-    from_a = fused._replace(order="AH", backward="split", backward_order="AZ")
+    fused = Route(XH, "fused", "fused", "fused", XH, BATCH)
+    from_a = fused._replace(order=AH, backward="split", backward_order=AZ)
     if kernel == "project_distribute_blocks":
         return from_a._replace(gather="split")
     return from_a if kernel == "gather_from_a" else fused
@@ -342,7 +341,7 @@ def _core() -> Iterator[Found]:
 
 def _all_maps(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
-    route = Route("AZ", "split", "split", "split", "AZ", 64)
+    route = Route(AZ, "split", "split", "split", AZ, 64)
     sizes = {n: torch.bfloat16 for key, _, n in configs.ALL_MAPS if key == arch}
     runs = [(n, Variant(*layout, dtype)) for n, dtype in sizes.items() for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
@@ -377,10 +376,9 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
             continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        limits = configs.limits(s, work.c, arch, PROCESSORS)
-        planned = planner.options(s, limits)[0].route
+        planned = kernel_routes(s, work.c, arch, PROCESSORS)[0].route
         split = planned._replace(
-            order="AZ", gather="split", distribute="split", backward="split", backward_order="AZ"
+            order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
         )
         special = work.heads > 1 or work.c_n % 16 > 0
         for route in (planned, split):

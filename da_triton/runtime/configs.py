@@ -7,13 +7,10 @@ go to more positions a tile, which means wider rows and fewer loop steps. None h
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 
-from ..planning.costs import Core
-from ..planning.planner import Limits
 from . import fused_tiles, measured
 
 
@@ -229,46 +226,6 @@ def packed(heads, c_n, block_n):
     return heads == 1 or c_n == block_n
 
 
-@functools.lru_cache(maxsize=4096)
-def limits(shape, c_out, arch, processors):
-    """What the planner needs to know of the kernels on a GPU."""
-    m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
-    widest, all_maps = max(channels, c_out), math.prod(lanes(shape.heads, n))
-    pass_2 = "project_distribute" if holds_all(widest, all_maps) else "project_distribute_blocks"
-
-    def positions(last, *others):
-        """In a tile of the last kernel, if all fit; short tiles are left to the split route."""
-        kernels = [*others, last]
-        if not all(fits(kernel, shape.itemsize, *sizes, arch) for kernel, *sizes in kernels):
-            return 0
-        block_l = fused_tiles.TILES[(arch, last[0], *fused_blocks(*last))][0]
-        return block_l if block_l >= 32 else 0
-
-    small, pass_1 = ("descriptors", m, n), ("gather_from_x", channels, shape.c_n)
-    backward = (
-        ("gather_side", channels, shape.c_n),
-        small,
-        pass_1,
-        ("descriptors_backward", m, n),
-        ("distribute_side", widest, all_maps),
-        ("outer", channels, 2 * shape.c_n),
-        ("weight_gradients", m, n),
-    )
-    return Limits(
-        processors=processors,
-        gather_from_x=positions(pass_1, small),
-        gather_from_a=positions(("gather_from_a", m, n), small),
-        project_distribute=positions((pass_2, widest, all_maps), small),
-        backward=positions(*backward) if shape.reconstruct else 0,
-        map_blocks=-(-shape.c_n // fused_blocks(*pass_1)[1]),
-        whole=holds_all(widest, all_maps),
-        core=Core(
-            ONE_TILE[shape.itemsize],
-            *(_positions_of_all_maps(shape.itemsize, n, arch, way) for way in (False, True)),
-        ),
-    )
-
-
 def one_tile(x, c_m, c_n):
     """Whether one program can hold all of G."""
     return max(c_m, c_n) <= ONE_TILE[x.element_size()]
@@ -286,7 +243,8 @@ def _all_maps(itemsize, c_n, arch, gradient):
     return WIDE_ALL_MAPS[itemsize] if c_n <= 32 else None
 
 
-def _positions_of_all_maps(itemsize, c_n, arch, gradient):
+def positions_of_all_maps(itemsize, c_n, arch, gradient):
+    """Positions in the tile of ``all_maps``; 0 where none fits."""
     entry = _all_maps(itemsize, c_n, arch, gradient)
     return 0 if entry is None else entry[1]
 

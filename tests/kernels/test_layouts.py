@@ -80,11 +80,11 @@ def test_chained_products_are_found():
 CONTRACTED = """
 import re, torch, triton
 from bench.codegen import compile, survey
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import XH, Route
 with survey.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
     found = [x for m, n in sizes for x in survey.core(m, n, survey.Variant())]
-    fused = Route("XH", "fused", "fused", "fused", "XH", 64)
+    fused = Route(XH, "fused", "fused", "fused", XH, 64)
     found += survey.of_block((64, 64, 32, 32), fused, survey.Variant())
 for launch in found:
     launch.kwargs.update(FUSION)

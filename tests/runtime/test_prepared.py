@@ -39,9 +39,9 @@ from da_triton.kernels import distribute, gather, project_gather
 from da_triton.ops.triton import routes
 from da_triton.runtime import launch
 from da_triton.runtime.recorded import Recorded
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import AH, AZ, XH, XZ, Route
 
-FUSED = Route("XH", "fused", "fused", "fused", "XH", 64)
+FUSED = Route(XH, "fused", "fused", "fused", XH, 64)
 OPTIONS = routes.Options(1, 0.5, 0.6, 0.7, True, True)
 
 def empty(*shape, dtype=torch.bfloat16, offset=0):
@@ -87,10 +87,10 @@ def both(self, tensors, scales=()):
 
 launch.Launch.__call__ = both
 SPLIT = [
-    Route("AZ", "split", "split", "split", "AZ", 64),
-    Route("XH", "split", "split", "split", "XH", 64),
-    Route("AH", "fused", "fused", "split", "AH", 64),
-    Route("XZ", "fused", "split", "split", "XZ", 64),
+    Route(AZ, "split", "split", "split", AZ, 64),
+    Route(XH, "split", "split", "split", XH, 64),
+    Route(AH, "fused", "fused", "split", AH, 64),
+    Route(XZ, "fused", "split", "split", XZ, 64),
 ]
 for last in (False, True):
     for offset in (0, 1):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_block, cpu_products, cpu_small
 from da_triton.planning import planner
+from da_triton.planning.shapes import AZ, XH
 from support.numerics import check, peaky
 
 ORDERS = ["AZ", "XZ", "AH", "XH"]
@@ -408,9 +409,9 @@ def test_numpy_integers(calls):
 
 
 def test_auto_takes_the_fewest_multiply_adds():
-    assert planner.choose_order(512, 128, 128, 1, 400, 4, True, cpu=True) == "AZ"
-    assert planner.choose_order(128, 128, 128, 4, 4096, 4, True, cpu=True) == "XH"
-    assert planner.choose_order(512, 512, 19, 1, 8192, 4, True, cpu=True) == "XH"
+    assert planner.choose_order(512, 128, 128, 1, 400, 4, True, cpu=True) == AZ
+    assert planner.choose_order(128, 128, 128, 4, 4096, 4, True, cpu=True) == XH
+    assert planner.choose_order(512, 512, 19, 1, 8192, 4, True, cpu=True) == XH
 
 
 def test_a_wrong_reference_is_rejected():
