@@ -134,9 +134,7 @@ def gather_kernel(
         a = load_map(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
         if HAS_MASK:
             taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-            a = tl.where(
-                taking_part[None, :], a, 0.0
-            )  # a masked position may hold anything, even NaN
+            a = tl.where(taking_part[None, :], a, 0.0)  # a masked position may hold NaN
         x = tl.where(taking_part[None, :], b.to(ACC) * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(x, mx, total)
         acc = dot(p.to(a.dtype), tl.trans(a), acc * rescale[:, None], PRECISION)
