@@ -21,17 +21,17 @@ TESTS = ROOT / "tests"
 # Files that a GPU adds nothing to, by what they test.
 LEFT_OUT = (
     # the benchmark, other libraries, notebooks and documents
-    "bench", "integrations", "test_export.py", "test_export_formats.py", "test_layers.py",
-    "test_notebooks.py", "test_readme.py",
+    "bench", "integrations", "test_export.py", "test_export_formats.py", "test_notebooks.py",
+    "test_readme.py",
     # code of CPUs, and ranks that are CPU processes
     "ops/aten/test_cpu_block.py", "ops/aten/test_cpu_convolved.py", "ops/aten/test_cpu_masks.py",
     "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
     "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
     "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
-    "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
-    "test_copies.py", "test_default_device.py", "test_hints.py", "test_package.py",
-    "test_reference.py", "test_streaming_refusals.py",
+    "arguments/test_checks.py", "arguments/test_hints.py", "modules/test_checkpointing.py",
+    "modules/test_children.py", "modules/test_copies.py", "modules/test_state_dicts.py",
+    "streaming/test_refusals.py", "test_default_device.py", "test_package.py", "test_reference.py",
     # ahead-of-time compilation, what only the interpreter can count, what ``da_triton.check`` says,
     # which the smoke stage runs, and what runs under compute-sanitizer
     "kernels/test_aot.py", "kernels/test_layouts.py", "kernels/test_sanitize.py",
@@ -41,7 +41,7 @@ LEFT_OUT = (
 )  # fmt: skip
 NEEDS = {"test_properties.py": "hypothesis"}  # optional packages
 # A worker takes one test at a time, so whatever takes longest starts first.
-FIRST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
+FIRST = ("test_properties.py", "ops/triton/test_large.py", "ops/triton/test_gpu_numerics.py")
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
     "DA_TRITON_PROVE": "0",  # the kernels themselves are tested, not what replaces wrong ones

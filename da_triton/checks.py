@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .planning.shapes import AZ, ORDERS
+from .precision import POLICIES
 
 ORDER_NAMES = ("auto", *ORDERS)
 PAPERS = ("auto", AZ.name)  # names of an order that may be the paper's
 BACKENDS = ("auto", "triton", "torch", "eager")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = tuple(POLICIES)
 
 
 def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:

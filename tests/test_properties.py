@@ -1,4 +1,4 @@
-"""Any shapes, strides and options against the definition in float64.
+"""The public functions: any shapes, strides and options against the definition in float64.
 
 A few examples each here. Many, of a seed of one's own:
 

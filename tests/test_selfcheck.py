@@ -120,7 +120,7 @@ def test_importing_the_command_leaves_the_function():
     assert da_triton.check is function
 
 
-def test_what_is_said_of_a_gpu(monkeypatch):
+def test_facts_about_a_gpu(monkeypatch):
     made_by = compilers.Compiler((9, 0), (3, 6, 0), (12, 8, 93))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")

@@ -13,7 +13,7 @@ written in parts and merged by ``descriptors``.
 import triton
 import triton.language as tl
 
-from ..precision import accumulator
+from ..precision import POLICIES, accumulator
 from ..runtime import configs, fused_tiles, guard, launch
 from .primitives import dot, exp_minus, load_keep, load_map, load_matrix, scalar
 from .project_distribute import rows_of_lanes, softmax_heads
@@ -316,5 +316,5 @@ def _gather_side(x, dout, dv, db, dx, keep, weight_b, weight_v, dm, lse, delta, 
         gather_side_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
         strided={"keep": keep}, again=True, C=channels, MAPS=maps, HAS_MASK=keep is not None,
         RESIDUAL=residual, WRITE_X=need_x, CHAINED=configs.chains_products(x.device),
-        P_SCALE=launch.p_scale(x.dtype),
+        P_SCALE=POLICIES[x.dtype].p_scale,
     )  # fmt: skip

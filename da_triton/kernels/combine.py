@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..precision import accumulator, lse_dtype
+from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import configs, guard, launch
 from .primitives import GRADIENT_RANGE, dot_wide, exp, into_float16, load_matrix, log_sum, scalar
 
@@ -313,7 +313,7 @@ def backward(parts, lse, m, weights, *, heads, scale):
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
-    shifted = torch.empty_like(lse) if weights.a.dtype == torch.float16 else lse
+    shifted = torch.empty_like(lse) if POLICIES[weights.a.dtype].extended else lse
     ready = launch.prepared(_backward, (weights.a, weights.out, parts, lse, m), heads)
     dh, dg, delta, dm = ready.empty()
     ready((parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))

@@ -16,6 +16,7 @@ W is ``(N, heads, C_M, C_N)``, maps are ``(N, heads, channels, positions)``, bot
 import triton
 import triton.language as tl
 
+from ..precision import POLICIES
 from ..runtime import configs, launch
 from .primitives import dot, exp, exp_minus, load_keep, load_map, load_matrix, scalar, store_map
 
@@ -207,5 +208,5 @@ def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
         HAS_BIAS=bias is not None, HAS_MASK=keep is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,
-        E_SCALE=1.0 if lse is None else launch.p_scale(x.dtype),
+        E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale,
     )  # fmt: skip

@@ -17,7 +17,7 @@ innermost loop, where loads are pipelined.
 import triton
 import triton.language as tl
 
-from ..precision import accumulator, lse_dtype
+from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import configs, launch
 from .primitives import (
     dot,
@@ -369,7 +369,7 @@ def _mixing(x, w, y, r, lse, keep, per_map):
         maps={"x": x, "y": y}, strided={"w": w, "keep": keep},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
         HAS_MASK=keep is not None, PRODUCT=r is not None,
-        E_SCALE=launch.p_scale(x.dtype) if per_map else 1.0,
+        E_SCALE=POLICIES[x.dtype].p_scale if per_map else 1.0,
     )  # fmt: skip
 
 

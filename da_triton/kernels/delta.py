@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..precision import POLICIES
 from ..runtime import configs, launch
 from .primitives import into_float16, load_matrix
 
@@ -121,7 +122,7 @@ def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None)
     is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
     is returned (see ``into_float16``).
     """
-    shifted = torch.empty_like(lse) if dtype == torch.float16 else lse
+    shifted = torch.empty_like(lse) if POLICIES[dtype].extended else lse
     dlse_ = lse if dlse is None else dlse.contiguous()
     ready = launch.prepared(_delta, (parts, g, bias, lse, dlse), dtype, mask)
     delta, rounded = ready.empty()

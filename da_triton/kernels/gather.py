@@ -21,7 +21,7 @@ Tensors are ``(N, heads, channels, positions)`` in any strides.
 import triton
 import triton.language as tl
 
-from ..precision import accumulator, lse_dtype
+from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import configs, guard, launch
 from . import core_full_n, core_tiled, delta
 from .primitives import (
@@ -134,9 +134,7 @@ def gather_kernel(
         a = load_map(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
         if HAS_MASK:
             taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-            a = tl.where(
-                taking_part[None, :], a, 0.0
-            )  # a masked position may hold anything, even NaN
+            a = tl.where(taking_part[None, :], a, 0.0)  # a masked position may hold NaN
         x = tl.where(taking_part[None, :], b.to(ACC) * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(x, mx, total)
         acc = dot(p.to(a.dtype), tl.trans(a), acc * rescale[:, None], PRECISION)
@@ -456,5 +454,5 @@ def _backward(a, b, dg, da, db, keep, lse, correction):
         maps={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},
         strided={"dg": dg, "keep": keep}, HEADS=heads, C_M=c_m, C_N=c_n,
         HAS_MASK=keep is not None, NEED_A=da is not None, NEED_B=db is not None,
-        P_SCALE=launch.p_scale(a.dtype),
+        P_SCALE=POLICIES[a.dtype].p_scale,
     )  # fmt: skip

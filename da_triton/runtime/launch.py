@@ -21,7 +21,6 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from .. import signatures
-from ..kernels.primitives import GRADIENT_RANGE
 from ..precision import accumulator
 from ..projection import channels_last
 from . import measured
@@ -29,12 +28,7 @@ from . import measured
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
 INTERPRETED = triton.knobs.runtime.interpret
 
-TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # of sums
 # Without a GPU (interpreted kernels) the split over positions is made for this many processors: few
 # enough to keep interpreted launches short, enough to exercise the combination of chunks.
 INTERPRETED_PROCESSORS = 4
@@ -42,16 +36,6 @@ INTERPRETER = threading.RLock()
 
 # Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
 COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
-
-
-def p_scale(dtype):
-    """Factor that keeps normalised gather weights out of float16's subnormals.
-
-    P ≤ 1 sums to 1 over up to 2^21 positions, so most of it is below 2^-14, the smallest normal
-    float16. 2^15 · P still fits, where P may be larger by the range that ``into_float16`` gives
-    to gradients; the product is scaled back in float32. Exact: a power of two.
-    """
-    return 32768.0 / GRADIENT_RANGE.value if dtype == torch.float16 else 1.0
 
 
 def strides(x, align):

@@ -1,4 +1,4 @@
-"""The block on a CPU: every way through it against the definition, and everything it leaves alone.
+"""The public block on a CPU: every way through it against the definition, and when it is left.
 
 A few constants decide how samples and positions are cut up; setting them reaches every way with
 small tensors.

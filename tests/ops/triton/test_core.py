@@ -1,4 +1,4 @@
-"""The operators at PyTorch's boundary: opcheck, fakes, FLOP, saved tensors, where they refuse."""
+"""The core's operators at PyTorch's boundary: opcheck, fakes, FLOP, saved tensors, errors."""
 
 import pytest
 import torch

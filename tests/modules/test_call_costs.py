@@ -1,4 +1,4 @@
-"""What a warm call costs the host, in numbers that do not vary: operations and Python functions."""
+"""What a warm call of a layer costs the host: exact counts of operations and Python functions."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Kernels with shipped tiles at full width, compared with float64 block by block.
+"""Routes and core operators with shipped tiles at full width, against float64 block by block.
 
 Small shapes do not fill a tile, and an error averaged over a whole result hides a tile with a wrong
 corner. Without a GPU the same tests interpret small shapes.

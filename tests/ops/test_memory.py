@@ -1,4 +1,4 @@
-"""What the block keeps for backward, and what it holds at most, at every named workload's size."""
+"""What the public block keeps for backward, and holds at most, at every named workload's size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Maps with elements beyond 2^31, and with 2^21 positions.
+"""Kernels and routes: maps with elements beyond 2^31, and with 2^21 positions.
 
 Memory that is never touched costs nothing on a CPU: the maps lie in a sparse file, a few pages of
 which are real, and their strides spread them so that along one axis the offset exceeds 2^31. They
