@@ -206,17 +206,11 @@ def against_model(timed: pd.DataFrame) -> pd.DataFrame:
 def markdown(frame: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
     """A table in Markdown; ``formats``: of some columns, functions or format strings."""
 
-    def text(name: str, value: Any) -> str:
-        if value is None or (isinstance(value, float) and np.isnan(value)):
-            return ""
-        form = (formats or {}).get(name, str)
-        return form.format(value) if isinstance(form, str) else form(value)
+    def cells(column: pd.Series) -> list[str]:
+        form = (formats or {}).get(str(column.name), str)
+        text = form.format if isinstance(form, str) else form
+        return ["" if pd.isna(x) else text(x).replace("|", "\\|") for x in column]
 
-    names = [str(name) for name in frame.columns]
-    numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns]
-    lines = ["| " + " | ".join(names) + " |"]
-    lines.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
-    for values in frame.itertuples(index=False):
-        cells = (text(name, value) for name, value in zip(names, values, strict=True))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    shown = pd.DataFrame({name: cells(frame[name]) for name in frame.columns})
+    align = ["right" if pd.api.types.is_numeric_dtype(x) else "left" for x in frame.dtypes]
+    return shown.to_markdown(index=False, colalign=align, disable_numparse=True)
