@@ -84,14 +84,12 @@ def merged(timed: pd.DataFrame) -> pd.DataFrame:
     Every group times eager and da_triton again, next to what it compares them with.
     """
     keys = ["workload", "dtype", "mode", "layout", "launch", "provider"]
-    found = timed.drop_duplicates(keys).copy()
-    for ratio in timed.columns.intersection(list(RATIOS)):
-        least = timed.groupby(keys)[ratio].min()
-        found[ratio] = least.reindex(pd.MultiIndex.from_frame(found[keys])).to_numpy()
-    if UNUSED in timed:
-        unused = timed.groupby(keys)[UNUSED].first()
-        found[UNUSED] = unused.reindex(pd.MultiIndex.from_frame(found[keys])).to_numpy()
-    return found
+    kept = dict.fromkeys(timed.columns.intersection(list(RATIOS)), "min")
+    kept |= {UNUSED: "first"} if UNUSED in timed else {}
+    found = timed.drop_duplicates(keys)
+    if not kept:
+        return found
+    return found.assign(**timed.groupby(keys, sort=False).agg(kept).set_index(found.index))
 
 
 def marked(timed: pd.DataFrame) -> pd.DataFrame:
