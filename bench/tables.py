@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import tabulate  # noqa: F401  # of to_markdown: missing, it shows before anything is measured
 import torch
 
 import da_triton
