@@ -28,7 +28,7 @@ LEFT_OUT = (
     "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
     "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
-    "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
+    "runtime/test_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
     "test_copies.py", "test_default_device.py", "test_hints.py", "test_package.py",
     "test_reference.py", "test_streaming_refusals.py",

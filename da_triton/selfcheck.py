@@ -226,13 +226,13 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     """
     from .planning import planner
     from .planning.costs import Shape
-    from .runtime import configs, launch
+    from .runtime import configs, launch, tiles
 
     size = x.element_size()
     s = Shape(
         2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
     )
-    arch, processors = configs.architecture(x.device), launch.processors(x.device)
+    arch, processors = tiles.architecture(x.device), launch.processors(x.device)
     limits = configs.limits(s, case.channels, arch, processors)
     fused = ("fused", "XH")
     options = list(planner.options(s, limits))

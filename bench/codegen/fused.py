@@ -12,7 +12,7 @@ import torch
 from bench.codegen import compiler, launches
 from bench.codegen.launches import LAYOUTS, ODD, Variant
 from da_triton.planning.planner import Route
-from da_triton.runtime import configs, fused_tiles, launch
+from da_triton.runtime import launch, tiles
 
 BATCH = 64
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
@@ -31,7 +31,7 @@ BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
         (m, n): (4 * m * n // 64, m, n) for m in (32, 64, 128) for n in (32, 64, 128)
     },
 }
-ANY_TILE = (32, 4, 1)  # of kernels that are launched on the way
+ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
 
 
 def launched(kernel: str) -> str:
@@ -51,24 +51,21 @@ def route(kernel: str) -> Route:
 def record(
     kernel: str,
     sizes: tuple[int, int, int],
-    tile: tuple[int, ...],
     variant: Variant,
-    special: dict[tuple, tuple] = fused_tiles.SPECIAL,
+    tile: tuple[int, ...] | None = None,
 ) -> list[compiler.Launch]:
-    """Launches of a kernel with a tile, whatever the other kernels of its route have.
+    """Launches of a kernel with its tile, or another one, whatever others of its route have."""
+    original = tiles.tile
 
-    ``special``: what a launch with a mask, or of V, takes instead.
-    """
+    def chosen(name, x, features, maps, variant=tiles.PLAIN):
+        entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
+        if entry is None:
+            return original(name, x, features, maps, variant)
+        return tiles.Tile._make(
+            (*tiles.blocks(name, "half", features, maps), *entry, 1, "pointers")
+        )
 
-    def chosen(name, x, *sizes):
-        entry = tile if name == kernel else ANY_TILE
-        return configs.Tile._make((*configs.fused_blocks(name, *sizes), *entry, 1))
-
-    with (
-        launch.forgetting(),
-        mock.patch.object(configs, "fused_tile", chosen),
-        mock.patch.object(fused_tiles, "SPECIAL", special),
-    ):
+    with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         found = launches.of_block((BATCH, *sizes), route(kernel), variant)
     return [made for made in found if made.name == launched(kernel)]
 
@@ -90,6 +87,11 @@ def odd_variants(kernel: str, special: bool) -> list[Variant]:
     if kernel.startswith(("descriptors", "weight")):
         return []
     return [Variant(*ODD, **(special_flags(kernel) if special else {}))]
+
+
+def variant_name(kernel: str) -> str:
+    """Of the tile that a special launch may have of its own."""
+    return "mask" if kernel.startswith("gather") else "v"
 
 
 def special_flags(kernel: str) -> dict[str, Any]:

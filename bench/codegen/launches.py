@@ -12,7 +12,7 @@ from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
 from da_triton.planning.planner import Route
 from da_triton.precision import matmul_precision
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 
 # Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
 # channels-last memory.
@@ -54,7 +54,7 @@ def on(arch: str) -> Iterator[None]:
     """Launchers choose as on a GPU of this architecture."""
     with (
         launch.forgetting(),
-        mock.patch.object(configs, "architecture", return_value=arch),
+        mock.patch.object(tiles, "architecture", return_value=arch),
         mock.patch.object(launch, "processors", return_value=PROCESSORS),
     ):
         yield

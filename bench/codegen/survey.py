@@ -29,7 +29,7 @@ from bench.workloads import WORKLOADS
 from da_triton.planning import planner
 from da_triton.planning.costs import Shape
 from da_triton.planning.planner import Route
-from da_triton.runtime import configs, fused_tiles
+from da_triton.runtime import configs, tiles
 
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 # Features or maps: each side reaches a tile of its own in the tables of the core.
@@ -145,8 +145,9 @@ def _core() -> Iterator[Found]:
 def _all_maps(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
     route = Route("AZ", "split", "split", "split", "AZ", 64)
-    sizes = {n: torch.bfloat16 for key, _, n in configs.ALL_MAPS if key == arch}
-    runs = [(n, Variant(*layout, dtype)) for n, dtype in sizes.items() for layout in LAYOUTS]
+    keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
+    sizes = sorted({key.block_n for key in keys if key.kernel == "all_maps"}, reverse=True)
+    runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
     runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
     for n, variant in runs:
@@ -161,11 +162,10 @@ def _fused(arch: str) -> Iterator[Found]:
         variants = [Variant(*LAYOUTS[1], **fused.special_flags(kernel)), Variant(*LAYOUTS[2])]
         variants += fused.odd_variants(kernel, False) + fused.odd_variants(kernel, True)
         for block, sizes in blocks.items():
-            key = (arch, kernel, *block)
-            if key not in fused_tiles.TILES:
+            if tiles.Key(kernel, tiles.PLAIN, "half", *block) not in tiles.shipped(arch):
                 continue
             for variant in variants:
-                for launch in fused.record(kernel, sizes, fused_tiles.TILES[key], variant):
+                for launch in fused.record(kernel, sizes, variant):
                     yield launch, variant, sizes
 
 

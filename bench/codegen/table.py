@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from da_triton.runtime.tiles import ARCHITECTURES
+
 KEPT = Path(__file__).parents[1] / "results" / "codegen.csv"
 COMMAND = "python -m bench codegen"
 # A row of the file is found again by these, whatever tile it has now.
@@ -19,7 +21,7 @@ FIGURES = (
 )  # fmt: skip
 COLUMNS = (*KEY, "products", "blocks", "warps", "stages", *FIGURES, "triton", "digest")
 NUMBERS = {"L", "C", "m", "n", "products", "warps", "stages", *FIGURES}
-ORDER = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ORDER = tuple(ARCHITECTURES)
 ODD = 49  # positions of rows that may spill
 SLACK = 8  # registers that may come and go
 

@@ -375,7 +375,7 @@ def plan(
         raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
-    from ..runtime import configs, launch  # Triton is needed from here on
+    from ..runtime import configs, launch, tiles  # Triton is needed from here on
 
     batch, channels, length = shape[0], shape[1], math.prod(shape[2:])
     rows = length if memory_format == torch.contiguous_format else channels
@@ -386,7 +386,7 @@ def plan(
     name, arch, processors = "an H200 (no GPU here)", "sm_90", 132
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
-        arch, processors = configs.architecture(device), launch.processors(device)
+        arch, processors = tiles.architecture(device), launch.processors(device)
     limits = configs.limits(s, channels if reconstruct else c_m, arch, processors)
     keep = keeps_v(channels, c_m, c_n, heads, recompute)
     chosen, *others = options(s, limits, order, keep)

@@ -15,12 +15,10 @@ import pytest
 
 import da_triton
 from bench.codegen import cli, table
+from da_triton.runtime import tiles
 
 ARCHITECTURES = table.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
-SHARED_LIMIT = {
-    "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
-}  # fmt: skip
 # A few registers that are spilled, once: with maps that fill no row of 16 bytes, where every tile
 # tried spills, and with 128 maps, where a tile that does not is half as long.
 ACCEPTED = {
@@ -95,7 +93,7 @@ def test_no_spills(arch):
 
 @each_architecture
 def test_shared_memory_fits(arch):
-    limit = SHARED_LIMIT[arch]
+    limit = tiles.ARCHITECTURES[arch].shared_memory
     assert not {table.title(c): c["shared"] for c in kept(arch) if c["shared"] > limit}
 
 

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 
 received: list = []
 jitted: list = []
@@ -78,5 +78,5 @@ current = Driver()
 driver.set_active(current)
 mock.patch.object(JITFunction, "_do_compile", _compile).start()
 mock.patch.object(JITFunction, "run", _run).start()
-mock.patch.object(configs, "architecture", return_value="sm_90").start()
+mock.patch.object(tiles, "architecture", return_value="sm_90").start()
 mock.patch.object(launch, "processors", return_value=132).start()

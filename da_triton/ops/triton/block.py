@@ -20,7 +20,7 @@ from ...arguments import Options, Weights
 from ...planning import planner
 from ...planning.costs import Shape, order_cost
 from ...precision import accumulator, lse_dtype
-from ...runtime import configs, launch
+from ...runtime import configs, launch, tiles
 from ...runtime.recorded import Recorded
 from .. import direct
 from ..aten import block as aten_block
@@ -290,7 +290,7 @@ def _route(x, weights, heads, order, kept_v):
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
-    device = configs.architecture(x.device), launch.processors(x.device)
+    device = tiles.architecture(x.device), launch.processors(x.device)
     return planner.options(shape, configs.limits(shape, c_out, *device), order, kept_v)[0].route
 
 
