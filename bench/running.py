@@ -215,7 +215,7 @@ def whole_networks(argv: Sequence[str], table: Sequence[Workload]) -> int:
 
 def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
     parser = arguments.parser(
-        "tune", "Measures candidates for the fused kernels' tiles, and writes this GPU's table.",
+        "tune", "Measures candidates for the kernels' tiles, and writes this GPU's table.",
         "tune\ntune --workload yolo_p3,volume_128 --budget 300 --out /tmp/tiles.json",
     )  # fmt: skip
     arguments.add_lists(parser, workload="")

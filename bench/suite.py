@@ -28,7 +28,7 @@ LEFT_OUT = (
     "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
     "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
-    "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
+    "runtime/test_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "arguments/test_checks.py", "arguments/test_hints.py", "modules/test_checkpointing.py",
     "modules/test_children.py", "modules/test_copies.py", "modules/test_state_dicts.py",
     "streaming/test_refusals.py", "test_default_device.py", "test_package.py", "test_reference.py",

@@ -36,23 +36,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from da_triton.runtime.tiles import ARCHITECTURES
+
 FUNCTION = re.compile(r'@(?:"[^"]+"|[\w.$-]+)')
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "gfx942": 65_536,
-}
+TARGETS = {name: GPUTarget(a.backend, a.target, a.warp_size) for name, a in ARCHITECTURES.items()}
 # Bytes of one load on AMD: global_load_dwordx4, buffer_load_ushort, … (d16: into half a register).
 HIP_LOAD = r"^\s*(?:global|buffer)_load_(\w+)(.*)$"
 HIP_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
@@ -174,10 +163,10 @@ def compile_launch(launch: Launch, arch: str) -> Code:
     """
     target = TARGETS[arch]
     source, options = specialized(launch, arch)
-    with _cut_short(SHARED_LIMIT[arch]), _without_line_info():
+    with _cut_short(ARCHITECTURES[arch].shared_memory), _without_line_info():
         compiled = triton.compile(source, target=target, options=options)
     shared = compiled.metadata.shared
-    if shared > SHARED_LIMIT[arch]:  # the cache had it
+    if shared > ARCHITECTURES[arch].shared_memory:  # the cache had it
         raise OutOfSharedMemoryError(shared)
     read = _read_cuda if target.backend == "cuda" else read_hip
     return Code(shared=shared, **read(compiled.asm))

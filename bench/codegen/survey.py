@@ -40,7 +40,7 @@ from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.shapes import AH, AZ, XH, Route, Shape
 from da_triton.precision import matmul_precision
-from da_triton.runtime import configs, fused_tiles, launch
+from da_triton.runtime import launch, tiles
 
 # Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
 # channels-last memory.
@@ -48,7 +48,7 @@ LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
 ODD = ("nchw", 49)  # a 7×7 map: every load is of one element
 PROCESSORS = 132
 BATCH = 64
-ANY_TILE = (32, 4, 1)  # of kernels that are launched on the way
+ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
 # kernel -> {(block_m, block_n): (C, c_m, c_n) that lead there}
 BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
@@ -119,7 +119,7 @@ def on(arch: str) -> Iterator[None]:
     """Launchers choose as on a GPU of this architecture."""
     with (
         launch.forgetting(),
-        mock.patch.object(configs, "architecture", return_value=arch),
+        mock.patch.object(tiles, "architecture", return_value=arch),
         mock.patch.object(launch, "processors", return_value=PROCESSORS),
     ):
         yield
@@ -193,24 +193,21 @@ def route(kernel: str) -> Route:
 def record(
     kernel: str,
     sizes: tuple[int, int, int],
-    tile: tuple[int, ...],
     variant: Variant,
-    special: dict[tuple, tuple] = fused_tiles.SPECIAL,
+    tile: tuple[int, ...] | None = None,
 ) -> list[Launch]:
-    """Launches of a kernel with a tile, whatever the other kernels of its route have.
+    """Launches of a kernel with its tile, or another one, whatever others of its route have."""
+    original = tiles.tile
 
-    ``special``: what a launch with a mask, or of V, takes instead.
-    """
+    def chosen(name, x, features, maps, variant=tiles.PLAIN):
+        entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
+        if entry is None:
+            return original(name, x, features, maps, variant)
+        return tiles.Tile._make(
+            (*tiles.blocks(name, "half", features, maps), *entry, 1, "pointers")
+        )
 
-    def chosen(name, x, *sizes):
-        entry = tile if name == kernel else ANY_TILE
-        return configs.Tile._make((*configs.fused_blocks(name, *sizes), *entry, 1))
-
-    with (
-        launch.forgetting(),
-        mock.patch.object(configs, "fused_tile", chosen),
-        mock.patch.object(fused_tiles, "SPECIAL", special),
-    ):
+    with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         found = of_block((BATCH, *sizes), route(kernel), variant)
     return [made for made in found if made.name == launched(kernel)]
 
@@ -232,6 +229,11 @@ def odd_variants(kernel: str, special: bool) -> list[Variant]:
     if kernel.startswith(("descriptors", "weight")):
         return []
     return [Variant(*ODD, **(special_flags(kernel) if special else {}))]
+
+
+def variant_name(kernel: str) -> str:
+    """Of the tile that a special launch may have of its own."""
+    return "mask" if kernel.startswith("gather") else "v"
 
 
 def special_flags(kernel: str) -> dict[str, Any]:
@@ -342,8 +344,9 @@ def _core() -> Iterator[Found]:
 def _all_maps(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
     route = Route(AZ, "split", "split", "split", AZ, 64)
-    sizes = {n: torch.bfloat16 for key, _, n in configs.ALL_MAPS if key == arch}
-    runs = [(n, Variant(*layout, dtype)) for n, dtype in sizes.items() for layout in LAYOUTS]
+    keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
+    sizes = sorted({key.block_n for key in keys if key.kernel == "all_maps"}, reverse=True)
+    runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
     runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
     for n, variant in runs:
@@ -358,11 +361,10 @@ def _fused(arch: str) -> Iterator[Found]:
         variants = [Variant(*LAYOUTS[1], **special_flags(kernel)), Variant(*LAYOUTS[2])]
         variants += odd_variants(kernel, False) + odd_variants(kernel, True)
         for block, sizes in blocks.items():
-            key = (arch, kernel, *block)
-            if key not in fused_tiles.TILES:
+            if tiles.Key(kernel, tiles.PLAIN, "half", *block) not in tiles.shipped(arch):
                 continue
             for variant in variants:
-                for made in record(kernel, sizes, fused_tiles.TILES[key], variant):
+                for made in record(kernel, sizes, variant):
                     yield made, variant, sizes
 
 

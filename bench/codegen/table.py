@@ -17,6 +17,8 @@ from typing import Any
 
 import pandas as pd
 
+from da_triton.runtime.tiles import ARCHITECTURES
+
 KEPT = Path(__file__).parents[1] / "results" / "codegen.csv"
 # A row of the file is found again by these, whatever tile it has now.
 KEY = ["arch", "kernel", "dtype", "layout", "L", "C", "m", "n", "call", "flags"]
@@ -25,7 +27,7 @@ FIGURES = (
 )  # fmt: skip
 COLUMNS = [*KEY, "products", "blocks", "warps", "stages", *FIGURES, "triton", "digest"]
 NUMBERS = {"L", "C", "m", "n", "products", "warps", "stages", *FIGURES}
-ORDER = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ORDER = tuple(ARCHITECTURES)
 ODD = 49  # positions of rows that may spill
 SLACK = 8  # registers that may come and go
 

@@ -15,7 +15,7 @@ import pytest
 
 import da_triton
 from bench.codegen import table
-from bench.codegen.compile import SHARED_LIMIT
+from da_triton.runtime import tiles
 
 ARCHITECTURES = table.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
@@ -93,7 +93,7 @@ def test_no_spills(arch):
 
 @each_architecture
 def test_shared_memory_fits(arch):
-    limit = SHARED_LIMIT[arch]
+    limit = tiles.ARCHITECTURES[arch].shared_memory
     assert not {table.title(c): c["shared"] for c in kept(arch) if c["shared"] > limit}
 
 
