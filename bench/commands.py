@@ -11,19 +11,14 @@ OVERVIEW = """commands, each with --help:
   sweep     providers, modes, dtypes, layouts and metrics of your choice
   scaling   cost against positions, samples, channels or maps
   networks  a ResNet-50 and a YOLOv8 with the block: training step and inference
-  digits    a small network with and without the block, trained on handwritten digits
-  sizes     parameters and multiply-adds of ResNets with and without the block
   host      what a call costs the host, layer by layer, with or without a GPU
   plan      what would run on a GPU for a shape, and why
-  model     floors on cards that are not here
   codegen   registers, spills, copies of every kernel, without a GPU
   compare   what got slower between two runs
   gpu       everything on a GPU, in stages with time budgets
   warm      fills Triton's compile cache for a GPU, without one
   tune      measures candidates and writes the tile table of this GPU
-  sanitize  every kernel under compute-sanitizer: memory, races, initialisation
-  suite     what the tests would do on a GPU, without one
-  readme    writes the README's figures from the committed results"""
+  suite     what the tests would do on a GPU, without one"""
 COMMANDS: dict[str, Command] = {
     "report": functools.partial(running.report, overview=OVERVIEW),
     "sweep": running.sweep,
@@ -32,14 +27,9 @@ COMMANDS: dict[str, Command] = {
     "host": running.host_costs,
     "gpu": running.gpu,
     "tune": running.tune,
-    "sanitize": running.sanitize,
-    "digits": running.train_on_digits,
-    "sizes": telling.network_sizes,
     "plan": telling.plan,
-    "model": telling.model,
     "codegen": telling.codegen,
     "warm": telling.warm,
     "compare": telling.compare_files,
     "suite": telling.test_suite,
-    "readme": telling.readme,
 }

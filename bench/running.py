@@ -5,13 +5,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
-from . import arguments, ceilings, digits, estimate, host, names, networks, providers, scaling
-from . import sanitize as sanitizers
+from . import arguments, ceilings, estimate, host, names, networks, providers, scaling
 from .arguments import UsageError
-from .codegen.cli import cannot_compile
+from .codegen.table import cannot_compile
 from .environment import columns, environment
 from .first_call import seconds
 from .gpu import run_gpu
@@ -31,7 +29,7 @@ from .measure import (
 from .providers import EAGER, LAYOUTS
 from .report import Report
 from .stages import STAGES, Settings
-from .tables import DEFAULT_METRICS, METRICS, markdown
+from .tables import DEFAULT_METRICS, METRICS
 from .workloads import SELECTIONS, Workload, select
 
 DEFAULT = Effort(warm_up=1, rounds_min=5, rounds_max=50, seconds=2.0)
@@ -215,34 +213,9 @@ def whole_networks(argv: Sequence[str], table: Sequence[Workload]) -> int:
     return made.status
 
 
-def train_on_digits(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    parser = arguments.parser(
-        "digits", "A small network with and without the block, trained on handwritten digits. On "
-        "the CPU, in about a minute.", "digits\ndigits --seeds 1 --epochs 2 --out /tmp/digits",
-    )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=digits.SEEDS, help="how many")
-    parser.add_argument("--epochs", type=int, default=digits.EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
-    options = parser.parse_args(argv)
-    if options.seeds < 1 or options.epochs < 1:
-        raise UsageError("digits needs at least one seed and one epoch.")
-    facts = environment(torch.device("cpu"))
-    rows: list[Row] = []
-    for seed in progress(range(options.seeds)):
-        for name in digits.NETWORKS:
-            rows += digits.train(name, seed, options.epochs)[1]
-    frame = pd.DataFrame(rows).assign(**columns(facts), threads=facts["threads"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(options.out / digits.FILE, index=False)
-    digits.curves(frame).savefig(options.out / digits.PICTURE, dpi=100)
-    print(digits.summary(frame))
-    print(f"Written to {options.out}.")
-    return 0
-
-
 def tune(argv: Sequence[str], table: Sequence[Workload]) -> int:
     parser = arguments.parser(
-        "tune", "Measures candidates for the fused kernels' tiles, and writes this GPU's table.",
+        "tune", "Measures candidates for the kernels' tiles, and writes this GPU's table.",
         "tune\ntune --workload yolo_p3,volume_128 --budget 300 --out /tmp/tiles.json",
     )  # fmt: skip
     arguments.add_lists(parser, workload="")
@@ -345,30 +318,6 @@ def gpu(argv: Sequence[str], table: Sequence[Workload]) -> int:
     if not torch.cuda.is_available():
         raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
     return run_gpu(options.out, chosen, Budget(seconds), stages, Settings(ptxas=options.ptxas))
-
-
-def sanitize(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    parser = arguments.parser(
-        "sanitize", "Every kernel under NVIDIA's compute-sanitizer, on small odd shapes. Exit "
-        "status 1 if it found errors.", "sanitize\nsanitize --tool memcheck,racecheck",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tool", type=arguments.listed, default=list(sanitizers.DEFAULT), metavar="NAME,…",
-        help=f"{', '.join(sanitizers.TOOLS)}; default {', '.join(sanitizers.DEFAULT)}",
-    )  # fmt: skip
-    options = parser.parse_args(argv)
-    names.check("tool", options.tool, sanitizers.TOOLS)
-    if not torch.cuda.is_available() or torch.version.hip:
-        raise UsageError("`python -m bench sanitize` needs an NVIDIA GPU, and there is none here.")
-    tool = sanitizers.find_tool()
-    if tool is None:
-        raise UsageError(
-            "`python -m bench sanitize` needs compute-sanitizer, which is neither on PATH nor in "
-            "CUDA_HOME nor in NVIDIA's wheels. It comes with the CUDA toolkit."
-        )
-    found = sanitizers.check(tool, options.tool, list(sanitizers.GROUPS), print)
-    print(markdown(found))
-    return int((found["errors"] > 0).any() or (found["status"] != "ok").any())
 
 
 def _sweeps(options, dtype, device) -> list[list[providers.Provider]]:

@@ -6,7 +6,9 @@ processes. Those of commands have ended, with all that they started, when the ne
 """
 
 import dataclasses
+import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from . import networks, providers, sanitize, scaling, suite
+from . import networks, providers, scaling, suite
 from .first_call import seconds
 from .groups import Spent, Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
@@ -38,7 +40,10 @@ COMPILED_FIRST = (
 COMPLETE = 3
 GRACE = 10.0  # seconds that the tests have to say which ones failed, when their time is up
 TUNED = 3  # workloads, those with the smallest shares of their floors
-MEMORY_CHECKED = ("core, one tile", "block, fused")
+MEMORY_CHECKED = (
+    "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "one_tile or fused",
+    "tests/kernels/test_sanitize.py",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +254,7 @@ def tuning(run: Run, budget: Budget) -> str:
     if path.exists():  # it is written after each choice
         from . import tune  # which needs Triton
 
-        target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["card"])
+        target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["gpu"])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         run.worker.close()  # a process reads the table once
@@ -343,14 +348,28 @@ def whole_networks(run: Run, budget: Budget) -> str:
 
 
 def memory_checks(run: Run, budget: Budget) -> str:
-    tool = sanitize.find_tool()
+    """A part of ``pytest -m sanitize`` under memcheck, for which every tensor is an allocation."""
+    tool = compute_sanitizer()
     if tool is None:
         return "compute-sanitizer is not installed"
-    said: list[str] = []
-    found = sanitize.check(tool, sanitize.DEFAULT, MEMORY_CHECKED, said.append, budget.left)
-    (run.logs / "sanitize.txt").write_text("\n".join(said), encoding="utf-8")
-    lines = (f"{r.kernels}: {r.errors} errors, {r.status}" for r in found.itertuples())
-    return "; ".join(lines)
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "pytest"]
+    allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    log = run.logs / "sanitize.txt"
+    ended = isolated([*command, *MEMORY_CHECKED], budget.left, log, allocations)
+    found = re.search(r"ERROR SUMMARY: (\d+ errors?)", ended.output)
+    return f"{found[1] if found else 'no summary'}, {ended}"
+
+
+def compute_sanitizer() -> str | None:
+    """Its path: from PATH, the CUDA toolkit, or NVIDIA's wheels."""
+    toolkits = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/opt/cuda"]
+    wheels = importlib.util.find_spec("nvidia")
+    places = [f"{folder}/bin" for folder in toolkits]
+    for folder in (wheels and wheels.submodule_search_locations) or ():
+        places += [str(path.parent) for path in Path(folder).rglob("compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(places)
+    )
 
 
 REST = (

@@ -28,13 +28,14 @@ LEFT_OUT = (
     "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
     "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
-    "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
+    "runtime/test_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "arguments/test_checks.py", "arguments/test_hints.py", "modules/test_checkpointing.py",
     "modules/test_children.py", "modules/test_copies.py", "modules/test_state_dicts.py",
     "streaming/test_refusals.py", "test_default_device.py", "test_package.py", "test_reference.py",
-    # ahead-of-time compilation, what only the interpreter can count, and what ``da_triton.check``
-    # says, which the smoke stage runs
-    "kernels/test_aot.py", "kernels/test_layouts.py", "test_selfcheck.py",
+    # ahead-of-time compilation, what only the interpreter can count, what ``da_triton.check`` says,
+    # which the smoke stage runs, and what runs under compute-sanitizer
+    "kernels/test_aot.py", "kernels/test_layouts.py", "kernels/test_sanitize.py",
+    "test_selfcheck.py",
     "ops/triton/test_routes_launches.py", "ops/triton/test_routes_traffic.py",
     "kernels/test_traffic.py",
 )  # fmt: skip
@@ -116,8 +117,8 @@ def record(tests: Sequence[str], *, interpret: bool = False) -> Recorded:
 def compiled(
     launches: Sequence[dict[str, Any]], arch: str, jobs: int
 ) -> Iterator[tuple[str, str, int, str]]:
-    """``codegen.replay.Compiled`` of each distinct launch, as it is compiled."""
-    command = [sys.executable, "-m", "bench.codegen.replay", arch, str(jobs)]
+    """``codegen.compile.Compiled`` of each distinct launch, as it is compiled."""
+    command = [sys.executable, "-m", "bench.codegen.compile", arch, str(jobs)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryFile("w+") as given, subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=given, stdout=subprocess.PIPE, text=True

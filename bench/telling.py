@@ -9,13 +9,12 @@ import torch
 
 from da_triton import selfcheck
 
-from . import arguments, floors, names, pages, providers, sizes, suite
+from . import arguments, names, providers, suite
 from . import warm as warming
 from .arguments import UsageError
-from .codegen.cli import cannot_compile
+from .codegen.table import cannot_compile
 from .compare import NotComparableError, compare, read
 from .providers import LAYOUTS
-from .tables import markdown
 from .workloads import Workload, select
 
 
@@ -60,46 +59,6 @@ def plan(argv: Sequence[str], table: Sequence[Workload]) -> int:
                 except (ValueError, RuntimeError) as error:
                     raise UsageError(error) from None
                 print(found, end="\n\n")
-    return 0
-
-
-def model(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    parser = arguments.parser(
-        "model", "Floors of every workload on cards that are not here: a model, not a measurement.",
-        "model\nmodel --workload yolo_p3 --mode fwd,fwd_bwd --csv floors.csv",
-    )  # fmt: skip
-    arguments.add_lists(parser, workload="", mode="fwd")
-    parser.add_argument("--csv", type=Path, help="a file to write it to")
-    options = parser.parse_args(argv)
-    modes = arguments.chosen("mode", options.mode, arguments.MODES)
-    frame = floors.table(select(options.workload, "all", table), modes)
-    wide = frame.pivot_table(
-        index=["workload", "mode", "MB", "GFLOP"], columns="card", values="floor_us", sort=False
-    )
-    print("Modelled floors in microseconds, bfloat16; none of this was measured.")
-    print(markdown(wide.reset_index(), dict.fromkeys(["MB", "GFLOP", *floors.SHEETS], "{:.1f}")))
-    if options.csv:
-        frame.to_csv(options.csv, index=False)
-        print(f"Written to {options.csv}.")
-    return 0
-
-
-def network_sizes(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    parser = arguments.parser(
-        "sizes", "Parameters and multiply-adds of ResNets with and without the block, beside what "
-        "was published. Needs torchvision.", "sizes\nsizes --csv /tmp/sizes.csv",
-    )  # fmt: skip
-    parser.add_argument(
-        "--csv", type=Path, default=pages.RESULTS / sizes.FILE, help="the file to write"
-    )
-    options = parser.parse_args(argv)
-    try:
-        frame = sizes.table()
-    except ImportError as error:
-        raise UsageError(f"sizes needs torchvision ({error}): pip install torchvision.") from None
-    print(sizes.shown(frame))
-    frame.to_csv(options.csv, index=False)
-    print(f"Written to {options.csv}.")
     return 0
 
 
@@ -168,9 +127,23 @@ def warm(argv: Sequence[str], table: Sequence[Workload]) -> int:
 
 
 def codegen(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    from .codegen.cli import main
+    from .codegen import table as tables
 
-    return main(argv)
+    parser = arguments.parser(
+        "codegen", "Registers, spills, shared memory and loads of every kernel with its tiles, "
+        "without a GPU. Programs that have not changed are not compiled again; all of them take "
+        "minutes for each architecture. See what a change made of them by git diff.",
+        "codegen\ncodegen --arch sm_90\ncodegen --arch gfx942 --out /tmp/codegen.csv",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arch", action="append", choices=tables.ORDER, help="repeatable; all without"
+    )
+    parser.add_argument("--out", type=Path, default=tables.KEPT, help="a CSV file, kept in order")
+    options = parser.parse_args(argv)
+    if reason := cannot_compile():
+        raise UsageError(reason)
+    tables.update(options.arch or tables.ORDER, options.out)
+    return 0
 
 
 def test_suite(argv: Sequence[str], table: Sequence[Workload]) -> int:
@@ -211,21 +184,3 @@ def test_suite(argv: Sequence[str], table: Sequence[Workload]) -> int:
     for kernel, test, problem in problems:
         print(f"{kernel} {problem}, in {test}")
     return int(bool(problems or faults["mixed"] or faults["cpu"]))
-
-
-def readme(argv: Sequence[str], table: Sequence[Workload]) -> int:
-    parser = arguments.parser(
-        "readme", "Writes the README's figures from the committed results.",
-        "readme\nreadme --check",
-    )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
-    parser.add_argument("--file", type=Path, default=pages.README, help="another README")
-    options = parser.parse_args(argv)
-    before = options.file.read_text(encoding="utf-8")
-    after = pages.filled(before, pages.RESULTS)
-    if options.check:
-        print("up to date" if before == after else "the README differs from the results")
-        return int(before != after)
-    options.file.write_text(after, encoding="utf-8")
-    print(f"Written to {options.file}.")
-    return 0

@@ -227,13 +227,13 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     from .ops.triton.plan import kernel_limits
     from .planning import planner
     from .planning.shapes import XH, Shape
-    from .runtime import configs, launch
+    from .runtime import launch, tiles
 
     size = x.element_size()
     s = Shape(
         2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
     )
-    arch, processors = configs.architecture(x.device), launch.processors(x.device)
+    arch, processors = tiles.architecture(x.device), launch.processors(x.device)
     limits = kernel_limits(s, case.channels, arch, processors)
     fused = ("fused", XH)
     found = [planned.route for planned in planner.routes(s, limits)]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..precision import POLICIES
-from ..runtime import configs, launch
+from ..runtime import launch, tiles
 from .primitives import dot, exp, exp_minus, load_keep, load_map, load_matrix, scalar, store_map
 
 
@@ -165,7 +165,7 @@ def all_maps_kernel(
 
 def fits(x, c_n):
     """Whether a program can hold all maps of a head, in the dtype of x."""
-    return configs.all_maps_tile(x, c_n) is not None
+    return tiles.fits("all_maps", x, 1, c_n)
 
 
 def distribute(g, v, bias, z, *, scale, logit_scale, softmax):
@@ -200,7 +200,7 @@ def _launch(
 
 def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
     batch, heads, c_n, length = x.shape
-    tile = configs.all_maps_tile(x, c_n, gradient)
+    tile = tiles.tile("all_maps", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
     out_, e_ = (x if t is None else t for t in (out, e))
     return launch.Launch(
         all_maps_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,

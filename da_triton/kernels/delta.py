@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..precision import POLICIES
-from ..runtime import configs, launch
+from ..runtime import launch, tiles
 from .primitives import into_float16, load_matrix
 
 
@@ -132,7 +132,7 @@ def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None)
 
 def _delta(parts, g, bias, lse, dlse, dtype, mask):
     batch, heads, slots, c_m, c_n = parts.shape
-    tile = configs.tile("delta", g, c_m, c_n)
+    tile = tiles.tile("delta", g, c_m, c_n)
     ready = launch.Launch(
         delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": parts},
         HEADS=heads, SLOTS=slots, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=mask,

@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 from .. import signatures
 from ..precision import accumulator
 from ..projection import channels_last
-from . import measured
+from . import tiles
 
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -185,9 +185,9 @@ def prepared(build, tensors, *flags):
 
 
 def forget():
-    """Forgets every prepared launch and call, and the tables of measured tiles that were read."""
+    """Forgets every prepared launch and call, and the tables of tuned tiles that were read."""
     signatures.forget()
-    measured.tiles.cache_clear()
+    tiles.forget()
 
 
 @contextlib.contextmanager
@@ -208,6 +208,8 @@ def tf32(x):
 class Launch:
     """A kernel with its grid and every argument but the tensors and scales, which come first.
 
+    ``kernel``: one, or ``{impl: kernel}`` of which the tile chooses.
+
     ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
     without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
     in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
@@ -222,6 +224,7 @@ class Launch:
         self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, num_warps=None,
         **values,
     ):  # fmt: skip
+        kernel = implementation(kernel, tile)
         sizes, constants, steps = _arguments(kernel.fn)
         found = {
             "ACC": TRITON_DTYPE[accumulator(like.dtype)],
@@ -312,6 +315,20 @@ class Launch:
             )
         if kernel is not None and _direct((self.kernel,)):
             self.compiled[aligned] = kernel, kernel.run, kernel.function, kernel.packed_metadata
+
+
+def implementation(kernel, tile):
+    """The version of a kernel that its tile names: of a dictionary, or the kernel itself."""
+    known = kernel if isinstance(kernel, dict) else {"pointers": kernel}
+    if tile is None:
+        return kernel
+    if tile.impl not in known:
+        raise ValueError(
+            f"a table of tiles names the implementation {tile.impl!r}, and the kernel has "
+            f"{', '.join(map(repr, known))}. Correct the entry in kernels/tiles or in the user's "
+            "table (see da_triton.runtime.tiles)."
+        )
+    return known[tile.impl]
 
 
 def stream_of(device):

@@ -189,7 +189,7 @@ def test_overview_names_every_command(capsys):
         (["plan", "--shape", "1,2,3"], "needs --c-m and --c-n"),
         (["plan", "--shape", "1,x", "--c-m", "2", "--c-n", "2"], "takes integers, got 1,x"),
         (["plan", "--shape", "1,2", "--c-m", "2", "--c-n", "2"], "x_shape must be"),
-        (["model", "--mode", "backward"], "did you mean 'bwd'"),
+        (["sweep", "--mode", "backward"], "did you mean 'bwd'"),
         (["gpu"], "needs a CUDA GPU"),
         (["gpu", "--stage", "eager,teste"], "did you mean 'tests'"),
         (["gpu", "--ptxas", "none"], "--ptxas none is not an executable file"),
@@ -356,18 +356,6 @@ def test_plan_of_workloads_and_shapes(capsys):
     shape = ["--shape", "16,256,80,80", "--c-m", "64", "--c-n", "64"]
     assert cli.main(["plan", *shape]) == 0
     assert capsys.readouterr().out.strip() in printed
-
-
-def test_model_says_that_it_is_one(tmp_path, capsys):
-    path = tmp_path / "floors.csv"
-    assert cli.main(["model", "--workload", "yolo_p3", "--csv", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("Modelled floors")
-    assert "none of this was measured" in printed
-    frame = pd.read_csv(path)
-    assert frame["kind"].eq("model").all()
-    assert list(frame["card"]) == list(floors.SHEETS)
-    assert all(card in printed for card in floors.SHEETS)
 
 
 def test_floors_of_the_design():

@@ -14,7 +14,7 @@ import torch
 
 from da_triton import signatures
 from da_triton.kernels import distribute, gather, project_gather
-from da_triton.runtime import launch, measured
+from da_triton.runtime import launch, tiles
 
 TESTS = Path(__file__).parents[1]
 
@@ -350,7 +350,8 @@ def test_a_reloaded_table_of_tiles_is_seen(monkeypatch):
         return launch.prepared(project_gather._gather_from_x, (x, w, None)).options["num_warps"]
 
     before = warps()
-    monkeypatch.setattr(measured, "tile", lambda device, kernel, blocks: (64, 2, 2))
+    key = tiles.Key("gather_from_x", tiles.PLAIN, "half", 64, 32)
+    monkeypatch.setattr(tiles, "shipped", lambda arch: {key: tiles.Entry(64, 2, 2)})
     assert warps() == before != 2
     launch.forget()
     assert warps() == 2

@@ -12,7 +12,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 
 from . import triton_internals
 from .triton_internals import BEFORE
@@ -72,5 +72,5 @@ def _jitted(original, kernel, *args, **kwargs):
 current = Driver()
 triton_internals.without_a_gpu(current, Compiled)
 triton_internals.around(jit_launch=_jitted)
-mock.patch.object(configs, "architecture", return_value="sm_90").start()
+mock.patch.object(tiles, "architecture", return_value="sm_90").start()
 mock.patch.object(launch, "processors", return_value=132).start()

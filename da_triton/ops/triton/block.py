@@ -21,7 +21,7 @@ from ...planning import planner
 from ...planning.costs import order_cost
 from ...planning.shapes import AZ, ORDERS, Shape
 from ...precision import accumulator, lse_dtype
-from ...runtime import configs, launch
+from ...runtime import launch, tiles
 from ...runtime.recorded import Recorded
 from .. import direct
 from ..aten import block as aten_block
@@ -292,7 +292,7 @@ def _route(x, weights, heads, order, kept_v):
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
-    device = configs.architecture(x.device), launch.processors(x.device)
+    device = tiles.architecture(x.device), launch.processors(x.device)
     return kernel_routes(shape, c_out, *device, ORDERS.get(order), kept_v)[0].route
 
 

@@ -13,25 +13,28 @@ import torch
 from ... import checks
 from ...planning import planner
 from ...planning.shapes import ORDERS, CoreLimits, Limits, PlannedRoute, Route, Shape, Step
+from ...precision import POLICIES
+from ...runtime import tiles
+
+TILE_CLASSES = {dtype.itemsize: policy.tile_class for dtype, policy in POLICIES.items()}
 
 
 def kernel_limits(shape, c_out, arch, processors):
     """What the planner needs to know of the kernels on a GPU."""
-    from ...runtime import configs, fused_tiles  # Triton is needed from here on
-
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
-    widest, all_maps = max(channels, c_out), math.prod(configs.lanes(shape.heads, n))
-    whole = configs.holds_all(widest, all_maps)
+    tile_class = TILE_CLASSES[shape.itemsize]
+    widest, all_maps = max(channels, c_out), math.prod(tiles.lanes(shape.heads, n))
+    whole = tiles.holds_all(widest, all_maps)
     pass_2 = "project_distribute" if whole else "project_distribute_blocks"
+
+    def positions_of(kernel, features, maps, variant=tiles.PLAIN):
+        tile = tiles.find(kernel, tile_class, features, maps, variant, arch)
+        return 0 if tile is None else tile.block_l
 
     def positions(last, *others):
         """In a tile of the last kernel, if all fit; short tiles are left to the split route."""
-        for kernel, features, maps in (*others, last):
-            if not configs.fits(kernel, shape.itemsize, features, maps, arch):
-                return 0
-        key = arch, last[0], *configs.fused_blocks(*last)
-        block_l = fused_tiles.TILES[key][0]
-        return block_l if block_l >= 32 else 0
+        found = [positions_of(*kernel) for kernel in (*others, last)]
+        return found[-1] if all(found) and found[-1] >= 32 else 0
 
     small, pass_1 = ("descriptors", m, n), ("gather_from_x", channels, shape.c_n)
     backward = (
@@ -49,11 +52,11 @@ def kernel_limits(shape, c_out, arch, processors):
         gather_from_a=positions(("gather_from_a", m, n), small),
         project_distribute=positions((pass_2, widest, all_maps), small),
         backward=positions(*backward) if shape.reconstruct else 0,
-        map_blocks=-(-shape.c_n // configs.fused_blocks(*pass_1)[1]),
+        map_blocks=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
         whole=whole,
         core=CoreLimits(
-            configs.ONE_TILE[shape.itemsize],
-            *(configs.positions_of_all_maps(shape.itemsize, n, arch, way) for way in (False, True)),
+            tiles.ONE_TILE[tile_class],
+            *(positions_of("all_maps", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
         ),
     )
 
@@ -169,7 +172,7 @@ def plan(
         raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
-    from ...runtime import configs, launch  # Triton is needed from here on
+    from ...runtime import launch  # Triton is needed from here on
 
     batch, channels, length = shape[0], shape[1], math.prod(shape[2:])
     rows = length if memory_format == torch.contiguous_format else channels
@@ -180,7 +183,7 @@ def plan(
     name, arch, processors = "an H200 (no GPU here)", "sm_90", 132
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
-        arch, processors = configs.architecture(device), launch.processors(device)
+        arch, processors = tiles.architecture(device), launch.processors(device)
     keep = planner.keeps_v(channels, c_m, c_n, heads, recompute)
     chosen, *others = kernel_routes(s, s.out_channels, arch, processors, ORDERS.get(order), keep)
     return Plan(s, name, chosen, tuple(others), keep, planner.floor(s))

@@ -17,7 +17,7 @@ from da_triton.ops.triton import core
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
 from da_triton.planning.shapes import XH, Route, Shape
-from da_triton.runtime import configs
+from da_triton.runtime import tiles
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run
 from support.numerics import (
@@ -53,7 +53,7 @@ def routes(width):
     order; and the fused backward pass if it has tiles."""
     channels, c_m, c_n, heads = width
     s = Shape(2, channels, c_m, c_n, heads, LONG, 2, True)
-    limits = kernel_limits(s, channels, configs.architecture(torch.device(DEVICE)), 132)
+    limits = kernel_limits(s, channels, tiles.architecture(torch.device(DEVICE)), 132)
     found = {}
     for option in planner.routes(s, limits):
         route = option.route._replace(backward="split", backward_order=option.route.order, chunk=1)

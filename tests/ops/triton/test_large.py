@@ -17,7 +17,7 @@ import da_triton
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
 from da_triton.planning.shapes import AH, AZ, XH, Route
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
 
@@ -224,9 +224,7 @@ def long_tiles(monkeypatch):
     """Tiles of 4 channels and 2^14 positions: few steps, of no more than is needed."""
     if AS_ON_A_GPU:
         return
-    for name in ("tile", "fused_tile"):
-        original = getattr(configs, name)
-        monkeypatch.setattr(configs, name, functools.partial(_longer, original))
+    monkeypatch.setattr(tiles, "tile", functools.partial(_longer, tiles.tile))
 
 
 def _longer(tile, *given):

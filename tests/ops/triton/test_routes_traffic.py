@@ -15,7 +15,7 @@ from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.costs import distribute_steps, fused_backward_steps, gather_steps
 from da_triton.planning.shapes import CoreLimits, Route, Shape
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
 pytestmark = [
@@ -147,7 +147,7 @@ def test_operations(work, channels_last, counted, monkeypatch):
     s, route = count.shape, count.route
     n = s.c_n // s.heads
     rounded = s._replace(
-        length=-(-s.length // 128) * 128, c_n=s.heads * configs._block(n, 16 if s.heads == 1 else 1)
+        length=-(-s.length // 128) * 128, c_n=s.heads * tiles._power(n, 16 if s.heads == 1 else 1)
     )
     if s.c_n < 32:
         rounded = rounded._replace(c_n=32)
