@@ -28,7 +28,7 @@ EVERYTHING = {
 }  # fmt: skip
 WAYS = {
     "small": {"MOST_ELEMENTS": 2**18},
-    "convolutions": {"MOST_ELEMENTS": 2**18, "CONVOLVED_MULTIPLICATIONS": 0, "NARROW": 0},
+    "small, convolved": {"MOST_ELEMENTS": 2**18, "CONVOLVED_MULTIPLICATIONS": 0, "NARROW": 0},
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
@@ -46,7 +46,7 @@ def _however_few_maps_and_elements(monkeypatch):
 def take(name, monkeypatch):
     for constant, value in WAYS[name].items():
         monkeypatch.setattr(cpu_small if "small" in name else cpu_products, constant, value)
-    if name == "convolutions":  # which are for several threads
+    if name == "small, convolved":  # which are for several threads
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
