@@ -17,10 +17,10 @@ import torch
 
 import da_triton
 
-from . import floors, providers, tables, warm
+from . import providers, tables, warm
 from .groups import MOST_AT_ONCE, Spent
 from .isolation import Worker
-from .measure import FLUSH_BYTES, FLUSHES_AHEAD
+from .observe import FLUSH_BYTES, FLUSHES_AHEAD
 from .problems import FORWARD, STEP
 from .providers import CHANNELS_LAST, GRAPH, Provider
 from .stages import EFFORT, STAGES, order
@@ -36,7 +36,7 @@ ASSUMED = {
     "kernels per workload, direction and layout": 130 / (17 * 2 * 2),  # as counted by `warm`
     "input, float64 reference and checks, s per group": 0.3,
     "time of other providers, as a multiple of da_triton's modelled time": 2.5,
-    "bandwidth, bytes/s": floors.COPY_SHARE * floors.SHEETS["H100"].bandwidth,
+    "bandwidth, bytes/s": 3e12,
     "smoke check, s of measuring and of compiling": 15.0,
 }
 
@@ -106,7 +106,7 @@ def _group(sweep: Sequence[Provider], work: Workload, mode: str) -> Spent:
         a_round += _one_timing(provider, work, mode)
     rounds = min(EFFORT.rounds_max, max(EFFORT.rounds_min, int(EFFORT.seconds / a_round)))
     spent.timing = rounds * a_round
-    spent.checking += EFFORT.warm_up * a_round
+    spent.checking += (EFFORT.warm_up - 1) * a_round
     return spent
 
 

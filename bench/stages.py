@@ -6,7 +6,9 @@ processes. Those of commands have ended, with all that they started, when the ne
 """
 
 import dataclasses
+import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,19 +19,20 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from . import networks, providers, sanitize, scaling, suite
+from . import networks, providers, scaling, suite
 from .first_call import seconds
 from .groups import Spent, Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
 from .joined import COMMIT_FACTS, PTXAS, JoinedReport, assembler
-from .measure import OK, Budget, CudaTimer, Effort, describe
+from .measure import OK, Budget, Effort, describe
 from .networks import Network
+from .observe import CudaTimer
 from .problems import FORWARD, STEP
 from .providers import EAGER, GRAPH, NCHW, Provider
 from .report import Report
 from .workloads import Workload
 
-EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=1000, seconds=1.3)
+EFFORT = Effort(warm_up=6, rounds_min=20, rounds_max=1000, seconds=1.3)
 # Compilation takes the longest, so the workloads that matter most to users of the baselines come
 # first, and on the first three of them the baselines that take longest to compile.
 COMPILED_FIRST = (
@@ -38,7 +41,10 @@ COMPILED_FIRST = (
 COMPLETE = 3
 GRACE = 10.0  # seconds that the tests have to say which ones failed, when their time is up
 TUNED = 3  # workloads, those with the smallest shares of their floors
-MEMORY_CHECKED = ("core, one tile", "block, fused")
+MEMORY_CHECKED = (
+    "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "one_tile or fused",
+    "tests/kernels/test_sanitize.py",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +341,7 @@ def whole_networks(run: Run, budget: Budget) -> str:
         for network in run.settings.networks:
             for mode in networks.MODES.values():
                 variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
-                rows += (found := sweeper.network(network, mode, variants))
+                rows += (found := sweeper.group(network, mode, variants))
                 run.report.add(found)
     finally:
         run.finished(sweeper)
@@ -343,14 +349,28 @@ def whole_networks(run: Run, budget: Budget) -> str:
 
 
 def memory_checks(run: Run, budget: Budget) -> str:
-    tool = sanitize.find_tool()
+    """A part of ``pytest -m sanitize`` under memcheck, for which every tensor is an allocation."""
+    tool = compute_sanitizer()
     if tool is None:
         return "compute-sanitizer is not installed"
-    said: list[str] = []
-    found = sanitize.check(tool, sanitize.DEFAULT, MEMORY_CHECKED, said.append, budget.left)
-    (run.logs / "sanitize.txt").write_text("\n".join(said), encoding="utf-8")
-    lines = (f"{r.kernels}: {r.errors} errors, {r.status}" for r in found.itertuples())
-    return "; ".join(lines)
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "pytest"]
+    allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    log = run.logs / "sanitize.txt"
+    ended = isolated([*command, *MEMORY_CHECKED], budget.left, log, allocations)
+    found = re.search(r"ERROR SUMMARY: (\d+ errors?)", ended.output)
+    return f"{found[1] if found else 'no summary'}, {ended}"
+
+
+def compute_sanitizer() -> str | None:
+    """Its path: from PATH, the CUDA toolkit, or NVIDIA's wheels."""
+    toolkits = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/opt/cuda"]
+    wheels = importlib.util.find_spec("nvidia")
+    places = [f"{folder}/bin" for folder in toolkits]
+    for folder in (wheels and wheels.submodule_search_locations) or ():
+        places += [str(path.parent) for path in Path(folder).rglob("compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(places)
+    )
 
 
 REST = (

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import networks, providers, sanitize, stages
+from bench import networks, providers, stages, workloads
 from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
@@ -37,8 +37,9 @@ def tiny():
 
 
 @pytest.fixture
-def table():
-    return (TINY, TINY_VOLUME)
+def table(monkeypatch):
+    monkeypatch.setattr(workloads, "WORKLOADS", (TINY, TINY_VOLUME))
+    return workloads.WORKLOADS
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def settings(monkeypatch, children, tmp_path):
     base = dataclasses.replace(stages.scaling.BASE, c=8, c_m=4, c_n=4)
     monkeypatch.setattr(stages.scaling, "BASE", base)
     monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
-    monkeypatch.setattr(sanitize, "find_tool", lambda: None)
+    monkeypatch.setattr(stages, "compute_sanitizer", lambda: None)
     monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     plain = [p for p in providers.plain("torch") if not p.channels_last]

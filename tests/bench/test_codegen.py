@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import __main__ as bench
+from bench import cli as bench
 from bench.codegen import cli, table
 
 ROOT = Path(cli.__file__).parents[2]

@@ -13,8 +13,8 @@ from bench.environment import ROOT
 from bench.workloads import Workload
 
 TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=4)
-WARM = "import sys; from bench import __main__ as cli; from bench.workloads import Workload\n"
-WARM += f"sys.exit(cli.main(['warm', *sys.argv[1:]], ({TINY!r},)))"
+WARM = "import sys; from bench import cli, workloads; from bench.workloads import Workload\n"
+WARM += f"workloads.WORKLOADS = ({TINY!r},); sys.exit(cli.main(['warm', *sys.argv[1:]]))"
 # What the benchmark's own closures look up on a GPU: the module, inference and a training step, in
 # both memory formats, on a CPU's tensors; only the launches are left out.
 LOOKED_UP = """
@@ -95,7 +95,8 @@ from unittest import mock
 import torch
 from bench import warm
 from bench.groups import Warming, Where
-from bench.measure import Effort, WallTimer
+from bench.measure import Effort
+from bench.observe import WallTimer
 from bench.workloads import Workload
 where = Where(warm.META, torch.bfloat16, WallTimer, Effort(1, 1, 1, 0.0))
 with warm._compiling_only("sm_90"), mock.patch("bench.measure.usable", return_value=True):

@@ -8,6 +8,7 @@ import torch
 import torchvision
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from da_triton.integrations import (
@@ -333,3 +334,77 @@ def test_missing_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
     with pytest.raises(ImportError, match="pip install torchvision"):
         a2_resnet50()
+
+
+# -- what the blocks add ---------------------------------------------------------------------------
+
+IMAGE, CLIP = (3, 224, 224), (3, 8, 224, 224)
+C3, C4, L3, L4 = 512, 1024, 28 * 28, 14 * 14
+# Millions of parameters and billions of multiply-adds with the products in the paper's order.
+# ECA-Net (Wang et al., CVPR 2020, table 3) quotes 33.00 and 6.50 for the A²-ResNet-50.
+SIZES = [
+    (torchvision.models.resnet50, IMAGE, 25.56, 4.09),
+    (torchvision.models.resnet101, IMAGE, 44.55, 7.80),
+    (torchvision.models.resnet152, IMAGE, 60.19, 11.51),
+    (a2_resnet50, IMAGE, 32.92, 6.66),
+    (a2_resnet101, IMAGE, 51.91, 10.37),
+    (a2_resnet152, IMAGE, 67.55, 14.08),
+    (a2_resnet50_video, CLIP, 36.42, 66.27),
+]
+
+
+def count(make, shape):
+    """Parameters, and multiply-adds of one input in evaluation mode."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = make().eval()
+        model(torch.empty(1, *shape))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def of_blocks(share, frames=1):
+    """The same of the paper's five blocks by hand: two on conv3, three on conv4."""
+    parameters = multiply_adds = 0
+    for blocks, c, positions in ((2, C3, L3), (3, C4, L4)):
+        k = c // share
+        # A, B, V and the reconstruction with their biases, and the normalisation's two factors
+        parameters += blocks * (3 * (c * k + k) + (k * c + c) + 2 * c)
+        # A, B and V; the gather; the distribution; the reconstruction
+        multiply_adds += blocks * frames * positions * (4 * c * k + 2 * k * k)
+    return parameters, multiply_adds
+
+
+@pytest.mark.parametrize(("make", "shape", "millions", "billions"), SIZES)
+def test_parameters_and_multiply_adds(make, shape, millions, billions):
+    options = {"order": "AZ"} if make.__module__.startswith("da_triton") else {}
+    parameters, multiply_adds = count(lambda: make(**options), shape)
+    assert (round(parameters / 1e6, 2), round(multiply_adds / 1e9, 2)) == (millions, billions)
+
+
+@pytest.mark.parametrize("share", [2, 4])
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_five_blocks_add_what_is_counted_by_hand(depth, share):
+    """At the paper's c_m = c_n = C/2, and at the C/4 of its ablations."""
+    plain = getattr(torchvision.models, f"resnet{depth}")
+
+    def with_blocks():
+        model = plain()
+        for place in PLACES:
+            c = model.get_submodule(place).bn3.num_features // share
+            insert_double_attention(model, [place], c, c, order="AZ")
+        return model
+
+    before, after = count(plain, IMAGE), count(with_blocks, IMAGE)
+    assert tuple(y - x for x, y in zip(before, after, strict=True)) == of_blocks(share)
+
+
+def test_video_blocks_see_eight_frames():
+    def without_blocks():
+        model = a2_resnet50_video()
+        for place in PLACES:
+            model.get_submodule(place).double_attention.forward = lambda x: x
+        return model
+
+    (_, without), (_, with_blocks) = (
+        count(make, CLIP) for make in (without_blocks, lambda: a2_resnet50_video(order="AZ"))
+    )
+    assert with_blocks - without == of_blocks(2, frames=8)[1]
