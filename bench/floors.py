@@ -10,8 +10,12 @@ Ceilings are measured in the same run.
 
 from dataclasses import dataclass
 
+<<<<<<< HEAD
 from da_triton.checks import ORDERS
+=======
+>>>>>>> main
 from da_triton.planning.costs import order_cost
+from da_triton.planning.shapes import ORDERS
 
 from .problems import BACKWARD, FORWARD, STEP
 from .workloads import Workload
@@ -38,7 +42,9 @@ def compulsory_bytes(
 
 def useful_flop(work: Workload, batch: int, mode: str) -> int:
     """Multiplications and additions of the cheapest association order, of the whole batch."""
-    costs = [order_cost(o, work.c, work.c_m, work.c_n, work.heads, work.length) for o in ORDERS]
+    costs = [
+        order_cost(o, work.c, work.c_m, work.c_n, work.heads, work.length) for o in ORDERS.values()
+    ]
     forward = 2 * batch * min(c.multiply_adds + c.small_multiply_adds for c in costs)
     return forward * {FORWARD: 1, BACKWARD: 2, STEP: 3}[mode]
 

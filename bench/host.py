@@ -83,50 +83,43 @@ class Measured(NamedTuple):
 # --- what the package calls, from the top to the bottom -------------------------------------------
 
 
-class Lower(NamedTuple):
-    """What a call handed to the layers below the functional one."""
-
-    recorded: list[Run]
-    operator: list[Run]
-    launchers: list[Run]
-    launches: list[Run]
-
-
-def lower_layers(run: Run) -> Lower:
-    """Finds what a call hands to each of the layers below.
+def lower_layers(run: Run) -> dict[str, list[Run]]:
+    """What a call hands to each of the layers below the functional one.
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
     from da_triton.ops.triton import routes
     from da_triton.runtime import launch, recorded
 
-    found = Lower([], [], [], [])
+    found: dict[str, list[Run]] = {
+        what: [] for what in ("recorded", "operator", "launchers", "launches")
+    }
 
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             if op.namespace == "da_triton":
-                found.operator.append(functools.partial(op, *args, **(kwargs or {})))
+                found["operator"].append(functools.partial(op, *args, **(kwargs or {})))
             return op(*args, **(kwargs or {}))
 
-    def kept(calls, function):
+    def kept(what, owner, name):
+        function = getattr(owner, name)
+
         def call(*args, **kwargs):
-            calls.append(functools.partial(function, *args, **kwargs))
+            found[what].append(functools.partial(function, *args, **kwargs))
             return function(*args, **kwargs)
 
-        return call
+        return mock.patch.object(owner, name, call)
 
     launch.forget()  # a first call runs the launchers
-    launched = launch.Launch.__call__
     with (
-        mock.patch.object(routes, "forward", kept(found.launchers, routes.forward)),
-        mock.patch.object(routes, "backward", kept(found.launchers, routes.backward)),
-        mock.patch.object(launch.Launch, "__call__", kept(found.launches, launched)),
+        kept("launchers", routes, "forward"),
+        kept("launchers", routes, "backward"),
+        kept("launches", launch.Launch, "__call__"),
     ):
         run()
     for _ in range(recorded.FIRST):
         run()
-    repeat = kept(found.recorded, recorded.Recorded.__call__)
-    with mock.patch.object(recorded.Recorded, "__call__", repeat):
+    with kept("recorded", recorded.Recorded, "__call__"):
         run()
     with Operators():
         run()
@@ -267,8 +260,7 @@ def ours(
         for mode, run in ((FORWARD, forward), (STEP, backward)):
             with torch.no_grad():
                 below = lower_layers(run)
-            found = below._asdict().items()
-            runs += [(mode, what, in_a_row(calls)) for what, calls in found if calls]
+            runs += [(mode, what, in_a_row(calls)) for what, calls in below.items() if calls]
     return [Measured(run, backend, str(dtype)[6:], mode, what) for mode, what, run in runs]
 
 

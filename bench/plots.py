@@ -1,6 +1,5 @@
-"""Pictures of measurements: bars of ratios, the roofline, cost against size."""
+"""Plots of measurements: bars of ratios, the roofline, cost against size."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,81 +36,65 @@ def best_of_ours(timed: pd.DataFrame) -> pd.DataFrame:
 
 def bars(timed: pd.DataFrame, title: str) -> Figure:
     """Ours against eager and against its compilation: a panel for each launch mode and mode."""
-    ours = best_of_ours(timed)
-    keys = list(_panels(ours))
-    workloads = list(timed["workload"].unique())
-    figure = Figure(figsize=(_width(workloads), 0.8 + 2.6 * len(keys)), layout="constrained")
-    figure.suptitle(f"{title}\nours, in its better memory format; above 1 it is faster", size=11)
-    panels = figure.subplots(len(keys), 1, squeeze=False, sharex=True)[:, 0]
-    for panel, (launch, mode, dtype) in zip(panels, keys, strict=True):
-        part = ours.query("launch == @launch and mode == @mode and dtype == @dtype")
-        part = part.set_index("workload").reindex(workloads)
+
+    def draw(panel: Any, part: pd.DataFrame) -> None:
         kinds = [kind for kind in KINDS if part[kind].notna().any()]
-        _grouped(panel, {KINDS[kind]: part[kind] for kind in kinds}, "{:.2f}")
+        _grouped(panel, part.set_index("workload")[kinds].rename(columns=KINDS), "{:.2f}")
         panel.axhline(1.0, color=GREY, linewidth=1, linestyle="--", zorder=0.9)
         panel.set_ylabel("times as fast")
-        panel.set_title(f"{mode}, {_launches(launch)}, {dtype}", size=10)
-        _name_workloads(panel, timed, workloads)
-    return figure
+
+    title = f"{title}\nours, in its better memory format; above 1 it is faster"
+    return _by_workload(timed, best_of_ours(timed), title, draw)
 
 
 def times(timed: pd.DataFrame, title: str) -> Figure:
     """Milliseconds of every provider, where ratios must not be shown."""
-    keys = list(_panels(timed))
-    workloads = list(timed["workload"].unique())
-    figure = Figure(figsize=(_width(workloads), 0.8 + 2.6 * len(keys)), layout="constrained")
-    figure.suptitle(title, size=11)
-    panels = figure.subplots(len(keys), 1, squeeze=False, sharex=True)[:, 0]
-    for panel, (launch, mode, dtype) in zip(panels, keys, strict=True):
-        part = timed.query("launch == @launch and mode == @mode and dtype == @dtype")
-        names = part["provider"] + " " + part["layout"]
-        values = {
-            name: part[names == name].set_index("workload")["median_ms"].reindex(workloads)
-            for name in names.unique()
-        }
-        _grouped(panel, values, "{:.3g}")
+
+    def draw(panel: Any, part: pd.DataFrame) -> None:
+        values = part.pivot(index="workload", columns="series", values="median_ms")
+        order = part["series"].dropna().unique()
+        _grouped(panel, values.loc[part["workload"].unique(), order], "{:.3g}")
         panel.set_yscale("log")
         panel.set_ylabel("median ms")
+
+    series = timed["provider"] + " " + timed["layout"]
+    return _by_workload(timed, timed.assign(series=series), title, draw)
+
+
+def _by_workload(timed: pd.DataFrame, frame: pd.DataFrame, title: str, draw: Any) -> Figure:
+    """A panel for each dtype, launch mode and mode of ``frame``, with all workloads in order."""
+    sizes = timed.drop_duplicates("workload").set_index("workload")
+    names = [f"{w}\n{row.n}×{row.c}\n{row.positions}" for w, row in sizes.iterrows()]
+    panels = list(frame.groupby(["dtype", "launch", "mode"], sort=False))
+    size = (max(8.0, 3.0 + 0.85 * len(names)), 0.8 + 2.6 * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, size=11)
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    for panel, ((dtype, launch, mode), part) in zip(axes, panels, strict=True):
+        every = pd.DataFrame({"workload": sizes.index}).merge(part, how="left")
+        draw(panel, every)
         panel.set_title(f"{mode}, {_launches(launch)}, {dtype}", size=10)
-        _name_workloads(panel, timed, workloads)
+        panel.set_xticks(np.arange(len(names)), names, fontsize=7)
     return figure
-
-
-def _panels(frame: pd.DataFrame) -> Iterable[tuple[str, str, str]]:
-    for dtype in frame["dtype"].unique():
-        for launch in frame["launch"].unique():
-            for mode in MODES:
-                if len(frame.query("launch == @launch and mode == @mode and dtype == @dtype")):
-                    yield launch, mode, dtype
-
-
-def _width(workloads: list[str]) -> float:
-    return max(8.0, 3.0 + 0.85 * len(workloads))
 
 
 def _launches(launch: str) -> str:
     return "CUDA graph" if launch == "graph" else "eager launches"
 
 
-def _grouped(panel: Any, values: dict[str, pd.Series], form: str) -> None:
-    """Bars side by side, with their values above."""
-    thickness = 0.8 / max(1, len(values))
-    for index, (name, series) in enumerate(values.items()):
-        places = np.arange(len(series)) + (index - (len(values) - 1) / 2) * thickness
+def _grouped(panel: Any, values: pd.DataFrame, form: str) -> None:
+    """Bars side by side, a column each, with their values above."""
+    thickness = 0.8 / max(1, values.shape[1])
+    for index, (name, series) in enumerate(values.astype(float).items()):
+        places = np.arange(len(series)) + (index - (values.shape[1] - 1) / 2) * thickness
         colour = COLOURS[index % len(COLOURS)]
-        drawn = panel.bar(places, series.astype(float), thickness, label=name, color=colour)
-        labels = ["" if np.isnan(x) else form.format(x) for x in series.astype(float)]
+        drawn = panel.bar(places, series, thickness, label=name, color=colour)
+        labels = ["" if np.isnan(x) else form.format(x) for x in series]
         panel.bar_label(drawn, labels=labels, fontsize=7, padding=1)
     panel.margins(x=0.01, y=0.15)
-    panel.set_xlim(-0.6, max(len(s) for s in values.values()) - 0.4 if values else 0.6)
+    panel.set_xlim(-0.6, len(values) - 0.4)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-
-
-def _name_workloads(panel: Any, timed: pd.DataFrame, workloads: list[str]) -> None:
-    sizes = timed.drop_duplicates("workload").set_index("workload")
-    names = [f"{w}\n{sizes['n'][w]}×{sizes['c'][w]}\n{sizes['positions'][w]}" for w in workloads]
-    panel.set_xticks(np.arange(len(workloads)), names, fontsize=7)
 
 
 def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:

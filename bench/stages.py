@@ -255,7 +255,7 @@ def tuning(run: Run, budget: Budget) -> str:
     if path.exists():  # it is written after each choice
         from . import tune  # which needs Triton
 
-        target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["card"])
+        target = tune.path_of(json.loads(path.read_text(encoding="utf-8"))["gpu"])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         run.worker.close()  # a process reads the table once

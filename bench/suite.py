@@ -21,17 +21,24 @@ TESTS = ROOT / "tests"
 # Files that a GPU adds nothing to, by what they test.
 LEFT_OUT = (
     # the benchmark, other libraries, notebooks and documents
-    "bench", "integrations", "test_export.py", "test_export_formats.py", "test_layers.py",
-    "test_notebooks.py", "test_readme.py",
+    "bench", "integrations", "test_export.py", "test_export_formats.py", "test_notebooks.py",
+    "test_readme.py",
     # code of CPUs, and ranks that are CPU processes
     "ops/aten/test_cpu_block.py", "ops/aten/test_cpu_convolved.py", "ops/aten/test_cpu_masks.py",
     "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
     "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
+<<<<<<< HEAD
     "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
     "test_copies.py", "test_default_device.py", "test_hints.py", "test_package.py",
     "test_reference.py", "test_streaming_refusals.py",
+=======
+    "runtime/test_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
+    "arguments/test_checks.py", "arguments/test_hints.py", "modules/test_checkpointing.py",
+    "modules/test_children.py", "modules/test_copies.py", "modules/test_state_dicts.py",
+    "streaming/test_refusals.py", "test_default_device.py", "test_package.py", "test_reference.py",
+>>>>>>> main
     # ahead-of-time compilation, what only the interpreter can count, what ``da_triton.check`` says,
     # which the smoke stage runs, and what runs under compute-sanitizer
     "kernels/test_aot.py", "kernels/test_layouts.py", "kernels/test_sanitize.py",
@@ -41,7 +48,7 @@ LEFT_OUT = (
 )  # fmt: skip
 NEEDS = {"test_properties.py": "hypothesis"}  # optional packages
 # A worker takes one test at a time, so whatever takes longest starts first.
-FIRST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
+FIRST = ("test_properties.py", "ops/triton/test_large.py", "ops/triton/test_gpu_numerics.py")
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
     "DA_TRITON_PROVE": "0",  # the kernels themselves are tested, not what replaces wrong ones
@@ -117,8 +124,8 @@ def record(tests: Sequence[str], *, interpret: bool = False) -> Recorded:
 def compiled(
     launches: Sequence[dict[str, Any]], arch: str, jobs: int
 ) -> Iterator[tuple[str, str, int, str]]:
-    """``codegen.replay.Compiled`` of each distinct launch, as it is compiled."""
-    command = [sys.executable, "-m", "bench.codegen.replay", arch, str(jobs)]
+    """``codegen.compile.Compiled`` of each distinct launch, as it is compiled."""
+    command = [sys.executable, "-m", "bench.codegen.compile", arch, str(jobs)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryFile("w+") as given, subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=given, stdout=subprocess.PIPE, text=True

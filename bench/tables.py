@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import tabulate  # noqa: F401  # of to_markdown: missing, it shows before anything is measured
 import torch
 
 import da_triton
@@ -84,14 +85,12 @@ def merged(timed: pd.DataFrame) -> pd.DataFrame:
     Every group times eager and da_triton again, next to what it compares them with.
     """
     keys = ["workload", "dtype", "mode", "layout", "launch", "provider"]
-    found = timed.drop_duplicates(keys).copy()
-    for ratio in timed.columns.intersection(list(RATIOS)):
-        least = timed.groupby(keys)[ratio].min()
-        found[ratio] = least.reindex(pd.MultiIndex.from_frame(found[keys])).to_numpy()
-    if UNUSED in timed:
-        unused = timed.groupby(keys)[UNUSED].first()
-        found[UNUSED] = unused.reindex(pd.MultiIndex.from_frame(found[keys])).to_numpy()
-    return found
+    kept = dict.fromkeys(timed.columns.intersection(list(RATIOS)), "min")
+    kept |= {UNUSED: "first"} if UNUSED in timed else {}
+    found = timed.drop_duplicates(keys)
+    if not kept:
+        return found
+    return found.assign(**timed.groupby(keys, sort=False).agg(kept).set_index(found.index))
 
 
 def marked(timed: pd.DataFrame) -> pd.DataFrame:
@@ -206,17 +205,11 @@ def against_model(timed: pd.DataFrame) -> pd.DataFrame:
 def markdown(frame: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
     """A table in Markdown; ``formats``: of some columns, functions or format strings."""
 
-    def text(name: str, value: Any) -> str:
-        if value is None or (isinstance(value, float) and np.isnan(value)):
-            return ""
-        form = (formats or {}).get(name, str)
-        return form.format(value) if isinstance(form, str) else form(value)
+    def cells(column: pd.Series) -> list[str]:
+        form = (formats or {}).get(str(column.name), str)
+        text = form.format if isinstance(form, str) else form
+        return ["" if pd.isna(x) else text(x).replace("|", "\\|") for x in column]
 
-    names = [str(name) for name in frame.columns]
-    numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns]
-    lines = ["| " + " | ".join(names) + " |"]
-    lines.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
-    for values in frame.itertuples(index=False):
-        cells = (text(name, value) for name, value in zip(names, values, strict=True))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    shown = pd.DataFrame({name: cells(frame[name]) for name in frame.columns})
+    align = ["right" if pd.api.types.is_numeric_dtype(x) else "left" for x in frame.dtypes]
+    return shown.to_markdown(index=False, colalign=align, disable_numparse=True)

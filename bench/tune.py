@@ -1,16 +1,16 @@
-"""``python -m bench tune``: measures tiles of the fused kernels, and writes the table of this GPU.
+"""``python -m bench tune``: measures tiles of all kernels, and writes the table of this GPU.
 
-For each fused kernel on the planned route of each workload, all candidates are compiled in
-parallel, captured as CUDA graphs of the whole block and timed in turns, so that only the GPU's time
-counts. A candidate that cannot be launched or gives another result than the present tile is not
-timed; one that spills is slow and loses. A candidate replaces the present tile only where its 80th
-percentile is below the present one's 20th. ``runtime.measured`` reads the table by the GPU's name;
-tables from a different Triton version, or with invalid entries, are ignored there with a warning.
+For each kernel that a workload launches, on its planned route, there with a mask and V kept, and
+unfused, all candidates are compiled in parallel, captured as CUDA graphs of the whole block and
+timed in turns, so that only the GPU's time counts. A candidate that cannot be launched or gives
+another result than the present tile is not timed; one that spills is slow and loses. A candidate
+replaces the present tile only where its 80th percentile is below the present one's 20th.
+``da_triton.runtime.tiles`` reads the table.
 """
 
 import contextlib
+import functools
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from da_triton.ops.triton import routes
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.runtime import configs, launch, measured
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import AZ, Shape
+from da_triton.runtime import folders, launch, tiles
+from da_triton.runtime.tiles import Key as Site
 
 from .codegen.candidates import CANDIDATES, SMALL
 from .measure import Budget, describe, on_gpu, progress, usable
@@ -34,26 +35,11 @@ from .providers import Closure, Replay
 from .report import replace
 from .workloads import Workload
 
-FORWARD_KERNELS = (
-    "gather_from_x", "gather_from_a", "descriptors", "project_distribute",
-    "project_distribute_blocks",
-)  # fmt: skip
-BACKWARD_KERNELS = (
-    "gather_side", "distribute_side", "descriptors_backward", "outer", "weight_gradients",
-)  # fmt: skip
 ROUNDS = 15
 ROUNDS_MIN = 5  # below which percentiles say nothing of the noise
 # Relative RMS between two tiles' results in bfloat16; they differ in the order of sums alone.
 TOLERANCE = 2e-2
 Entry = tuple[int, int, int]  # positions of a tile, warps, stages
-
-
-class Site(NamedTuple):
-    """A kernel with the block that it has on a workload."""
-
-    kernel: str
-    block_m: int
-    block_n: int
 
 
 class Choice(NamedTuple):
@@ -85,10 +71,9 @@ def tune(
     for work in progress(list(workloads)):
         if budget.left <= 0:
             break
-        for site, present in sites(work, device):
+        for site, (present, run) in sites(work, device).items():
             if site in found or budget.left <= 0:
                 continue
-            run = step(work, device, backward=site.kernel in BACKWARD_KERNELS)
             entries = [present, *(c for c in candidates_of(site) if c != present)]
             ready = prepared(site, entries, run, device, tell, budget)
             if not usable(device):
@@ -102,34 +87,38 @@ def tune(
     return list(found.values())
 
 
-def sites(work: Workload, device: torch.device) -> list[tuple[Site, Entry]]:
-    """Every fused kernel that the planned route launches, with its present tile."""
-    seen: dict[Site, Entry] = {}
-    original = configs.fused_tile
+def sites(work: Workload, device: torch.device) -> dict[Site, tuple[Entry, Closure]]:
+    """Every kernel that the workload launches, with its present tile and the step to time."""
+    found: dict[Site, tuple[Entry, Closure]] = {}
+    for run in steps(work, device):
 
-    def spied(kernel, x, features, maps):
-        tile = original(kernel, x, features, maps)
-        entry = (tile.block_l, tile.num_warps, tile.num_stages)
-        seen[Site(kernel, tile.block_m, tile.block_n)] = entry
-        return tile
+        def see(site, tile, run=run):
+            found.setdefault(site, (tile[2:5], run))
+            return tile
 
-    with launch.forgetting(), mock.patch.object(configs, "fused_tile", spied):
-        step(work, device, backward=True)()
-    return list(seen.items())
+        with _replaced(see):
+            run()
+    return found
 
 
-def step(work: Workload, device: torch.device, *, backward: bool) -> Closure:
-    """The block's forward pass on its planned route, or forward and backward: all results."""
-    x, w, options, route = _problem(work, device)
+def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
+    """Passes of the block, each with all its results; forward first, which takes less time."""
+    x, w, options, planned = _problem(work, device)
+    keep = torch.ones(x.shape[0], x.shape[2], dtype=torch.uint8, device=device)
+    unfused = planned._replace(
+        order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
+    )
+    for route, mask in ((planned, None), (unfused, None), (planned, keep)):
+        for backward in (False, True):
+            yield functools.partial(_step, x, w, options, route, mask, backward)
 
-    def run():
-        out, lse, g, v = routes.forward(x, w, None, options, route, False)
-        if not backward:
-            return (out,)
-        grads = routes.backward(out, x, w, None, lse, g, v, options, route)
-        return out, *(grad for grad in grads if grad is not None)
 
-    return run
+def _step(x, w, options, route, mask, backward):
+    out, lse, g, v = routes.forward(x, w, mask, options, route, mask is not None)
+    if not backward:
+        return (out,)
+    grads = routes.backward(out, x, w, mask, lse, g, v, options, route)
+    return out, *(grad for grad in grads if grad is not None)
 
 
 def _problem(work, device):
@@ -146,23 +135,30 @@ def _problem(work, device):
     w = routes.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
     options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     s = Shape(batch, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
-    limits = configs.limits(s, work.c, configs.architecture(device), launch.processors(device))
-    return x, w, options, planner.options(s, limits)[0].route
+    gpu = tiles.architecture(device), launch.processors(device)
+    return x, w, options, kernel_routes(s, work.c, *gpu)[0].route
 
 
 @contextlib.contextmanager
-def tile_of(site: Site, entry: Entry) -> Iterator[None]:
-    """The site's launches take a tile; those with a mask or a kept V have their own."""
-    original = configs.fused_tile
+def _replaced(choose: Callable[[Site, tiles.Tile], tiles.Tile]) -> Iterator[None]:
+    """Launches take the tile that ``choose`` makes of theirs."""
+    original = tiles.tile
 
-    def chosen(kernel, x, features, maps):
-        tile = original(kernel, x, features, maps)
-        if Site(kernel, tile.block_m, tile.block_n) != site:
-            return tile
-        return tile._replace(block_l=entry[0], num_warps=entry[1], num_stages=entry[2])
+    def chosen(kernel, x, features, maps, variant=tiles.PLAIN):
+        tile = original(kernel, x, features, maps, variant)
+        return choose(Site(kernel, variant, "half", *tile[:2]), tile)
 
-    with launch.forgetting(), mock.patch.object(configs, "fused_tile", chosen):
+    with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         yield
+
+
+def tile_of(site: Site, entry: Entry) -> contextlib.AbstractContextManager[None]:
+    """The site's launches take a tile."""
+
+    def choose(key, tile):
+        return tiles.Tile._make((*tile[:2], *entry, *tile[5:])) if key == site else tile
+
+    return _replaced(choose)
 
 
 def prepared(
@@ -281,27 +277,21 @@ def choose(
 
 
 def candidates_of(site: Site) -> Sequence[Entry]:
-    return SMALL if site.kernel.startswith(("descriptors", "weight")) else CANDIDATES
+    small = site.kernel.startswith(("descriptors", "weight", "delta", "gather_combine"))
+    return SMALL if small else CANDIDATES
 
 
 def write(path: Path, card: str, choices: Sequence[Choice]) -> None:
     """The table, with what was measured of each entry."""
-    table = {
-        "card": card,
-        "triton": importlib.metadata.version("triton"),
-        "tiles": [
-            {
-                "kernel": c.site.kernel, "block_m": c.site.block_m, "block_n": c.site.block_n,
-                "tile": list(c.best), "workload": c.workload, "us": round(c.best_us, 2),
-                "replaces": list(c.present), "replaced_us": round(c.present_us, 2),
-            }
-            for c in sorted(choices)
-        ],
-    }  # fmt: skip
+    header = {"gpu": card, "triton": importlib.metadata.version("triton")}
+    table = {}
+    for c in choices:
+        note = f"{c.best_us:.2f} us on {c.workload}; {c.present} took {c.present_us:.2f} us"
+        table[c.site] = tiles.Entry._make((*c.best, "pointers", note))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps(table, indent=1) + "\n")
+    replace(path, tiles.text(header, table))
 
 
 def path_of(card: str) -> Path:
-    """Where the package looks for the table of a card."""
-    return measured.FOLDER / f"{measured.slug(card)}.json"
+    """Where the package looks for the table of a GPU."""
+    return folders.tiles() / tiles.file_name(card)

@@ -192,7 +192,7 @@ def on_absent(arch: str) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from da_triton.runtime import configs, launch
+    from da_triton.runtime import launch, tiles
 
     target = TARGETS[arch]
 
@@ -209,7 +209,7 @@ def on_absent(arch: str) -> Iterator[None]:
     driver.set_active(Driver())  # for good: without a GPU there is no driver to go back to
     with (
         launch.forgetting(),
-        mock.patch.object(configs, "architecture", always(arch)),
+        mock.patch.object(tiles, "architecture", always(arch)),
         mock.patch.object(launch, "processors", always(target.processors)),
     ):
         yield

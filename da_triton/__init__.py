@@ -3,7 +3,7 @@
 from . import layers
 from .functional import distribute, double_attention, double_attention_block, gather
 from .modules import DoubleAttention
-from .planning.planner import plan
+from .ops.triton.plan import plan
 from .selfcheck import check
 
 __version__ = "0.1.0"

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from .planning.shapes import AZ, ORDERS
+from .precision import POLICIES
+
+ORDER_NAMES = ("auto", *ORDERS)
+PAPERS = ("auto", AZ.name)  # names of an order that may be the paper's
 BACKENDS = ("auto", "triton", "torch", "eager")
-ORDERS = ("AZ", "XZ", "AH", "XH")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = tuple(POLICIES)
 
 
 def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
@@ -294,13 +298,13 @@ def backend(name: str) -> None:
 
 
 def order(name: str, reconstruct: bool, backend: str) -> None:
-    choice("order", name, ("auto", *ORDERS))
-    if not reconstruct and name in ("AH", "XH"):
+    choice("order", name, ORDER_NAMES)
+    if not reconstruct and name != "auto" and ORDERS[name].through_h:
         raise ValueError(
             f"order={name!r} folds the last convolution into the descriptors, and there is none. "
             "Use order='AZ', 'XZ' or 'auto', or give weight_out."
         )
-    if backend == "eager" and name not in ("auto", "AZ"):
+    if backend == "eager" and name not in PAPERS:
         raise ValueError(
             f"backend='eager' is the paper's own order, 'AZ'; got order={name!r}. "
             "Use backend='torch' for another order."
@@ -330,7 +334,7 @@ def process_group(group, backend: str, order: str = "auto") -> None:
             "backend='eager' is the definition on one device, and process_group splits the "
             "positions. Use backend='torch', 'triton' or 'auto'."
         )
-    if order not in ("auto", "AZ"):
+    if order not in PAPERS:
         raise ValueError(
             f"process_group runs the block in the paper's order, 'AZ'; got order={order!r}. "
             "Use order='auto' or 'AZ'."

@@ -1,4 +1,9 @@
-"""The public functions: checks, autocast, choice of backend and order, shapes in and out."""
+"""The public functions: input validation, autocast, choice of backend and order, shapes.
+
+In the terms of linear attention, A are the values, B the keys (softmax over positions), V the
+queries (softmax over the n descriptors), and G is the KV state (m × n): ``gather`` builds the
+state, ``distribute`` reads it.
+"""
 
 from typing import Any
 

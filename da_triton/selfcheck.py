@@ -224,26 +224,29 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
 
     ``every``: all orders of unfused passes too, which differ in sizes only.
     """
+    from .ops.triton.plan import kernel_limits
     from .planning import planner
-    from .planning.costs import Shape
-    from .runtime import configs, launch
+    from .planning.shapes import XH, Shape
+    from .runtime import launch, tiles
 
     size = x.element_size()
     s = Shape(
         2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
     )
-    arch, processors = configs.architecture(x.device), launch.processors(x.device)
-    limits = configs.limits(s, case.channels, arch, processors)
-    fused = ("fused", "XH")
-    options = list(planner.options(s, limits))
+    arch, processors = tiles.architecture(x.device), launch.processors(x.device)
+    limits = kernel_limits(s, case.channels, arch, processors)
+    fused = ("fused", XH)
+    found = [planned.route for planned in planner.routes(s, limits)]
     if not every:
-        parts = [(o.route.gather, o.route.distribute, o.route.order[0]) for o in options]
-        options = [o for i, o in enumerate(options) if parts.index(parts[i]) == i]
-    for option in options:
-        unfused = ("split", option.route.order)
+        parts = [(r.gather, r.distribute, r.order.from_x) for r in found]
+        found = [r for i, r in enumerate(found) if parts.index(parts[i]) == i]
+    for route in found:
+        unfused = ("split", route.order)
         for kind, order in (unfused, fused) if limits.backward else (unfused,):
-            route = option.route._replace(backward=kind, backward_order=order)
-            yield route, route.gather == "fused"
+            yield (
+                route._replace(backward=kind, backward_order=order),
+                route.gather == "fused",
+            )
 
 
 def _versions() -> dict[str, Any]:

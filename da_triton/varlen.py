@@ -133,13 +133,13 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
         or tracing.exporting()
         or is_traceable_wrapper_subclass(x)  # such as a DTensor
     ):
-        return by_sequence(core, cu_seqlens)
+        return per_sequence(core, cu_seqlens)
     from .ops import varlen as varlen_ops
 
     return varlen_ops.packed_core(core, cu_seqlens)
 
 
-def by_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
+def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
     """Packed positions in calls of ``core``, one for each run of equal lengths."""
 
     def runs(**maps: Tensor) -> list[tuple[int, int]]:

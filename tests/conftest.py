@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
 import pytest
 
 from da_triton.runtime import launch
-from support import interpreter
+from support import triton_internals
 
 if not torch.cuda.is_available():
-    interpreter.correct()
+    triton_internals.correct_interpreter()
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
 
 

@@ -1,4 +1,4 @@
-"""The block in every association order, against the definition in float64."""
+"""``double_attention_block`` in every association order, against the definition in float64."""
 
 import pytest
 import torch

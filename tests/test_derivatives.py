@@ -1,4 +1,4 @@
-"""Derivatives of every kind: reverse, forward, batched and nested, eager and compiled."""
+"""Derivatives of the public functions and layers, of every kind, eager and compiled."""
 
 import pytest
 import torch

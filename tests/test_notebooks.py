@@ -23,7 +23,7 @@ def printed(cell):
     return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
-def test_there_are_five():
+def test_notebooks_are_numbered_one_to_five():
     assert [path.stem[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_", "05_"]
 
 

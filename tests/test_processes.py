@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import da_triton
-from support import interpreter, ranks
+from support import ranks, triton_internals
 from support.numerics import DEVICE
 
 needs_no_gpu = pytest.mark.skipif(
@@ -20,7 +20,7 @@ LIMIT = 120  # seconds
 def answer(backend, seed=0):
     """Gradients of a small block, of numbers that depend on the seed alone."""
     if DEVICE == "cpu":
-        interpreter.correct()
+        triton_internals.correct_interpreter()
     random = torch.Generator().manual_seed(seed)
     layer = da_triton.DoubleAttention(4, residual=True, backend=backend)
     with torch.no_grad():

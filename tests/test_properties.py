@@ -1,4 +1,4 @@
-"""Any shapes, strides and options against the definition in float64.
+"""The public functions: any shapes, strides and options against the definition in float64.
 
 A few examples each here. Many, of a seed of one's own:
 
@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 import da_triton
-from da_triton.checks import ORDERS
+from da_triton.planning.shapes import orders
 from support.numerics import DEVICE, DTYPES, TOLERANCE
 
 EXAMPLES = int(os.environ.get("DA_TRITON_EXAMPLES", "20"))
@@ -183,7 +183,7 @@ def test_block(backend, data):
         logit_scale=draw(logit_scales), logit_scale_v=draw(logit_scales), scale=draw(scales),
         softmax_v=draw(st.booleans()),
         residual=draw(st.booleans()) if out_channels == channels else False,
-        order=draw(st.sampled_from(["auto", *(ORDERS if reconstruct else ORDERS[:2])])),
+        order=draw(st.sampled_from(["auto", *(o.name for o in orders(reconstruct))])),
         recompute=draw(st.sampled_from(["auto", True, False])),
     )  # fmt: skip
 

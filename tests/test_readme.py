@@ -44,7 +44,7 @@ def recipes():
 RECIPES = recipes()
 
 
-def test_there_is_one_for_each():
+def test_every_integration_has_a_recipe():
     titles = " ".join(title for title, _ in RECIPES)
     for name in (
         "torchvision", "Ultralytics", "timm", "OpenMMLab", "have such layers", "frame by frame",

@@ -120,7 +120,7 @@ def test_importing_the_command_leaves_the_function():
     assert da_triton.check is function
 
 
-def test_what_is_said_of_a_gpu(monkeypatch):
+def test_facts_about_a_gpu(monkeypatch):
     made_by = compilers.Compiler((9, 0), (3, 6, 0), (12, 8, 93))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
@@ -208,18 +208,19 @@ def test_a_kernel_that_faults_ends_the_check(small, monkeypatch, capsys):
 TILES = """
 import json, torch
 from unittest import mock
-from bench.codegen import compiler, launches
+from bench.codegen import compile, survey
 from da_triton import selfcheck
-from da_triton.runtime import configs, fused_tiles
-reached, tile = set(), configs.fused_tile
-def spy(kernel, x, *sizes):
-    if x.element_size() == 2:
-        reached.add((kernel, *configs.fused_blocks(kernel, *sizes)))
-    return tile(kernel, x, *sizes)
-with launches.on("sm_90"), compiler.record(), mock.patch.object(configs, "fused_tile", spy):
+from da_triton.runtime import tiles
+reached, original = set(), tiles.tile
+def spy(kernel, *given):
+    tile = original(kernel, *given)
+    reached.add((kernel, *tile[:2]))
+    return tile
+with survey.on("sm_90"), compile.record(), mock.patch.object(tiles, "tile", spy):
     for case in selfcheck.THOROUGH:
         selfcheck.run(case, torch.bfloat16, False, torch.device("meta"), True)
-print(json.dumps(sorted({key[1:] for key in fused_tiles.TILES if key[0] == "sm_90"} - reached)))
+wanted = {(k.kernel, *k[3:]) for k in tiles.shipped("sm_90") if k.kernel in survey.BLOCKS}
+print(json.dumps(sorted(wanted - reached)))
 """
 
 

@@ -1,4 +1,4 @@
-"""Views, changes in place, inference mode, torch.func, streams and graphs, on every path."""
+"""The public functions and layers under torch.func, inference mode, views, streams and graphs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Samples of different sizes in one batch: against a call for each sample, in float64."""
+"""The public functions on packed samples of different sizes: against a call for each sample."""
 
 import doctest
 

@@ -1,9 +1,8 @@
 """Generated code of every kernel, for GPUs that are not there: ``python -m bench codegen``.
 
-    compiler   one recorded launch -> registers, spills, shared memory, instructions
-    launches   the launches that a call of the core or of the block makes
-    survey     which launches stand for everything that ships
     table      one row a compilation: the file that is kept, what is printed, what got worse
+    survey     the launches that are compiled: of every kernel, with every shipped tile
+    compile    one recorded launch -> registers, spills, shared memory, instructions
     candidates the tiles that a search tries
     tiles      the search for the fused kernels' tiles
 

@@ -1,11 +1,18 @@
-"""Compiles every kernel with every shipped tile for one architecture; one row a compilation.
+"""The launches that are compiled: of every kernel, with every shipped tile.
 
     python -m bench.codegen.survey sm_90 [--sample] < digests
 
 prints a JSON object a line. Rows whose digest is in the input, an array in JSON, are known and come
 without figures; with ``--sample`` one row of each kernel is compiled, known or not, and no other.
+
+    python -m bench.codegen.survey sm_90 --layouts [--sample]
+
+prints one per program that multiplies matrices: its title, and how its products are laid out
+wrongly (``compile.faults``). Its programs are also, in each dtype, TF32 too, every tile of the core
+with a mask; with ``--sample`` one tile of each kernel and dtype.
+
 Runs in a process of its own, without TRITON_INTERPRET, on a machine without a GPU. Which kernels
-there are is found from the launches that calls make.
+there are is found from the launches that calls make, on meta tensors:
 
     core        tiles by features and maps, in each dtype and layout
     all maps    the kernel that holds them, by maps: without and with a gradient, bias and mask
@@ -15,22 +22,49 @@ there are is found from the launches that calls make.
                 kernels that neither of the above reaches
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
-from bench.codegen import compiler, fused, launches
-from bench.codegen.launches import LAYOUTS, Variant
+from bench.codegen import compile
+from bench.codegen.compile import Launch
 from bench.workloads import WORKLOADS
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.planning.planner import Route
-from da_triton.runtime import configs, fused_tiles
+from da_triton.kernels import distribute, gather
+from da_triton.ops.triton import routes
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import AH, AZ, XH, Route, Shape
+from da_triton.precision import matmul_precision
+from da_triton.runtime import launch, tiles
 
+# Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
+# channels-last memory.
+LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
+ODD = ("nchw", 49)  # a 7×7 map: every load is of one element
+PROCESSORS = 132
+BATCH = 64
+ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
+PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
+# kernel -> {(block_m, block_n): (C, c_m, c_n) that lead there}
+BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
+    "descriptors": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
+    "descriptors_backward": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
+    "gather_from_x": {(c, n): (c, 64, n) for c, n in PAIRS},
+    "gather_side": {(64, n): (256, 64, n) for n in (32, 64, 128, 256)},
+    "distribute_side": {(c, n): (c, 64, n) for c, n in PAIRS},
+    "project_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
+    "project_distribute_blocks": {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)},
+    "outer": {(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)},
+    "weight_gradients": {(32, 32): (256, 64, 64)},
+    "gather_from_a": {
+        (m, n): (4 * m * n // 64, m, n) for m in (32, 64, 128) for n in (32, 64, 128)
+    },
+}
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 # Features or maps: each side reaches a tile of its own in the tables of the core.
 SIDES = {2: (32, 64, 128), 4: (32,), 8: (16, 32)}
@@ -39,7 +73,177 @@ OPTIONS = {
 }  # fmt: skip
 
 Row = dict[str, Any]
-Found = tuple[compiler.Launch, Variant, tuple[int, int, int]]  # C (0: the core), features, maps
+# The same for layouts, also of sizes that fill no tile.
+LAYOUT_SIDES = {2: (32, 64, 128), 4: (19, 64), 8: (19, 64)}
+LAYOUT_SHAPES = ((200, 20), (20, 200), (200, 200))
+LAYOUT_DTYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False),
+                 (torch.float32, True), (torch.float64, False))  # fmt: skip
+
+
+# --- launches of a call ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a launch depends on beside sizes."""
+
+    layout: str = "nchw"
+    length: int = 196
+    dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
+    keep_v: bool = False  # forward writes V, backward reads it
+    softmax: bool = True
+    extra: bool = False  # gather tokens beside the positions; of the core
+    tf32: bool = False  # PyTorch's switch; of the core
+    heads: int = 1  # of the block
+
+    @property
+    def title(self) -> str:
+        words = [self.layout, f"L={self.length}", str(self.dtype)[6:], self.flags]
+        return " ".join(filter(None, words))
+
+    @property
+    def flags(self) -> str:
+        """The switches that are not as in a plain call, by name."""
+        names = [name for name in ("masked", "keep_v", "extra", "tf32") if getattr(self, name)]
+        names += [] if self.softmax else ["no_softmax"]
+        names += [f"heads={self.heads}"] if self.heads > 1 else []
+        return " ".join(names)
+
+
+Found = tuple[Launch, Variant, tuple[int, int, int]]  # C (0: the core), features, maps
+
+
+@contextlib.contextmanager
+def on(arch: str) -> Iterator[None]:
+    """Launchers choose as on a GPU of this architecture."""
+    with (
+        launch.forgetting(),
+        mock.patch.object(tiles, "architecture", return_value=arch),
+        mock.patch.object(launch, "processors", return_value=PROCESSORS),
+    ):
+        yield
+
+
+def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
+    """One forward and backward pass of the core with m features and n maps."""
+
+    def maps(channels):
+        if v.layout == "nchw":
+            return _empty(v, batch, 1, channels, v.length)
+        return _empty(v, batch, v.length, 1, channels).permute(0, 2, 3, 1)
+
+    a, b, logits, dz = maps(m), maps(n), maps(n), maps(m)
+    keep = _keep(v, batch)
+    sources = [(a, b, keep)]
+    if v.extra:
+        sources.append((a[..., :4], b[..., :4], None))
+    with matmul_precision("tf32" if v.tf32 else "ieee"), compile.record() as made:
+        g, lse = gather.gather_forward(sources, 1.0)
+        distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
+        dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
+        gather.gather_backward(dg, a, b, keep, g, lse, None, 1.0, True, True)
+    return made
+
+
+def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list[Launch]:
+    """One training step of the block; ``sizes``: batch, channels, c_m, c_n."""
+    batch, channels, c_m, c_n = sizes
+    x = _empty(v, batch, channels, v.length)
+    if v.layout == "nhwc":
+        x = _empty(v, batch, v.length, channels).transpose(1, 2)
+    w = routes.Weights(
+        _empty(v, c_m, channels), _empty(v, c_m), _empty(v, c_n, channels),
+        _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
+    )  # fmt: skip
+    options = routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
+    keep = _keep(v, batch)
+    with compile.record() as made:
+        _, lse, g, kept = routes.forward(x, w, keep, options, route, v.keep_v)
+        routes.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route)
+    return made
+
+
+def _empty(v, *shape):
+    return torch.empty(shape, dtype=v.dtype, device="meta")
+
+
+def _keep(v, batch):
+    shape = (batch, v.length)
+    return torch.empty(shape, dtype=torch.uint8, device="meta") if v.masked else None
+
+
+# --- launches of a tile ---------------------------------------------------------------------------
+
+
+def launched(kernel: str) -> str:
+    """The name under which a kernel of the table is launched."""
+    return kernel.removesuffix("_blocks") + "_kernel"
+
+
+def route(kernel: str) -> Route:
+    """One that launches the kernel."""
+    fused = Route(XH, "fused", "fused", "fused", XH, BATCH)
+    from_a = fused._replace(order=AH, backward="split", backward_order=AZ)
+    if kernel == "project_distribute_blocks":
+        return from_a._replace(gather="split")
+    return from_a if kernel == "gather_from_a" else fused
+
+
+def record(
+    kernel: str,
+    sizes: tuple[int, int, int],
+    variant: Variant,
+    tile: tuple[int, ...] | None = None,
+) -> list[Launch]:
+    """Launches of a kernel with its tile, or another one, whatever others of its route have."""
+    original = tiles.tile
+
+    def chosen(name, x, features, maps, variant=tiles.PLAIN):
+        entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
+        if entry is None:
+            return original(name, x, features, maps, variant)
+        return tiles.Tile._make(
+            (*tiles.blocks(name, "half", features, maps), *entry, 1, "pointers")
+        )
+
+    with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
+        found = of_block((BATCH, *sizes), route(kernel), variant)
+    return [made for made in found if made.name == launched(kernel)]
+
+
+def variants(kernel: str, special: bool) -> list[Variant]:
+    """What a tile must be clean in, the likeliest to spill first."""
+    flags = special_flags(kernel) if special else {}
+    wide, narrow, last = (Variant(*layout, **flags) for layout in LAYOUTS)
+    found = [narrow, last, wide, dataclasses.replace(narrow, dtype=torch.float16)]
+    if kernel.startswith(("project", "distribute")) and not special:
+        found.append(dataclasses.replace(narrow, heads=4))
+    if kernel.startswith("descriptors"):
+        found.insert(0, dataclasses.replace(narrow, masked=True))
+    return found
+
+
+def odd_variants(kernel: str, special: bool) -> list[Variant]:
+    """An odd number of positions in NCHW, where the kernel has positions."""
+    if kernel.startswith(("descriptors", "weight")):
+        return []
+    return [Variant(*ODD, **(special_flags(kernel) if special else {}))]
+
+
+def variant_name(kernel: str) -> str:
+    """Of the tile that a special launch may have of its own."""
+    return "mask" if kernel.startswith("gather") else "v"
+
+
+def special_flags(kernel: str) -> dict[str, Any]:
+    """What makes a launch special, and lets it have a tile of its own; none: nothing does."""
+    if kernel.startswith("gather"):
+        return {"masked": True}
+    return {"keep_v": True} if kernel.startswith(("project", "distribute")) else {}
+
+
+# --- everything that ships ------------------------------------------------------------------------
 
 
 def survey(arch: str, known: Collection[str] = (), sample: bool = False) -> Iterator[Row]:
@@ -47,53 +251,50 @@ def survey(arch: str, known: Collection[str] = (), sample: bool = False) -> Iter
     distinct = list(_distinct(arch))
     wanted = {digest for *_, digest in distinct} - set(known)
     if sample:
-        wanted = set({launch.name: d for launch, *_, d in sorted(distinct, key=_digest)}.values())
-    for launch, variant, sizes, digest in distinct:
-        code = _compile(launch, arch) if digest in wanted else None
-        yield describe(launch, variant, sizes, digest, code)
+        by_digest = sorted(distinct, key=lambda each: each[-1])
+        wanted = set({made.name: digest for made, *_, digest in by_digest}.values())
+    for made, variant, sizes, digest in distinct:
+        code = _compile(made, arch) if digest in wanted else None
+        yield describe(made, variant, sizes, digest, code)
 
 
-def _compile(launch, arch):
+def _compile(made, arch):
     try:
-        return compiler.compile_launch(launch, arch)
-    except compiler.OutOfSharedMemoryError as error:
-        return compiler.Code.none(error.needed)
-
-
-def _digest(found):
-    return found[-1]
+        return compile.compile_launch(made, arch)
+    except compile.OutOfSharedMemoryError as error:
+        return compile.Code.none(error.needed)
 
 
 def _distinct(arch):
     """Launches with their digests, one of each."""
     same, digests = set(), set()
-    with launches.on(arch):
-        for launch, variant, sizes in found(arch):
-            key = compiler.identity(launch, arch)
+    with on(arch):
+        for made, variant, sizes in found(arch):
+            key = compile.identity(made, arch)
             if key in same:
                 continue
             same.add(key)
-            digest = compiler.digest(launch, arch)
+            digest = compile.digest(made, arch)
             if digest not in digests:
                 digests.add(digest)
-                yield launch, variant, sizes, digest
+                yield made, variant, sizes, digest
 
 
 def found(arch: str) -> list[Found]:
-    """Launches of every kernel with every tile; to be called where ``launches.on(arch)`` is."""
+    """Launches of every kernel with every tile; to be called where ``on(arch)`` is."""
     known = [*_core(), *_all_maps(arch), *_fused(arch)]
-    return known + list(_workloads(arch, {launch.name for launch, *_ in known}))
+    return known + list(_workloads(arch, {made.name for made, *_ in known}))
 
 
 def describe(
-    launch: compiler.Launch,
+    made: Launch,
     variant: Variant,
     sizes: tuple[int, int, int],
     digest: str,
-    code: compiler.Code | None,
+    code: compile.Code | None,
 ) -> Row:
     """What is compiled, and what became of it."""
-    constants = launch.constants
+    constants = made.constants
     flags = [
         name if value == "True" else f"{name}={value}"
         for name, value in constants.items()
@@ -101,13 +302,11 @@ def describe(
     ]
     blocks = [f"{k.removeprefix('BLOCK_')}={x}" for k, x in constants.items() if k[:6] == "BLOCK_"]
     return {
-        "kernel": launch.name.removesuffix("_kernel"),
+        "kernel": made.name.removesuffix("_kernel"),
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layout": variant.layout,
         "L": variant.length,
-        "C": sizes[0],
-        "m": sizes[1],
-        "n": sizes[2],
+        **dict(zip("Cmn", sizes, strict=True)),
         "call": variant.flags,
         "flags": " ".join(flags),
         "products": int("PRECISION" in constants),  # whether it multiplies matrices
@@ -138,35 +337,35 @@ def _core() -> Iterator[Found]:
             (m, n, dataclasses.replace(wide, dtype=torch.float16), 64),
         ]
     for m, n, variant, batch in runs:
-        for launch in launches.core(m, n, variant, batch):
-            yield launch, variant, (0, m, n)
+        for made in core(m, n, variant, batch):
+            yield made, variant, (0, m, n)
 
 
 def _all_maps(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
-    route = Route("AZ", "split", "split", "split", "AZ", 64)
-    sizes = {n: torch.bfloat16 for key, _, n in configs.ALL_MAPS if key == arch}
-    runs = [(n, Variant(*layout, dtype)) for n, dtype in sizes.items() for layout in LAYOUTS]
+    route = Route(AZ, "split", "split", "split", AZ, 64)
+    keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
+    sizes = sorted({key.block_n for key in keys if key.kernel == "all_maps"}, reverse=True)
+    runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
     runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
     for n, variant in runs:
-        for launch in launches.of_block((64, 64, n, n), route, variant):
-            if launch.name == "all_maps_kernel":
-                yield launch, variant, (0, n, n)
+        for made in of_block((64, 64, n, n), route, variant):
+            if made.name == "all_maps_kernel":
+                yield made, variant, (0, n, n)
 
 
 def _fused(arch: str) -> Iterator[Found]:
     """Launches of the fused kernels, with every block that has a tile on this architecture."""
-    for kernel, blocks in fused.BLOCKS.items():
-        variants = [Variant(*LAYOUTS[1], **fused.special_flags(kernel)), Variant(*LAYOUTS[2])]
-        variants += fused.odd_variants(kernel, False) + fused.odd_variants(kernel, True)
+    for kernel, blocks in BLOCKS.items():
+        variants = [Variant(*LAYOUTS[1], **special_flags(kernel)), Variant(*LAYOUTS[2])]
+        variants += odd_variants(kernel, False) + odd_variants(kernel, True)
         for block, sizes in blocks.items():
-            key = (arch, kernel, *block)
-            if key not in fused_tiles.TILES:
+            if tiles.Key(kernel, tiles.PLAIN, "half", *block) not in tiles.shipped(arch):
                 continue
             for variant in variants:
-                for launch in fused.record(kernel, sizes, fused_tiles.TILES[key], variant):
-                    yield launch, variant, sizes
+                for made in record(kernel, sizes, variant):
+                    yield made, variant, sizes
 
 
 def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
@@ -179,21 +378,53 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
             continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        limits = configs.limits(s, work.c, arch, launches.PROCESSORS)
-        planned = planner.options(s, limits)[0].route
+        planned = kernel_routes(s, work.c, arch, PROCESSORS)[0].route
         split = planned._replace(
-            order="AZ", gather="split", distribute="split", backward="split", backward_order="AZ"
+            order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
         )
         special = work.heads > 1 or work.c_n % 16 > 0
         for route in (planned, split):
             for layout in LAYOUTS[1:]:
                 variant = Variant(*layout, heads=work.heads)
-                for launch in launches.of_block(s[:4], route, variant):
-                    fused_too = launch.name.removesuffix("_kernel") in fused.BLOCKS
-                    if launch.name not in known or (special and fused_too):
-                        yield launch, variant, (work.c, work.c_m, work.c_n)
+                for made in of_block(s[:4], route, variant):
+                    fused_too = made.name.removesuffix("_kernel") in BLOCKS
+                    if made.name not in known or (special and fused_too):
+                        yield made, variant, (work.c, work.c_m, work.c_n)
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def laid_out(arch: str, sample: bool) -> Iterator[dict[str, Any]]:
+    """Titles and faults of distinct programs that multiply matrices."""
+    keys, kinds = set(), set()
+    with on(arch):
+        for made, variant, (c, m, n) in _with_every_dtype(arch):
+            key, kind = compile.identity(made, arch), (made.name, variant)
+            if key in keys or "PRECISION" not in made.kwargs or (sample and kind in kinds):
+                continue
+            keys.add(key)
+            kinds.add(kind)
+            title = f"{variant.title} C={c} m={m} n={n}"
+            yield {"kernel": made.name, "program": title, "faults": compile.faults(made, arch)}
+
+
+def _with_every_dtype(arch: str) -> Iterator[Found]:
+    for dtype, tf32 in LAYOUT_DTYPES:
+        sides = LAYOUT_SIDES[dtype.itemsize]
+        variant = Variant(dtype=dtype, tf32=tf32, masked=True)
+        for m, n in [*((m, n) for m in sides for n in sides), *LAYOUT_SHAPES]:
+            for made in core(m, n, variant):
+                yield made, variant, (0, m, n)
+    yield from found(arch)
 
 
 if __name__ == "__main__":
-    for row in survey(sys.argv[1], json.load(sys.stdin), "--sample" in sys.argv):
+    arch, *flags = sys.argv[1:]
+    sampled = "--sample" in flags
+    if "--layouts" in flags:
+        rows = laid_out(arch, sampled)
+    else:
+        rows = survey(arch, json.load(sys.stdin), sampled)
+    for row in rows:
         print(json.dumps(row), flush=True)

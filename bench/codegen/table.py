@@ -1,37 +1,99 @@
-"""The kept table: one row a compilation, in an order that does not change, to compare line by line.
+"""``python -m bench codegen``: compiles, prints and keeps the table of generated code.
 
-Figures belong to the version of Triton that made them, which every row names, and to a program,
-whose digest it has: where that has not changed, nothing needs to be compiled again.
+One row a compilation, in an order that does not change, to compare line by line. Figures belong to
+the version of Triton that made them, which every row names, and to a program, whose digest it has:
+where that has not changed, nothing is compiled again. Importing this needs no Triton.
 """
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from da_triton.runtime.tiles import ARCHITECTURES
+
 KEPT = Path(__file__).parents[1] / "results" / "codegen.csv"
-COMMAND = "python -m bench codegen"
 # A row of the file is found again by these, whatever tile it has now.
-KEY = ("arch", "kernel", "dtype", "layout", "L", "C", "m", "n", "call", "flags")
+KEY = ["arch", "kernel", "dtype", "layout", "L", "C", "m", "n", "call", "flags"]
 FIGURES = (
     "registers", "spills", "shared", "matrix", "wgmma", "copy_bytes", "load_bytes", "loads_2",
 )  # fmt: skip
-COLUMNS = (*KEY, "products", "blocks", "warps", "stages", *FIGURES, "triton", "digest")
+COLUMNS = [*KEY, "products", "blocks", "warps", "stages", *FIGURES, "triton", "digest"]
 NUMBERS = {"L", "C", "m", "n", "products", "warps", "stages", *FIGURES}
-ORDER = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ORDER = tuple(ARCHITECTURES)
 ODD = 49  # positions of rows that may spill
 SLACK = 8  # registers that may come and go
 
 Row = dict[str, Any]
 
 
-def row(arch: str, surveyed: Row, triton: str) -> Row:
-    """A line of the file from a line of the survey."""
+def update(archs: Sequence[str], path: Path) -> None:
+    """Compiles what has changed, replaces the architectures' rows in the file, and prints both.
+
+    Unchanged programs are those whose digest the file has.
+    """
+    triton = importlib.metadata.version("triton")
+    before = read(path) if path.exists() else []
+    kept, found = before, []
+    for arch in archs:
+        same = {x["digest"]: x for x in before if x["arch"] == arch}
+        rows = [row(arch, line, triton, same.get(line["digest"])) for line in surveyed(arch, same)]
+        compiled = sum(x["digest"] not in same for x in rows)
+        print(f"{arch}: {len(rows)} programs, {compiled} of them compiled", flush=True)
+        kept = [x for x in kept if x["arch"] != arch] + rows
+        write(kept, path)  # a run that is cut short leaves what it has
+        found += rows
+    print(f"Triton {triton}, generated code, not timed\n", summary(found), "", sep="\n")
+    print(*(f"worse: {line}\n" for line in worse(found, before)), sep="", end="")
+    print(f"{len(found)} rows in {path}")
+
+
+def surveyed(arch: str, known: Iterable[str] = (), *, sample: bool = False) -> Iterator[Row]:
+    """Rows of ``survey``, from a process of its own without TRITON_INTERPRET.
+
+    Raises:
+        RuntimeError: with the end of the process's errors.
+    """
+    root = str(Path(__file__).parents[2])
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bench.codegen.survey", arch, *(["--sample"] * sample)]
+    digests = json.dumps(list(known))
+    ended = subprocess.run(command, env=env, text=True, input=digests, capture_output=True)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {ended.stderr[-4000:]}")
+    yield from map(json.loads, ended.stdout.splitlines())
+
+
+def cannot_compile(command: str = "codegen", does: str = "compiles kernels") -> str:
+    """Why Triton cannot compile or launch in this process; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return f"`python -m bench {command}` {does}, and Triton is not installed."
+    if os.environ.get("TRITON_INTERPRET"):
+        return (
+            f"`python -m bench {command}` {does}, and TRITON_INTERPRET is set, which "
+            "makes Triton interpret them instead. Unset it."
+        )
+    return ""
+
+
+# --- rows and their file --------------------------------------------------------------------------
+
+
+def row(arch: str, surveyed: Row, triton: str, known: Row | None = None) -> Row:
+    """A row of the file from a line of the survey; ``known``: one that has its figures."""
+    made = {"arch": arch} | {k: surveyed[k] for k in COLUMNS if k in surveyed}
+    if known:
+        return known | made
     widths = {name: {int(k): x for k, x in surveyed[name].items()} for name in ("copies", "loads")}
-    shown = {k: surveyed[k] for k in COLUMNS if k in surveyed}
-    return shown | {
-        "arch": arch,
+    return made | {
         "copy_bytes": max(widths["copies"], default=0),
         "load_bytes": max(widths["loads"], default=0),
         "loads_2": widths["loads"].get(2, 0),
@@ -39,31 +101,20 @@ def row(arch: str, surveyed: Row, triton: str) -> Row:
     }
 
 
-def known(arch: str, surveyed: Row, kept: Row) -> Row:
-    """The same for a program whose figures the file has."""
-    return kept | {k: surveyed[k] for k in COLUMNS if k in surveyed} | {"arch": arch}
-
-
 def read(path: Path = KEPT) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {k: int(x) if k in NUMBERS else x for k, x in line.items()}
-            for line in csv.DictReader(file)
-        ]
+    types = {name: int if name in NUMBERS else str for name in COLUMNS}
+    return pd.read_csv(path, dtype=types, keep_default_na=False).to_dict("records")
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
     """All rows, sorted; ``path`` is replaced whole."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=_place))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.getvalue(), encoding="utf-8")
+    frame = pd.DataFrame(sorted(rows, key=_place), columns=COLUMNS)
+    frame.to_csv(path, index=False, lineterminator="\n")
 
 
-def key(row: Row) -> tuple:
-    return tuple(row[name] for name in KEY)
+def _place(row):
+    return ORDER.index(row["arch"]), *(row[name] for name in KEY), row["blocks"], row["triton"]
 
 
 def title(row: Row) -> str:
@@ -72,61 +123,46 @@ def title(row: Row) -> str:
     return " ".join(filter(None, (*words, row["call"], f"[{row['flags']}]", row["blocks"])))
 
 
+# --- what is printed ------------------------------------------------------------------------------
+
+
 def worse(fresh: Sequence[Row], kept: Sequence[Row]) -> list[str]:
     """What got worse against the kept rows of the same version of Triton, a line for each."""
-    before = {(key(x), x["triton"]): x for x in kept}
+
+    def key(row):
+        return *(row[name] for name in KEY), row["triton"]
+
+    before = {key(x): x for x in kept}
     found = []
     for now in fresh:
-        then = before.get((key(now), now["triton"]))
-        found += [f"{title(now)}: {what}" for what in _differences(now, then)] if then else []
+        then = before.get(key(now), now)
+        higher = {"spills": 0, "shared": 0, "registers": SLACK, "loads_2": 0}
+        names = [name for name, slack in higher.items() if now[name] > then[name] + slack]
+        names += [name for name in _lower(now, then) if now[name] < then[name]]
+        found += [f"{title(now)}: {name} {then[name]} -> {now[name]}" for name in names]
     return found
 
 
-def _differences(now, then):
-    higher = {"spills": 0, "shared": 0, "registers": SLACK, "loads_2": 0}
-    found = [
-        f"{name} {then[name]} -> {now[name]}"
-        for name, slack in higher.items()
-        if now[name] > then[name] + slack
-    ]
+def _lower(now, then):
+    """Figures that must not fall."""
+    units = [name for name in ("matrix", "wgmma") if now[name] == 0]
     if then["copy_bytes"]:
-        lower = ["copy_bytes"]
-    else:  # a copy may take a load's place
-        lower = ["load_bytes"] if now["copy_bytes"] < then["load_bytes"] else []
-    lower += [name for name in ("matrix", "wgmma") if now[name] == 0]
-    return found + [
-        f"{name} {then[name]} -> {now[name]}" for name in lower if now[name] < then[name]
-    ]
+        return ["copy_bytes", *units]
+    # A copy may take a load's place.
+    return ["load_bytes", *units] if now["copy_bytes"] < then["load_bytes"] else units
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A line for each architecture and kernel: tiles, and the worst of the rest."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for x in sorted(rows, key=_place):
-        groups.setdefault((x["arch"], x["kernel"]), []).append(x)
-    head = ("arch", "kernel", "rows", "tiles", "registers", "spills", "shared", "least copy")
-    lines = [head]
-    for (arch, kernel), group in groups.items():
-        tiles = {(x["blocks"], x["warps"], x["stages"]) for x in group}
-        spilled = [x for x in group if x["spills"]]
-        spills = str(max((x["spills"] for x in spilled), default=0))
-        if spilled and all(x["L"] == ODD for x in spilled):
-            spills += " (odd L)"
-        copies = min((x["copy_bytes"] for x in group if x["dtype"] == "bfloat16"), default=0)
-        worst = (max(x[name] for x in group) for name in ("registers", "shared"))
-        registers, shared = map(str, worst)
-        counts = (str(len(group)), str(len(tiles)))
-        lines.append((arch, kernel, *counts, registers, spills, shared, str(copies)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            x.ljust(w) if i < 2 else x.rjust(w)
-            for i, (x, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _place(row):
-    arch = ORDER.index(row["arch"]) if row["arch"] in ORDER else len(ORDER)
-    return arch, *(row[name] for name in KEY), row["blocks"], row["triton"]
+    """A row for each architecture and kernel, in Markdown: tiles, and the worst of the rest."""
+    frame = pd.DataFrame(sorted(rows, key=_place))
+    frame["tile"] = frame[["blocks", "warps", "stages"]].astype(str).agg(" ".join, axis=1)
+    frame["even spills"] = frame["spills"].where(frame["L"] != ODD, 0)
+    frame["bfloat16 copy"] = frame["copy_bytes"].where(frame["dtype"] == "bfloat16")
+    found = frame.groupby(["arch", "kernel"], sort=False).agg(
+        **{
+            "rows": ("L", "size"), "tiles": ("tile", "nunique"), "registers": ("registers", "max"),
+            "spills": ("even spills", "max"), "at odd L": ("spills", "max"),
+            "shared": ("shared", "max"), "least copy": ("bfloat16 copy", "min"),
+        }
+    )  # fmt: skip
+    return found.fillna(0).astype(int).reset_index().to_markdown(index=False)

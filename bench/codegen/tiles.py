@@ -13,14 +13,13 @@ another route. Candidates prefer many positions, then stages.
 """
 
 import argparse
-import ast
+import json
 import os
 import sys
-from pathlib import Path
 
-from bench.codegen import compiler, fused, launches
+from bench.codegen import compile, survey
 from bench.codegen.candidates import CANDIDATES, SMALL
-from da_triton.runtime import fused_tiles
+from da_triton.runtime import tiles
 
 HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
 SHORTEST = 32  # positions of a tile for which a route is fused at all
@@ -35,9 +34,9 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arch", nargs="+", help="sm_80, sm_89, sm_90, sm_100, gfx942")
+    parser.add_argument("arch", nargs="+", choices=tiles.ARCHITECTURES)
     parser.add_argument(
-        "--kernel", action="append", choices=fused.BLOCKS, help="repeatable; else all"
+        "--kernel", action="append", choices=survey.BLOCKS, help="repeatable; else all"
     )
     parser.add_argument(
         "--from", dest="start", metavar="ARCH",
@@ -48,7 +47,7 @@ def main(argv=None):
         print("TRITON_INTERPRET is set: nothing would be compiled. Unset it.", file=sys.stderr)
         return 2
     for arch in options.arch:
-        for kernel in options.kernel or fused.BLOCKS:
+        for kernel in options.kernel or survey.BLOCKS:
             write(arch, kernel, Search(arch, kernel, options.start).run())
     return 0
 
@@ -63,10 +62,10 @@ class Search:
     def run(self):
         """``{(block_m, block_n): ((plain tile, remark), (special tile, remark))}``"""
         found = {}
-        for blocks, sizes in fused.BLOCKS[self.kernel].items():
+        for blocks, sizes in survey.BLOCKS[self.kernel].items():
             entry = self.best(blocks, sizes, self.candidates(blocks), special=False)
             entries = entry, entry
-            if entry and fused.special_flags(self.kernel):
+            if entry and survey.special_flags(self.kernel):
                 rest = self.candidates(blocks, entry[0])
                 entries = entry, self.best(blocks, sizes, rest, special=True)
             print(self.arch, self.kernel, blocks, *entries, flush=True)
@@ -76,8 +75,8 @@ class Search:
 
     def best(self, blocks, sizes, candidates, special):
         """The first that is clean, with a remark; None if none is."""
-        usual = fused.variants(self.kernel, special)
-        odd = fused.odd_variants(self.kernel, special)
+        usual = survey.variants(self.kernel, special)
+        odd = survey.odd_variants(self.kernel, special)
         fallback, remark, hopeless = None, "", set()
         for candidate in candidates:
             block_l, warps, stages = candidate
@@ -103,7 +102,9 @@ class Search:
     def candidates(self, blocks, first=None):
         """In order, from ``first`` on, or from where the search was told to begin."""
         order = list(SMALL if self.small else CANDIDATES)
-        first = first or fused_tiles.TILES.get((self.start, self.kernel, *blocks))
+        if first is None and self.start:
+            key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
+            first = tiles.shipped(self.start).get(key, (None,))[:3]
         order = order[order.index(first) :] if first in order else order
         return [c for c in order if self.may_fit(blocks, *c)]
 
@@ -112,7 +113,7 @@ class Search:
         if self.arch == "gfx942" and stages > 2:
             return False  # one buffer beside the registers is what its pipelines are made of
         held = blocks[0] * block_l * 2 * (stages - 1) if self.kernel in HOLD_ALL_CHANNELS else 0
-        return held < compiler.SHARED_LIMIT[self.arch]
+        return held < tiles.ARCHITECTURES[self.arch].shared_memory
 
     def spills(self, blocks, sizes, candidate, wanted):
         """Of the first variant that spills, else 0; 0.5 for any other failure."""
@@ -120,19 +121,19 @@ class Search:
         for number, variant in enumerate(wanted):
             if number >= LIKELIEST and registers <= AT_EASE:
                 break
-            with launches.on("sm_90"):  # its table has what the launchers ask for on the way
-                recorded = fused.record(self.kernel, sizes, candidate, variant, special={})
+            with survey.on("sm_90"):  # its table has what the launchers ask for on the way
+                recorded = survey.record(self.kernel, sizes, variant, candidate)
             for launch in recorded:
-                key = compiler.identity(launch, self.arch)
+                key = compile.identity(launch, self.arch)
                 if key in seen:
                     continue
                 seen.add(key)
                 spills = 0.5
                 try:
-                    code = compiler.compile_launch(launch, self.arch)
+                    code = compile.compile_launch(launch, self.arch)
                     spills, registers = code.spills, max(registers, code.registers)
                     failure = f"{spills} spills"
-                except compiler.OutOfSharedMemoryError as error:
+                except compile.OutOfSharedMemoryError as error:
                     failure = f"{error} of shared memory"
                 except Exception as error:  # the compiler's own limits differ by version
                     failure = f"{type(error).__name__} {str(error)[:80]}"
@@ -143,37 +144,18 @@ class Search:
 
 
 def write(arch, kernel, found):
-    """Replaces a kernel's entries in the module that ships."""
-    path = Path(fused_tiles.__file__)
-    text = path.read_text()
-    for name, table in (("SPECIAL", fused_tiles.SPECIAL), ("TILES", fused_tiles.TILES)):
-        for key in [k for k in table if k[:2] == (arch, kernel)]:
-            del table[key]
-        head, rest = text.split(f"{name}: dict[tuple, tuple] = {{", 1)
-        body, tail = rest.split("}\n", 1)
-        remarks = _remarks(body)
-        for blocks, (plain, special) in found.items():
-            key, shared = (arch, kernel, *blocks), special[0] == plain[0]
-            if name == "TILES":
-                table[key], remarks[key] = plain[0], plain[1] or (special[1] if shared else "")
-            elif not shared:
-                table[key], remarks[key] = special
-        lines = ["\n"] if table else []
-        for key, tile in sorted(table.items()):
-            remark = f"  # {remarks[key]}" if remarks.get(key) else ""
-            lines.append(f"    {key!r}: {tile!r},{remark}\n".replace("'", '"'))
-        text = f"{head}{name}: dict[tuple, tuple] = {{{''.join(lines)}}}\n{tail}"
-    path.write_text(text)
-
-
-def _remarks(body):
-    """Comments beside entries of a table."""
-    found = {}
-    for line in body.splitlines():
-        entry, _, remark = line.strip().partition("  # ")
-        if remark:
-            found[ast.literal_eval(entry.split("): ")[0] + ")")] = remark
-    return found
+    """Replaces a kernel's entries in the table that ships."""
+    path = tiles.SHIPPED / f"{arch}.json"
+    header = json.loads(path.read_text(encoding="utf-8"))
+    table = {k: e for k, e in tiles.entries(header).items() if k.kernel != kernel}
+    for blocks, (plain, special) in found.items():
+        variants = {tiles.PLAIN: (plain[0], plain[1] or special[1])}
+        if special[0] != plain[0]:
+            variants = {tiles.PLAIN: plain, survey.variant_name(kernel): special}
+        for variant, (entry, note) in variants.items():
+            key = tiles.Key(kernel, variant, "half", *blocks)
+            table[key] = tiles.Entry._make((*entry, "pointers", note))
+    path.write_text(tiles.text({"architecture": arch}, table), encoding="utf-8")
 
 
 if __name__ == "__main__":

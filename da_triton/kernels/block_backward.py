@@ -13,8 +13,8 @@ written in parts and merged by ``descriptors``.
 import triton
 import triton.language as tl
 
-from ..precision import accumulator
-from ..runtime import configs, fused_tiles, guard, launch
+from ..precision import POLICIES, accumulator
+from ..runtime import guard, launch, tiles
 from .primitives import dot, exp_minus, load_keep, load_map, load_matrix, scalar
 from .project_distribute import rows_of_lanes, softmax_heads
 
@@ -259,17 +259,16 @@ def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, 
 def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
-    head_block, block_n = configs.lanes(heads, maps // heads)
-    tile = configs.fused_tile("distribute_side", x, max(channels, c_out), head_block * block_n)
-    if v is not None:
-        tile = fused_tiles.special(tile, "distribute_side", x, configs.architecture(x.device))
+    head_block, block_n = tiles.lanes(heads, maps // heads)
+    sizes = max(channels, c_out), head_block * block_n
+    tile = tiles.tile("distribute_side", x, *sizes, tiles.PLAIN if v is None else "v")
     ready = launch.Launch(
         distribute_side_kernel, x, tile, batch,
         maps={"x": x, "do": dout, "v": x if v is None else v, "dv": dv},
         HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
-        PACKED=configs.packed(heads, maps // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
+        PACKED=tiles.packed(heads, maps // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
         HAS_BIAS=v is None and bias_v is not None,
-        CHANNELS_FIRST=configs.reads_shared_operands(x.device), BLOCK_N=block_n,
+        CHANNELS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_N=block_n,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (batch, ready.splits, maps, c_out))
 
@@ -309,12 +308,10 @@ def gather_side(
 def _gather_side(x, dout, dv, db, dx, keep, weight_b, weight_v, dm, lse, delta, residual, need_x):
     batch, channels, _ = x.shape
     maps = weight_b.shape[0]
-    tile = configs.fused_tile("gather_side", x, channels, maps)
-    if keep is not None:
-        tile = fused_tiles.special(tile, "gather_side", x, configs.architecture(x.device))
+    tile = tiles.tile("gather_side", x, channels, maps, tiles.PLAIN if keep is None else "mask")
     return launch.Launch(
         gather_side_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
         strided={"keep": keep}, again=True, C=channels, MAPS=maps, HAS_MASK=keep is not None,
-        RESIDUAL=residual, WRITE_X=need_x, CHAINED=configs.chains_products(x.device),
-        P_SCALE=launch.p_scale(x.dtype),
+        RESIDUAL=residual, WRITE_X=need_x, CHAINED=tiles.chains_products(x.device),
+        P_SCALE=POLICIES[x.dtype].p_scale,
     )  # fmt: skip

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..precision import accumulator, lse_dtype
-from ..runtime import configs, guard, launch
+from ..precision import POLICIES, accumulator, lse_dtype
+from ..runtime import guard, launch, tiles
 from .primitives import GRADIENT_RANGE, dot_wide, exp, into_float16, load_matrix, log_sum, scalar
 
 
@@ -293,7 +293,7 @@ def _forward(
     batch, channels, maps = acc.shape[0], a.shape[1], b.shape[0]
     c_m, c_n = a.shape[0] // heads, maps // heads
     c_out = out.shape[0] if want_h else 1
-    tile = configs.fused_tile("descriptors", a, c_m, c_n)
+    tile = tiles.tile("descriptors", a, c_m, c_n)
     steps = zip(("s", "slot", "h", "n", "f"), strides, strict=True)
     ready = launch.Launch(
         descriptors_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
@@ -313,7 +313,7 @@ def backward(parts, lse, m, weights, *, heads, scale):
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
-    shifted = torch.empty_like(lse) if weights.a.dtype == torch.float16 else lse
+    shifted = torch.empty_like(lse) if POLICIES[weights.a.dtype].extended else lse
     ready = launch.prepared(_backward, (weights.a, weights.out, parts, lse, m), heads)
     dh, dg, delta, dm = ready.empty()
     ready((parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
@@ -323,7 +323,7 @@ def backward(parts, lse, m, weights, *, heads, scale):
 def _backward(a, out, parts, lse, m, heads):
     batch, slots, maps, c_out = parts.shape
     c_m, c_n, channels = a.shape[0] // heads, maps // heads, a.shape[1]
-    tile = configs.fused_tile("descriptors_backward", a, c_m, c_n)
+    tile = tiles.tile("descriptors_backward", a, c_m, c_n)
     ready = launch.Launch(
         descriptors_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots, BLOCK_C=tile.block_l,

@@ -16,7 +16,8 @@ W is ``(N, heads, C_M, C_N)``, maps are ``(N, heads, channels, positions)``, bot
 import triton
 import triton.language as tl
 
-from ..runtime import configs, launch
+from ..precision import POLICIES
+from ..runtime import launch, tiles
 from .primitives import dot, exp, exp_minus, load_keep, load_map, load_matrix, scalar, store_map
 
 
@@ -164,7 +165,7 @@ def all_maps_kernel(
 
 def fits(x, c_n):
     """Whether a program can hold all maps of a head, in the dtype of x."""
-    return configs.all_maps_tile(x, c_n) is not None
+    return tiles.fits("all_maps", x, 1, c_n)
 
 
 def distribute(g, v, bias, z, *, scale, logit_scale, softmax):
@@ -199,7 +200,7 @@ def _launch(
 
 def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
     batch, heads, c_n, length = x.shape
-    tile = configs.all_maps_tile(x, c_n, gradient)
+    tile = tiles.tile("all_maps", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
     out_, e_ = (x if t is None else t for t in (out, e))
     return launch.Launch(
         all_maps_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
@@ -207,5 +208,5 @@ def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
         HAS_BIAS=bias is not None, HAS_MASK=keep is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,
-        E_SCALE=1.0 if lse is None else launch.p_scale(x.dtype),
+        E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale,
     )  # fmt: skip

@@ -17,8 +17,8 @@ innermost loop, where loads are pipelined.
 import triton
 import triton.language as tl
 
-from ..precision import accumulator, lse_dtype
-from ..runtime import configs, launch
+from ..precision import POLICIES, accumulator, lse_dtype
+from ..runtime import launch, tiles
 from .primitives import (
     dot,
     exp,
@@ -330,7 +330,7 @@ def position_lse(x, logit_scale):
 
 def _position_lse(x):
     batch, heads, c_n, length = x.shape
-    tile = configs.tile("position_lse", x, 1, c_n)
+    tile = tiles.tile("position_lse", x, 1, c_n)
     programs = batch * heads * -(-length // tile.block_l)
     ready = launch.Launch(
         position_lse_kernel, x, tile, programs, maps={"x": x}, HEADS=heads, C_N=c_n
@@ -346,7 +346,7 @@ def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, keep=
 def mix_product(w, x, y, *, scale, logit_scale, lse):
     """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
-    tile = configs.tile("mix", x, w.shape[2], c_n)
+    tile = tiles.tile("mix", x, w.shape[2], c_n)
     blocks = -(-w.shape[2] // tile.block_m)
     r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
     _mix(w, x, y, r, scale, logit_scale, lse, False, None)
@@ -362,14 +362,14 @@ def _mix(w, x, y, r, scale, logit_scale, lse, per_map, keep):
 def _mixing(x, w, y, r, lse, keep, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
-    tile = configs.tile("mix", x, c_m, c_n)
+    tile = tiles.tile("mix", x, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-length // tile.block_l)
     return launch.Launch(
         mix_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"x": x, "y": y}, strided={"w": w, "keep": keep},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
         HAS_MASK=keep is not None, PRODUCT=r is not None,
-        E_SCALE=launch.p_scale(x.dtype) if per_map else 1.0,
+        E_SCALE=POLICIES[x.dtype].p_scale if per_map else 1.0,
     )  # fmt: skip
 
 
@@ -389,7 +389,7 @@ def map_gradient(
 def _map_gradient(x, w, y, dx, lse, correction, keep, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
-    tile = configs.tile("map_gradient", x, c_m, c_n)
+    tile = tiles.tile("map_gradient", x, c_m, c_n)
     blocks = -(-c_n // tile.block_n) * -(-length // tile.block_l)
     softmax = lse is not None
     return launch.Launch(
@@ -411,10 +411,10 @@ def descriptor_gradient(y, x, scale, logit_scale, lse):
 def _descriptor_gradient(x, y, lse):
     batch, heads, c_n, _ = x.shape
     c_m = y.shape[2]
-    tile = configs.tile("descriptor_gradient", x, c_m, c_n)
-    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    tile = tiles.tile("descriptor_gradient", x, c_m, c_n)
+    blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     ready = launch.Launch(
-        descriptor_gradient_kernel, x, tile, batch * heads * tiles, again=True,
+        descriptor_gradient_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
     )  # fmt: skip
     shape = batch * heads, ready.splits, c_m, c_n

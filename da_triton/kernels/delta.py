@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import configs, launch
+from ..precision import POLICIES
+from ..runtime import launch, tiles
 from .primitives import into_float16, load_matrix
 
 
@@ -121,7 +122,7 @@ def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None)
     is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
     is returned (see ``into_float16``).
     """
-    shifted = torch.empty_like(lse) if dtype == torch.float16 else lse
+    shifted = torch.empty_like(lse) if POLICIES[dtype].extended else lse
     dlse_ = lse if dlse is None else dlse.contiguous()
     ready = launch.prepared(_delta, (parts, g, bias, lse, dlse), dtype, mask)
     delta, rounded = ready.empty()
@@ -131,7 +132,7 @@ def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None)
 
 def _delta(parts, g, bias, lse, dlse, dtype, mask):
     batch, heads, slots, c_m, c_n = parts.shape
-    tile = configs.tile("delta", g, c_m, c_n)
+    tile = tiles.tile("delta", g, c_m, c_n)
     ready = launch.Launch(
         delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": parts},
         HEADS=heads, SLOTS=slots, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=mask,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from ..runtime import configs, guard, launch
+from ..runtime import guard, launch, tiles
 from . import core_full_n, core_tiled
 from .primitives import dot, load_map, load_matrix, scalar, softmax_maps, store_map
 
@@ -172,7 +172,7 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     if v.shape[0] == 0:
         return z
     scalars = {"scale": scale, "logit_scale": logit_scale}
-    in_one = configs.one_tile(v, c_m, c_n)
+    in_one = tiles.one_tile(v, c_m, c_n)
     if (bias is not None or not in_one) and core_full_n.fits(v, c_n):
         core_full_n.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
         return z
@@ -189,7 +189,7 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
 def _forward(v, g, z, softmax):
     batch, heads, c_n, _ = v.shape
     c_m = g.shape[2]
-    tile = configs.tile("distribute", v, c_m, c_n)
+    tile = tiles.tile("distribute", v, c_m, c_n)
     return launch.Launch(
         distribute_kernel, v, tile, batch * heads, maps={"v": v, "z": z}, strided={"g": g},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax,
@@ -205,7 +205,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
         shape = batch, heads, g.shape[2], c_n
         return g.new_zeros(shape, dtype=accumulator(v.dtype)) if need_g else None, dv
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
-    if configs.one_tile(v, g.shape[2], c_n):
+    if tiles.one_tile(v, g.shape[2], c_n):
         parts = _backward_in_one(dz, g, v, dv, need_g, **scalars)
     elif core_full_n.fits(v, c_n):
         q = launch.empty_map_like(v) if need_g else None
@@ -236,7 +236,7 @@ def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
         v = with_bias(v, bias)
         if z is not None:
             z.copy_(distribute_forward(g, v, scale, softmax, logit_scale))
-        in_one = configs.one_tile(v, *g.shape[2:])
+        in_one = tiles.one_tile(v, *g.shape[2:])
         backward = _backward_in_one if in_one else _backward_in_blocks
         parts = backward(dz, g, v, dv, True, **scalars)
     return parts.unflatten(0, v.shape[:2])
@@ -258,7 +258,7 @@ def _backward_in_one(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
 def _backward(v, dz, g, dv, softmax, need_g):
     batch, heads, c_n, _ = v.shape
     c_m = g.shape[2]
-    tile = configs.tile("distribute_backward", v, c_m, c_n)
+    tile = tiles.tile("distribute_backward", v, c_m, c_n)
     ready = launch.Launch(
         distribute_backward_kernel, v, tile, batch * heads,
         maps={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},

@@ -21,8 +21,8 @@ Tensors are ``(N, heads, channels, positions)`` in any strides.
 import triton
 import triton.language as tl
 
-from ..precision import accumulator, lse_dtype
-from ..runtime import configs, guard, launch
+from ..precision import POLICIES, accumulator, lse_dtype
+from ..runtime import guard, launch, tiles
 from . import core_full_n, core_tiled, delta
 from .primitives import (
     dot,
@@ -134,9 +134,7 @@ def gather_kernel(
         a = load_map(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
         if HAS_MASK:
             taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-            a = tl.where(
-                taking_part[None, :], a, 0.0
-            )  # a masked position may hold anything, even NaN
+            a = tl.where(taking_part[None, :], a, 0.0)  # a masked position may hold NaN
         x = tl.where(taking_part[None, :], b.to(ACC) * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(x, mx, total)
         acc = dot(p.to(a.dtype), tl.trans(a), acc * rescale[:, None], PRECISION)
@@ -336,10 +334,10 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
 def _combine(a, b, acc, mx, total, bias, g, rounded, lse, masked):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
-    tile = configs.tile("gather_combine", a, c_m, c_n)
-    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    tile = tiles.tile("gather_combine", a, c_m, c_n)
+    blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     return launch.Launch(
-        gather_combine_kernel, a, tile, batch * heads * tiles, HEADS=heads, C_M=c_m, C_N=c_n,
+        gather_combine_kernel, a, tile, batch * heads * blocks, HEADS=heads, C_M=c_m, C_N=c_n,
         SLOTS=acc.shape[1], HAS_MASK=masked, HAS_BIAS=bias is not None,
         ROUNDED=rounded is not None,
     )  # fmt: skip
@@ -373,7 +371,7 @@ def _chunks(sources):
 
 def _split(*maps):
     a, b = maps[:2]
-    tile = configs.tile("gather", a, a.shape[2], b.shape[2])
+    tile = tiles.tile("gather", a, a.shape[2], b.shape[2])
     blocks = -(-a.shape[2] // tile.block_m) * -(-b.shape[2] // tile.block_n)
     programs = a.shape[0] * a.shape[1] * blocks
     return [launch.chunks(programs, s.shape[-1], tile, a.device) for s in maps[::2]]
@@ -394,10 +392,10 @@ def _gather(sources, logit_scale, results, bias, rounded, final):
 def _gathering(a, b, keep, acc, mx, total, bias, rounded, chunk, splits, slot, slots, final):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
-    tile = configs.tile("gather", a, c_m, c_n)
-    tiles = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    tile = tiles.tile("gather", a, c_m, c_n)
+    blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     return launch.Launch(
-        gather_kernel, a, tile, batch * heads * splits * tiles,
+        gather_kernel, a, tile, batch * heads * splits * blocks,
         maps={"a": a, "b": b}, strided={"keep": keep},
         HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, SLOT=slot, SLOTS=slots,
         HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
@@ -431,7 +429,7 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
 def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
     """Writes dA and dB, unless None, from dG in the dtype of the maps, δ and lse (``delta``)."""
     c_m, c_n = a.shape[2], b.shape[2]
-    if not configs.one_tile(a, c_m, c_n):
+    if not tiles.one_tile(a, c_m, c_n):
         maps = {"logit_scale": logit_scale, "lse": lse, "keep": keep}
         if core_full_n.fits(b, c_n):
             db = launch.empty_map_like(b) if db is None else db  # the same bits, needed or not
@@ -450,11 +448,11 @@ def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
 def _backward(a, b, dg, da, db, keep, lse, correction):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
-    tile = configs.tile("gather_backward", a, c_m, c_n)
+    tile = tiles.tile("gather_backward", a, c_m, c_n)
     return launch.Launch(
         gather_backward_kernel, a, tile, batch * heads, again=True,
         maps={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},
         strided={"dg": dg, "keep": keep}, HEADS=heads, C_M=c_m, C_N=c_n,
         HAS_MASK=keep is not None, NEED_A=da is not None, NEED_B=db is not None,
-        P_SCALE=launch.p_scale(a.dtype),
+        P_SCALE=POLICIES[a.dtype].p_scale,
     )  # fmt: skip

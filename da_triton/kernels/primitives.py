@@ -5,12 +5,13 @@ import math
 import triton
 import triton.language as tl
 
+from .. import precision
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # |x − high| is at most 2^-9 |x| in bfloat16 and 2^-11 |x| in float16, so the product fits.
 LOW_SCALE = tl.constexpr(256.0)
-# In float16, gradients of descriptors may exceed its largest number by this factor.
-GRADIENT_RANGE = tl.constexpr(32.0)
-LOG_RANGE = tl.constexpr(math.log(32.0))
+GRADIENT_RANGE = tl.constexpr(precision.GRADIENT_RANGE)
+LOG_RANGE = tl.constexpr(math.log(precision.GRADIENT_RANGE))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ X, V and the result are ``(N, channels, L)`` in any strides.
 import triton
 import triton.language as tl
 
-from ..runtime import configs, fused_tiles, guard, launch
+from ..runtime import guard, launch, tiles
 from .primitives import dot, exp, load_map, load_matrix, scalar
 
 
@@ -177,18 +177,16 @@ def project_distribute(
 def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax, residual):
     batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
-    head_block, block_n = configs.lanes(heads, maps // heads)
+    head_block, block_n = tiles.lanes(heads, maps // heads)
     sizes = max(channels, c_out), head_block * block_n
-    whole = configs.holds_all(*sizes)
+    whole = tiles.holds_all(*sizes)
     kernel = "project_distribute" if whole else "project_distribute_blocks"
-    tile = configs.fused_tile(kernel, x, *sizes)
-    if v is not None:
-        tile = fused_tiles.special(tile, kernel, x, configs.architecture(x.device))
+    tile = tiles.tile(kernel, x, *sizes, tiles.PLAIN if v is None else "v")
     return launch.Launch(
         project_distribute_kernel, x, tile, batch,
         maps={"x": x, "v": x if v is None else v, "out": out},
         HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
-        PACKED=configs.packed(heads, maps // heads, block_n), KEEP=v is not None, SOFTMAX=softmax,
+        PACKED=tiles.packed(heads, maps // heads, block_n), KEEP=v is not None, SOFTMAX=softmax,
         HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None, RESIDUAL=residual,
         WHOLE=whole, BLOCK_N=block_n,
     )  # fmt: skip

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from ..runtime import configs, fused_tiles, guard, launch
+from ..runtime import guard, launch, tiles
 from .primitives import dot, load_keep, load_map, load_matrix, online_softmax, scalar
+
+BLOCK_C = 64  # channels in a step of gather_from_a
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -188,9 +190,8 @@ def gather_from_x(x, weight_b, keep, logit_scale):
 def _gather_from_x(x, weight_b, keep):
     batch, channels, _ = x.shape
     maps = weight_b.shape[0]
-    tile = configs.fused_tile("gather_from_x", x, channels, maps)
-    if keep is not None:
-        tile = fused_tiles.special(tile, "gather_from_x", x, configs.architecture(x.device))
+    variant = tiles.PLAIN if keep is None else "mask"
+    tile = tiles.tile("gather_from_x", x, channels, maps, variant)
     ready = launch.Launch(
         gather_from_x_kernel, x, tile, batch * -(-maps // tile.block_n),
         maps={"x": x}, strided={"keep": keep}, C=channels, MAPS=maps, HAS_MASK=keep is not None,
@@ -210,13 +211,11 @@ def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
 def _gather_from_a(x, weight_a, weight_b, keep, heads):
     batch, channels, _ = x.shape
     c_m, c_n = weight_a.shape[0] // heads, weight_b.shape[0] // heads
-    tile = configs.fused_tile("gather_from_a", x, c_m, c_n)
-    if keep is not None:
-        tile = fused_tiles.special(tile, "gather_from_a", x, configs.architecture(x.device))
+    tile = tiles.tile("gather_from_a", x, c_m, c_n, tiles.PLAIN if keep is None else "mask")
     ready = launch.Launch(
         gather_from_a_kernel, x, tile, batch * heads, maps={"x": x}, strided={"keep": keep},
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, HAS_MASK=keep is not None,
-        POSITIONS_FIRST=configs.reads_shared_operands(x.device), BLOCK_C=configs.BLOCK_C,
+        POSITIONS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return _allocating(ready, x, heads * c_n, c_m)
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..precision import accumulator
-from ..runtime import configs, guard, launch
+from ..runtime import guard, launch, tiles
 from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_map, load_matrix, scalar, split
 
 LEAST_BLOCKS = 4  # of positions in a chunk
@@ -272,15 +272,15 @@ def outer(t, x):
 def _outer(t, x):
     batch, channels, length = x.shape
     rows = t.shape[1]
-    tile = configs.fused_tile("outer", x, channels, rows)
-    tiles = -(-rows // tile.block_n) * -(-channels // tile.block_m)
+    tile = tiles.tile("outer", x, channels, rows)
+    blocks = -(-rows // tile.block_n) * -(-channels // tile.block_m)
     padded = -(-length // tile.block_l) * tile.block_l
-    chunk, _ = launch.chunks(tiles, padded * batch, tile, x.device)
+    chunk, _ = launch.chunks(blocks, padded * batch, tile, x.device)
     # A part weighs as much as its tiles of t and x together at a few blocks of positions.
     chunk = max(chunk, LEAST_BLOCKS)
     chunks = -(-(padded * batch // tile.block_l) // chunk)
     ready = launch.Launch(
-        outer_kernel, x, tile, tiles * chunks, maps={"x": x, "t": t},
+        outer_kernel, x, tile, blocks * chunks, maps={"x": x, "t": t},
         N=batch, ROWS=rows, C=channels, CHUNK_BLOCKS=chunk,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (chunks, rows, channels), (chunks, rows))
@@ -305,7 +305,7 @@ def _weight_gradients(x, parts, sums, dh, g, dg, m, like):
     heads, c_m, c_n = g.shape[1:]
     c_out, maps = dh.shape[1], heads * c_n
     chunks, rows, _ = parts.shape
-    tile = configs.fused_tile("weight_gradients", x, c_m, c_n)
+    tile = tiles.tile("weight_gradients", x, c_m, c_n)
     square, block = tile.block_m, 1024
     programs = 2 * -(-maps * channels // block) + -(-maps // block)
     for wide in (c_out, channels):
@@ -326,8 +326,7 @@ def products(t, x, *rows):
 
     ``t``: ``(N, rows, L)``, ``x``: ``(N, C, L)``, in any strides. No result shares memory.
     """
-    channels, arch = x.shape[1], configs.architecture(x.device)
-    if not configs.fits("outer", t.element_size(), channels, t.shape[1], arch):
+    if not tiles.fits("outer", t, x.shape[1], t.shape[1]):
         return [_library_product(piece, x) for piece in t.split(rows, 1)]
     parts, sums = outer(t, x)
     ready = launch.prepared(_sums, (t, parts, sums), rows)

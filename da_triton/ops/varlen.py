@@ -33,7 +33,7 @@ from .custom_op import (
 
 
 def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
-    """As ``packed.by_sequence``, in these operators."""
+    """As ``varlen.per_sequence``, in these operators."""
     kernels = core is not TORCH
 
     def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
@@ -132,7 +132,7 @@ def _gather_gradients(ctx, dg, _):
     if dg is None:
         return (None,) * 8
     if wants_graph(dg):
-        core = varlen.by_sequence(TORCH, cu_seqlens)
+        core = varlen.per_sequence(TORCH, cu_seqlens)
 
         def forward(a, b, keep, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
@@ -225,7 +225,7 @@ def _distribute_gradients(ctx, dz):
     g, v, cu_seqlens = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     if wants_graph(dz):
-        core = varlen.by_sequence(TORCH, cu_seqlens)
+        core = varlen.per_sequence(TORCH, cu_seqlens)
         scale, softmax, logit_scale, _ = ctx.options
 
         def forward(g, v):

@@ -6,7 +6,7 @@ from typing import Any
 WEIGHTS = ("weight_", "bias_")
 
 
-def register_sharding() -> None:
+def register_dtensor() -> None:
     """Lets DTensors sharded over the batch or over the heads into ``torch.ops.da_triton.*``.
 
     Afterwards ``backend="triton"`` runs each rank's kernels on its shard: axis 0 of every tensor,

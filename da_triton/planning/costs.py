@@ -13,124 +13,83 @@ second-level cache is not counted twice. ``requested`` is what its programs ask 
 tile of positions asks for all weights that it is multiplied with, so short tiles ask for much.
 """
 
-from typing import NamedTuple
+from .shapes import CoreLimits, Cost, Order, Shape, Step
 
 BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
 POSITIONS = 64  # in a block of the core's gather, with most of its tiles
 
 
-class Shape(NamedTuple):
-    """A block on an input: sizes, and bytes of an element."""
-
-    batch: int
-    channels: int
-    c_m: int
-    c_n: int
-    heads: int
-    length: int
-    itemsize: int
-    reconstruct: bool
-    wide: bool = True  # kernels can load at least 8 bytes at once
-
-    @property
-    def out_channels(self) -> int:
-        return self.channels if self.reconstruct else self.c_m
-
-
-class Step(NamedTuple):
-    """Costs of one sample; launches of all samples together."""
-
-    name: str
-    library: bool  # a library's matrix product, or a kernel of ours
-    multiply_adds: int
-    elements: int = 0  # of maps with positions, in the input's dtype
-    wide_elements: int = 0  # float32
-    launches: int = 1
-    requested: int = 0  # elements, of kernels that ask for more than ``elements``
-
-
-class Cost(NamedTuple):
-    """Of one sample, forward, on the split route with ATen operations."""
-
-    multiply_adds: int  # in products that run over positions
-    small_multiply_adds: int  # in products of small matrices, float32
-    elements: int  # of feature maps read and written
-
-
 def order_cost(
-    order: str, channels: int, c_m: int, c_n: int, heads: int, length: int, reconstruct: bool = True
+    order: Order,
+    channels: int,
+    c_m: int,
+    c_n: int,
+    heads: int,
+    length: int,
+    reconstruct: bool = True,
 ) -> Cost:
     """The cost of one sample's forward pass in ``order`` on the split route."""
     small = channels * c_m * c_n // heads
     core = c_m * c_n // heads
     # V: read X, write V, read V again in distribute. B: likewise with gather.
     per_position, elements, small_total = 2 * channels * c_n, 2 * channels + 4 * c_n, 0
-    if order[0] == "A":
-        per_position += channels * c_m + core
-        elements += channels + 2 * c_m  # X read, A written and read again
-    else:
+    if order.from_x:
         per_position += channels * c_n
         elements += channels * heads
         small_total += small
-    if order[1] == "Z":
-        per_position += core + (channels * c_m if reconstruct else 0)
-        elements += c_m + (c_m + channels if reconstruct else 0)
     else:
+        per_position += channels * c_m + core
+        elements += channels + 2 * c_m  # X read, A written and read again
+    if order.through_h:
         per_position += channels * c_n
         # Each head's share of the output is written, then they are added.
         elements += channels if heads == 1 else channels * (2 * heads + 1)
         small_total += small
+    else:
+        per_position += core + (channels * c_m if reconstruct else 0)
+        elements += c_m + (c_m + channels if reconstruct else 0)
     return Cost(per_position * length, small_total, elements * length)
 
 
-class Core(NamedTuple):
-    """What the split route's kernels hold of a shape: see ``planner.Limits``."""
-
-    tile: int  # the largest G, in either direction, that one program of the core holds
-    all_maps: int  # positions in a tile with all maps of a head; 0 where no program holds them
-    all_maps_backward: int
-
-
 def gather_steps(
-    s: Shape, source: str, block_l: int, want_h: bool, splits: int, blocks: int = 1,
-    with_v: bool = False,
+    s: Shape, order: Order, block_l: int, splits: int, blocks: int = 1, with_v: bool = False
 ) -> list[Step]:  # fmt: skip
-    """Forward, up to G, or H if wanted.
+    """Forward, up to G, or to H in an order that goes through it.
 
     ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``splits``: parts
     of a sample's sums. ``blocks``: of maps, in a gather from X. ``with_v``: on the split route, V
     comes from the same product.
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
-    features = c if source == "X" else s.c_m // s.heads
+    features = c if order.from_x else s.c_m // s.heads
     parts = 2 * splits * s.c_n * features
-    products = small * ((source == "X") + want_h)
+    products = small * (order.from_x + order.through_h)
     descriptors = Step("descriptors", False, products, 0, parts + s.c_n * features)
-    if block_l and source == "X":
+    if block_l and order.from_x:
         pass_1 = Step("gather from X", False, 2 * length * c * s.c_n, c * length)
         return [pass_1._replace(requested=blocks * c * length), descriptors]
     if block_l:
         macs = length * (c * (s.c_m + s.c_n) + s.c_m * s.c_n // s.heads)
         asked = length * c * (s.heads + (s.c_m + s.c_n) // block_l)
         return [Step("gather from A", False, macs, c * length, 0, 1, asked), descriptors]
-    rows = s.c_n * (1 + with_v) + (s.c_m if source == "A" else 0)
+    rows = s.c_n * (1 + with_v) + (0 if order.from_x else s.c_m)
     steps = [Step("project", True, length * c * rows, (c + rows) * length)]
     if rows > s.c_n:
         steps.insert(0, _operands(s, rows))
-    values = s.c_m if source == "A" else c * s.heads
+    values = c * s.heads if order.from_x else s.c_m
     blocks_of_g = -(-features // BLOCK) * -(-s.c_n // s.heads // BLOCK)
     core_splits = max(1, min(splits // (s.heads * blocks_of_g), -(-length // POSITIONS)))
     parts = 0 if core_splits == 1 else 2 * core_splits * s.c_n * features
-    combined = core_splits > 1 and not want_h and source == "A"
+    combined = core_splits > 1 and not (order.through_h or order.from_x)
     core = Step(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
         1 + combined, 0 if _whole(s, features, BLOCK) else _asked(s, features, BLOCK),
     )  # fmt: skip
-    return [*steps, core, descriptors] if want_h or source == "X" else [*steps, core]
+    return [*steps, core, descriptors] if order.through_h or order.from_x else [*steps, core]
 
 
 def distribute_steps(
-    s: Shape, to: str, block_l: int, core: Core, cached: bool, whole: bool = True,
+    s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, whole: bool = True,
     v_is_there: bool = False,
 ) -> list[Step]:  # fmt: skip
     """Forward, from G or H to the output. ``cached``: X is still in the second-level cache.
@@ -146,7 +105,7 @@ def distribute_steps(
         if not whole:
             asked += length * (c + s.c_n * (c + out) // block_l)
         return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, asked)]
-    features = s.c_m if to == "Z" else out * s.heads
+    features = out * s.heads if order.through_h else s.c_m
     macs = length * s.c_n * features // s.heads
     elements = (s.c_n + features) * length
     if core.all_maps:
@@ -159,7 +118,7 @@ def distribute_steps(
         steps = [Step("distribute", False, macs, elements, 0, 2, asked)]
     if not v_is_there:
         steps.insert(0, Step("project V", True, length * c * s.c_n, (x + s.c_n) * length))
-    if to == "H":
+    if order.through_h:
         extra = (out * (s.heads + 1) if s.heads > 1 else 0) + x + 2 * out
         steps.append(Step("bias, residual, heads", True, 0, extra * length, 0, 2))
     elif s.reconstruct:
@@ -213,7 +172,9 @@ def fused_backward_steps(
     ]
 
 
-def split_backward_steps(s: Shape, order: str, core: Core, kept_v: bool = False) -> list[Step]:
+def split_backward_steps(
+    s: Shape, order: Order, core: CoreLimits, kept_v: bool = False
+) -> list[Step]:
     """Library products around the core's backward kernels.
 
     Where a program holds neither all of G nor all maps of its positions, blocks of maps read the
@@ -221,7 +182,7 @@ def split_backward_steps(s: Shape, order: str, core: Core, kept_v: bool = False)
     """
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
     product, small = length * m * k // s.heads, c * m * k // s.heads
-    rows = 2 * k + (m if order[0] == "A" else 0)
+    rows = 2 * k + (0 if order.from_x else m)
     made = rows - k if kept_v else rows
     steps = [_operands(s, rows), Step("project", True, length * c * made, (c + made) * length)]
 
@@ -230,7 +191,7 @@ def split_backward_steps(s: Shape, order: str, core: Core, kept_v: bool = False)
             return elements
         return elements + -(-length // core.all_maps_backward) * features * k // s.heads
 
-    if order[1] == "Z":
+    if not order.through_h:
         again = 0 if core.all_maps_backward or _whole(s, m // s.heads, core.tile) else 1
         z = product if s.reconstruct else 0
         if s.reconstruct:
@@ -252,7 +213,7 @@ def split_backward_steps(s: Shape, order: str, core: Core, kept_v: bool = False)
         )  # fmt: skip
         steps.append(Step("dH", False, length * out * k, (out * s.heads + k) * length, 0, 2))
         steps.append(Step("H, dG, dWo, dbo", True, 3 * small, out * length, 4 * k * c, 8))
-    if order[0] == "A":
+    if not order.from_x:
         steps.append(Step("delta", False, 0, 0, 3 * m * k // s.heads))
         elements = (2 * m + 2 * k) * length
         steps.append(Step("dA and dB", False, 2 * product, elements, 0, 1, asked(elements, m)))

@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 
+from ..precision import HALF, POLICIES
 from . import compilers, launch, stand_ins, verdicts
-from .trials import HALF, exact, fill, like, map_tensors, random, tensors, words
+from .trials import exact, fill, like, map_tensors, random, tensors, words
 from .verdicts import Verdict
 
-ALLOWED = {
-    torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-11,
-}  # fmt: skip
 ALLOWED_TF32 = 5e-3
 SCALARS = {"logit_scale": 0.7, "scale": 1.3}
 ATTEMPTS = 3  # at a proof that memory, or something else but the kernel, prevents
@@ -205,7 +203,7 @@ def _prove(spec, given, case):
     """
     device, dtype = next(tensors(given)).device, _dtype(given)
     tf32 = dtype == torch.float32 and verdicts.allows_tf32()
-    allowed, error, tiles = ALLOWED_TF32 if tf32 else ALLOWED[dtype], float("inf"), []
+    allowed, error, tiles = ALLOWED_TF32 if tf32 else POLICIES[dtype].proof, float("inf"), []
     _synchronize(device)  # an error of what ran before is not the kernel's
 
     def verdict(reason):

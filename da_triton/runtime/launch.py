@@ -21,20 +21,14 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from .. import signatures
-from ..kernels.primitives import GRADIENT_RANGE
 from ..precision import accumulator
 from ..projection import channels_last
-from . import measured
+from . import tiles
 
 # Read when the kernels are decorated, on import; a later change of the variable changes nothing.
 INTERPRETED = triton.knobs.runtime.interpret
 
-TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # of sums
 # Without a GPU (interpreted kernels) the split over positions is made for this many processors: few
 # enough to keep interpreted launches short, enough to exercise the combination of chunks.
 INTERPRETED_PROCESSORS = 4
@@ -42,16 +36,6 @@ INTERPRETER = threading.RLock()
 
 # Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
 COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
-
-
-def p_scale(dtype):
-    """Factor that keeps normalised gather weights out of float16's subnormals.
-
-    P ≤ 1 sums to 1 over up to 2^21 positions, so most of it is below 2^-14, the smallest normal
-    float16. 2^15 · P still fits, where P may be larger by the range that ``into_float16`` gives
-    to gradients; the product is scaled back in float32. Exact: a power of two.
-    """
-    return 32768.0 / GRADIENT_RANGE.value if dtype == torch.float16 else 1.0
 
 
 def strides(x, align):
@@ -201,9 +185,9 @@ def prepared(build, tensors, *flags):
 
 
 def forget():
-    """Forgets every prepared launch and call, and the tables of measured tiles that were read."""
+    """Forgets every prepared launch and call, and the tables of tuned tiles that were read."""
     signatures.forget()
-    measured.tiles.cache_clear()
+    tiles.forget()
 
 
 @contextlib.contextmanager
@@ -224,6 +208,8 @@ def tf32(x):
 class Launch:
     """A kernel with its grid and every argument but the tensors and scales, which come first.
 
+    ``kernel``: one, or ``{impl: kernel}`` of which the tile chooses.
+
     ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
     without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
     in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
@@ -238,6 +224,7 @@ class Launch:
         self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, num_warps=None,
         **values,
     ):  # fmt: skip
+        kernel = implementation(kernel, tile)
         sizes, constants, steps = _arguments(kernel.fn)
         found = {
             "ACC": TRITON_DTYPE[accumulator(like.dtype)],
@@ -328,6 +315,20 @@ class Launch:
             )
         if kernel is not None and _direct((self.kernel,)):
             self.compiled[aligned] = kernel, kernel.run, kernel.function, kernel.packed_metadata
+
+
+def implementation(kernel, tile):
+    """The version of a kernel that its tile names: of a dictionary, or the kernel itself."""
+    known = kernel if isinstance(kernel, dict) else {"pointers": kernel}
+    if tile is None:
+        return kernel
+    if tile.impl not in known:
+        raise ValueError(
+            f"a table of tiles names the implementation {tile.impl!r}, and the kernel has "
+            f"{', '.join(map(repr, known))}. Correct the entry in kernels/tiles or in the user's "
+            "table (see da_triton.runtime.tiles)."
+        )
+    return known[tile.impl]
 
 
 def stream_of(device):

@@ -2,9 +2,9 @@
 
 import torch
 
+from ..precision import HALF
 from . import verdicts
 
-HALF = (torch.float16, torch.bfloat16)
 LONGEST = 1024  # positions of an input to prove with: several steps of every loop
 SHORT = 8  # up to here, the number of positions may be a constant of the code
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import compilers
+from . import compilers, folders, tiles
 
 OPTIONS = ("PTXAS_OPTIONS", "DISABLE_PTXAS_OPT")  # variables that change what ptxas makes
 _warned: set[str] = set()
@@ -41,8 +41,9 @@ class Verdict(NamedTuple):
 def context(device):
     """What a verdict holds for: GPU, driver, compiler, and the kernels with their tiles."""
     sources, package = hashlib.sha256(), Path(__file__).parents[1]
-    patterns = "kernels/*.py", "kernels/data/*.json", "runtime/*.py", "precision.py"
-    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
+    patterns = "kernels/*.py", "kernels/tiles/*.json", "runtime/*.py", "precision.py"
+    shipped = sorted(path for pattern in patterns for path in package.glob(pattern))
+    for path in [*shipped, *tiles.tuned_files(tiles.gpu(device))]:
         sources.update(path.read_bytes())
     facts = {"triton": triton.__version__, "kernels": sources.hexdigest()[:16]}
     if device.type == "cuda":
@@ -62,16 +63,9 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def folder() -> Path:
-    """Where verdicts are remembered."""
-    if named := os.environ.get("DA_TRITON_CACHE_DIR"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da_triton"
-
-
 def _file(device, kernel, case):
     facts = json.dumps([context(device), kernel, case], sort_keys=True)
-    return folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
+    return folders.cache() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
 
 
 def remembered(device, kernel, case):

@@ -1,28 +1,33 @@
-import csv
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import pandas as pd
 import pytest
 
+<<<<<<< HEAD
 from bench import cli as bench
 from bench.codegen import cli, table
+=======
+from bench import __main__ as bench
+from bench.codegen import table
+from bench.environment import ROOT
+>>>>>>> main
 
-ROOT = Path(cli.__file__).parents[2]
 SURVEYED = {
     "kernel": "gather", "dtype": "bfloat16", "layout": "nchw", "L": 196, "C": 0, "m": 64, "n": 64,
     "call": "", "flags": "ALIGN=4", "products": 1, "blocks": "M=64 N=64 L=64", "warps": 8,
     "stages": 3, "registers": 200, "spills": 0, "shared": 1024, "matrix": 8, "wgmma": 4,
-    "copies": {"8": 4, "16": 2}, "loads": {"2": 1, "16": 3}, "digest": "0a",
+    "copies": {"8": 4, "16": 2}, "loads": {"2": 1, "16": 3}, "digest": "01234567890123e4",
 }  # fmt: skip
+DIGEST = SURVEYED["digest"]
+KNOWN = {k: v for k, v in SURVEYED.items() if k not in {*table.FIGURES, "copies", "loads"}}
+TRITON = importlib.metadata.version("triton")
 
-FIGURES = {*table.FIGURES, "copies", "loads"}
 
-
-def row(arch="sm_90", triton="3.8.0", **others):
+def row(arch="sm_90", triton=TRITON, **others):
     return table.row(arch, SURVEYED, triton) | others
 
 
@@ -32,64 +37,56 @@ def test_row_holds_the_widest_copy_and_load_and_counts_loads_of_two_bytes():
     assert set(made) == set(table.COLUMNS)
 
 
+def test_known_program_keeps_its_figures_under_its_new_name():
+    kept = row(registers=17, call="masked", triton="3.7.1")
+    fresh = table.row("sm_90", {**KNOWN, "call": "extra"}, TRITON, kept)
+    assert fresh == row(registers=17, call="extra", triton="3.7.1")
+
+
 def test_file_comes_back_and_does_not_depend_on_the_order_of_rows(tmp_path):
     rows = [row("sm_90", L=784), row("gfx942"), row("sm_90"), row("sm_80")]
     table.write(rows, tmp_path / "one.csv")
     table.write(reversed(rows), tmp_path / "new" / "two.csv")
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "new" / "two.csv").read_bytes()
-    again = table.read(tmp_path / "one.csv")
-    assert [(x["arch"], x["L"]) for x in again] == [
-        ("sm_80", 196), ("sm_90", 196), ("sm_90", 784), ("gfx942", 196),
-    ]  # fmt: skip
-    assert again[1] == row()
+    assert table.read(tmp_path / "one.csv") == [rows[3], rows[2], rows[0], rows[1]]
+
+
+def test_committed_file_is_as_it_would_be_written(tmp_path):
+    table.write(table.read(), tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == table.KEPT.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("then", "now", "said"),
     [
-        ({"spills": 3}, "spills 0 -> 3"),
-        ({"shared": 2048}, "shared 1024 -> 2048"),
-        ({"registers": 209}, "registers 200 -> 209"),
-        ({"copy_bytes": 8}, "copy_bytes 16 -> 8"),
-        ({"loads_2": 2}, "loads_2 1 -> 2"),
-        ({"wgmma": 0}, "wgmma 4 -> 0"),
-        ({"matrix": 0}, "matrix 8 -> 0"),
-        ({"flags": "ALIGN=2", "spills": 3}, None),  # another program
-        ({"registers": 208, "shared": 512, "wgmma": 2, "blocks": "M=64 N=64 L=32"}, None),
+        ({}, {"spills": 3}, "spills 0 -> 3"),
+        ({}, {"shared": 2048}, "shared 1024 -> 2048"),
+        ({}, {"registers": 209}, "registers 200 -> 209"),
+        ({}, {"copy_bytes": 8}, "copy_bytes 16 -> 8"),
+        ({}, {"loads_2": 2}, "loads_2 1 -> 2"),
+        ({}, {"wgmma": 0}, "wgmma 4 -> 0"),
+        ({}, {"matrix": 0}, "matrix 8 -> 0"),
+        ({"copy_bytes": 0}, {"copy_bytes": 0, "load_bytes": 8}, "load_bytes 16 -> 8"),
+        ({"copy_bytes": 0}, {"load_bytes": 4}, None),  # a copy takes the load's place
+        ({}, {"registers": 208, "shared": 512, "wgmma": 2, "blocks": "M=64 N=64 L=32"}, None),
+        ({}, {"spills": 3, "flags": "ALIGN=2"}, None),  # another program
+        ({}, {"spills": 3, "triton": "3.7.1"}, None),
+        ({}, {"spills": 3, "arch": "sm_80"}, None),
     ],
 )
-def test_what_is_worse_is_told_with_its_row(change, told):
-    found = table.worse([row(**change)], [row()])
-    if told is None:
-        assert found == []
-    else:
-        assert found[0].startswith("sm_90 gather bfloat16 nchw L=196 m=64 n=64")
-        assert found[0].endswith(told)
-
-
-def test_loads_count_where_nothing_is_copied_asynchronously():
-    then = row(copy_bytes=0)
-    assert table.worse([row(copy_bytes=0, load_bytes=8)], [then])
-    assert not table.worse([row(copy_bytes=16, load_bytes=4)], [then])
-
-
-def test_known_program_keeps_its_figures_under_its_new_name():
-    fresh = {k: v for k, v in SURVEYED.items() if k not in ("registers", "copies", "loads")}
-    kept = row(registers=17, call="masked")
-    assert table.known("sm_90", {**fresh, "call": "extra"}, kept) == row(registers=17, call="extra")
-
-
-def test_other_versions_and_architectures_are_not_compared():
-    assert table.worse([row(spills=9)], [row(triton="3.7.1")]) == []
-    assert table.worse([row(spills=9)], [row("sm_80")]) == []
+def test_what_got_worse_is_said_with_its_row(then, now, said):
+    found = table.worse([row(**now)], [row(**then)])
+    place = f"sm_90 gather bfloat16 nchw L=196 m=64 n=64 [ALIGN=4] {SURVEYED['blocks']}"
+    assert found == ([f"{place}: {said}"] if said else [])
 
 
 def test_summary_has_a_line_for_each_architecture_and_kernel():
     rows = [row(), row(L=784, registers=255, blocks="M=32"), row("gfx942"), row(L=49, spills=7)]
-    lines = table.summary(rows).splitlines()
-    assert len(lines) == 3
-    assert lines[1].split()[:7] == ["sm_90", "gather", "3", "2", "255", "7", "(odd"]
-    assert lines[2].split()[:6] == ["gfx942", "gather", "1", "1", "200", "0"]
+    lines = [line.strip("|").replace("|", "").split() for line in table.summary(rows).splitlines()]
+    assert lines[2:] == [
+        ["sm_90", "gather", "3", "2", "255", "0", "7", "1024", "16"],
+        ["gfx942", "gather", "1", "1", "200", "0", "0", "1024", "16"],
+    ]
 
 
 @pytest.fixture
@@ -99,10 +96,9 @@ def compiled(monkeypatch):
 
     def surveyed(arch, known):
         asked.append((arch, list(known)))
-        figures = () if SURVEYED["digest"] in known else SURVEYED
-        yield {k: v for k, v in SURVEYED.items() if k in figures or k not in FIGURES}
+        yield KNOWN if DIGEST in known else SURVEYED
 
-    monkeypatch.setattr(cli, "surveyed", surveyed)
+    monkeypatch.setattr(table, "surveyed", surveyed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return asked
 
@@ -111,52 +107,37 @@ def test_command_writes_and_prints(compiled, tmp_path, capsys):
     out = tmp_path / "codegen.csv"
     assert bench.main(["codegen", "--out", str(out)]) == 0
     assert compiled == [(arch, []) for arch in table.ORDER]
-    with out.open() as file:
-        assert [line["arch"] for line in csv.DictReader(file)] == list(table.ORDER)
+    assert list(pd.read_csv(out)["arch"]) == list(table.ORDER)
     printed = capsys.readouterr().out
     assert "5 rows" in printed
     assert "worse" not in printed
-    assert all(arch in printed for arch in table.ORDER)
+    assert all(f"{arch}: 1 programs, 1 of them compiled" in printed for arch in table.ORDER)
 
 
-def test_programs_in_the_file_are_not_compiled_again(compiled, tmp_path):
+def test_new_programs_alone_are_compiled_and_replace_the_rows_of_their_architecture(
+    compiled, tmp_path, capsys
+):
     out = tmp_path / "codegen.csv"
-    table.write([row("sm_90", shared=1), row("gfx942", shared=2, digest="0b")], out)
+    others = [row("sm_80", shared=1), row("gfx942", shared=2, digest="0b")]
+    table.write([*others, row("sm_90", shared=1)], out)
     assert bench.main(["codegen", "--arch", "sm_90", "--arch", "gfx942", "--out", str(out)]) == 0
-    assert compiled == [("sm_90", ["0a"]), ("gfx942", ["0b"])]
-    assert [(x["arch"], x["shared"]) for x in table.read(out)] == [("sm_90", 1), ("gfx942", 1024)]
+    assert compiled == [("sm_90", [DIGEST]), ("gfx942", ["0b"])]
+    found = [(x["arch"], x["shared"]) for x in table.read(out)]
+    assert found == [("sm_80", 1), ("sm_90", 1), ("gfx942", 1024)]
+    printed = capsys.readouterr().out
+    assert printed.count("worse: ") == 1
+    assert "shared 2 -> 1024" in printed
 
 
-def test_command_tells_what_got_worse(compiled, tmp_path, capsys):
-    out = tmp_path / "codegen.csv"
-    table.write([row(shared=1, digest="0b", triton=importlib.metadata.version("triton"))], out)
-    assert bench.main(["codegen", "--arch", "sm_90", "--out", str(out)]) == 0
-    assert "shared 1 -> 1024" in capsys.readouterr().out
-
-
-def test_one_architecture_replaces_its_rows_only(compiled, tmp_path):
-    out = tmp_path / "codegen.csv"
-    table.write([row("sm_80", shared=1), row("sm_90", shared=1, digest="0b")], out)
-    assert bench.main(["codegen", "--arch", "sm_90", "--out", str(out)]) == 0
-    assert [(x["arch"], x["shared"]) for x in table.read(out)] == [("sm_80", 1), ("sm_90", 1024)]
-
-
-def test_interpreted_process_is_refused(tmp_path, monkeypatch, capsys):
+def test_interpreted_process_cannot_compile(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert bench.main(["codegen", "--out", str(tmp_path / "o.csv")]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
     assert not (tmp_path / "o.csv").exists()
 
 
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["codegen", "--help"])
-    assert stopped.value.code == 0
-    assert "python -m bench codegen --arch sm_90" in capsys.readouterr().out
-
-
-def test_bench_needs_no_triton(tmp_path):
-    """Import and refusal, in a process where Triton is not to be found."""
+def test_bench_needs_no_triton():
+    """In a process where Triton is not to be found."""
     program = (
         "import sys, importlib.util\n"
         "sys.modules['triton'] = None\n"
@@ -171,14 +152,14 @@ def test_bench_needs_no_triton(tmp_path):
     assert "Triton is not installed" in ran.stderr
 
 
-def test_survey_that_fails_is_told():
+def test_survey_that_fails_says_why():
     with pytest.raises(RuntimeError, match="sm_7"):
-        list(cli.surveyed("sm_7"))
+        list(table.surveyed("sm_7"))
 
 
 READ_HIP = """
 import json
-from bench.codegen.compiler import read_hip
+from bench.codegen.compile import read_hip
 text = '''
 \\tglobal_load_dwordx4 v[0:3], v[4:5], off
 \\tglobal_load_dword v1, v[4:5], off

@@ -15,9 +15,8 @@ from bench.environment import ROOT
 from bench.host import CALL, ISSUE, Measured
 from bench.problems import FORWARD, STEP
 from bench.workloads import WORKLOADS
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.runtime import configs
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import Shape
 
 CPU = torch.device("cpu")
 # Fused, and library products around the core, with an odd number of positions.
@@ -70,7 +69,7 @@ def test_launches_are_those_of_the_plan(measured, name):
     work = next(work for work in WORKLOADS if work.name == name)
     wide = work.length * 2 % 8 == 0
     s = Shape(work.n, work.c, work.c_m, work.c_n, 1, work.length, 2, True, wide)
-    plan = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0]
+    plan = kernel_routes(s, work.c, "sm_90", 132)[0]
     forward, backward = (
         sum(step.launches for step in way) for way in (plan.forward, plan.backward)
     )

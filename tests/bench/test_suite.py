@@ -83,13 +83,14 @@ def test_convolutions_are_not_tf32_in_tests():
 
 def test_tests_that_fill_the_memory_share_a_worker():
     """Those with far strides, in whatever file they are, are one group of pytest-xdist."""
-    files = ["tests/test_large.py", "tests/kernels/test_gather.py", "tests/test_block.py"]
+    large, gather = "tests/ops/triton/test_large.py", "tests/kernels/test_gather.py"
+    files = [large, gather, "tests/test_block.py"]
     grouped = {line.split("[")[0] for line in collected(files, "-m", "xdist_group")}
     assert grouped == {
-        "tests/test_large.py::test_offsets_beyond_int32",
-        "tests/test_large.py::test_offsets_in_int32_would_show",
-        "tests/test_large.py::test_a_batch_of_more_than_two_billion_numbers",
-        "tests/kernels/test_gather.py::test_offsets_beyond_int32",
+        f"{large}::test_offsets_beyond_int32",
+        f"{large}::test_offsets_in_int32_would_show",
+        f"{large}::test_a_batch_of_more_than_two_billion_numbers",
+        f"{gather}::test_offsets_beyond_int32",
     }
 
 

@@ -1,10 +1,8 @@
 """The tuning loop on interpreted kernels, with times that the tests choose."""
 
-import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,15 @@ import torch
 
 from bench import tune
 from bench.measure import Budget
-from bench.tune import Choice, Site
+from bench.tune import Choice
 from bench.workloads import Workload
 from da_triton.ops.triton import routes
-from da_triton.runtime import configs, fused_tiles, launch, measured
+from da_triton.runtime import launch, tiles
 
 ROOT = Path(tune.__file__).parents[1]
 CPU = torch.device("cpu")
 WORK = Workload("small", 1, 64, (8, 16), 32, 32, 1, "test")
-SITE = Site("project_distribute", 64, 32)
+SITE = tiles.Key("project_distribute", tiles.PLAIN, "half", 64, 32)
 PRESENT = (32, 4, 1)  # of every fused kernel, interpreted
 
 
@@ -28,7 +26,7 @@ OTHERS = [(64, 4, 2), (16, 4, 1)]
 
 
 def present_tile():
-    tile = configs.fused_tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)
+    tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)
     return tile.block_l, tile.num_warps, tile.num_stages
 
 
@@ -61,11 +59,12 @@ class Clock:
 @pytest.fixture
 def tuned(monkeypatch, interpreted_tiles):
     """Tunes one site with a given step and times; the clock, the choices, and what was printed."""
-    monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT)])
+    monkeypatch.setattr(tune, "sites", lambda work, device: {SITE: (PRESENT, steps[0])})
     monkeypatch.setattr(tune, "candidates_of", lambda site: [PRESENT, *OTHERS])
+    steps = []
 
     def tuned(run, times, budget=1e9, save=len):
-        monkeypatch.setattr(tune, "step", lambda work, device, backward: run)
+        steps[:] = [run]
         clock, said = Clock(run, times), []
         return clock, tune.tune([WORK], CPU, clock, Budget(budget), said.append, save), said
 
@@ -75,18 +74,25 @@ def tuned(monkeypatch, interpreted_tiles):
 @pytest.fixture
 def interpreted_tiles(monkeypatch):
     """Interpreted kernels take the tiles of an H200; here they start from a small one."""
-    for key in list(fused_tiles.TILES):
-        if key[0] == "sm_90":
-            monkeypatch.setitem(fused_tiles.TILES, key, PRESENT)
+    present = {key: tiles.Entry(*PRESENT) for key in tiles.shipped("sm_90")}
+    monkeypatch.setattr(tiles, "shipped", lambda arch: present)
+    launch.forget()
+    yield
+    launch.forget()
 
 
 @pytest.mark.usefixtures("interpreted_tiles")
-def test_sites_are_the_fused_kernels_of_the_planned_route():
-    found = dict(tune.sites(WORK, CPU))
-    assert found[SITE] == PRESENT
-    names = {site.kernel for site in found}
-    assert names <= {*tune.FORWARD_KERNELS, *tune.BACKWARD_KERNELS}
-    assert names & set(tune.FORWARD_KERNELS)
+def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
+    found = tune.sites(WORK, CPU)
+    assert found[SITE][0] == PRESENT
+    named = {(site.kernel, site.variant) for site in found}
+    assert named >= {
+        ("gather_from_x", "plain"), ("gather_from_x", "mask"), ("project_distribute", "v"),
+        ("gather_side", "mask"), ("distribute_side", "v"), ("descriptors_backward", "plain"),
+        ("gather", "plain"), ("all_maps", "gradient"), ("gather_backward", "plain"),
+    }  # fmt: skip
+    assert len(found[SITE][1]()) == 1  # the forward pass is enough
+    assert len(found[SITE._replace(kernel="distribute_side")][1]()) > 1
 
 
 @pytest.mark.parametrize(("fast", "best"), [(0.5, (64, 4, 2)), (1.0, PRESENT), (2.0, PRESENT)])
@@ -172,7 +178,7 @@ def test_difference_within_the_noise_changes_nothing():
 
 
 def test_step_with_another_tile_gives_the_same(interpreted_tiles):
-    run = tune.step(WORK, CPU, backward=False)
+    run = next(tune.steps(WORK, CPU))
     (before,) = run()
     with tune.tile_of(SITE, (16, 4, 1)):
         (after,) = run()
@@ -186,11 +192,12 @@ def test_used_up_budget(tuned):
 def test_choices_are_saved_one_by_one(tuned, monkeypatch):
     """A run that is killed while it tunes the second site leaves the first one's choice."""
     second = SITE._replace(kernel="gather_from_x")
-    monkeypatch.setattr(tune, "sites", lambda work, device: [(SITE, PRESENT), (second, PRESENT)])
-    saved = []
-    tuned(
-        Step(), dict.fromkeys([PRESENT, *OTHERS], 1.0), save=lambda found: saved.append(len(found))
+    run = Step()
+    monkeypatch.setattr(
+        tune, "sites", lambda work, device: dict.fromkeys((SITE, second), (PRESENT, run))
     )
+    saved = []
+    tuned(run, dict.fromkeys([PRESENT, *OTHERS], 1.0), save=lambda found: saved.append(len(found)))
     assert saved == [1, 2]
 
 
@@ -225,7 +232,8 @@ def test_compilations_that_have_not_begun_end_with_the_budget():
 
 def test_step_returns_all_gradients(interpreted_tiles):
     """So that a candidate that spoils one is noticed."""
-    results = tune.step(WORK, CPU, backward=True)()
+    _, step, *_ = tune.steps(WORK, CPU)
+    results = step()
     shapes = [tuple(t.shape) for t in results]
     batch = WORK.batch(CPU)
     assert shapes[:2] == [(batch, 64, 128)] * 2
@@ -233,62 +241,14 @@ def test_step_returns_all_gradients(interpreted_tiles):
     assert all(t.isfinite().all() for t in results)
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    launch.forget()
+def test_the_package_reads_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("DA_TRITON_TILES", str(tmp_path))
     path = tune.path_of("NVIDIA Test (80GB)")
     tune.write(path, "NVIDIA Test (80GB)", [Choice(SITE, "w", PRESENT, (64, 4, 2), 2.0, 1.0, 3)])
-    return path
-
-
-def test_table_comes_back(table):
-    assert table.name == "nvidia-test-80gb.json"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert measured.tiles("NVIDIA Test (80GB)") == {tuple(SITE): (64, 4, 2)}
-        assert measured.tiles("Another card") == {}
-
-
-def test_measured_tile_is_taken_on_its_card(table, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test (80GB)")
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
-    x = torch.empty(1, dtype=torch.bfloat16)
-    on_card = type("X", (), {"device": torch.device("cuda", 0), "element_size": lambda self: 2})()
-    tile = configs.fused_tile(SITE.kernel, on_card, 64, 32)
-    assert (tile.block_l, tile.num_warps, tile.num_stages) == (64, 4, 2)
-    shipped = configs.fused_tile(SITE.kernel, x, 64, 32)
-    assert shipped[2:5] == fused_tiles.TILES[("sm_90", *SITE)]
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"card": "NVIDIA Other"}, "they are of 'NVIDIA Other'"),
-        ({"triton": "1.0"}, "they are of Triton 1.0"),
-        ({"tiles": [{"kernel": "k"}]}, "block_m"),
-        ({"tiles": 3}, "not iterable"),
-        *(
-            ({"tiles": [{"kernel": "k", "block_m": 1, "block_n": 1, "tile": tile}]}, expected)
-            for tile, expected in (
-                ([48, 4, 1], "[48, 4, 1]"),
-                ([64, 5, 1], "[64, 5, 1]"),
-                (["a", 4, 1], "not supported"),
-            )
-        ),
-        (None, "Expecting value"),
-    ],
-)  # fmt: skip
-def test_table_that_makes_no_sense_is_ignored_with_one_warning(table, change, expected):
-    text = "nonsense" if change is None else json.dumps({**json.loads(table.read_text()), **change})
-    table.write_text(text)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        found = [measured.tiles("NVIDIA Test (80GB)") for _ in range(2)]
-    assert found == [{}, {}]
-    assert len(seen) == 1
-    assert "da_triton ignores the measured tiles" in str(seen[0].message)
-    assert expected in str(seen[0].message)
+    assert path == tmp_path / "nvidia-test-80gb.json"
+    launch.forget()
+    entry = tiles.Entry(64, 4, 2, "pointers", "1.00 us on w; (32, 4, 1) took 2.00 us")
+    assert tiles.tuned("NVIDIA Test (80GB)") == {SITE: entry}
 
 
 COMPILED = """
@@ -303,9 +263,9 @@ from triton.runtime.jit import JITFunction
 import bench
 before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
-from bench.codegen import cli, compiler, fused, launches, survey, tiles
-from bench.tune import Site
+from bench.codegen import compile, survey
 from da_triton.ops.triton import routes
+from da_triton.runtime import tiles as table
 
 class Card:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -313,13 +273,13 @@ class Card:
     def get_current_stream(self, device): return 0
 
 driver.set_active(Card())
-variant = launches.Variant("nchw", 256)
+variant = survey.Variant("nchw", 256)
 shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
-w = routes.Weights(*(launches._empty(variant, *shape) for shape in shapes))
-x = launches._empty(variant, 1, 256, 256)
+w = routes.Weights(*(survey._empty(variant, *shape) for shape in shapes))
+x = survey._empty(variant, 1, 256, 256)
 options = routes.Options(1, 1.0, 1.0, 1.0, True, True)
-run = lambda: routes.forward(x, w, None, options, fused.route("project_distribute"), False)
-site = Site("project_distribute", 256, 64)
+run = lambda: routes.forward(x, w, None, options, survey.route("project_distribute"), False)
+site = table.Key("project_distribute", table.PLAIN, "half", 256, 64)
 entries = [(32, 4, 2), (64, 8, 2)]
 
 def no_compilation(*args, **options):
@@ -332,7 +292,7 @@ def without_launch(self, *args, grid, warmup, **options):
     launched.append(self.fn.__name__)
     original(self, *args, grid=grid, warmup=True, **options)
 
-with launches.on("sm_90"):
+with survey.on("sm_90"):
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
         mock.patch("triton.compile", no_compilation),
@@ -344,9 +304,9 @@ with launches.on("sm_90"):
             with tune.tile_of(site, entry):
                 run()
 print(launched.count("project_distribute_kernel"))
-with launches.on("sm_90"):
-    recorded = fused.record(site.kernel, (256, 64, 64), (32, 4, 2), variant, special={})
-print(compiler.compile_launch(recorded[0], "sm_90").spills)
+with survey.on("sm_90"):
+    recorded = survey.record(site.kernel, (256, 64, 64), variant, (32, 4, 2))
+print(compile.compile_launch(recorded[0], "sm_90").spills)
 print({k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)})
 print(knobs.compilation.disable_line_info)
 """

@@ -90,7 +90,7 @@ def test_a_taken_name_is_refused():
     assert MODELS.get(NAME) is nn.Identity
 
 
-def test_what_to_install(monkeypatch):
+def test_missing_mmengine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmengine.registry", None)
     with pytest.raises(ImportError, match="pip install mmengine"):
         register_openmmlab()

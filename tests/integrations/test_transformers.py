@@ -155,7 +155,7 @@ def test_dtypes(dtype, path):
     assert torch.equal(logits(model, dtype), expected)
 
 
-def test_only_what_a_file_lacks_is_at_its_start(tmp_path):
+def test_only_weights_missing_from_a_file_are_initialised(tmp_path):
     trained = moved(WithBlocks(config()))
     trained.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -243,7 +243,7 @@ WAYS = [recomputed, recomputed_reentrantly, recomputed_in_segments]
 @pytest.mark.parametrize("make", [*LAYERS.values()][1:], ids=[*LAYERS][1:])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("watch", WATCHERS.values(), ids=WATCHERS.keys())
-def test_whoever_watches_one_of_the_two_runs(make, way, watch):
+def test_a_watcher_of_one_of_the_two_runs_changes_no_gradient(make, way, watch):
     net = network(make)
     expected = gradients(net, Net.forward, Nothing, Nothing)
     for pair in ((watch, Nothing), (Nothing, watch)):

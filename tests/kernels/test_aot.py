@@ -14,13 +14,11 @@ from pathlib import Path
 import pytest
 
 import da_triton
-from bench.codegen import cli, table
+from bench.codegen import table
+from da_triton.runtime import tiles
 
 ARCHITECTURES = table.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
-SHARED_LIMIT = {
-    "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
-}  # fmt: skip
 # A few registers that are spilled, once: with maps that fill no row of 16 bytes, where every tile
 # tried spills, and with 128 maps, where a tile that does not is half as long.
 ACCEPTED = {
@@ -66,7 +64,7 @@ def kept(arch):
 @functools.cache
 def sample(arch):
     """All programs, one of each kernel compiled."""
-    return list(cli.surveyed(arch, sample=True))
+    return list(table.surveyed(arch, sample=True))
 
 
 def is_fused(code):
@@ -95,7 +93,7 @@ def test_no_spills(arch):
 
 @each_architecture
 def test_shared_memory_fits(arch):
-    limit = SHARED_LIMIT[arch]
+    limit = tiles.ARCHITECTURES[arch].shared_memory
     assert not {table.title(c): c["shared"] for c in kept(arch) if c["shared"] > limit}
 
 
@@ -165,7 +163,7 @@ def test_table_is_of_the_programs_that_launches_compile(arch):
     listed = {row["digest"]: row for row in kept(arch)}
     missing = [table.title({**wanted[d], "arch": arch}) for d in wanted.keys() - listed.keys()]
     gone = [table.title(listed[d]) for d in listed.keys() - wanted.keys()]
-    again = f"Run `{table.COMMAND} --arch {arch}` and look at what changed in {table.KEPT.name}."
+    again = f"Run `python -m bench codegen --arch {arch}` and look at its git diff."
     assert not missing + gone, f"{missing=}\n{gone=}\n{again}"
 
 

@@ -1,4 +1,4 @@
-"""Distribute's kernels against the definition in float64."""
+"""Distribute's kernels, by their autograd function, against the definition in float64."""
 
 import math
 

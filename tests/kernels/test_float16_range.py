@@ -1,4 +1,4 @@
-"""float16: gradients of descriptors that float16 does not hold, of maps whose gradients it does.
+"""Kernels in float16, whose gradients of descriptors need not fit in it while those of maps do.
 
 Sums over positions make dG many times larger than what is made of it.
 """

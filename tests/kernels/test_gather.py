@@ -1,4 +1,4 @@
-"""Gather's kernels against the definition in float64."""
+"""Gather's kernels, by their autograd function, against the definition in float64."""
 
 import math
 
@@ -139,8 +139,7 @@ def test_mask_with_every_position_gone_gives_zeros():
     compare(a, b, upstream, keep=keep)
 
 
-def test_mask_hides_what_it_hides():
-    """NaN and infinity at masked positions reach neither G nor a gradient."""
+def test_masked_values_reach_neither_result_nor_gradients():
     a, b, upstream = inputs(CASE, torch.float32)
     keep = torch.rand(CASE.batch, CASE.length, device=DEVICE) > 0.3
     expected = run(core.gather, a, b, upstream, keep=keep)

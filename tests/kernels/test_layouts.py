@@ -1,7 +1,7 @@
 """How the compiler lays matrix products out, for NVIDIA architectures, without a GPU.
 
 Two faults of compilers leave traces in Triton's representations of a program; no kernel has either
-(``bench.codegen.layouts``, in a process without TRITON_INTERPRET).
+(``bench.codegen.survey --layouts``, in a process without TRITON_INTERPRET).
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.codegen import layouts
+from bench.codegen.compile import chained, narrow
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def run(*arguments):
 
 
 def programs(arch, *flags):
-    lines = run("-m", "bench.codegen.layouts", arch, *flags).splitlines()
+    lines = run("-m", "bench.codegen.survey", arch, "--layouts", *flags).splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -68,28 +68,28 @@ def test_no_program_is_laid_out_wrongly(arch):
 )
 def test_narrow_operands_are_found(width, parent, found):
     text = NARROW.replace("WIDTH", str(width)).replace("PARENT", parent)
-    assert len(list(layouts.narrow(text))) == found
+    assert len(list(narrow(text))) == found
 
 
 def test_chained_products_are_found():
     apart = "%1 = tt.dot %a, %b, %zero : x\n%2 = tt.dot %c, %d, %zero : x\n"
-    assert not list(layouts.chained(apart))
-    assert len(list(layouts.chained(apart + "%3 = tt.dot %e, %f, %1 : x\n"))) == 1
+    assert not list(chained(apart))
+    assert len(list(chained(apart + "%3 = tt.dot %e, %f, %1 : x\n"))) == 1
 
 
 CONTRACTED = """
 import re, torch, triton
-from bench.codegen import compiler, launches
-from da_triton.planning.planner import Route
-with launches.on("sm_90"):
+from bench.codegen import compile, survey
+from da_triton.planning.shapes import XH, Route
+with survey.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
-    found = [x for m, n in sizes for x in launches.core(m, n, launches.Variant())]
-    fused = Route("XH", "fused", "fused", "fused", "XH", 64)
-    found += launches.of_block((64, 64, 32, 32), fused, launches.Variant())
+    found = [x for m, n in sizes for x in survey.core(m, n, survey.Variant())]
+    fused = Route(XH, "fused", "fused", "fused", XH, 64)
+    found += survey.of_block((64, 64, 32, 32), fused, survey.Variant())
 for launch in found:
     launch.kwargs.update(FUSION)
-    source, options = compiler.specialized(launch, "sm_90")
-    asm = triton.compile(source, target=compiler.TARGETS["sm_90"], options=options).asm
+    source, options = compile.specialized(launch, "sm_90")
+    asm = triton.compile(source, target=compile.TARGETS["sm_90"], options=options).asm
     print(launch.name, len(re.findall(r"fma\\.rn\\.f32", asm["ptx"])))
 """
 

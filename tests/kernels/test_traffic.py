@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from da_triton.kernels import distribute, gather
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter, not on a GPU")
@@ -136,7 +136,7 @@ def test_splits_are_those_of_the_full_batch(monkeypatch):
     for work in WORKLOADS:
         x = torch.empty(1, dtype=torch.bfloat16)
         for kernel in ("gather", "distribute", "distribute_backward", "gather_backward"):
-            tile = configs.tile(kernel, x, work.m, work.n)
+            tile = tiles.tile(kernel, x, work.m, work.n)
             monkeypatch.setattr(launch, "processors", lambda device: 132)
             full = launch.chunks(work.batch, work.length, tile, x.device)
             monkeypatch.setattr(launch, "processors", lambda device, n=work.batch: 132 // n)

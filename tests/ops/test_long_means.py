@@ -1,4 +1,4 @@
-"""The torch backend: means over millions of positions, and logits that half precision overflows."""
+"""The ``torch`` backend: means over millions of positions, logits that overflow half precision."""
 
 import io
 
@@ -7,6 +7,7 @@ import torch
 
 import da_triton
 from da_triton.ops.aten import core as aten
+from da_triton.precision import POLICIES
 from support.numerics import DEVICE, HALVES, TOLERANCE, check, relative_rms
 
 LONG = 3_000_001  # its inverse is subnormal in float16, and not a power of two
@@ -137,9 +138,9 @@ def test_float32_logits_are_not_scaled_in_place():
 def test_few_positions_of_half_precision_are_not_widened():
     """Products of float32 would cost more: weights of so few positions are normal numbers."""
     for dtype in HALVES:
-        a = features(3, aten.FLOAT16_POSITIONS, dtype)[:, None]
+        a = features(3, POLICIES[torch.float16].positions, dtype)[:, None]
         assert aten.gather(a, a).dtype == dtype
-    a = features(3, aten.FLOAT16_POSITIONS + 1, torch.float16)[:, None]
+    a = features(3, POLICIES[torch.float16].positions + 1, torch.float16)[:, None]
     assert aten.gather(a, a).dtype == torch.float32
 
 

@@ -1,4 +1,4 @@
-"""The gather of some of the positions: G and the sum of exponentials, and gradients of both."""
+"""Backends' gather of some positions: G and the sum of exponentials, and gradients of both."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import da_triton
 from da_triton import reference
-from da_triton.parallel.dtensor import register_sharding
+from da_triton.parallel.dtensor import register_dtensor
 from support import ranks
 from support.numerics import check
 from support.splits import LENGTH, block, image, maps, trained
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def sharded_core(rank, axis, needs):
-    register_sharding()
+    register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     whole = [x[:2].clone().requires_grad_(need) for x, need in zip(maps(), needs, strict=True)]
     keep = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(8)) > 0.4
@@ -77,7 +77,7 @@ class Sent(TorchDispatchMode):
 
 
 def sharded_block(rank):
-    register_sharding()
+    register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     x = image()
     for recompute in (False, True):
@@ -102,7 +102,7 @@ def test_the_block_on_shards_of_the_batch(tmp_path):
 
 
 def compiled_block(rank):
-    register_sharding()
+    register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     counter = CompileCounterWithBackend("aot_eager")
     layer = distribute_module(block(backend="triton"), mesh)
@@ -124,7 +124,7 @@ def test_a_compiled_block_on_shards_whose_scale_changes(tmp_path):
 
 def core_of_tensors(rank):
     """The core's operators for scales that are tensors: those of a rank belong to no mesh."""
-    register_sharding()
+    register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     scale = torch.tensor(0.7, dtype=torch.float64)
     for axis in (0, 1):
@@ -154,7 +154,7 @@ def test_the_core_on_shards_with_scales_that_change(tmp_path):
 
 
 def redistributed(rank):
-    register_sharding()
+    register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     a, b, _ = (distribute_tensor(x, mesh, [Shard(2)]) for x in maps())
     return da_triton.gather(a, b, heads=2, backend="triton").full_tensor()

@@ -9,12 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import da_triton
 from bench.workloads import WORKLOADS
-from da_triton.checks import ORDERS
 from da_triton.ops.triton import block as triton_block  # noqa: F401, its FLOP formulas, before a counter looks
 from da_triton.ops.triton import routes
+from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
 from da_triton.planning.costs import (
-    Shape,
     distribute_steps,
     fused_backward_steps,
     gather_steps,
@@ -22,13 +21,13 @@ from da_triton.planning.costs import (
     split_backward_steps,
 )
 from da_triton.planning.planner import choose_order, intervals, seconds
-from da_triton.runtime import configs
+from da_triton.planning.shapes import AH, AZ, ORDERS, XH, Route, Shape, orders
 from support.numerics import DEVICE
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=str)
 def test_operations_are_those_that_run(order, heads, backend):
     """PyTorch's own counter, which counts a multiply-add as two, over the block as it runs."""
     c, c_m, c_n, length, batch = 24, 12, 8, 30, 3
@@ -37,7 +36,7 @@ def test_operations_are_those_that_run(order, heads, backend):
     w = [None] * 8
     w[::2] = weights
     with FlopCounterMode(display=False) as counter:
-        da_triton.double_attention_block(x, *w, heads=heads, order=order, backend=backend)
+        da_triton.double_attention_block(x, *w, heads=heads, order=order.name, backend=backend)
     cost = order_cost(order, c, c_m, c_n, heads, length)
     counted = 2 * batch * (cost.multiply_adds + cost.small_multiply_adds)
     assert counter.get_total_flops() == counted
@@ -52,7 +51,7 @@ def test_costs_are_those_of_the_derivation():
         "XH": length * 4 * c * n + 2 * m * c * n // h,
     }
     for order, expected in table.items():
-        cost = order_cost(order, c, m, n, h, length)
+        cost = order_cost(ORDERS[order], c, m, n, h, length)
         assert cost.multiply_adds + cost.small_multiply_adds == expected
 
 
@@ -60,12 +59,12 @@ def test_costs_are_those_of_the_derivation():
 @pytest.mark.parametrize("reconstruct", [True, False])
 def test_the_cheapest_order_is_chosen(itemsize, reconstruct):
     """By brute force over shapes and lengths."""
-    orders = ORDERS if reconstruct else ORDERS[:2]
     for c, m, n, heads, length in itertools.product(
         (64, 512), (32, 256), (16, 256), (1, 4), (1, 49, 196, 784, 6400, 10**6)
     ):
         times = {
-            o: seconds(order_cost(o, c, m, n, heads, length, reconstruct), itemsize) for o in orders
+            o: seconds(order_cost(o, c, m, n, heads, length, reconstruct), itemsize)
+            for o in orders(reconstruct)
         }
         chosen = choose_order(c, m, n, heads, length, itemsize, reconstruct)
         assert times[chosen] == pytest.approx(min(times.values()), rel=1e-9)
@@ -81,18 +80,18 @@ def test_intervals_cover_every_length_once():
 
 def test_short_maps_take_the_papers_order_and_few_maps_the_fused_one():
     """The two ends that the derivation names: conv4 of a ResNet, and 19 maps for segmentation."""
-    assert choose_order(1024, 512, 512, 1, 196, 2, True) == "AZ"
-    assert choose_order(512, 512, 19, 1, 8192, 2, True) == "XH"
+    assert choose_order(1024, 512, 512, 1, 196, 2, True) == AZ
+    assert choose_order(512, 512, 19, 1, 8192, 2, True) == XH
 
 
 # --- the kernels' plans ---------------------------------------------------------------------------
 
 ROUTES = [
-    planner.Route(order, gather, distribute, backward, backward_order, 2)
-    for order in ORDERS
+    Route(order, gather, distribute, backward, backward_order, 2)
+    for order in ORDERS.values()
     for gather in ("fused", "split")
-    for distribute in (("fused", "split") if order[1] == "H" else ("split",))
-    for backward, backward_order in (("fused", "XH"), ("split", order))
+    for distribute in (("fused", "split") if order.through_h else ("split",))
+    for backward, backward_order in (("fused", XH), ("split", order))
 ]
 
 
@@ -127,15 +126,14 @@ def test_modelled_operations_are_those_that_run(route, heads):
     steps = [
         *gather_steps(
             s,
-            route.order[0],
+            route.order,
             32 * (route.gather == "fused"),
-            route.order[1] == "H",
             1,
             with_v=both_split,
         ),
         *distribute_steps(
             s,
-            route.order[1],
+            route.order,
             32 * (route.distribute == "fused"),
             core,
             True,
@@ -150,15 +148,15 @@ def test_modelled_operations_are_those_that_run(route, heads):
         steps = fused_backward_steps(s, 1, 32)
     else:
         steps = split_backward_steps(s, route.backward_order, core)
-    from_fused_x = (route.backward, route.gather, route.order[0]) == ("split", "fused", "X")
+    ways = route.backward, route.gather, route.order.from_x
     again = 0
-    if from_fused_x and route.backward_order[0] == "A":
+    if ways == ("split", "fused", True) and not route.backward_order.from_x:
         again = s.length * s.c_n * s.c_m // heads  # G of B as the library product rounds it
     assert backward == 2 * s.batch * (again + sum(step.multiply_adds for step in steps))
 
 
 def limits_of(s, arch="sm_90", processors=132):
-    return configs.limits(s, s.out_channels, arch, processors)
+    return kernel_limits(s, s.out_channels, arch, processors)
 
 
 def shape_of(work, itemsize=2):
@@ -172,10 +170,10 @@ def shape_of(work, itemsize=2):
 @pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
 def test_the_chosen_route_is_the_cheapest_of_all_that_fit(work):
     s = shape_of(work)
-    found = planner.options(s, limits_of(s))
+    found = planner.routes(s, limits_of(s))
     assert [o.seconds for o in found] == sorted(o.seconds for o in found)
-    for order in ORDERS:
-        only = planner.options(s, limits_of(s), order)
+    for order in ORDERS.values():
+        only = planner.routes(s, limits_of(s), order)
         assert all(o.route.order == order for o in only)
         assert only[0].seconds >= found[0].seconds
         assert {o.route for o in only} <= {o.route for o in found}
@@ -186,7 +184,7 @@ def test_the_chosen_route_is_the_cheapest_of_all_that_fit(work):
 @pytest.mark.parametrize("itemsize", [4, 8])
 def test_wide_dtypes_take_the_split_route(itemsize):
     s = shape_of(WORKLOADS[2], itemsize)
-    for option in planner.options(s, limits_of(s)):
+    for option in planner.routes(s, limits_of(s)):
         assert (option.route.gather, option.route.distribute) == ("split", "split")
         assert option.route.backward == "split"
 
@@ -197,14 +195,14 @@ def test_no_route_that_spills_is_offered():
     limits = limits_of(s)
     assert not limits.gather_from_x
     assert not limits.backward
-    for option in planner.options(s, limits):
-        assert option.route.gather == "split" or option.route.order[0] == "A"
+    for option in planner.routes(s, limits):
+        assert option.route.gather == "split" or not option.route.order.from_x
         assert option.route.backward == "split"
 
 
 def test_chunks_keep_x_in_the_cache():
     s = Shape(64, 256, 64, 64, 1, 6400, 2, True)
-    route = planner.options(s, limits_of(s), "XH")[0].route
+    route = planner.routes(s, limits_of(s), XH)[0].route
     assert route.gather == route.distribute == "fused"
     per_sample = s.channels * s.length * s.itemsize
     assert 1 < route.chunk * per_sample <= planner.CACHE < 2 * route.chunk * per_sample
@@ -221,7 +219,7 @@ def test_v_is_kept_only_if_asked_for(value, expected):
 def test_plan_shows_what_would_run():
     plan = da_triton.plan((16, 256, 80, 80), 64, 64)
     text = str(plan)
-    assert plan.order == plan.route.order
+    assert plan.order == plan.route.order.name
     assert plan.order in text
     for step in (*plan.chosen.forward, *plan.chosen.backward):
         assert step.name in text
@@ -235,7 +233,7 @@ def test_plan_of_an_order_of_choice():
     plan = da_triton.plan((2, 64, 7, 7), 32, 32, heads=2, order="AH", recompute=False)
     assert plan.order == "AH"
     assert plan.keeps_v
-    assert all(option.route.order == "AH" for option in plan.runners_up)
+    assert all(option.route.order == AH for option in plan.runners_up)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from da_triton.kernels import distribute, gather, project_gather
 from da_triton.ops.triton import core
-from da_triton.precision import matmul_precision
+from da_triton.precision import POLICIES, matmul_precision
 from da_triton.runtime import compilers, guard, launch, stand_ins, trials, verdicts
 from support.block import CASES, ROUTES, inputs, run
 from support.numerics import DEVICE, TOLERANCE, relative_rms
@@ -333,7 +333,7 @@ def test_known_faults(capability, triton, ptxas, number):
 
 @pytest.mark.parametrize(("wish", "number"), [("", 2), ("1", 2), ("0", 0)])
 @pytest.mark.parametrize("made_by", [compilers.Compiler(H100, (3, 7, 1), (12, 8))])
-def test_one_variable_turns_it_off(wish, number, made_by, monkeypatch):
+def test_an_environment_variable_turns_proofs_off(wish, number, made_by, monkeypatch):
     monkeypatch.setenv("DA_TRITON_PROVE", wish)
     monkeypatch.setattr(compilers, "compiler", lambda device: made_by)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -362,7 +362,7 @@ def test_tf32_is_examined_apart(monkeypatch):
         gathered(a, b)
         with matmul_precision("tf32"):
             gathered(a, b)
-    assert [v.allowed for v in verdicts] == [guard.ALLOWED[torch.float32], guard.ALLOWED_TF32]
+    assert [v.allowed for v in verdicts] == [POLICIES[torch.float32].proof, guard.ALLOWED_TF32]
 
 
 def test_a_mask_of_few_positions(monkeypatch):

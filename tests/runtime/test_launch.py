@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from da_triton.kernels import prologue
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
 
 
 def maps(length, channels=32, rows=None):
@@ -38,7 +38,7 @@ def test_strides_of_axes_of_one_element_are_zero():
 @pytest.mark.parametrize("length", [1, 49, 784, 6400, 2**21])
 def test_chunks_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    tile = configs.Tile(64, 64, 64, 4, 2, 1)
+    tile = tiles.Tile(64, 64, 64, 4, 2, 1)
     blocks, chunks = launch.chunks(programs, length, tile, None)
     assert blocks * chunks * 64 >= length
     assert blocks * (chunks - 1) * 64 < length, "no empty chunk"
@@ -52,49 +52,6 @@ def test_memory_formats():
     assert launch.empty_map_like(nchw, 7).stride() == (105, 35, 5, 1)
     assert launch.empty_map_like(nhwc, 7).stride() == (105, 7, 1, 21)
     assert launch.empty_map_like(nhwc).stride() == nhwc.stride()
-
-
-def test_every_architecture_has_a_tile_for_every_kernel():
-    kernels = [*configs.WHOLE["sm_90"], *configs.BLOCKED["sm_90"]]
-    kernels += ["position_lse", "gather_combine", "delta"]
-    for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"):
-        for kernel in kernels:
-            for itemsize in (2, 4, 8):
-                tile = configs._tile(kernel, itemsize, 32, 32, arch)
-                assert min(tile) >= 1
-    for arch, kernel, *_ in configs.EXCEPTIONS:
-        assert arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-        assert kernel in kernels
-
-
-@pytest.mark.parametrize(
-    ("capability", "arch"),
-    [
-        ((8, 0), "sm_80"),
-        ((8, 6), "sm_89"),
-        ((9, 0), "sm_90"),
-        ((10, 0), "sm_100"),
-        ((12, 0), "sm_89"),
-    ],
-)
-def test_architectures(capability, arch, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert configs.architecture.__wrapped__(torch.device("cuda")) == arch
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert configs.architecture.__wrapped__(torch.device("cuda")) == "gfx942"
-    assert configs.architecture(torch.device("cpu")) == "sm_90"
-
-
-def test_tiles_with_all_maps_come_in_pairs_for_every_architecture():
-    """Forward and backward up to 512 maps: where one is missing, the other is never asked for."""
-    expected = {
-        (arch, gradient, maps)
-        for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-        for gradient in (False, True)
-        for maps in (32, 64, 128, 256, 512)
-    }
-    assert set(configs.ALL_MAPS) == expected
 
 
 @pytest.mark.parametrize(

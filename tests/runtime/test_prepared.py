@@ -14,7 +14,7 @@ import torch
 
 from da_triton import signatures
 from da_triton.kernels import distribute, gather, project_gather
-from da_triton.runtime import launch, measured
+from da_triton.runtime import launch, tiles
 
 TESTS = Path(__file__).parents[1]
 
@@ -39,9 +39,9 @@ from da_triton.kernels import distribute, gather, project_gather
 from da_triton.ops.triton import routes
 from da_triton.runtime import launch
 from da_triton.runtime.recorded import Recorded
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import AH, AZ, XH, XZ, Route
 
-FUSED = Route("XH", "fused", "fused", "fused", "XH", 64)
+FUSED = Route(XH, "fused", "fused", "fused", XH, 64)
 OPTIONS = routes.Options(1, 0.5, 0.6, 0.7, True, True)
 
 def empty(*shape, dtype=torch.bfloat16, offset=0):
@@ -87,10 +87,10 @@ def both(self, tensors, scales=()):
 
 launch.Launch.__call__ = both
 SPLIT = [
-    Route("AZ", "split", "split", "split", "AZ", 64),
-    Route("XH", "split", "split", "split", "XH", 64),
-    Route("AH", "fused", "fused", "split", "AH", 64),
-    Route("XZ", "fused", "split", "split", "XZ", 64),
+    Route(AZ, "split", "split", "split", AZ, 64),
+    Route(XH, "split", "split", "split", XH, 64),
+    Route(AH, "fused", "fused", "split", AH, 64),
+    Route(XZ, "fused", "split", "split", XZ, 64),
 ]
 for last in (False, True):
     for offset in (0, 1):
@@ -350,7 +350,8 @@ def test_a_reloaded_table_of_tiles_is_seen(monkeypatch):
         return launch.prepared(project_gather._gather_from_x, (x, w, None)).options["num_warps"]
 
     before = warps()
-    monkeypatch.setattr(measured, "tile", lambda device, kernel, blocks: (64, 2, 2))
+    key = tiles.Key("gather_from_x", tiles.PLAIN, "half", 64, 32)
+    monkeypatch.setattr(tiles, "shipped", lambda arch: {key: tiles.Entry(64, 2, 2)})
     assert warps() == before != 2
     launch.forget()
     assert warps() == 2

@@ -16,18 +16,18 @@ from da_triton import DoubleAttention
 from da_triton.kernels.project_gather import gather_from_a_kernel
 from da_triton.ops.triton import block as triton_block
 from da_triton.ops.triton import routes
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import AH, AZ, XH, XZ, Route
 from da_triton.runtime import guard, launch, recorded
 from support import repeatable
 from support.numerics import DEVICE
 
 ROUTES = {
-    "fused": Route("XH", "fused", "fused", "fused", "XH", 64),
-    "one sample at a time": Route("XH", "fused", "fused", "fused", "XH", 1),
-    "fused from A": Route("AH", "fused", "fused", "split", "AH", 64),
-    "products around the core": Route("AZ", "split", "split", "split", "AZ", 64),
-    "products, from X through H": Route("XH", "split", "split", "split", "XH", 64),
-    "mixed": Route("XZ", "fused", "split", "split", "XZ", 64),
+    "fused": Route(XH, "fused", "fused", "fused", XH, 64),
+    "one sample at a time": Route(XH, "fused", "fused", "fused", XH, 1),
+    "fused from A": Route(AH, "fused", "fused", "split", AH, 64),
+    "products around the core": Route(AZ, "split", "split", "split", AZ, 64),
+    "products, from X through H": Route(XH, "split", "split", "split", XH, 64),
+    "mixed": Route(XZ, "fused", "split", "split", XZ, 64),
 }
 
 

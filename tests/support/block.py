@@ -7,7 +7,7 @@ import torch
 
 from da_triton import reference
 from da_triton.ops.triton import routes
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import AH, AZ, ORDERS, XH, XZ, Route
 
 from .numerics import DEVICE
 
@@ -25,18 +25,18 @@ class Case(NamedTuple):
     keep_v: bool = False
 
 
-FUSED = Route("XH", "fused", "fused", "fused", "XH", 2)
+FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
 ROUTES = {
     "fused_xh": FUSED,
     "fused_xh_in_chunks": FUSED._replace(chunk=1),
-    "fused_ah": FUSED._replace(order="AH"),
-    "fused_gather": Route("XZ", "fused", "split", "split", "AH", 2),
-    "fused_gather_a": Route("AZ", "fused", "split", "split", "AZ", 2),
-    "fused_distribute": Route("AH", "split", "fused", "split", "XH", 2),
-    "fused_gather_h": Route("XH", "fused", "split", "split", "XH", 2),
-    "fused_gather_a_h": Route("AH", "fused", "split", "split", "AH", 2),
-    "fused_distribute_x": Route("XH", "split", "fused", "fused", "XH", 2),
-    **{f"split_{o}": Route(o, "split", "split", "split", o, 2) for o in ("AZ", "XZ", "AH", "XH")},
+    "fused_ah": FUSED._replace(order=AH),
+    "fused_gather": Route(XZ, "fused", "split", "split", AH, 2),
+    "fused_gather_a": Route(AZ, "fused", "split", "split", AZ, 2),
+    "fused_distribute": Route(AH, "split", "fused", "split", XH, 2),
+    "fused_gather_h": Route(XH, "fused", "split", "split", XH, 2),
+    "fused_gather_a_h": Route(AH, "fused", "split", "split", AH, 2),
+    "fused_distribute_x": Route(XH, "split", "fused", "fused", XH, 2),
+    **{f"split_{o}": Route(o, "split", "split", "split", o, 2) for o in ORDERS.values()},
 }
 CASES = {
     "plain": Case(1, 64, 32, 32, 196),

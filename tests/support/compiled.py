@@ -11,10 +11,11 @@ from unittest import mock
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-from da_triton.runtime import configs, launch
+from da_triton.runtime import launch, tiles
+
+from . import triton_internals
+from .triton_internals import BEFORE
 
 received: list = []
 jitted: list = []
@@ -53,30 +54,23 @@ class Compiled:
 
     def run(self, *args):
         received.append((self.name, addresses(args)))
-        for hook in args[7:9]:
+        description, *hooks = args[BEFORE - 3 : BEFORE]
+        for hook in hooks:
             if hook is not None:
-                hook(args[6])
+                hook(description)
 
 
 def addresses(args):
     return tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args)
 
 
-def _compile(self, key, signature, device, constexprs, options, attrs, warmup):
-    made = Compiled(self.fn.__name__, key)
-    self.device_caches[device][0][key] = made
-    return made
+def _jitted(original, kernel, *args, **kwargs):
+    jitted.append(kernel.fn.__name__)
+    return original(kernel, *args, **kwargs)
 
 
-def _run(self, *args, **kwargs):
-    jitted.append(self.fn.__name__)
-    return _original(self, *args, **kwargs)
-
-
-_original = JITFunction.run
 current = Driver()
-driver.set_active(current)
-mock.patch.object(JITFunction, "_do_compile", _compile).start()
-mock.patch.object(JITFunction, "run", _run).start()
-mock.patch.object(configs, "architecture", return_value="sm_90").start()
+triton_internals.without_a_gpu(current, Compiled)
+triton_internals.around(jit_launch=_jitted)
+mock.patch.object(tiles, "architecture", return_value="sm_90").start()
 mock.patch.object(launch, "processors", return_value=132).start()

@@ -2,17 +2,18 @@
 
 import contextlib
 
-import triton.runtime.interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import triton_internals
 
 
 @contextlib.contextmanager
 def count():
     """Names of kernels and of operations that compute or copy, in order; views and memory aside."""
     names = []
-    kind = triton.runtime.interpreter.InterpretedFunction
-    original = kind.run
-    kind.run = lambda self, *args, **kwargs: names.append(self.fn.__name__)
+
+    def launch(original, kernel, *args, **kwargs):
+        names.append(kernel.fn.__name__)
 
     class Between(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -20,8 +21,5 @@ def count():
                 names.append(op._schema.name)
             return op(*args, **(kwargs or {}))
 
-    try:
-        with Between():
-            yield names
-    finally:
-        kind.run = original
+    with triton_internals.around(interpreted_launch=launch), Between():
+        yield names

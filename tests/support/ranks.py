@@ -61,10 +61,10 @@ def run(count, function, folder, *args, group="gloo", limit_s=300):
 
 
 def _rank(rank, count, group, function, folder, args):
-    from support import interpreter
+    from support import triton_internals
 
     if not torch.cuda.is_available():
-        interpreter.correct()
+        triton_internals.correct_interpreter()
     torch.set_num_threads(1)
     with open(folder / f"{rank}.log", "w") as log:
         faulthandler.enable(log)

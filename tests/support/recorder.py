@@ -11,7 +11,7 @@ The file that DA_TRITON_RECORD names gets a JSON object per line:
                                             ``ops.aten.cpu_block``
     {"kernel", "args", "kwargs", "test"}    per distinct launch, with the first test that made it
 
-``bench.codegen.replay`` compiles the launches.
+``bench.codegen.compile`` compiles the launches.
 """
 
 import importlib.util
@@ -26,9 +26,10 @@ import pytest
 import torch
 import torch.fx.experimental._config
 import triton.language as tl
-import triton.runtime.interpreter as interpreter
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor
+
+from support import triton_internals
 
 PROCESSORS = 132
 MIXED = re.compile(r"must be on one device|on the same device|two (different )?devices")
@@ -88,14 +89,13 @@ RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
 
 def pytest_configure(config):
     recorder = config.stash[RECORDER] = Recorder(os.environ["DA_TRITON_RECORD"])
-    run = interpreter.InterpretedFunction.run
 
-    def launched(self, *args, grid, warmup, **kwargs):
-        recorder.launch(self, args, kwargs)
+    def launched(run, kernel, *args, grid, warmup, **kwargs):
+        recorder.launch(kernel, args, kwargs)
         if INTERPRETED:
-            run(self, *args, grid=grid, warmup=warmup, **kwargs)
+            run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
-    interpreter.InterpretedFunction.run = launched
+    triton_internals.around(interpreted_launch=launched)
     _as_on_a_gpu(recorder)
     if not INTERPRETED:
         _without_numbers()
@@ -144,9 +144,9 @@ def _as_on_a_gpu(recorder):
 
 
 def _without_numbers():
-    from support import interpreter, numerics
+    from support import numerics
 
-    interpreter.correct()
+    triton_internals.correct_interpreter()
     numerics.DEVICE = Elsewhere("meta")
     for name in ("check", "check_blocks", "relative_rms", "blockwise"):
         setattr(numerics, name, lambda *args, **kwargs: 0.0)

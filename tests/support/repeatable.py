@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from da_triton.runtime import launch, recorded
 
+from .triton_internals import BEFORE
+
 DEVICE_INDEX, STREAM = 0, 7
-BEFORE = 9  # grid, stream, function, metadata, description and hooks
 
 
 class Driver:

@@ -1,5 +1,7 @@
 """Rows as a run makes them, with times that a test chooses."""
 
+import re
+
 from bench.measure import OK
 from bench.report import COLUMNS
 
@@ -14,3 +16,8 @@ def row(provider="torch", mode="forward", launch="eager", workload="tiny", **oth
     }  # fmt: skip
     assert set(facts) | set(others) <= set(COLUMNS)
     return facts | others
+
+
+def unpadded(text):
+    """Markdown whose cells have one space on either side."""
+    return re.sub(" +", " ", text)

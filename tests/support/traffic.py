@@ -12,9 +12,10 @@ import dataclasses
 
 import numpy as np
 import torch
-import triton.runtime.interpreter as ti
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from . import triton_internals
 
 
 @dataclasses.dataclass
@@ -36,7 +37,6 @@ class Traffic:
 @contextlib.contextmanager
 def count():
     launches: list[Traffic] = []
-    builder, executor = ti.InterpreterBuilder, ti.GridExecutor
     current = None
     loaded: list[np.ndarray] = []  # sectors, by operation
     stored: list[np.ndarray] = []
@@ -98,21 +98,8 @@ def count():
                 )
             return out
 
-    with contextlib.ExitStack() as stack:
-
-        def wrap(owner, name, hook):
-            original = getattr(owner, name)
-            setattr(owner, name, lambda *args, **kwargs: hook(original, *args, **kwargs))
-            stack.callback(setattr, owner, name, original)
-
-        wrap(builder, "create_masked_load", load)
-        wrap(builder, "create_masked_store", store)
-        wrap(builder, "create_atomic_rmw", atomic)
-        wrap(builder, "create_atomic_cas", atomic)
-        wrap(builder, "create_dot", dot)
-        wrap(builder, "set_grid_idx", program)
-        wrap(executor, "__call__", launch)
-        stack.enter_context(Between())
+    hooks = {"load": load, "store": store, "atomic": atomic, "dot": dot, "program": program}
+    with triton_internals.around(**hooks, grid=launch), Between():
         yield launches
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ... import tracing
 from ...arguments import Options, Weights
 from ...planning import planner
+from ...planning.shapes import ORDERS, Order
 from ...precision import converted
 from ...projection import project, split_heads
 from ...tracing import transformed
@@ -33,7 +34,7 @@ def block(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
     """
 
     def composed(x, *w):
-        return compose(x, Weights(*w), keep, residual, o._replace(order=order))
+        return compose(x, Weights(*w), keep, residual, o, order)
 
     order = order_of(x, w, o)
     # Transforms of ``torch.func`` cannot follow a checkpoint.
@@ -42,22 +43,22 @@ def block(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
     return checkpoint(composed, x, *w, use_reentrant=False, preserve_rng_state=False)
 
 
-def order_of(x: Tensor, w: Weights, o: Options) -> str:
+def order_of(x: Tensor, w: Weights, o: Options) -> Order:
     """The association order, chosen by cost where none is named."""
     if o.order != "auto":
-        return o.order
+        return ORDERS[o.order]
     c_m, channels = tracing.sizes(w.a)
     c_n, length = tracing.sizes(w.b)[0], tracing.sizes(x)[2]
     sizes = channels, c_m, c_n, o.heads, length, x.element_size()
     return planner.choose_order(*sizes, w.out is not None, x.device.type == "cpu")
 
 
-def compose(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
-    """The block in an order that is named."""
-    heads, logit_scale, logit_scale_v, scale, softmax_v, _, order, _, _ = o
+def compose(x: Tensor, w: Weights, keep, residual, o: Options, order: Order) -> Tensor:
+    """The block in one order, whatever ``o`` says of it."""
+    heads, logit_scale, logit_scale_v, scale, softmax_v, *_ = o
     weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out = w
     b = split_heads(project(x, weight_b, None), heads)
-    if order[0] == "X":
+    if order.from_x:
         shared = x[:, None].expand(-1, heads, -1, -1)
         m = aten.gather(shared, b, keep=keep, logit_scale=logit_scale)
         g = converted(split_heads(weight_a, heads, 0), m.dtype) @ m
@@ -68,7 +69,7 @@ def compose(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
         g = g + _gathered_bias(converted(split_heads(bias_a, heads, 0), g.dtype), keep)
     v = split_heads(project(x, weight_v, bias_v), heads)
 
-    if order[1] == "Z":
+    if not order.through_h:
         z = aten.distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v)
         z = z.flatten(1, 2)
         if weight_out is None:

@@ -13,12 +13,10 @@ are, and work in the dtype of sums, as the kernels do.
 import torch
 from torch import Tensor
 
-from ...precision import accumulator, converted, lse_dtype
+from ...precision import HALF, POLICIES, accumulator, converted, lse_dtype
 from ...reference import distribution_weights, exponentials, gather_weights, join_extra
 from ...tracing import exporting, transformed
 
-# The most positions whose weights 1/L are normal numbers in float16; the smallest is 2^-14.
-FLOAT16_POSITIONS = 2**14
 # Positions of one product on a CPU, in float32 or float64 and in half precision. Libraries add one
 # position after the other: 10^6 equal terms in one float32 sum are wrong by 10^-3.
 WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
@@ -34,7 +32,7 @@ def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
         if keep is not None:
             keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_b.shape[-1])], -1)
     weights = converted(gather_weights(logits_in(b, logit_scale, dtype), keep), dtype)
-    total = weights.sum(-1) if dtype.itemsize > 2 and chunk_of(weights) is not None else None
+    total = weights.sum(-1) if dtype not in HALF and chunk_of(weights) is not None else None
     if extra is None:
         g = sum_over_positions(a, weights)
     else:
@@ -116,12 +114,13 @@ def kept_features(a, keep):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The maps' dtype, but float32 where float16 has more positions than its weights can represent.
+    """The maps' dtype, but that of sums where it has more positions than weights can represent.
 
     A graph for any number of positions has the product that is right for all of them.
     """
-    if x.dtype == torch.float16 and (_any_length(x) or x.shape[-1] > FLOAT16_POSITIONS):
-        return torch.float32
+    policy = POLICIES[x.dtype]
+    if policy.positions is not None and (_any_length(x) or x.shape[-1] > policy.positions):
+        return policy.accumulator
     return x.dtype
 
 
@@ -155,7 +154,7 @@ def chunk_of(x: Tensor) -> int | None:
     """Positions of one product of a sum over those of ``x``, or None for all."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or _any_length(x):
         return None
-    chunk = HALF_CHUNK if x.dtype.itemsize == 2 else WIDE_CHUNK
+    chunk = HALF_CHUNK if x.dtype in HALF else WIDE_CHUNK
     return chunk if x.shape[-1] > chunk else None
 
 

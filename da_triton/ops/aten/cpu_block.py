@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Options, Weights
+from ...planning.shapes import AZ
 from .. import direct
 from . import block as aten_block
 from .core import sum_over_positions
@@ -59,15 +60,15 @@ class Call(direct.Call):
     def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
         if too_narrow(x, len(w.b)):
             return False
-        order = aten_block.order_of(x, w, o)
-        self.o = o._replace(order=order, residual=residual)
+        self.order = order = aten_block.order_of(x, w, o)
+        self.o = o._replace(residual=residual)
         self.factors = Weights(
             o.scale, o.scale, o.logit_scale, o.logit_scale_v, o.logit_scale_v, 1, 1
         )
         few = x.shape[2] * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
-        self.short = few and order == "AZ" and len(split_positions(x[:1].mT)) == 1
-        self.gather_heads = o.heads if order[0] == "A" else 1
-        self.distribute_heads = o.heads if order[1] == "Z" else 1
+        self.short = few and order == AZ and len(split_positions(x[:1].mT)) == 1
+        self.gather_heads = 1 if order.from_x else o.heads
+        self.distribute_heads = 1 if order.through_h else o.heads
         return True
 
     def forward(self, x, w, keep):
@@ -94,7 +95,7 @@ class Call(direct.Call):
         return Weights(*(z if z is None or factor == 1 else factor * z for z, factor in pairs))
 
     def plain(self, x, w, keep):
-        return aten_block.compose(x, w, keep, x if self.o.residual else None, self.o)
+        return aten_block.compose(x, w, keep, x if self.o.residual else None, self.o, self.order)
 
 
 def _block(x, w, keep, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
@@ -111,7 +112,7 @@ def _block(x, w, keep, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
 def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
     """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
     options, short = call.o, call.short
-    from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
+    from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.gather_heads
     pieces = split_positions(x)
     kept: list[Any] = []
@@ -144,7 +145,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
             bias = w.bias_a.view(heads, -1, 1)
             g.add_(bias if keep is None else bias * keep.any(1)[:, None, None, None])
     d = g
-    if not to_z:
+    if through_h:
         d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
 
     for piece in pieces:
@@ -154,7 +155,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
         if short:
             d = split(q, heads) @ split(p, heads).mT
         z = None
-        if to_z:
+        if not through_h:
             z = join(times(d, split(f, heads)) if short else times(split(q, heads), d.mT))
         if keeping:
             kept += [q, z]
@@ -178,7 +179,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
 def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
     """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
     options = call.o
-    from_x, to_z = options.order[0] == "X", options.order[1] == "Z"
+    from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.distribute_heads
     pieces = split_positions(x)
     t, g, d, share = (next(kept) for _ in range(4))
@@ -190,7 +191,7 @@ def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
     for piece in pieces:
         rows, dout, q, z = x[:, piece], grad[:, piece], next(kept), next(kept)
         dz = dout if z is None or w.out is None else project(dout, w.out.T)
-        if w.out is not None and to_z:
+        if w.out is not None and not through_h:
             accumulate(dw.out, dout, z)
         if dw.bias_out is not None:
             dw.bias_out.add_(dout.sum((0, 1)))
@@ -215,7 +216,7 @@ def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
 
     if not short:
         dg = dd
-        if not to_z:
+        if through_h:
             dd = split(dd[:, 0], heads)
             if dw.out is not None:
                 dw.out.unflatten(1, (heads, -1)).add_((dd @ g.mT).sum(0).transpose(0, 1))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Options, Weights
+from ...planning.shapes import AZ
 from .. import direct
 from . import block as aten_block
 from .core import WIDE_CHUNK
@@ -37,23 +38,25 @@ class Call(direct.Call):
 
     def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
         batch, _, length = x.shape
-        order = "AZ" if o.heads > 1 and o.order == "auto" else aten_block.order_of(x, w, o)
+        self.order = order = (
+            AZ if o.heads > 1 and o.order == "auto" else aten_block.order_of(x, w, o)
+        )
         if (
             keep is not None
             or not 0 < x.numel() <= MOST_ELEMENTS
             or length > WIDE_CHUNK
             or batch * w.a.numel() > MOST_WEIGHTS
-            or (o.heads > 1 and order != "AZ")
+            or (o.heads > 1 and order != AZ)
         ):
             return False
-        self.o, self.residual = o._replace(order=order), residual
-        self.from_x, self.to_z = order[0] == "X", order[1] == "Z"
+        self.o, self.residual = o, residual
+        self.from_x, self.to_z = order.from_x, not order.through_h
         self.batch, self.heads = batch, o.heads
         self.one = batch == 1
         if self.one:
             self.maps_shape, self.grad_shape = self.maps_shape[1:], self.grad_shape[1:]
         few = length * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
-        self.short = few and order == "AZ"
+        self.short = few and order == AZ
         self.mm: Any = torch.mm if self.one else torch.bmm
         self.addmm: Any = torch.addmm if self.one else torch.baddbmm
         self.core: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
@@ -194,7 +197,7 @@ class Call(direct.Call):
 
     def plain(self, x, w, keep):
         x = x if x.dim() == 3 else x[None]
-        return aten_block.compose(x, w, keep, x if self.residual else None, self.o)
+        return aten_block.compose(x, w, keep, x if self.residual else None, self.o, self.order)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

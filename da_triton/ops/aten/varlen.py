@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...precision import accumulator, converted, lse_dtype
+from ...precision import HALF, accumulator, converted, lse_dtype
 from . import core as aten
 
 WORK = 2**16  # values of a map in one operation for several sequences
@@ -107,7 +107,7 @@ def _weights(rows, tokens, masked, dtype):
 
 def _total(p, extra_p):
     """What the weights of many positions sum to, not exactly 1: see ``aten.gather``."""
-    if p.shape[-2] <= aten.WIDE_CHUNK or p.dtype.itemsize == 2:
+    if p.shape[-2] <= aten.WIDE_CHUNK or p.dtype in HALF:
         return None
     total = p.sum(-2, keepdim=True)
     if extra_p is not None:

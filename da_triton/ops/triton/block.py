@@ -18,9 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 from ... import tracing
 from ...arguments import Options, Weights
 from ...planning import planner
-from ...planning.costs import Shape, order_cost
+from ...planning.costs import order_cost
+from ...planning.shapes import AZ, ORDERS, Shape
 from ...precision import accumulator, lse_dtype
-from ...runtime import configs, launch
+from ...runtime import launch, tiles
 from ...runtime.recorded import Recorded
 from .. import direct
 from ..aten import block as aten_block
@@ -35,6 +36,7 @@ from ..custom_op import (
     wants_graph,
 )
 from . import routes as kernels
+from .plan import kernel_routes
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
 MOST_RECORDED = 16  # backward passes of a signature: by what is needed, by strides of the gradient
@@ -240,7 +242,7 @@ def _composition(ctx, keep):
 def _compose(x, w, keep, o):
     """The same in differentiable operations."""
     residual = x if o.residual else None
-    return aten_block.compose(x, Weights(*w), keep, residual, Options(*o)._replace(order="AZ"))
+    return aten_block.compose(x, Weights(*w), keep, residual, Options(*o), AZ)
 
 
 vectorise(block_op, shared=WEIGHTS)
@@ -290,8 +292,8 @@ def _route(x, weights, heads, order, kept_v):
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
-    device = configs.architecture(x.device), launch.processors(x.device)
-    return planner.options(shape, configs.limits(shape, c_out, *device), order, kept_v)[0].route
+    device = tiles.architecture(x.device), launch.processors(x.device)
+    return kernel_routes(shape, c_out, *device, ORDERS.get(order), kept_v)[0].route
 
 
 @register_flop_formula([torch.ops.da_triton.block, torch.ops.da_triton.block_of_tensors])
@@ -317,5 +319,5 @@ def block_backward_flops(
 
 def _multiply_adds(x, weight_a, weight_b, weight_out, heads, order):
     sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
-    cost = order_cost("AZ" if order == "auto" else order, *sizes, weight_out is not None)
+    cost = order_cost(ORDERS.get(order, AZ), *sizes, weight_out is not None)
     return x[0] * (cost.multiply_adds + cost.small_multiply_adds)

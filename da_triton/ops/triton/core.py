@@ -22,7 +22,7 @@ from ...checks import DTYPES
 from ...kernels import distribute as distribute_kernels
 from ...kernels import gather as gather_kernels
 from ...precision import accumulator, lse_dtype
-from ...runtime import launch
+from ...runtime import launch, tiles
 from ...tracing import constant
 from ..aten import core as aten
 from ..custom_op import (
@@ -65,7 +65,7 @@ def obstacle(x: Tensor) -> str | None:
 @constant
 def _gpu_obstacle(device: torch.device) -> str | None:
     if torch.version.hip:
-        return None
+        return tiles.obstacle(device)
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the kernels need compute capability 8.0 or newer; {device} has {major}.{minor}."

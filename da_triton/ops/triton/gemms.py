@@ -2,7 +2,7 @@
 
 from ...kernels import combine
 from ...projection import project
-from ...runtime import configs
+from ...runtime import tiles
 
 
 def project_maps(x, matrices, rows, heads):
@@ -26,8 +26,7 @@ def shared(x, heads):
 
 def fit(w, heads):
     """Whether ``descriptors`` has a tile for the small products of these weights."""
-    arch = configs.architecture(w.a.device)
-    return configs.fits("descriptors", w.a.element_size(), w.a.shape[0] // heads, 1, arch)
+    return tiles.fits("descriptors", w.a, w.a.shape[0] // heads, 1)
 
 
 def reconstructing(g, w, heads, scale):

@@ -62,7 +62,7 @@ EVERY = Gradients(*(True,) * 8)
 
 def forward(x, w, keep, o, route, keep_v):
     """``(out, lse, G, V or None)``."""
-    if route.order[1] == "Z" or route.distribute == "split":
+    if not route.order.through_h or route.distribute == "split":
         return _split_forward(x, w, keep, o, route, keep_v)
     out = launch.empty_rows_like(x, w.out.shape[0])
     v = launch.empty_rows_like(x, w.v.shape[0]) if keep_v else None
@@ -86,12 +86,12 @@ def _split_forward(x, w, keep, o, route, keep_v):
     kept, start = None, None
     if keep_v or route.gather == "fused":
         kept = project(x, w.v, w.bias_v)
-    if route.order[1] == "Z" and w.out is not None and (o.residual or w.bias_out is not None):
+    if not route.order.through_h and w.out is not None and (o.residual or w.bias_out is not None):
         start = launch.empty_rows_like(x, w.out.shape[0])
     lse, g = combine.empty(x, w, o.heads)
     d, v = _gather(x, w, keep, lse, g, o, route, with_v=kept is None, start=start)
     v, bias = (v, w.bias_v) if kept is None else (by_head(kept, o.heads), None)
-    out = _distribute(x, v, bias, d, start, w, o, route.order[1] == "H")
+    out = _distribute(x, v, bias, d, start, w, o, route.order.through_h)
     return out, lse, g, kept if keep_v else None
 
 
@@ -101,7 +101,7 @@ def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
     ``with_v``: on the split route, V (by head, without its bias) comes from the same product.
     ``start``: where X and bo are to be added up for the last product, or None.
     """
-    from_x, want_h = route.order[0] == "X", route.order[1] == "H"
+    from_x, want_h = route.order.from_x, route.order.through_h
     small = {
         "heads": o.heads, "scale": o.scale, "mask": keep is not None, "from_x": from_x,
         "want_h": want_h,

@@ -25,7 +25,8 @@ from .gemms import by_head, shared
 
 def backward(dout, x, w, keep, lse, g, v, o, route, needs):
     """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None, or anything, where not in ``needs``."""
-    from_x, to_z = route.backward_order[0] == "X", route.backward_order[1] == "Z"
+    order = route.backward_order
+    from_x, through_h = order.from_x, order.through_h
     weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
     rows = [len(weight) for weight in weights]
     matrices, rounded = prologue.prepare(x, weights, g=g)
@@ -41,7 +42,7 @@ def backward(dout, x, w, keep, lse, g, v, o, route, needs):
     *da, db, dv = (by_head(t, o.heads) for t in pieces)
 
     # dV, and in the place of dB, until that is made, Q.
-    through = _through_z if to_z else _through_h
+    through = _through_h if through_h else _through_z
     parts, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o, needs)
 
     dx = dout if o.residual and needs.x else None
@@ -51,7 +52,7 @@ def backward(dout, x, w, keep, lse, g, v, o, route, needs):
         dx, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, dx, needs)
     elif needs_a or needs_b:
         (a,), (grad_a,), bias_a = a, da, w.bias_a
-        if route.gather == "fused" and route.order[0] == "X":
+        if route.gather == "fused" and route.order.from_x:
             # Pass 1 took B before rounding; P of this B needs an lse and a G of its own.
             g, lse = core_gather.gather_forward([(a, b, keep)], o.logit_scale)
             bias_a = None

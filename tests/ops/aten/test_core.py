@@ -1,4 +1,4 @@
-"""The ``torch`` backend against the definition: values, first and second derivatives."""
+"""The core of the ``torch`` backend against the definition: values, both derivatives."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The block on a CPU: every way through it against the definition, and everything it leaves alone.
+"""The public block on a CPU: every way through it against the definition, and when it is left.
 
 A few constants decide how samples and positions are cut up; setting them reaches every way with
 small tensors.
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_block, cpu_products, cpu_small
 from da_triton.planning import planner
+from da_triton.planning.shapes import AZ, XH
 from support.numerics import check, peaky
 
 ORDERS = ["AZ", "XZ", "AH", "XH"]
@@ -25,11 +26,7 @@ EVERYTHING = {
 }  # fmt: skip
 WAYS = {
     "small": {"MOST_ELEMENTS": 2**18},
-    "small with convolutions": {
-        "MOST_ELEMENTS": 2**18,
-        "CONVOLVED_MULTIPLICATIONS": 0,
-        "NARROW": 0,
-    },
+    "convolutions": {"MOST_ELEMENTS": 2**18, "CONVOLVED_MULTIPLICATIONS": 0, "NARROW": 0},
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
@@ -47,7 +44,7 @@ def _however_few_maps_and_elements(monkeypatch):
 def take(name, monkeypatch):
     for constant, value in WAYS[name].items():
         monkeypatch.setattr(cpu_small if "small" in name else cpu_products, constant, value)
-    if name == "small with convolutions":  # which are for several threads
+    if name == "convolutions":  # which are for several threads
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -408,9 +405,9 @@ def test_numpy_integers(calls):
 
 
 def test_auto_takes_the_fewest_multiply_adds():
-    assert planner.choose_order(512, 128, 128, 1, 400, 4, True, cpu=True) == "AZ"
-    assert planner.choose_order(128, 128, 128, 4, 4096, 4, True, cpu=True) == "XH"
-    assert planner.choose_order(512, 512, 19, 1, 8192, 4, True, cpu=True) == "XH"
+    assert planner.choose_order(512, 128, 128, 1, 400, 4, True, cpu=True) == AZ
+    assert planner.choose_order(128, 128, 128, 4, 4096, 4, True, cpu=True) == XH
+    assert planner.choose_order(512, 512, 19, 1, 8192, 4, True, cpu=True) == XH
 
 
 def test_a_wrong_reference_is_rejected():

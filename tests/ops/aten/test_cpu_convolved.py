@@ -1,4 +1,4 @@
-"""Small inputs on several CPU threads, whose large products are convolutions of one pixel.
+"""The public block on several CPU threads: large products of small inputs are convolutions.
 
 Constants of zero convolve every product, however small; convolutions need no second thread.
 """

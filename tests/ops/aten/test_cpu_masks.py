@@ -1,4 +1,4 @@
-"""The block on a CPU with a mask: masked positions hold anything, and samples share the work."""
+"""The public block on a CPU: masked positions hold anything, and samples share the work."""
 
 import pytest
 import torch

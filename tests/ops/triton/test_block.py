@@ -11,14 +11,14 @@ from da_triton import double_attention_block
 from da_triton.ops.triton import block as core
 from da_triton.ops.triton import routes as kernels
 from da_triton.planning.costs import order_cost
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import AZ, ORDERS, XH, Route
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
 
 C, C_M, C_N, LENGTH = 12, 8, 6, 20
 ROUTES = {
-    "fused": Route("XH", "fused", "fused", "fused", "XH", 2),
-    "split": Route("AZ", "split", "split", "split", "AZ", 2),
+    "fused": Route(XH, "fused", "fused", "fused", XH, 2),
+    "split": Route(AZ, "split", "split", "split", AZ, 2),
 }
 each_route = pytest.mark.parametrize("route", ROUTES)
 in_float64 = ["split"] if AS_ON_A_GPU else [*ROUTES]  # of fused kernels, no tile is that wide
@@ -228,7 +228,7 @@ def test_flop_formulas(order):
         out = block_function(options, False)(*leaves)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    cost = order_cost("AZ" if order == "auto" else order, C, C_M, C_N, 2, LENGTH)
+    cost = order_cost(ORDERS.get(order, AZ), C, C_M, C_N, 2, LENGTH)
     expected = 2 * 2 * (cost.multiply_adds + cost.small_multiply_adds)
     assert forward.get_total_flops() == expected
     assert backward.get_total_flops() == 2 * expected

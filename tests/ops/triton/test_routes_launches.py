@@ -7,9 +7,9 @@ import torch
 
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.runtime import configs, launch
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import Shape
+from da_triton.runtime import launch
 from support import launches
 from support.numerics import DEVICE
 
@@ -25,7 +25,7 @@ def counted(work, channels_last, masked):
     """The plan of a workload, and the names of what one step launches, forward and backward."""
     length = math.prod(work.positions)
     s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-    plan = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0]
+    plan = kernel_routes(s, work.c, "sm_90", 132)[0]
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")

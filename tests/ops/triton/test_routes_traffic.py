@@ -12,15 +12,10 @@ import torch
 
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
-from da_triton.planning import planner
-from da_triton.planning.costs import (
-    Core,
-    Shape,
-    distribute_steps,
-    fused_backward_steps,
-    gather_steps,
-)
-from da_triton.runtime import configs, launch
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.costs import distribute_steps, fused_backward_steps, gather_steps
+from da_triton.planning.shapes import CoreLimits, Route, Shape
+from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
 pytestmark = [
@@ -34,7 +29,7 @@ LONGEST = 2**12
 def planned(work):
     length = torch.Size(work.positions).numel()
     s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-    return s, planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
+    return s, kernel_routes(s, work.c, "sm_90", 132)[0].route
 
 
 FUSED = [w for w in WORKLOADS if planned(w)[1].gather == planned(w)[1].distribute == "fused"]
@@ -56,7 +51,7 @@ COUNTED = [w for w in WORKLOADS if w.name in LIMITS]
 @dataclasses.dataclass(frozen=True)
 class Count:
     shape: Shape
-    route: planner.Route
+    route: Route
     forward: list
     backward: list
 
@@ -152,14 +147,14 @@ def test_operations(work, channels_last, counted, monkeypatch):
     s, route = count.shape, count.route
     n = s.c_n // s.heads
     rounded = s._replace(
-        length=-(-s.length // 128) * 128, c_n=s.heads * configs._block(n, 16 if s.heads == 1 else 1)
+        length=-(-s.length // 128) * 128, c_n=s.heads * tiles._power(n, 16 if s.heads == 1 else 1)
     )
     if s.c_n < 32:
         rounded = rounded._replace(c_n=32)
     small = {"descriptors", "descriptors, backward", "other weights"}
     steps = [
-        *gather_steps(rounded, route.order[0], 64, True, 1),
-        *distribute_steps(rounded, "H", 64, Core(128, 64, 64), True),
+        *gather_steps(rounded, route.order, 64, 1),
+        *distribute_steps(rounded, route.order, 64, CoreLimits(128, 64, 64), True),
     ]
     parts = {"other weights": 3}
     for steps_, kernels in (

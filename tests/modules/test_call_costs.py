@@ -1,4 +1,4 @@
-"""What a warm call costs the host, in numbers that do not vary: operations and Python functions."""
+"""What a warm call of a layer costs the host: exact counts of operations and Python functions."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from da_triton import DoubleAttention, kernels
 from da_triton.ops.triton import block as triton_block
-from da_triton.planning.planner import Route
+from da_triton.planning.shapes import XH, Route
 from support import repeatable
 from support.numerics import DEVICE
 
@@ -69,7 +69,7 @@ def test_a_small_step_on_a_cpu():
 
 def test_a_call_of_kernels_takes_few_python_functions(monkeypatch):
     """From the module to launches: three without gradients, ten in a step."""
-    fused = Route("XH", "fused", "fused", "fused", "XH", 64)
+    fused = Route(XH, "fused", "fused", "fused", XH, 64)
     monkeypatch.setattr(triton_block, "_route", lambda *_: fused)
     layer, x = make("triton").to(DEVICE), maps(1, 16, 8, 8).to(DEVICE).requires_grad_()
     given = [x, *layer.parameters()]

@@ -323,7 +323,7 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_what_is_made(name):
+def test_any_argument_is_taken_or_refused_by_name(name):
     """With each argument replaced by each of many things: made, or refused by name."""
     function, usual = MADE[name]
     faults, count = [], {"refused": 0, "made": 0}

@@ -1,4 +1,4 @@
-"""A stream as a module, and its state: moved, converted, copied, saved and compiled."""
+"""``StreamingDoubleAttention`` and its state: moved, converted, copied, saved and compiled."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Descriptors frame by frame: against the gather of all frames, of a window, and with decay."""
+"""``Descriptors``, frame by frame: against all frames at once, a window of them, and a decay."""
 
 import math
 import pickle
@@ -81,7 +81,7 @@ def test_images_and_clips_are_frames(backend):
     check(state.read(), whole(a, b), torch.float64)
 
 
-def test_what_is_not_the_gather_of_all_frames_is_told_apart():
+def test_other_combinations_of_frames_are_told_apart():
     a, b = video(6)
     right = run(start(), a, b).read()
     frames = [Descriptors.of(x, y, heads=HEADS) for x, y in zip(a, b, strict=True)]

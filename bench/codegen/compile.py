@@ -4,43 +4,44 @@
 then run on meta tensors, and each recorded launch is compiled through the steps the JIT takes
 (its binder and its specialisation: divisibility by 16, equality to 1), so the code examined is the
 code a GPU would run. Needs a process without TRITON_INTERPRET.
+
+    python -m bench.codegen.compile sm_90 2 < launches
+
+compiles, in two processes, what the tests' ``support.recorder`` kept, an array in JSON, and prints
+the fields of a ``Compiled`` per line, as an array.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib
+import json
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
+import triton.language as tl
 from triton import knobs
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from da_triton.runtime.tiles import ARCHITECTURES
+
 FUNCTION = re.compile(r'@(?:"[^"]+"|[\w.$-]+)')
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "gfx942": 65_536,
-}
+TARGETS = {name: GPUTarget(a.backend, a.target, a.warp_size) for name, a in ARCHITECTURES.items()}
 # Bytes of one load on AMD: global_load_dwordx4, buffer_load_ushort, … (d16: into half a register).
 HIP_LOAD = r"^\s*(?:global|buffer)_load_(\w+)(.*)$"
 HIP_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
@@ -87,7 +88,7 @@ class Code:
 
     @classmethod
     def none(cls, shared: int) -> "Code":
-        """Of a kernel that needs more shared memory than there is."""
+        """For a kernel that needs more shared memory than there is."""
         return cls(shared, registers=0, spills=0, matrix=0, wgmma=0, copies={}, loads={})
 
 
@@ -162,10 +163,10 @@ def compile_launch(launch: Launch, arch: str) -> Code:
     """
     target = TARGETS[arch]
     source, options = specialized(launch, arch)
-    with _cut_short(SHARED_LIMIT[arch]), _without_line_info():
+    with _cut_short(ARCHITECTURES[arch].shared_memory), _without_line_info():
         compiled = triton.compile(source, target=target, options=options)
     shared = compiled.metadata.shared
-    if shared > SHARED_LIMIT[arch]:  # the cache had it
+    if shared > ARCHITECTURES[arch].shared_memory:  # the cache had it
         raise OutOfSharedMemoryError(shared)
     read = _read_cuda if target.backend == "cuda" else read_hip
     return Code(shared=shared, **read(compiled.asm))
@@ -240,6 +241,9 @@ def _stage(replace, *names):
         knobs.runtime.add_stages_inspection_hook = None
 
 
+# --- read from compiled programs ------------------------------------------------------------------
+
+
 def _number(pattern, text):
     found = re.search(pattern, text)
     assert found is not None, pattern
@@ -262,24 +266,16 @@ def _read_cuda(asm):
             spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))
     ptx = asm["ptx"]
     wgmma = ptx.count("wgmma.mma_async")
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x[0-9a-f]+|\d+),", ptx)
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "spills": spills,
         "matrix": wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
         "wgmma": wgmma,
-        "copies": dict(Counter(_cp_async_bytes(ptx))),
-        "loads": dict(Counter(_ld_global_bytes(ptx))),
+        "copies": dict(Counter(int(width, 0) for width in copies)),
+        "loads": dict(Counter(int(vector or 1) * int(bits) // 8 for vector, bits in loads)),
     }
-
-
-def _cp_async_bytes(ptx):
-    for width in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x[0-9a-f]+|\d+),", ptx):
-        yield int(width, 0)
-
-
-def _ld_global_bytes(ptx):
-    for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
-        yield int(vector or 1) * int(bits) // 8
 
 
 def read_hip(asm: dict) -> dict:
@@ -301,3 +297,100 @@ def read_hip(asm: dict) -> dict:
         "wgmma": 0,
         **{k: dict(v) for k, v in found.items()},
     }
+
+
+def faults(launch: Launch, arch: str) -> list[str]:
+    """How a program's matrix products are laid out wrongly.
+
+    Two faults of the compilers leave traces in Triton's representations, and kernels are written so
+    that neither appears:
+
+        narrow    an mma.sync operand laid out for elements narrower than its own, over more columns
+                  than its tile has (8·kWidth > K): float64 does not compile, TF32 is wrong
+                  (triton-lang/triton#11632, #11691)
+        chained   on Blackwell's tensor memory, a product whose accumulator is another product's
+                  result: wrong in a loop (triton-lang/triton#10821)
+    """
+    found = list(narrow(representation(launch, arch, before="llir")))
+    if arch == "sm_100":
+        found += chained(representation(launch, arch, before="ttgir"))
+    return found
+
+
+def narrow(text: str) -> Iterator[str]:
+    """Found in Triton's GPU representation, after layouts are chosen."""
+    versions = dict(re.findall(r"(#\w+) = #ttg\.nvidia_mma<\{versionMajor = (\d)", text))
+    layout = r"#ttg\.dot_op<\{opIdx = (\d), parent = (#\w+), kWidth = (\d+)"
+    for line in text.splitlines():
+        operands = re.findall(rf"tensor<(\d+)x(\d+)x\w+, {layout}", line)
+        for rows, columns, index, parent, width in operands if "tt.dot " in line else ():
+            k = int(columns if index == "0" else rows)
+            if versions.get(parent) == "2" and 8 * int(width) > k:
+                yield f"narrow: operand {index} has kWidth {width} and K {k}"
+
+
+def chained(text: str) -> Iterator[str]:
+    """Found in Triton's first representation, after its rewrites."""
+    products = dict(re.findall(r"(%\S+) = tt\.dot \S+, \S+, (%[\w#]+)", text))
+    for result, accumulator in products.items():
+        if accumulator in products:
+            yield f"chained: {result} adds to the product {accumulator}"
+
+
+# --- launches that tests recorded -----------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    """What became of a launch."""
+
+    kernel: str
+    test: str  # the first that made it
+    shared: int  # bytes of shared memory
+    problem: str  # why it cannot be launched; empty if it can
+
+
+def decoded(recorded: dict[str, Any]) -> Launch:
+    module, name = recorded["kernel"].split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    kwargs = {k: _value(x) for k, x in recorded["kwargs"].items()}
+    return Launch(kernel, (1,), tuple(map(_value, recorded["args"])), kwargs)
+
+
+def _value(x):
+    if not isinstance(x, dict):
+        return x
+    if "dtype" in x:
+        return {str(t): t for t in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}[x["dtype"]]
+    dtype = getattr(torch, x["tensor"].removeprefix("torch."))
+    if x["aligned"]:
+        return torch.empty(0, dtype=dtype, device="meta")
+    return torch.empty(2, dtype=dtype)[1:]  # an address that 16 does not divide
+
+
+def compiled(recorded: dict[str, Any], arch: str) -> Compiled:
+    shared, problem = 0, ""
+    try:
+        shared = compile_launch(decoded(recorded), arch).shared
+    except OutOfSharedMemoryError as error:
+        shared, problem = error.needed, f"needs {error} of shared memory"
+    except Exception as error:  # whatever the compiler raises
+        problem = f"does not compile: {type(error).__name__} {str(error)[:200]}"
+    return Compiled(recorded["kernel"].split(":")[1], recorded["test"], shared, problem)
+
+
+def compile_all(recorded: Sequence[dict[str, Any]], arch: str, jobs: int) -> Iterator[Compiled]:
+    """Compiles one launch of each that Triton compiles separately, the widest tiles first."""
+
+    def widest(launch):
+        return max((x for k, x in launch["kwargs"].items() if k.startswith("BLOCK")), default=0)
+
+    distinct = {identity(decoded(x), arch): x for x in reversed(recorded)}
+    found = sorted(distinct.values(), key=widest, reverse=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        yield from pool.map(compiled, found, [arch] * len(found))
+
+
+if __name__ == "__main__":
+    for done in compile_all(json.load(sys.stdin), sys.argv[1], int(sys.argv[2])):
+        print(json.dumps(done), flush=True)

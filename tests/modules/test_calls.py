@@ -1,4 +1,4 @@
-"""Calls that are prepared once per signature: what a later call must see, and what it must cost."""
+"""Calls of a layer, which are prepared once per signature: what a later one must see and cost."""
 
 import concurrent.futures
 import copy

@@ -115,7 +115,7 @@ def test_hooks_on_saved_tensors_may_be_methods():
 
 
 @pytest.mark.parametrize(("name", "value"), [("order", "ZA"), ("recompute", "maybe")])
-def test_options_are_checked_there_too(name, value):
+def test_options_are_checked_inside_a_checkpoint(name, value):
     block, x = DoubleAttention(6, 4, 4), torch.randn(2, 6, 3, 4)
     setattr(block, name, value)
     with pytest.raises(ValueError, match=f"{name} must be one of .* got '{value}'"):

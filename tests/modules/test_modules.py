@@ -1,4 +1,4 @@
-"""The layer: parameters, checkpoints, copies, children that must be called as modules."""
+"""``DoubleAttention``: parameters, checkpoints, copies, children that must be called as modules."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What an error tells the user to do works."""
+"""Errors of the public functions: what they tell the user to do works."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Forgetting is exact, however far the logits are from zero and however often it happens."""
+"""``Descriptors.forget`` is exact, however far logits are from zero and however often it runs."""
 
 import math
 

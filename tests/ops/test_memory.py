@@ -1,4 +1,4 @@
-"""What the block keeps for backward, and what it holds at most, at every named workload's size."""
+"""What the public block keeps for backward, and holds at most, at every named workload's size."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch
 from bench.workloads import WORKLOADS
 from da_triton import double_attention_block
 from da_triton.ops.triton import routes
-from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.runtime import configs
+from da_triton.ops.triton.plan import kernel_routes
+from da_triton.planning.shapes import Shape
 from support import launches
 from support.memory import Peak
 from support.numerics import DEVICE
@@ -79,7 +78,7 @@ def test_peak(work):
     upstream = torch.empty_like(x)
     w = routes.Weights(a, bias_a, b, v, bias_v, out, bias_out)
     s = Shape(*x.shape[:2], work.c_m, work.c_n, work.heads, x.shape[2], 2, True)
-    route = planner.options(s, configs.limits(s, work.c, "sm_90", 132))[0].route
+    route = kernel_routes(s, work.c, "sm_90", 132)[0].route
     options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     with launches.count(), Peak() as inference:
         routes.forward(x, w, None, options, route, False)

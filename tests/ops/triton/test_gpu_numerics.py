@@ -1,4 +1,4 @@
-"""Kernels with shipped tiles at full width, compared with float64 block by block.
+"""Routes and core operators with shipped tiles at full width, against float64 block by block.
 
 Small shapes do not fill a tile, and an error averaged over a whole result hides a tile with a wrong
 corner. Without a GPU the same tests interpret small shapes.
@@ -14,9 +14,10 @@ import torch
 import da_triton
 from da_triton import reference
 from da_triton.ops.triton import core
+from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
-from da_triton.planning.costs import Shape
-from da_triton.runtime import configs
+from da_triton.planning.shapes import XH, Route, Shape
+from da_triton.runtime import tiles
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run
 from support.numerics import (
@@ -52,13 +53,13 @@ def routes(width):
     order; and the fused backward pass if it has tiles."""
     channels, c_m, c_n, heads = width
     s = Shape(2, channels, c_m, c_n, heads, LONG, 2, True)
-    limits = configs.limits(s, channels, configs.architecture(torch.device(DEVICE)), 132)
+    limits = kernel_limits(s, channels, tiles.architecture(torch.device(DEVICE)), 132)
     found = {}
-    for option in planner.options(s, limits):
+    for option in planner.routes(s, limits):
         route = option.route._replace(backward="split", backward_order=option.route.order, chunk=1)
         found[f"{route.order}-{route.gather}-{route.distribute}"] = route
     if limits.backward:
-        found["XH-backward"] = planner.Route("XH", "split", "split", "fused", "XH", 2)
+        found["XH-backward"] = Route(XH, "split", "split", "fused", XH, 2)
     return found
 
 

@@ -17,7 +17,7 @@ from da_triton.layers import DoubleAttention
 from support import hub
 from support.numerics import check
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME = "DoubleAttention"
 
 

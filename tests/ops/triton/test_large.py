@@ -1,4 +1,4 @@
-"""Maps with elements beyond 2^31, and with 2^21 positions.
+"""Kernels and routes: maps with elements beyond 2^31, and with 2^21 positions.
 
 Memory that is never touched costs nothing on a CPU: the maps lie in a sparse file, a few pages of
 which are real, and their strides spread them so that along one axis the offset exceeds 2^31. They
@@ -16,8 +16,8 @@ import triton.language as tl
 import da_triton
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
-from da_triton.planning.planner import Route
-from da_triton.runtime import configs, launch
+from da_triton.planning.shapes import AH, AZ, XH, Route
+from da_triton.runtime import launch, tiles
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
 
@@ -89,13 +89,13 @@ def test_memory_is_given_back_while_there_are_views():
 
 LENGTH = 36
 CORE = {"one tile": (2, 5, 9), "all maps": (2, 130, 9), "blocks": (1, 5, 514)}  # heads, m, n
-FUSED = Route("XH", "fused", "fused", "fused", "XH", 2)
+FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
 BLOCK = {  # the route; C, c_m, c_n
     "fused": (FUSED, (20, 6, 4)),
-    "fused from A": (FUSED._replace(order="AH"), (20, 6, 4)),
-    "fused by channel blocks": (Route("XH", "fused", "fused", "split", "AZ", 2), (130, 6, 68)),
-    "split AZ": (Route("AZ", "split", "split", "split", "AZ", 2), (20, 6, 4)),
-    "split XH": (Route("XH", "split", "split", "split", "XH", 2), (20, 6, 4)),
+    "fused from A": (FUSED._replace(order=AH), (20, 6, 4)),
+    "fused by channel blocks": (Route(XH, "fused", "fused", "split", AZ, 2), (130, 6, 68)),
+    "split AZ": (Route(AZ, "split", "split", "split", AZ, 2), (20, 6, 4)),
+    "split XH": (Route(XH, "split", "split", "split", XH, 2), (20, 6, 4)),
 }
 # These take descriptors, their parts and weights, which lie in contiguous memory.
 WITHOUT_MAPS = {
@@ -224,9 +224,7 @@ def long_tiles(monkeypatch):
     """Tiles of 4 channels and 2^14 positions: few steps, of no more than is needed."""
     if AS_ON_A_GPU:
         return
-    for name in ("tile", "fused_tile"):
-        original = getattr(configs, name)
-        monkeypatch.setattr(configs, name, functools.partial(_longer, original))
+    monkeypatch.setattr(tiles, "tile", functools.partial(_longer, tiles.tile))
 
 
 def _longer(tile, *given):

@@ -1,4 +1,16 @@
-"""Corrects bfloat16 and TF32 in Triton's interpreter (3.6 to 3.9).
+"""The one place where tests touch private parts of Triton (3.6 to 3.9).
+
+If a release renames or changes one of these, what is named beside it breaks, and the repair is
+here. The package itself uses the driver and a compiled kernel's launcher alone.
+
+``OPERATIONS``              the interpreter's builder, its grid and its launch, which all tests that
+                            count use (``support.traffic``, ``launches``, ``recorder``), and the
+                            JIT's launch and compilation (``support.compiled``)
+``BEFORE``                  what a compiled kernel's launcher gets before the kernel's own arguments
+                            (``support.repeatable``, ``support.compiled``)
+``without_a_gpu``           the driver and ``JITFunction.device_caches`` (``support.compiled``)
+``correct_interpreter``     ``TensorHandle``, builder and reductions of the interpreter: every test
+                            in bfloat16 or TF32 without a GPU
 
 The interpreter keeps bfloat16 as uint16 and computes on the bit patterns. The corrections widen to
 float32, let the original do its work, and round to nearest even. Products in TF32 are those of
@@ -6,17 +18,61 @@ float32 there; corrected, they lose the last 13 bits of their operands, as on a 
 this; the package refuses bfloat16 there.
 """
 
+import contextlib
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as ti
 from triton._C.libtriton import ir
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 Handle, Builder = ti.TensorHandle, ti.InterpreterBuilder
+OPERATIONS = {
+    "load": [(Builder, "create_masked_load")],
+    "store": [(Builder, "create_masked_store")],
+    "atomic": [(Builder, "create_atomic_rmw"), (Builder, "create_atomic_cas")],
+    "dot": [(Builder, "create_dot")],
+    "program": [(Builder, "set_grid_idx")],
+    "grid": [(ti.GridExecutor, "__call__")],
+    "interpreted_launch": [(ti.InterpretedFunction, "run")],
+    "jit_launch": [(JITFunction, "run")],
+    "compilation": [(JITFunction, "_do_compile")],
+}
+BEFORE = 9  # grid, stream, function, metadata, description and two hooks
 
 
-def correct():
+def around(**hooks):
+    """Calls a hook, with the original first, in place of each named one of ``OPERATIONS``.
+
+    Until the stack that is returned is closed: as a context, or never.
+    """
+    stack = contextlib.ExitStack()
+    for name, hook in hooks.items():
+        for owner, attribute in OPERATIONS[name]:
+            replaced = _hooked(getattr(owner, attribute), hook)
+            stack.enter_context(mock.patch.object(owner, attribute, replaced))
+    return stack
+
+
+def _hooked(original, hook):
+    return lambda *args, **kwargs: hook(original, *args, **kwargs)
+
+
+def without_a_gpu(active, make):
+    """From now on kernels are compiled by ``make(name, key)``, for the device of ``active``."""
+
+    def compiled(_, kernel, key, signature, device, *others):
+        made = kernel.device_caches[device][0][key] = make(kernel.fn.__name__, key)
+        return made
+
+    driver.set_active(active)
+    return around(compilation=compiled)
+
+
+def correct_interpreter():
     """Installs the corrections, once, and tells the package."""
     from da_triton.ops.triton import core
 

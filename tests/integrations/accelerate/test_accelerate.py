@@ -295,7 +295,7 @@ def test_traced(make):
     assert relative_rms(traced(x), layer(x)) < 1e-5
 
 
-def test_nothing_there_is_loud():
+def test_a_model_without_such_layers_warns():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), DoubleAttention(4))
     with pytest.warns(UserWarning, match="no layer that looks like double attention"):
         report = accelerate(model)

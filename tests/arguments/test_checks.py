@@ -1,4 +1,4 @@
-"""Every refusal: its type and what it says."""
+"""Wrong arguments of the public functions and the layer: the error's type and what it says."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,189 @@
+"""The plan of a block in kernels: what the planner chooses from the kernels' tables of tiles.
+
+The only caller of both. ``plan`` is public, and imports Triton only when it is called.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import torch
+
+from ... import checks
+from ...planning import planner
+from ...planning.shapes import ORDERS, CoreLimits, Limits, PlannedRoute, Route, Shape, Step
+from ...precision import POLICIES
+from ...runtime import tiles
+
+TILE_CLASSES = {dtype.itemsize: policy.tile_class for dtype, policy in POLICIES.items()}
+
+
+def kernel_limits(shape, c_out, arch, processors):
+    """What the planner needs to know of the kernels on a GPU."""
+    m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
+    tile_class = TILE_CLASSES[shape.itemsize]
+    widest, all_maps = max(channels, c_out), math.prod(tiles.lanes(shape.heads, n))
+    whole = tiles.holds_all(widest, all_maps)
+    pass_2 = "project_distribute" if whole else "project_distribute_blocks"
+
+    def positions_of(kernel, features, maps, variant=tiles.PLAIN):
+        tile = tiles.find(kernel, tile_class, features, maps, variant, arch)
+        return 0 if tile is None else tile.block_l
+
+    def positions(last, *others):
+        """In a tile of the last kernel, if all fit; short tiles are left to the split route."""
+        found = [positions_of(*kernel) for kernel in (*others, last)]
+        return found[-1] if all(found) and found[-1] >= 32 else 0
+
+    small, pass_1 = ("descriptors", m, n), ("gather_from_x", channels, shape.c_n)
+    backward = (
+        ("gather_side", channels, shape.c_n),
+        small,
+        pass_1,
+        ("descriptors_backward", m, n),
+        ("distribute_side", widest, all_maps),
+        ("outer", channels, 2 * shape.c_n),
+        ("weight_gradients", m, n),
+    )
+    return Limits(
+        processors=processors,
+        gather_from_x=positions(pass_1, small),
+        gather_from_a=positions(("gather_from_a", m, n), small),
+        project_distribute=positions((pass_2, widest, all_maps), small),
+        backward=positions(*backward) if shape.reconstruct else 0,
+        map_blocks=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
+        whole=whole,
+        core=CoreLimits(
+            tiles.ONE_TILE[tile_class],
+            *(positions_of("all_maps", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_routes(shape, c_out, arch, processors, order=None, kept_v=False):
+    """``planner.routes`` on a GPU."""
+    return planner.routes(shape, kernel_limits(shape, c_out, arch, processors), order, kept_v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What would run for a shape, and why. ``print`` shows it; times are modelled, not measured."""
+
+    shape: Shape
+    device: str  # what the plan is for
+    chosen: PlannedRoute
+    runners_up: tuple[PlannedRoute, ...]
+    keeps_v: bool  # V is kept for backward instead of projected again
+    floor: float  # seconds; see ``planner.floor``
+
+    @property
+    def order(self) -> str:
+        return self.chosen.route.order.name
+
+    @property
+    def route(self) -> Route:
+        return self.chosen.route
+
+    def __str__(self) -> str:
+        s = self.shape
+        lines = [
+            f"double attention block, N={s.batch} C={s.channels} L={s.length} c_m={s.c_m} "
+            f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes an element, on {self.device}",
+            f"  {self.route}",
+            f"  {math.ceil(s.batch / self.route.chunk)} chunk(s) of {self.route.chunk} samples; "
+            f"backward {'keeps V' if self.keeps_v else 'projects V again'}",
+            f"  modelled forward {self.chosen.seconds * 1e6:.1f} µs (floor "
+            f"{self.floor * 1e6:.1f} µs), backward {self.chosen.backward_seconds * 1e6:.1f} µs",
+            "",
+            f"  {'step':<26}{'GFLOP':>9}{'MB':>9}{'launches':>10}",
+        ]
+        for title, steps in (("forward", self.chosen.forward), ("backward", self.chosen.backward)):
+            lines.append(f"  {title}")
+            lines += [self._line(step) for step in steps]
+        lines += ["", f"  {'runners-up, forward':<46}{'modelled µs':>12}"]
+        for planned in self.runners_up:
+            forward = str(planned.route).split(";")[0]
+            lines.append(f"  {forward:<46}{planned.seconds * 1e6:>12.1f}")
+        return "\n".join(lines)
+
+    def _line(self, step: Step) -> str:
+        s = self.shape
+        moved = step.elements * s.itemsize + step.wide_elements * max(4, s.itemsize)
+        flop = 2 * step.multiply_adds * s.batch / 1e9
+        return f"    {step.name:<24}{flop:>9.2f}{moved * s.batch / 1e6:>9.2f}{step.launches:>10}"
+
+
+def plan(
+    x_shape,
+    c_m: int,
+    c_n: int,
+    *,
+    heads: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    memory_format: torch.memory_format = torch.contiguous_format,
+    reconstruct: bool = True,
+    order: str = "auto",
+    recompute: bool | str = "auto",
+) -> Plan:
+    """What ``double_attention_block`` would run on a GPU for an input of a shape, and why.
+
+    Args:
+        x_shape: ``(N, C, *positions)``.
+        c_m, c_n, heads, reconstruct, order, recompute: as of the block.
+        dtype: of the input and the weights.
+        device: a CUDA device. On a machine that has none, the plan is for an H200.
+        memory_format: of the input.
+
+    Returns:
+        A :class:`Plan`, with the order, the route (which steps are fused kernels and which library
+        products), samples in a chunk, modelled operations, bytes and launches of each step, the
+        floor, and the runners-up. The times come from a model with stated assumptions, not from
+        measurements.
+
+    Raises:
+        ValueError: shape, channels, heads, order, recompute.
+        TypeError: dtype, or ``reconstruct`` that is no bool.
+        RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
+    """
+    shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()
+    if not 3 <= len(shape) <= 5 or not all(isinstance(n, int) and n >= 1 for n in shape):
+        raise ValueError(
+            f"x_shape must be (N, C, *positions) with one to three position axes and no size "
+            f"below 1, got {x_shape!r}."
+        )
+    checks.positive(c_m=c_m, c_n=c_n, heads=heads)
+    checks.heads(heads, c_m=c_m, c_n=c_n)
+    checks.flag(reconstruct=reconstruct)
+    checks.order(order, reconstruct, "auto")
+    checks.recompute(recompute, "auto")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise type(error)(f"device must be a CUDA device, got {device!r}. {error}") from error
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"plan() shows the kernels' plan, which needs a CUDA device; got {str(device)!r}. "
+            "On other devices the operations of backend='torch' run."
+        )
+    if dtype not in checks.DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
+    from ...runtime import launch  # Triton is needed from here on
+
+    batch, channels, length = shape[0], shape[1], math.prod(shape[2:])
+    rows = length if memory_format == torch.contiguous_format else channels
+    s = Shape(
+        batch, channels, c_m, c_n, heads, length, dtype.itemsize, reconstruct,
+        rows * dtype.itemsize % 8 == 0,
+    )  # fmt: skip
+    name, arch, processors = "an H200 (no GPU here)", "sm_90", 132
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device)
+        arch, processors = tiles.architecture(device), launch.processors(device)
+    keep = planner.keeps_v(channels, c_m, c_n, heads, recompute)
+    chosen, *others = kernel_routes(s, s.out_channels, arch, processors, ORDERS.get(order), keep)
+    return Plan(s, name, chosen, tuple(others), keep, planner.floor(s))

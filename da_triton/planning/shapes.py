@@ -1,0 +1,111 @@
+"""The types of planning: a block's sizes, the association orders, steps and routes, their costs."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """A block on an input: sizes, and bytes of an element."""
+
+    batch: int
+    channels: int
+    c_m: int
+    c_n: int
+    heads: int
+    length: int
+    itemsize: int
+    reconstruct: bool
+    wide: bool = True  # kernels can load at least 8 bytes at once
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels if self.reconstruct else self.c_m
+
+
+class Order(NamedTuple):
+    """How the block's products associate: what G is gathered from, and what is distributed."""
+
+    name: str  # as users give it
+    from_x: bool  # M is gathered from X, and G = Wa M: A is never made
+    through_h: bool  # H = Wo G is distributed: Z is never made
+
+    def __str__(self) -> str:
+        return self.name
+
+
+AZ = Order("AZ", from_x=False, through_h=False)  # the paper's
+XZ = Order("XZ", from_x=True, through_h=False)
+AH = Order("AH", from_x=False, through_h=True)
+XH = Order("XH", from_x=True, through_h=True)
+ORDERS = {order.name: order for order in (AZ, XZ, AH, XH)}  # of equal costs, the first runs
+
+
+def orders(reconstruct: bool) -> tuple[Order, ...]:
+    """Those of a block with a last convolution, or without one."""
+    return tuple(order for order in ORDERS.values() if reconstruct or not order.through_h)
+
+
+class Step(NamedTuple):
+    """Costs of one sample; launches of all samples together. A launch, or a few that belong
+    together."""
+
+    name: str
+    library: bool  # a library's matrix product, or a kernel of ours
+    multiply_adds: int
+    elements: int = 0  # of maps with positions, in the input's dtype
+    wide_elements: int = 0  # float32
+    launches: int = 1
+    requested: int = 0  # elements, of kernels that ask for more than ``elements``
+
+
+class Cost(NamedTuple):
+    """One sample's, forward, on the split route with ATen operations."""
+
+    multiply_adds: int  # in products that run over positions
+    small_multiply_adds: int  # in products of small matrices, float32
+    elements: int  # of feature maps read and written
+
+
+class Route(NamedTuple):
+    """How a block runs in kernels."""
+
+    order: Order
+    gather: str  # "fused" or "split"
+    distribute: str
+    backward: str
+    backward_order: Order  # of a split backward pass; XH of a fused one
+    chunk: int  # samples that go through both passes before the next ones start
+
+    def __str__(self) -> str:
+        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
+        return f"{forward}; backward {self.backward} {self.backward_order}"
+
+
+class PlannedRoute(NamedTuple):
+    """A route with its modelled costs for the whole batch."""
+
+    route: Route
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    seconds: float  # forward
+    backward_seconds: float
+
+
+class CoreLimits(NamedTuple):
+    """What the split route's kernels hold of a shape."""
+
+    tile: int  # the largest G, in either direction, that one program of the core holds
+    all_maps: int  # positions in a tile with all maps of a head; 0 where no program holds them
+    all_maps_backward: int
+
+
+class Limits(NamedTuple):
+    """What the kernels can do for a shape on a GPU; ``ops.triton.plan`` finds it."""
+
+    processors: int
+    gather_from_x: int  # positions in a tile; 0 where the kernel does not fit
+    gather_from_a: int
+    project_distribute: int
+    backward: int  # of the pass that writes dX
+    map_blocks: int  # of gather_from_x
+    whole: bool  # project_distribute keeps all channels of a tile at hand
+    core: CoreLimits

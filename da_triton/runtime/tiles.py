@@ -1,0 +1,417 @@
+"""Tile choice: which block sizes, warps and pipeline stages a kernel gets, and why.
+
+``tile`` is the one lookup, for every kernel: an entry tuned for this very GPU, else one shipped for
+its architecture, else a rule. Nothing is measured at run time: the choice is the same in every
+process, traceable, and works interpreted.
+
+Shipped tables are ``kernels/tiles/<architecture>.json``, and ``wide.json`` with float32 and float64
+on all of them: those have no tensor cores on NVIDIA and few registers, so their tiles are small.
+The entries were found by ahead-of-time compilation (``python -m bench.codegen.tiles``): the largest
+tile of a kernel that compiles without spills, within the architecture's shared memory, on every
+layout. Ties go to more positions a tile, which means wider rows and fewer loop steps. None has been
+timed yet. A kernel and block that is missing spills with every candidate tried: ``fits`` says so,
+and the planner takes another route.
+
+Tuned tables are written by ``python -m bench tune``, one for each GPU by its name, into the folder
+that DA_TRITON_TILES names (``tiles`` in the cache without). Some may ship: ``kernels/tiles/tuned``.
+"""
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..precision import POLICIES
+from . import folders
+
+SHIPPED = Path(__file__).parents[1] / "kernels" / "tiles"
+
+
+class Tile(NamedTuple):
+    """What a launch takes: block sizes in features, maps and positions, and compiler options."""
+
+    block_m: int
+    block_n: int
+    block_l: int
+    num_warps: int
+    num_stages: int
+    per_processor: int  # programs that a multiprocessor should hold at once
+    impl: str = "pointers"  # which version of the kernel: see ``launch.Launch``
+
+
+class Key(NamedTuple):
+    """What an entry of a table is found by."""
+
+    kernel: str
+    variant: str  # PLAIN, or what needs a tile of its own: "mask", "v" (V written or given), …
+    tile_class: str  # of the dtype: ``DtypePolicy.tile_class``
+    block_m: int
+    block_n: int
+
+
+class Entry(NamedTuple):
+    """An entry of a table; ``note``: the reason for it, or what was measured."""
+
+    block_l: int
+    num_warps: int
+    num_stages: int
+    impl: str = "pointers"
+    note: str = ""
+
+
+PLAIN = "plain"  # also every variant that a table does not have
+COLUMNS = [
+    "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages", "impl",
+    "note",
+]  # fmt: skip
+Table = Mapping[Key, Entry]
+
+# --- architectures --------------------------------------------------------------------------------
+
+
+class Architecture(NamedTuple):
+    """A GPU that tables are made for: what Triton compiles for, and bytes of shared memory."""
+
+    backend: str
+    target: int | str
+    warp_size: int
+    shared_memory: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 32, 166_912),
+    "sm_89": Architecture("cuda", 89, 32, 101_376),
+    "sm_90": Architecture("cuda", 90, 32, 232_448),
+    "sm_100": Architecture("cuda", 100, 32, 232_448),
+    "gfx942": Architecture("hip", "gfx942", 64, 65_536),
+}
+# Tables for compute capabilities: by number, then by generation. 8.7 (Orin) has the A100's shared
+# memory. 8.6, 8.9 and 12.x have 99 KiB, the least of all: their table is the safest for any other.
+# 10.x and 11.x are Blackwell with tensor memory, which 12.x has not.
+TABLES = {(8, 0): "sm_80", (8, 7): "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
+SAFEST = "sm_89"
+AMD = "gfx942"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Whose table a GPU takes; interpreted kernels take an H200's.
+
+    Raises:
+        RuntimeError: there is none that is safe for it (see ``obstacle``).
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    if not torch.version.hip:
+        return _table_for(torch.cuda.get_device_capability(device))
+    reason = obstacle(device)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _table_for(_gcn(device))
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why no table is safe for an AMD GPU, or None: RDNA has other matrix units and wavefronts."""
+    name = _gcn(device)
+    if name.startswith("gfx9"):
+        return None
+    return (
+        f"the kernels have tiles for AMD's CDNA GPUs (gfx9…), and {device} is {name}. Use "
+        "backend='torch' there."
+    )
+
+
+def _gcn(device):
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+
+
+@functools.cache  # one warning for all GPUs of a kind
+def _table_for(kind: tuple[int, int] | str) -> str:
+    if isinstance(kind, str):
+        found, own = AMD, kind == AMD
+    else:
+        found = TABLES.get(kind) or TABLES.get(kind[0]) or SAFEST
+        own = 10 * kind[0] + kind[1] == ARCHITECTURES[found].target
+        kind = f"compute capability {kind[0]}.{kind[1]}"
+    if not own:
+        warnings.warn(
+            f"da_triton's kernels were never compiled for {kind}. They take the tiles of {found}. "
+            "`python -m da_triton.check` verifies them on this GPU, and `python -m bench tune` "
+            "finds faster tiles.",
+            stacklevel=2,
+        )
+    return found
+
+
+def reads_shared_operands(device):
+    """Whether the matrix unit takes both operands from shared memory, transposed or not."""
+    return architecture(device) in ("sm_90", "sm_100")
+
+
+def chains_products(device):
+    """Whether several products in a loop may add to one accumulator.
+
+    Triton 3.6 to 3.8 miscompile them for Blackwell's tensor memory: triton-lang/triton#10821.
+    """
+    return architecture(device) != "sm_100"
+
+
+# --- block sizes ----------------------------------------------------------------------------------
+
+# The largest G that one program holds whole, in both directions, by class of dtype; and the
+# smallest block of a kernel of the core.
+ONE_TILE = {"half": 128, "float32": 32, "float64": 32}
+SMALLEST = {"half": 32, "float32": 32, "float64": 16}
+ANY = 1 << 30
+
+
+class Blocks(NamedTuple):
+    """Least and most features (or channels) and maps in a block, as powers of two.
+
+    ``walks``: axes on which the kernel walks over smaller blocks, if the table has no larger ones.
+    """
+
+    m: tuple[int, int] = (1, ANY)
+    n: tuple[int, int] = (1, ANY)
+    walks: str = ""
+
+
+BLOCKS = {
+    # of the core: all of G in a program; blocks of G; all maps; statistics
+    "distribute": Blocks(),
+    "distribute_backward": Blocks(),
+    "gather_backward": Blocks(),
+    "gather": Blocks(walks="mn"),
+    "descriptor_gradient": Blocks(walks="mn"),
+    "mix": Blocks(walks="mn"),
+    "map_gradient": Blocks(walks="mn"),
+    "all_maps": Blocks((64, 64), (32, ANY), walks="m"),
+    "position_lse": Blocks((16, 16), (1, 32)),
+    "delta": Blocks((16, 16), (32, 32)),
+    "gather_combine": Blocks((1, 32), (1, 64)),
+    # fused with projections
+    "descriptors": Blocks((32, ANY), (16, 16)),
+    "descriptors_backward": Blocks((32, ANY), (16, 16)),
+    "gather_from_a": Blocks((32, ANY), (32, ANY)),
+    "gather_from_x": Blocks((64, ANY), (32, ANY)),
+    "gather_side": Blocks((64, 64), (32, ANY)),
+    "distribute_side": Blocks((64, ANY), (32, ANY)),
+    "project_distribute": Blocks((64, ANY), (32, ANY)),
+    "project_distribute_blocks": Blocks((64, 64), (32, ANY)),
+    "outer": Blocks((64, 128), (64, 128)),
+    "weight_gradients": Blocks((32, 32), (32, 32)),
+}
+CORE = list(BLOCKS)[:7]  # those of which a multiprocessor should hold two, if they are small
+# Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
+# and in tests.
+STATISTICS = {
+    "position_lse": Entry(64, 4, 1), "delta": Entry(16, 4, 1), "gather_combine": Entry(16, 4, 1),
+}  # fmt: skip
+INTERPRETED = Entry(32, 4, 1)
+
+
+def blocks(kernel: str, tile_class: str, features: int, maps: int) -> tuple[int, int]:
+    """``(block_m, block_n)`` of a kernel, the largest if it walks."""
+    least, (m, n, _) = SMALLEST[tile_class], BLOCKS[kernel]
+    block_m = min(_power(features, max(m[0], least)), m[1])
+    block_n = min(_power(maps, max(n[0], least)), n[1])
+    if kernel == "gather_from_x":
+        block_n = min(block_n, max(32, ONE_TILE["half"] ** 2 // block_m))
+    return block_m, block_n
+
+
+def _walked(kernel, tile_class, features, maps) -> Iterator[tuple[int, int]]:
+    """The block sizes to look up, in order."""
+    m, n = blocks(kernel, tile_class, features, maps)
+    walks = BLOCKS[kernel].walks
+    for block_n in _halves(n) if "n" in walks else [n]:
+        for block_m in _halves(m) if "m" in walks else [m]:
+            yield block_m, block_n
+
+
+def _halves(size):
+    while size >= 16:
+        yield size
+        size //= 2
+
+
+def _power(size, least):
+    """The power of two that holds ``size``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def one_tile(x, c_m, c_n):
+    """Whether one program can hold all of G."""
+    return max(c_m, c_n) <= ONE_TILE[POLICIES[x.dtype].tile_class]
+
+
+def holds_all(features, maps):
+    """Whether ``project_distribute`` keeps a tile of X, with all its channels, between products."""
+    return _power(features, 64) * _power(maps, 32) <= ONE_TILE["half"] ** 2
+
+
+def lanes(heads, c_n):
+    """(heads, maps of a head) in a tile with all maps of all heads: powers of two."""
+    head_block = _power(heads, 1)
+    return head_block, max(_power(c_n, 1), 32 // head_block)
+
+
+def packed(heads, c_n, block_n):
+    """Whether a tile of all heads has no gaps between them."""
+    return heads == 1 or c_n == block_n
+
+
+# --- the lookup -----------------------------------------------------------------------------------
+
+
+def tile(kernel: str, x: torch.Tensor, features: int, maps: int, variant: str = PLAIN) -> Tile:
+    """The tile of a kernel for tensors like x, with so many features or channels, and maps.
+
+    Raises:
+        KeyError: no tile of the kernel fits (see ``fits``).
+    """
+    found = _of(kernel, x, features, maps, variant)
+    if found is None:
+        found = _rule(kernel, POLICIES[x.dtype].tile_class, features, maps)
+    if found is None:
+        raise KeyError(f"{kernel} has no tile for {features} features and {maps} maps")
+    return found
+
+
+def fits(kernel: str, x: torch.Tensor, features: int, maps: int) -> bool:
+    """Whether a kernel has a tile that does not spill: bf16, no mask, 28×28 and 14×14 maps.
+
+    With a mask, or rows of odd length, some tiles spill; results do not change.
+    """
+    return _of(kernel, x, features, maps, PLAIN) is not None
+
+
+def _of(kernel, x, features, maps, variant):
+    device = x.device
+    facts = architecture(device), gpu(device)
+    return find(kernel, POLICIES[x.dtype].tile_class, features, maps, variant, *facts)
+
+
+@functools.lru_cache(maxsize=4096)
+def find(
+    kernel: str, tile_class: str, features: int, maps: int, variant: str, arch: str, card: str = ""
+) -> Tile | None:
+    """What the tables have: of the GPU ``card``, if it is given, and of its architecture."""
+    sizes = list(_walked(kernel, tile_class, features, maps))
+    tables = tuned(card), shipped(arch)
+    for wanted in dict.fromkeys((variant, PLAIN)):
+        for block in sizes:
+            key = Key(kernel, wanted, tile_class, *block)
+            for table in tables:
+                if key in table:
+                    return _tile(key, table[key])
+    return None
+
+
+def _rule(kernel, tile_class, features, maps):
+    entry = STATISTICS.get(kernel)
+    if entry is None and tile_class != "half" and kernel not in CORE and kernel != "all_maps":
+        entry = INTERPRETED
+    key = Key(kernel, PLAIN, tile_class, *blocks(kernel, tile_class, features, maps))
+    return None if entry is None else _tile(key, entry)
+
+
+def _tile(key, entry):
+    small = key.kernel in CORE and key.block_m * key.block_n <= 32 * 32
+    programs = 8 if key.kernel in STATISTICS else 2 if small else 1
+    return Tile(key.block_m, key.block_n, *entry[:3], programs, entry.impl)
+
+
+def forget() -> None:
+    """Reads tuned tables again."""
+    find.cache_clear()
+    tuned.cache_clear()
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def shipped(arch: str) -> Table:
+    """The table of an architecture."""
+    names = "wide", arch
+    return {k: e for name in names for k, e in entries(_read(SHIPPED / f"{name}.json")).items()}
+
+
+@functools.cache
+def tuned(card: str) -> Table:
+    """What was tuned on a GPU: a table in the user's folder over one that ships.
+
+    A table that cannot be read, is of another version of Triton, or has an entry that no kernel
+    could take is left out; that is warned of once.
+    """
+    import triton  # nothing else here needs it
+
+    found: dict[Key, Entry] = {}
+    for path in tuned_files(card):
+        try:
+            table = _read(path)
+            for name, own in (("gpu", card), ("triton", triton.__version__)):
+                if table[name] != own:
+                    raise ValueError(f"its {name} is {table[name]!r}, and not {own!r}")
+            found |= entries(table)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(
+                f"da_triton ignores the tuned tiles in {path}: {error}. The tiles of the "
+                "architecture are used; `python -m bench tune` measures and writes the file again.",
+                stacklevel=2,
+            )
+    return found
+
+
+def tuned_files(card: str) -> list[Path]:
+    """The tables of a GPU that there are; a later one counts more."""
+    paths = SHIPPED / "tuned" / file_name(card), folders.tiles() / file_name(card)
+    return [path for path in paths if card and path.exists()]
+
+
+def file_name(card: str) -> str:
+    """Of the table of a GPU."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def gpu(device: torch.device) -> str:
+    """The name of a GPU; empty without one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def _read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def entries(table: Mapping[str, Any]) -> dict[Key, Entry]:
+    """The entries of a file's contents.
+
+    Raises:
+        ValueError, KeyError, TypeError: one of them is not an entry, or occurs twice.
+    """
+    if table["columns"] != COLUMNS:
+        raise ValueError(f"its columns are {table['columns']}, and not {COLUMNS}")
+    found: dict[Key, Entry] = {}
+    for row in table["tiles"]:
+        key, entry = Key(*row[:5]), Entry(*row[5:])
+        sizes = key.block_m, key.block_n, entry.block_l
+        powers = all(type(s) is int and s >= 16 and s & (s - 1) == 0 for s in sizes)
+        options = entry.num_warps in (1, 2, 4, 8, 16) and entry.num_stages in range(1, 9)
+        if key.kernel not in BLOCKS or not powers or not options or key in found:
+            raise ValueError(f"no kernel could take its entry {row}, or it occurs twice")
+        found[key] = entry
+    return found
+
+
+def text(header: Mapping[str, str], table: Table) -> str:
+    """A file's contents: an entry a line, in order."""
+    rows = [json.dumps([*key, *entry], ensure_ascii=False) for key, entry in sorted(table.items())]
+    head = json.dumps({**header, "columns": COLUMNS}, ensure_ascii=False)[:-1]
+    return f'{head}, "tiles": [\n' + ",\n".join(rows) + "\n]}\n"

@@ -1,0 +1,282 @@
+"""The tables of tiles, the one lookup, and which table a GPU takes."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import triton
+
+from da_triton import ops
+from da_triton.ops.triton import core
+from da_triton.precision import POLICIES
+from da_triton.runtime import folders, launch, tiles
+from da_triton.runtime.tiles import ARCHITECTURES, BLOCKS, PLAIN, Entry, Key
+
+CARD = "NVIDIA Test (80GB)"
+KEY = Key("gather_from_x", PLAIN, "half", 64, 32)
+X = torch.empty(1, dtype=torch.bfloat16)
+each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+def found(kernel, variant=PLAIN, arch="sm_90", card="", sizes=(64, 32)):
+    return tiles.find(kernel, "half", *sizes, variant, arch, card)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of tuned tables beside empty ones that ship."""
+    monkeypatch.setenv("DA_TRITON_TILES", str(tmp_path / "own"))
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    for name in ("wide", "sm_90"):
+        (tmp_path / f"{name}.json").write_text(tiles.text({}, {}))
+    tiles.shipped.cache_clear()
+    yield tmp_path / "own"
+    tiles.shipped.cache_clear()
+    launch.forget()
+
+
+def put(folder, entries, **header):
+    """Writes a table of CARD, and has it read."""
+    path = folder / tiles.file_name(CARD)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tiles.text({"gpu": CARD, "triton": triton.__version__, **header}, entries))
+    launch.forget()
+    return path
+
+
+# --- what ships -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "wide"])
+def test_shipped_file_is_as_its_entries_are_written(name):
+    """In order, an entry a line, every one of them valid, none twice."""
+    text = (tiles.SHIPPED / f"{name}.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    entries = tiles.entries(table)
+    header = {} if name == "wide" else {"architecture": name}
+    assert text == tiles.text(header, entries)
+    assert {entry.impl for entry in entries.values()} == {"pointers"}
+
+
+@each_architecture
+def test_every_kernel_has_a_tile_on_every_architecture(arch):
+    kernels = {key.kernel for key in tiles.shipped(arch)}
+    assert kernels | set(tiles.STATISTICS) == set(BLOCKS)
+
+
+@each_architecture
+def test_variants_have_a_plain_entry_which_is_another(arch):
+    table = tiles.shipped(arch)
+    for key, entry in table.items():
+        if key.variant not in (PLAIN, "gradient"):
+            plain = table[key._replace(variant=PLAIN)]
+            assert plain[:3] != entry[:3]
+
+
+@each_architecture
+def test_kernels_of_the_core_have_a_tile_for_any_size_and_dtype(arch):
+    for policy in POLICIES.values():
+        largest = tiles.ONE_TILE[policy.tile_class]
+        for kernel in tiles.CORE:
+            most = 2048 if BLOCKS[kernel].walks else largest
+            for sizes in ((1, 1), (1, most), (most, 1), (most, most), (19, 24)):
+                assert tiles.find(kernel, policy.tile_class, *sizes, PLAIN, arch) is not None
+
+
+@each_architecture
+def test_tiles_with_all_maps_come_in_pairs_for_every_architecture(arch):
+    """Forward and backward up to 512 maps: where one is missing, the other is never asked for."""
+    keys = [k for k in tiles.shipped(arch) if k[:1] + k[2:3] == ("all_maps", "half")]
+    expected = {(v, n) for v in (PLAIN, "gradient") for n in (32, 64, 128, 256, 512)}
+    assert {(k.variant, k.block_n) for k in keys} == expected
+    assert len(keys) == len(expected)
+
+
+def test_importing_the_package_reads_no_table():
+    code = (
+        "import sys, builtins, io; seen = []; sys.addaudithook(lambda e, a: e == 'open' and "
+        "seen.append(str(a[0]))); import da_triton, da_triton.ops.triton.core; "
+        "print([p for p in seen if p.endswith('.json') and 'tiles' in p])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
+# --- the lookup -----------------------------------------------------------------------------------
+
+
+def test_sizes_are_rounded_up_to_a_block():
+    assert found("gather_from_x", sizes=(40, 19)) == found("gather_from_x")
+    assert found("gather", sizes=(2000, 33))[:2] == (128, 64)  # it walks over features
+    assert found("gather_from_x", sizes=(2000, 33)) is None
+    assert found("gather_from_x", sizes=(256, 512)).block_n == 64  # of all channels, fewer maps
+
+
+def test_fused_kernel_without_an_entry_has_no_tile():
+    assert not tiles.fits("gather_from_x", X, 2000, 33)
+    with pytest.raises(KeyError, match="gather_from_x has no tile for 2000 features and 33 maps"):
+        tiles.tile("gather_from_x", X, 2000, 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_dtypes_have_a_rule_for_fused_kernels_and_no_route_takes_them(dtype):
+    x = X.to(dtype)
+    assert tiles.tile("gather_from_x", x, 64, 32) == (64, 32, *tiles.INTERPRETED[:3], 1, "pointers")
+    assert not tiles.fits("gather_from_x", x, 64, 32)
+
+
+def test_tuned_over_shipped_over_rule(folder):
+    statistics = Key("delta", PLAIN, "half", 16, 32)
+    shipped = {KEY: Entry(128, 8, 3), KEY._replace(variant="mask"): Entry(64, 8, 3)}
+    (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
+    put(folder, {KEY: Entry(32, 4, 1, "pointers", "1.00 us"), statistics: Entry(32, 8, 1)})
+    assert found(KEY.kernel)[2:5] == (128, 8, 3)
+    assert found(KEY.kernel, card=CARD)[2:5] == (32, 4, 1)
+    assert found(KEY.kernel, "mask", card=CARD)[2:5] == (64, 8, 3)  # of its own
+    assert found(KEY.kernel, "v", card=CARD)[2:5] == (32, 4, 1)  # as plain
+    assert found("delta", card=CARD)[2:5] == (32, 8, 1)
+    assert tiles.tile("delta", X, 64, 32)[2:5] == tiles.STATISTICS["delta"][:3]
+    put(folder, {KEY._replace(variant="mask"): Entry(16, 4, 1)})
+    assert found(KEY.kernel, "mask", card=CARD)[2:5] == (16, 4, 1)
+    assert found(KEY.kernel, card=CARD)[2:5] == (128, 8, 3)
+
+
+def test_user_folder_over_tuned_tables_that_ship(folder):
+    other = KEY._replace(block_n=64)
+    put(tiles.SHIPPED / "tuned", {KEY: Entry(16, 4, 1), other: Entry(16, 8, 1)})
+    put(folder, {KEY: Entry(64, 4, 2)})
+    assert tiles.tuned(CARD) == {KEY: Entry(64, 4, 2), other: Entry(16, 8, 1)}
+    assert tiles.tuned("Another card") == {}
+
+
+def test_tile_of_a_gpu_is_the_tuned_one(folder, monkeypatch):
+    put(folder, {KEY: Entry(16, 2, 1)})
+    monkeypatch.setattr(tiles, "gpu", lambda device: CARD)
+    assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 1, "pointers")
+
+
+def test_folder_of_tuned_tables(monkeypatch):
+    monkeypatch.delenv("DA_TRITON_TILES", raising=False)
+    monkeypatch.setenv("DA_TRITON_CACHE_DIR", "/cache")
+    assert str(folders.tiles()) == "/cache/tiles"
+    monkeypatch.setenv("DA_TRITON_TILES", "/tables")
+    assert str(folders.tiles()) == "/tables"
+    assert tiles.file_name(CARD) == "nvidia-test-80gb.json"
+
+
+ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, "pointers", ""]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"gpu": "NVIDIA Other"}, "its gpu is 'NVIDIA Other'"),
+        ({"triton": "1.0"}, "its triton is '1.0'"),
+        ({"columns": ["kernel"]}, "its columns are"),
+        ({"tiles": 3}, "not iterable"),
+        ({"tiles": [ROW, ROW]}, "occurs twice"),
+        ({"tiles": [ROW[:3]]}, "missing"),
+        ({"tiles": [["unknown", *ROW[1:]]]}, "'unknown'"),
+        *(
+            ({"tiles": [[*ROW[:at], value, *ROW[at + 1 :]]]}, "no kernel could take")
+            for at, value in ((3, 48), (4, "a"), (5, 48), (5, 8), (6, 5), (7, 0))
+        ),
+        (None, "Expecting value"),
+    ],
+)
+def test_tuned_table_that_makes_no_sense_is_ignored_with_one_warning(folder, change, expected):
+    path = put(folder, {KEY: Entry(64, 4, 2)})
+    text = "nonsense" if change is None else json.dumps({**json.loads(path.read_text()), **change})
+    path.write_text(text)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert [tiles.tuned(CARD) for _ in range(2)] == [{}, {}]
+    assert len(seen) == 1
+    assert "da_triton ignores the tuned tiles in" in str(seen[0].message)
+    assert expected in str(seen[0].message)
+
+
+def test_the_tile_names_the_version_of_a_kernel():
+    pointers, tma = object(), object()
+    known = {"pointers": pointers, "tma": tma}
+    tile = tiles.Tile(64, 32, 64, 4, 2, 1)
+    assert launch.implementation(pointers, tile) is pointers
+    assert launch.implementation(known, tile) is pointers
+    assert launch.implementation(known, tile._replace(impl="tma")) is tma
+    with pytest.raises(ValueError, match="names the implementation 'cpp', and the kernel has 'poi"):
+        launch.implementation(known, tile._replace(impl="cpp"))
+
+
+# --- which table a GPU takes ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Says that there is a GPU with a compute capability, or an AMD one by its name."""
+
+    def on_gpu(kind):
+        amd = isinstance(kind, str)
+        properties = type("Properties", (), {"gcnArchName": f"{kind}:sramecc+:xnack-"})
+        monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: kind)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        for cached in (tiles.architecture, tiles._table_for):
+            cached.cache_clear()
+        return torch.device("cuda", 0)
+
+    yield on_gpu
+    for cached in (tiles.architecture, tiles._table_for):
+        cached.cache_clear()
+
+
+OWN = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90", (10, 0): "sm_100", "gfx942": "gfx942"}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_gpus_whose_code_was_compiled(on_gpu, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles.architecture(on_gpu(kind)) == OWN[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        ((8, 7), "sm_80"), ((8, 6), "sm_89"), ((8, 8), "sm_89"), ((12, 0), "sm_89"),
+        ((12, 1), "sm_89"), ((9, 1), "sm_90"), ((10, 3), "sm_100"), ((11, 0), "sm_100"),
+        ((13, 0), "sm_89"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"),
+    ],
+)  # fmt: skip
+def test_other_gpus_take_a_table_of_their_family_with_one_warning(on_gpu, kind, arch):
+    device = on_gpu(kind)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert tiles.architecture(device) == arch
+        assert tiles.architecture(torch.device("cuda", 1)) == arch
+    (warned,) = seen
+    named = kind if isinstance(kind, str) else f"compute capability {kind[0]}.{kind[1]}"
+    assert f"never compiled for {named}. They take the tiles of {arch}" in str(warned.message)
+    for command in ("python -m da_triton.check", "python -m bench tune"):
+        assert command in str(warned.message)
+
+
+@pytest.mark.parametrize("kind", ["gfx1100", "gfx1201", "gfx1030"])
+def test_rdna_has_no_table(on_gpu, kind, monkeypatch):
+    """So ``auto`` takes PyTorch operations there."""
+    device = on_gpu(kind)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    x = type("OnGpu", (), {"device": device, "dtype": torch.float16, "is_cuda": True})()
+    reason = core.obstacle(x)
+    assert f"{device} is {kind}" in reason
+    assert ops.select("auto", x) is ops.TORCH
+    with pytest.raises(RuntimeError, match="tiles for AMD's CDNA GPUs"):
+        ops.select("triton", x)
+    with pytest.raises(RuntimeError, match="tiles for AMD's CDNA GPUs"):
+        tiles.architecture(device)
+
+
+def test_interpreted_kernels_take_the_tiles_of_an_h200():
+    assert tiles.architecture(torch.device("cpu")) == "sm_90"
