@@ -14,7 +14,8 @@ import torch
 import typer
 
 from . import first_call, gpu, networks, problems, providers, scaling, workloads
-from .codegen.cli import cannot_compile
+from .codegen import table
+from .codegen.table import cannot_compile
 from .environment import columns, environment
 from .joined import LOGS
 from .measure import Bench, Budget, Effort, Row
@@ -396,10 +397,7 @@ def fill_cache(
     verify: Annotated[bool, option("exit 1 if it is of other kernels", "--check")] = False,
     smoke: Annotated[bool, option("the many kernels of the smoke check, too", "--smoke")] = False,
 ) -> None:  # fmt: skip
-    """Fills Triton's compile cache for a GPU that is not there.
-
-    What the block launches on the planned routes, forward and backward, in both memory formats.
-    """
+    """Fills Triton's compile cache with what the block launches on a GPU that is not there."""
     from da_triton import selfcheck
 
     from . import warm
@@ -427,15 +425,19 @@ def fill_cache(
         raise typer.Exit(bool(differing))
 
 
-ALL_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+@command("codegen", "--arch sm_90", "--arch gfx942 --out /tmp/codegen.csv")
+def codegen(
+    arch: Annotated[list[str] | None, option("repeatable; without it, all")] = None,
+    out: Annotated[Path, option("a CSV file, kept in order")] = table.KEPT,
+) -> None:
+    """Registers, spills, shared memory and loads of every kernel with its tiles, without a GPU.
 
-
-@app.command(context_settings={**ALL_ARGUMENTS, "help_option_names": []})
-def codegen(context: typer.Context) -> None:
-    """Registers, spills, copies of every kernel, without a GPU."""
-    from .codegen import cli
-
-    raise typer.Exit(cli.main(context.args))
+    Programs that have not changed are not compiled again. `git diff` shows what a change did.
+    """
+    check("arch", arch or [], table.ORDER)
+    if reason := cannot_compile():
+        raise UsageError(reason)
+    table.update(arch or table.ORDER, out)
 
 
 @command("suite", "--arch sm_80 tests/test_block.py", "--interpret tests/ops")
@@ -450,7 +452,6 @@ def on_meta_tensors(
     Whether any mixes devices or runs the CPU's own code; whether each launch compiles and fits.
     """
     from . import suite
-    from .codegen import table
 
     check("arch", [arch], table.ORDER)
     if find_spec("triton") is None:

@@ -10,10 +10,6 @@ Ceilings are measured in the same run.
 
 from dataclasses import dataclass
 
-<<<<<<< HEAD
-from da_triton.checks import ORDERS
-=======
->>>>>>> main
 from da_triton.planning.costs import order_cost
 from da_triton.planning.shapes import ORDERS
 

@@ -28,17 +28,10 @@ LEFT_OUT = (
     "parallel/test_context_parallel.py", "parallel/test_data_parallel.py",
     "parallel/test_dtensor.py",
     # host code: checks, tables, names, parameters, the reference implementation, modules
-<<<<<<< HEAD
-    "runtime/test_fused_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
-    "test_checkpointing.py", "test_checkpoints.py", "test_checks.py", "test_children.py",
-    "test_copies.py", "test_default_device.py", "test_hints.py", "test_package.py",
-    "test_reference.py", "test_streaming_refusals.py",
-=======
     "runtime/test_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "arguments/test_checks.py", "arguments/test_hints.py", "modules/test_checkpointing.py",
     "modules/test_children.py", "modules/test_copies.py", "modules/test_state_dicts.py",
     "streaming/test_refusals.py", "test_default_device.py", "test_package.py", "test_reference.py",
->>>>>>> main
     # ahead-of-time compilation, what only the interpreter can count, what ``da_triton.check`` says,
     # which the smoke stage runs, and what runs under compute-sanitizer
     "kernels/test_aot.py", "kernels/test_layouts.py", "kernels/test_sanitize.py",

@@ -6,11 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-<<<<<<< HEAD
 from bench import networks, providers, stages, workloads
-=======
-from bench import networks, providers, stages
->>>>>>> main
 from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort

@@ -7,14 +7,9 @@ import sys
 import pandas as pd
 import pytest
 
-<<<<<<< HEAD
 from bench import cli as bench
-from bench.codegen import cli, table
-=======
-from bench import __main__ as bench
 from bench.codegen import table
 from bench.environment import ROOT
->>>>>>> main
 
 SURVEYED = {
     "kernel": "gather", "dtype": "bfloat16", "layout": "nchw", "L": 196, "C": 0, "m": 64, "n": 64,

@@ -4,12 +4,8 @@ import pytest
 from bench import cli
 from bench.compare import compare, read
 from bench.report import COLUMNS
-<<<<<<< HEAD
 from bench.workloads import UsageError
-from support.rows import row
-=======
 from support.rows import row, unpadded
->>>>>>> main
 
 
 def frame(*rows):

@@ -169,12 +169,9 @@ def test_every_command_has_help_with_examples(name, capsys):
         (["plan", "--shape", "1,2,3"], "needs --c-m and --c-n"),
         (["plan", "--shape", "1,x", "--c-m", "2", "--c-n", "2"], "takes integers, got 1,x"),
         (["plan", "--shape", "1,2", "--c-m", "2", "--c-n", "2"], "x_shape must be"),
-<<<<<<< HEAD
         (["sweep", "--selection", "most"], "'most' is not one of 'quick', 'default', 'all'"),
         (["sweep", "--budgt", "1"], "No such option: --budgt"),
-=======
         (["sweep", "--mode", "backward"], "did you mean 'bwd'"),
->>>>>>> main
         (["gpu"], "needs a CUDA GPU"),
         (["gpu", "--stage", "eager,teste"], "did you mean 'tests'"),
         (["gpu", "--ptxas", "none"], "--ptxas none is not an executable file"),

@@ -17,11 +17,7 @@ import torch
 import da_triton
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
-<<<<<<< HEAD
-from da_triton.planning.planner import Route
-=======
 from da_triton.planning.shapes import ORDERS, XH, Route
->>>>>>> main
 from support import launches
 from support.numerics import DEVICE
 
@@ -48,13 +44,8 @@ def core(heads, m, n, length=37):
 def block(sizes, way, order, backward):
     """The block on a route, forward and backward, in both memory formats."""
     c, c_m, c_n = sizes
-<<<<<<< HEAD
-    backward_order = "XH" if backward == "fused" else order
-    route = Route(order, way, way, backward, backward_order, 1 if way == "fused" else 2)
-=======
     backward_order = XH if backward == "fused" else ORDERS[order]
     route = Route(ORDERS[order], way, way, backward, backward_order, 1 if way == "fused" else 2)
->>>>>>> main
     shapes = (c_m, c), (c_m,), (c_n, c), (c_n, c), (c_n,), (c, c_m), (c,)
     w = routes.Weights(*(normal(*shape) for shape in shapes))
     x, keep = normal(2, c, 37), keep_some(2, 37)
