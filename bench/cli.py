@@ -135,10 +135,7 @@ def report(
     everything: Annotated[bool, option("every workload", "--all")] = False,
     out: Out = RESULTS,
 ) -> None:
-    """Eager PyTorch against da_triton, on the GPU if there is one.
-
-    On a CPU, where there is time to compile, against torch.compile of eager too.
-    """
+    """Eager PyTorch against da_triton, on the GPU if there is one."""
     chosen = select(workload, "quick" if quick else "all" if everything else "default")
     device, timer = here()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -252,7 +249,7 @@ def whole_networks(
 @command("host", "--workload small_64_14x14,yolo_n_p5_b1 --threads 2 --out /tmp/host")
 def host_costs(
     workload: Workloads = "",
-    threads: Annotated[int, typer.Option(min=1, help="of PyTorch")] = 1,
+    threads: Annotated[int, option("of PyTorch")] = 1,
     seconds: Annotated[float, option("for all workloads")] = 45.0,
     out: Out = RESULTS,
 ) -> None:
@@ -260,6 +257,8 @@ def host_costs(
 
     Module, function, what is recorded, operator, launches. Without a GPU, launches do nothing.
     """
+    if threads < 1:
+        raise UsageError(f"--threads takes a number of at least 1, got {threads}.")
     if reason := cannot_compile("host", "launches kernels"):
         raise UsageError(reason)
     from . import host

@@ -135,7 +135,7 @@ def test_unknown_workload_suggests_the_nearest(capsys):
 
 def test_threads_are_counted_from_one(capsys):
     assert cli.main(["host", "--threads", "0"]) == 2
-    assert "0 is not in the range" in capsys.readouterr().err
+    assert "at least 1, got 0" in capsys.readouterr().err
 
 
 def test_interpreted_process_is_refused(monkeypatch, capsys):
