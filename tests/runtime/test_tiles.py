@@ -12,7 +12,7 @@ import triton
 from da_triton import ops
 from da_triton.ops.triton import core
 from da_triton.precision import POLICIES
-from da_triton.runtime import folders, launch, tiles
+from da_triton.runtime import folders, launch, tiles, verdicts
 from da_triton.runtime.tiles import ARCHITECTURES, BLOCKS, PLAIN, Entry, Key
 
 CARD = "NVIDIA Test (80GB)"
@@ -156,6 +156,15 @@ def test_tile_of_a_gpu_is_the_tuned_one(folder, monkeypatch):
     put(folder, {KEY: Entry(16, 2, 1)})
     monkeypatch.setattr(tiles, "gpu", lambda device: CARD)
     assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 1, "pointers")
+
+
+def test_verdicts_are_of_the_tiles_that_were_tuned(folder, monkeypatch):
+    monkeypatch.setattr(tiles, "gpu", lambda device: CARD)
+    found = set()
+    for warps in (2, 4):
+        put(folder, {KEY: Entry(16, warps, 1)})
+        found.add(verdicts.context.__wrapped__(X.device)["kernels"])
+    assert len(found) == 2
 
 
 def test_folder_of_tuned_tables(monkeypatch):
