@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from .floors import Ceilings
-from .measure import Timer, describe
+from .measure import describe
+from .observe import Timer
 
 REPETITIONS = 20
 SIZES = {"cuda": (4 * 2**30, 8192), "cpu": (2**28, 1024)}  # bytes of the copy, side of a matrix

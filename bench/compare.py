@@ -13,14 +13,11 @@ import pandas as pd
 from .measure import OK
 from .report import IDENTITY
 from .tables import markdown
+from .workloads import UsageError
 
 MARGIN = 0.02
 KEY = [name for name in IDENTITY if name != "device"]
 NEEDED = (*IDENTITY, "status", "median_ms", "p20_ms", "p80_ms", "machine")
-
-
-class NotComparableError(ValueError):
-    pass
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,14 @@ def read(path: Path) -> pd.DataFrame:
     """A results file.
 
     Raises:
-        NotComparableError: it is not one.
+        UsageError: it is not one.
     """
     try:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise NotComparableError(f"{path} cannot be read as CSV: {error}.") from error
+        raise UsageError(f"{path} cannot be read as CSV: {error}.") from error
     if lacking := [name for name in NEEDED if name not in frame]:
-        raise NotComparableError(
+        raise UsageError(
             f"{path} is not a results file of `python -m bench`: it lacks {', '.join(lacking)}."
         )
     return frame
@@ -75,19 +72,19 @@ def read(path: Path) -> pd.DataFrame:
 def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> Comparison:
     """
     Raises:
-        NotComparableError: nothing in common, or, but for ``across``, other machines.
+        UsageError: nothing in common, or, but for ``across``, other machines.
     """
     machines = {*old["machine"].unique(), *new["machine"].unique()}
     if len(machines) > 1 and not across:
         named = " and ".join(sorted(map(str, machines)))
-        raise NotComparableError(
+        raise UsageError(
             f"the files are of different machines, {named}: their times differ for other reasons "
             "than the code. --across compares them all the same."
         )
     old, new = (frame.drop_duplicates(KEY, keep="last") for frame in (old, new))
     both = old.merge(new, on=KEY, suffixes=("_old", "_new"))
     if both.empty:
-        raise NotComparableError("the files have no measurement in common.")
+        raise UsageError("the files have no measurement in common.")
     timed = both["status_old"] == OK
     broken = both[timed & (both["status_new"] != OK)]
     pairs = both[timed & (both["status_new"] == OK)].copy()

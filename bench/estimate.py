@@ -20,7 +20,7 @@ import da_triton
 from . import providers, tables, warm
 from .groups import MOST_AT_ONCE, Spent
 from .isolation import Worker
-from .measure import FLUSH_BYTES, FLUSHES_AHEAD
+from .observe import FLUSH_BYTES, FLUSHES_AHEAD
 from .problems import FORWARD, STEP
 from .providers import CHANNELS_LAST, GRAPH, Provider
 from .stages import EFFORT, STAGES, order
@@ -106,7 +106,7 @@ def _group(sweep: Sequence[Provider], work: Workload, mode: str) -> Spent:
         a_round += _one_timing(provider, work, mode)
     rounds = min(EFFORT.rounds_max, max(EFFORT.rounds_min, int(EFFORT.seconds / a_round)))
     spent.timing = rounds * a_round
-    spent.checking += EFFORT.warm_up * a_round
+    spent.checking += (EFFORT.warm_up - 1) * a_round
     return spent
 
 

@@ -12,11 +12,13 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
 from . import problems, providers
 from .isolation import isolated, last_line
+from .measure import OK, Row, describe
 from .providers import Provider
 from .workloads import select
 
@@ -50,6 +52,26 @@ def seconds(
         caches = {name: os.path.join(folder, part) for name, part in CACHES.items()}
         cold, warm = (_fresh(arguments, caches, deadline - time.monotonic()) for _ in range(2))
     return cold, warm
+
+
+def adding(
+    add: Callable[[list[Row]], None], groups: Sequence[Sequence[Provider]], dtype, device
+) -> Callable[[list[Row]], None]:
+    """``add`` for rows that are completed with the seconds of their providers' first calls."""
+    known = {(p.name, p.launch, p.layout): p for group in groups for p in group}
+
+    def completed(rows: list[Row]) -> None:
+        for row in rows:
+            if row["status"] == OK:
+                provider = known[row["provider"], row["launch"], row["layout"]]
+                try:
+                    found = seconds(row["workload"], provider, row["mode"], dtype, device)
+                    row["first_call_cold_s"], row["first_call_warm_s"] = found
+                except Exception as error:
+                    row["status"] = f"failed: {describe(error)}"
+        add(rows)
+
+    return completed
 
 
 def _fresh(arguments, caches, limit):

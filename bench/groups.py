@@ -4,57 +4,221 @@ The worker announces each provider before its setup and before each timing. Wher
 crashes or hangs, or CUDA becomes unusable in it, that provider's row says so and the others are
 measured again in a new process, ``ATTEMPTS`` times at most; then eager and da_triton alone. Rows
 are sent as soon as they are timed, so that a crash later costs no timing. A crash that cannot be
-assigned (while inputs are drawn, or while whole networks are timed) leaves eager and da_triton.
-A rival that hangs is left out of later groups. Launches are counted at the end, in a process of
-their own: a profiler slows what follows.
+assigned (while inputs are drawn) leaves eager and da_triton. A rival that hangs is left out of
+later groups. Launches are counted at the end, in a process of their own: a profiler slows what
+follows.
 """
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import itertools
 import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import measure
+import torch
+
+from . import ceilings, measure, warm
 from .floors import Ceilings
-from .isolation import SILENT, Worker, in_parallel
-from .jobs import (
-    SLOW,
-    CeilingsJob,
-    Compared,
-    Group,
-    Job,
-    LaunchCount,
-    NetworkGroup,
-    Planned,
-    Spent,
-    Timed,
-    Using,
-    Warming,
-    Where,
-)
+from .isolation import SILENCE, SILENT, Worker, in_parallel
 from .measure import (
     CONTEXT_LOST,
     OK,
     OUT_OF_TIME,
+    WITHOUT,
     Bench,
     Budget,
+    Effort,
+    OutOfTimeError,
     Row,
+    Timed,
+    Timer,
+    Watch,
+    countable,
+    new_row,
     on_gpu,
     progress,
 )
-from .networks import Network, Variant
 from .problems import FORWARD, STEP
-from .providers import GRAPH, Closure, Provider
-from .workloads import Workload
+from .providers import OURS, Provider
 
 ATTEMPTS = 3  # at a group, each without the provider that ended the one before
 MOST_AT_ONCE = 8  # processes that compile, on a machine with twice as many cores
 AT_ONCE = max(1, min(MOST_AT_ONCE, (os.cpu_count() or 2) // 2))
 WARMING_SHARE = 0.2  # of a stage's seconds at most
 MARGIN = 3.0  # seconds that a group has to end in after its budget, before it is killed
+SETUP_SHARE = 0.8  # of the silence that kills a worker, after which a setup is interrupted
+SLOW = "setup and first call took longer than"
+Add = Callable[[list[Row]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What all groups of a run share. Everything in it is picklable."""
+
+    device: torch.device
+    dtype: torch.dtype
+    make_timer: Callable[[], Timer]
+    effort: Effort
+    silence: float = SILENCE  # seconds without a result after which a worker is killed
+
+
+class Using(NamedTuple):
+    """The provider that runs next, by its place in the group; None if it is not one of them."""
+
+    place: int | None
+
+
+@dataclasses.dataclass
+class Spent:
+    """Seconds by what they went into; ``imports`` includes starting processes."""
+
+    imports: float = 0.0
+    compilation: float = 0.0  # setups and first calls
+    checking: float = 0.0  # inputs, the definition in float64, warm-up, memory
+    timing: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Spent(*(a + b for a, b in pairs))
+
+
+# --- in the worker --------------------------------------------------------------------------------
+
+
+class Reporting(Watch):
+    """Announces providers, ends setups that take too long, and adds up seconds."""
+
+    def __init__(self, send: Callable[[Any], None], where: Where, budget: Budget) -> None:
+        self.send, self.where, self.budget = send, where, budget
+        self.start, self.spent = time.perf_counter(), Spent()
+
+    def announce(self, place: int | None) -> None:
+        self.send(Using(place))
+
+    @contextlib.contextmanager
+    def setting_up(self, place: int) -> Iterator[None]:
+        start = time.perf_counter()
+        limit, left = SETUP_SHARE * self.where.silence, self.budget.left
+        fired: list[bool] = []
+        try:
+            with _alarm(min(limit, left), fired):
+                yield
+                if on_gpu(self.where.device):
+                    torch.cuda.synchronize()
+        except Exception:
+            if not fired:  # torch.compile wraps the exception in its own
+                raise
+            late = OutOfTimeError() if left < limit else TimeoutError(f"{SLOW} {limit:.0f} s")
+            raise late from None
+        finally:
+            self.spent.compilation += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def timing(self, place: int | None) -> Iterator[None]:
+        start = time.perf_counter()
+        self.announce(place)
+        try:
+            yield
+        finally:
+            self.spent.timing += time.perf_counter() - start
+
+    def timed(self, rows: dict[int, Row]) -> None:
+        self.send({place: dict(row) for place, row in rows.items()})
+        self.announce(None)
+
+    def end(self) -> None:
+        """Sends what was spent.
+
+        Raises:
+            RuntimeError: no other job can run in this process.
+        """
+        s = self.spent
+        s.checking = time.perf_counter() - self.start - s.compilation - s.timing
+        self.send(s)
+        if not measure.usable(self.where.device):
+            raise RuntimeError("CUDA became unusable in this process")
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float, fired: list[bool]) -> Iterator[None]:
+    """Raises TimeoutError in the block after a number of seconds, if it runs Python then, and
+    appends to ``fired``.
+
+    It is gentler than what the parent does: the other providers stay as they are.
+    """
+
+    def late(number, frame):
+        fired.append(True)
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.cache
+def _timer(make: Callable[[], Timer]) -> Timer:
+    return make()  # with one buffer for the whole process
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """``measure(bench, *arguments)`` in a worker, within a number of seconds."""
+
+    where: Where
+    ceilings: Ceilings | None
+    seconds: float
+    measure: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, send: Callable[[Any], None]) -> None:
+        where, budget = self.where, Budget(self.seconds)
+        watch = Reporting(send, where, budget)
+        bench = Bench(
+            where.device, where.dtype, _timer(where.make_timer), where.effort, budget,
+            self.ceilings, watch,
+        )  # fmt: skip
+        try:
+            send(self.measure(bench, *self.arguments))
+        finally:
+            gc.collect()
+        watch.end()
+
+
+def _group(bench: Bench, workload: Any, mode: str, providers: Sequence[Provider]) -> dict[int, Row]:
+    return dict(enumerate(bench.measure(workload, mode, providers)))
+
+
+def _launches(bench: Bench, timed: Sequence[Timed]) -> list[int | None]:
+    """The numbers of launches of timed rows, in their order; None where they cannot be counted."""
+    bench.count_launches(timed)
+    return [row.get("launches") for row, *_ in timed]
+
+
+def _warm(bench: Bench, workloads: Sequence[Any]) -> None:
+    """Calls that compile da_triton's kernels and their launchers, in the cache of all processes."""
+    for work, channels_last in itertools.product(workloads, (False, True)):
+        if bench.budget.left > 0:
+            warm.step(work, channels_last, bench.dtype, bench.device)
+            bench.watch.announce(None)
+
+
+def _ceilings(bench: Bench, copy_bytes: int | None, side: int | None) -> tuple[Any, dict[str, Any]]:
+    with bench.watch.timing(None):
+        return ceilings.measure(bench.timer, bench.device, bench.dtype, copy_bytes, side)
+
+
+# --- in the process that starts workers -----------------------------------------------------------
 
 
 class Sweeper:
@@ -66,13 +230,13 @@ class Sweeper:
         self.worker, self.where, self.budget = worker, where, budget
         self.ceilings = ceilings
         self.spent = Spent()
-        self.hung: dict[tuple[str, ...], str] = {}  # what happened, by the keys of members
+        self.hung: dict[tuple[str, ...], str] = {}  # what happened, by the keys of providers
 
     def run(
         self,
-        workloads: Sequence[Workload],
+        workloads: Sequence[Any],
         sweeps: Sequence[Sequence[Provider]],
-        add: Callable[[list[Row]], None],
+        add: Add,
         modes: Sequence[str] = (FORWARD, STEP),
     ) -> None:
         # Both modes of a workload, before the next: a run that ends early has whole workloads.
@@ -81,19 +245,17 @@ class Sweeper:
             add,
         )
 
-    def run_groups(self, groups: Sequence[Planned], add: Callable[[list[Row]], None]) -> None:
-        """Measures groups in their order; ``add`` gets the rows of each."""
+    def run_groups(
+        self, groups: Sequence[tuple[Any, str, Sequence[Provider], int]], add: Add
+    ) -> None:
+        """Measures groups with their numbers, in their order; ``add`` gets the rows of each."""
         timed: list[Timed] = []
-        for workload, mode, providers, place in progress(groups):
+        for workload, mode, providers, number in progress(groups):
             rows = self.group(workload, mode, providers)
             for row in rows:
-                row["group"] = str(place)
+                row["group"] = str(number)
             add(rows)
-            timed += [
-                (row, workload, mode, provider)
-                for row, provider in zip(rows, providers, strict=True)
-                if row["status"] == OK and provider.launch != GRAPH
-            ]
+            timed += countable(rows, workload, mode, providers)
         if on_gpu(self.where.device):
             self._count_launches(timed)
             add([])
@@ -105,41 +267,39 @@ class Sweeper:
             for _, part in itertools.groupby(timed, key=lambda one: one[1:3]):
                 if self.budget.left > 0:
                     items = list(part)
-                    job = LaunchCount(self.where, None, 0.0, items)
-                    found, _, _ = self._measured(job)
-                    for (row, *_), count in zip(items, found, strict=False):
+                    found, _, _ = self._measured(_launches, items)
+                    for (row, *_), count in zip(items, found or (), strict=False):
                         row["launches"] = count
         finally:
             self.worker.close()
             self.worker = worker
 
-    def group(self, workload: Workload, mode: str, providers: Sequence[Provider]) -> list[Row]:
-        """The rows of a group, one for each provider."""
-        return self._compared(Group(self.where, self.ceilings, 0.0, workload, mode, providers))
-
-    def network(self, network: Network, mode: str, variants: Sequence[Variant]) -> list[Row]:
-        return self._compared(NetworkGroup(self.where, self.ceilings, 0.0, network, mode, variants))
-
-    def _compared(self, job: Compared) -> list[Row]:
-        """The rows of all members, whatever some of them do to their process."""
-        members, bench = job.members, self._bench()
+    def group(self, workload: Any, mode: str, providers: Sequence[Provider]) -> list[Row]:
+        """The rows of all providers, whatever some of them do to their process."""
         rows: dict[int, Row] = {}
 
         def blank(place: int, status: str) -> Row:
-            return job.row(bench, members[place]) | {"status": status}
+            made = new_row(workload, mode, providers[place], self.where.device, self.where.dtype)
+            return made | {"status": status}
 
-        for i, member in enumerate(members):
-            if (key := job.key(member)) in self.hung:
-                rows[i] = blank(i, f"not measured again: {self.hung[key]}")
-        left = [i for i in range(len(members)) if i not in rows]
+        def key(provider: Provider) -> tuple[str, ...]:
+            """What is not measured again after it has hung."""
+            # Without eager or da_triton, the rest of a stage would be worth nothing.
+            here = _needed(provider) or workload.whole
+            return provider.name, provider.launch, workload.name if here else ""
+
+        for i, provider in enumerate(providers):
+            if key(provider) in self.hung:
+                rows[i] = blank(i, f"not measured again: {self.hung[key(provider)]}")
+        left = [i for i in range(len(providers)) if i not in rows]
         attempts, why = ATTEMPTS, "there is no eager block to check against"
         while attempts >= 0 and self.budget.left > 0:
             if attempts == 0:
-                left = [i for i in left if job.needed(members[i])]
-            part = dataclasses.replace(job, members=[members[i] for i in left])
-            if not part.complete():
+                left = [i for i in left if _needed(providers[i])]
+            part = [providers[i] for i in left]
+            if not part or (workload.whole and not any(p.baseline for p in part)):
                 break
-            found, failure, using = self._measured(part)
+            found, failure, using = self._measured(_group, workload, mode, part)
             why = failure or why
             found = {left[place]: row for place, row in (found or {}).items()}
             culprit = None if using is None else left[using]
@@ -149,8 +309,8 @@ class Sweeper:
             for i, row in found.items():
                 if i not in rows or rows[i]["status"] != OK or row["status"] == OK:
                     rows[i] = row
-                if row["status"].startswith(SLOW) or row["status"].endswith(SILENT):
-                    self.hung[job.key(members[i])] = f"on {row['workload']}, {row['status']}"
+                if SLOW in row["status"] or row["status"].endswith(SILENT):
+                    self.hung[key(providers[i])] = f"on {row['workload']}, {row['status']}"
             lost = any(row["status"] == CONTEXT_LOST for row in found.values())
             missing = [
                 i for i in left if rows.get(i, {}).get("status", CONTEXT_LOST) == CONTEXT_LOST
@@ -161,37 +321,32 @@ class Sweeper:
             left = [i for i in left if i in missing or (lost and rows[i]["status"] == OK)]
             attempts = attempts - 1 if known else min(attempts - 1, 0)
         status = f"not measured: {why}" if self.budget.left > 0 else OUT_OF_TIME
-        found = [rows.get(i) or blank(i, status) for i in range(len(members))]
-        for row in found:  # each process has seen a part of them
-            for name in [name for name in row if name.startswith("ratio_")]:
-                del row[name]
-        measure.compare(found)
-        return found
+        complete = [rows.get(i) or blank(i, status) for i in range(len(providers))]
+        measure.compare(complete)  # each process has seen a part of them
+        return complete
 
-    def measure_ceilings(self, copy_bytes: int | None, size: int | None) -> dict[str, Any]:
+    def measure_ceilings(self, copy_bytes: int | None, side: int | None) -> dict[str, Any]:
         """Measures the ceilings that later groups are compared with; the facts to be recorded."""
-        job = CeilingsJob(self.where, None, 0.0, copy_bytes, size)
-        found, failure, _ = self._measured(job)
+        found, failure, _ = self._measured(_ceilings, copy_bytes, side)
         self.ceilings, facts = found or (None, {"ceilings": failure})
         return facts
 
-    def warm(self, workloads: Sequence[Workload], log: Path) -> list[str]:
+    def warm(self, workloads: Sequence[Any], log: Path) -> list[str]:
         """Compiles da_triton's kernels for workloads in parallel processes, before any timing.
 
         Returns what went wrong; the measurements will show it again.
         """
         start, count = time.perf_counter(), min(AT_ONCE, len(workloads))
-        jobs = [
-            Warming(self.where, None, WARMING_SHARE * self.budget.left, list(workloads[i::count]))
-            for i in range(count)
-        ]
-        failures = in_parallel(jobs, WARMING_SHARE * self.budget.left + MARGIN, log)
+        seconds = WARMING_SHARE * self.budget.left
+        parts = [list(workloads[i::count]) for i in range(count)]
+        jobs = [Job(self.where, None, seconds, _warm, (part,)) for part in parts]
+        failures = in_parallel(jobs, seconds + MARGIN, log)
         self.spent.compilation += time.perf_counter() - start
         return failures
 
-    def _measured(self, job: Job) -> tuple[Any, str, int | None]:
-        """Results (empty if none came), what went wrong, and with which provider if one did."""
-        found: Any = []
+    def _measured(self, measured: Callable[..., Any], *arguments: Any) -> tuple[Any, str, Any]:
+        """The last result if one came, what went wrong, and with which provider if one did."""
+        found: Any = None
         using: int | None = None
 
         def receive(value):
@@ -204,19 +359,13 @@ class Sweeper:
                 found = value
 
         seconds, before = self.budget.left, self.worker.imports
-        job = dataclasses.replace(job, seconds=max(0.8 * seconds, seconds - MARGIN))
+        inside = max(0.8 * seconds, seconds - MARGIN)
+        job = Job(self.where, self.ceilings, inside, measured, arguments)
         failure = self.worker.run(job, seconds, receive, self.where.silence)
         self.spent.imports += self.worker.imports - before
         return found, failure, using
 
-    def _bench(self) -> Bench:
-        """Only for what it knows of rows: this process measures nothing."""
-        where = self.where
-        return Bench(
-            device=where.device, dtype=where.dtype, timer=_no_timer, effort=where.effort,
-            budget=self.budget,
-        )  # fmt: skip
 
-
-def _no_timer(closure: Closure, *, launches_count: bool) -> float:
-    raise RuntimeError("groups are measured in a worker")
+def _needed(provider: Provider) -> bool:
+    """Whether it is measured even where all others are given up."""
+    return not provider.compiles and (provider.baseline or provider.name in (*OURS, WITHOUT))

@@ -10,6 +10,7 @@ illegal memory access are sticky: every later CUDA call of the process fails too
 """
 
 import contextlib
+import faulthandler
 import math
 import multiprocessing
 import os
@@ -18,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from .environment import ROOT
 
@@ -59,21 +61,18 @@ def isolated(
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
     grace: float = 0.0,
-    family: "Family | None" = None,
 ) -> Ended:
     """Runs a command in the repository's root for at most ``limit`` seconds.
 
     ``log`` receives stdout and stderr while the command runs; ``environment`` is added to this
     process's. With a ``grace``, the command is interrupted that many seconds before its limit, to
-    print partial results. ``family``: what may kill it from another thread.
+    print partial results.
     """
     start = time.monotonic()
     with log.open("w+b") if log else tempfile.TemporaryFile() as file:
         process = _start(command, file, environment)
         interrupted = False
         try:
-            if family is not None:
-                family.add(process)
             status = _wait(process, limit - grace)
             if status is None and grace:
                 interrupted = True
@@ -98,11 +97,10 @@ class Worker:
     """A process for jobs: picklable callables that are given a function to send results with.
 
     ``imports`` is the number of seconds from starting processes until their first jobs began.
-    ``family``: what may kill it from another thread.
     """
 
-    def __init__(self, log: Path, family: "Family | None" = None) -> None:
-        self.log, self.family = log, family
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self.imports = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -116,8 +114,21 @@ class Worker:
     ) -> str:
         """Runs a job for at most ``limit`` seconds, of which at most ``silence`` in a row without
         a result; empty if it ended well, else what happened, in one line."""
+        self.begin(job)
+        return self.wait(limit, receive, silence)
+
+    def begin(self, job: Job) -> None:
+        self._began, self._fresh = time.monotonic(), self._process is None
+        pipe = self._pipe or self._start()
+        with contextlib.suppress(OSError):  # it has died, as ``wait`` will find
+            pipe.send(job)
+
+    def wait(
+        self, limit: float, receive: Callable[[Any], Any] = id, silence: float = SILENCE
+    ) -> str:
+        """What became of the job, as ``run`` returns it."""
         try:
-            failure = self._run(job, limit, receive, silence)
+            failure = self._wait(limit, receive, silence)
         except (EOFError, OSError):  # the other end of the pipe is closed
             failure = self._died()
         except BaseException:
@@ -127,12 +138,10 @@ class Worker:
             self.close()
         return failure
 
-    def _run(self, job, limit, receive, silence):
-        start = time.monotonic()
-        fresh = self._process is None
-        heard = math.inf if fresh else start  # imports have the whole limit
-        pipe = self._start() if self._pipe is None else self._pipe
-        pipe.send(job)
+    def _wait(self, limit, receive, silence):
+        start, pipe = self._began, self._pipe
+        assert pipe is not None
+        heard = math.inf if self._fresh else start  # imports have the whole limit
         while True:
             left = min(start + limit, heard + silence) - time.monotonic()
             if not pipe.poll(min(max(0.0, left), LONGEST_POLL)):
@@ -145,7 +154,7 @@ class Worker:
                 return f"killed after {late - heard:.0f} s {SILENT}"
             kind, value = pipe.recv()
             heard = time.monotonic()
-            if kind == STARTED and fresh:
+            if kind == STARTED and self._fresh:
                 self.imports += value
             elif kind == RESULT:
                 receive(value)
@@ -166,15 +175,11 @@ class Worker:
     def _start(self) -> Connection:
         self._pipe, theirs = multiprocessing.Pipe()
         descriptor = theirs.fileno()
-        command = [
-            sys.executable, "-X", "faulthandler", "-m", "bench.worker", str(descriptor),
-            repr(time.monotonic()),
-        ]  # fmt: skip
+        program = f"from bench.isolation import serve; serve({descriptor}, {time.monotonic()!r})"
+        command = [sys.executable, "-X", "faulthandler", "-c", program]
         with self.log.open("ab") as file:
             self._process = _start(command, file, None, (descriptor,))
         theirs.close()
-        if self.family is not None:
-            self.family.add(self._process)
         return self._pipe
 
     def _died(self) -> str:
@@ -196,46 +201,49 @@ class Worker:
                 time.sleep(0.2)
 
 
-class Family:
-    """Child processes that several threads wait for, and that an interruption ends first.
-
-    Otherwise leaving a thread pool would wait for the processes.
-    """
-
-    def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._over = False
-
-    def add(self, process: "subprocess.Popen[bytes]") -> None:
-        self._processes.append(process)
-        if self._over:
-            _kill_group(process)
-
-    def map(self, run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
-        """The results of ``run``, in the order of items."""
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            try:
-                return list(pool.map(run, items))
-            except BaseException:
-                self._over = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._processes):
-                    _kill_group(process)
-                raise
-
-
 def in_parallel(jobs: Sequence[Job], limit: float, log: Path) -> list[str]:
     """Runs each job in a process of its own, all at once; what went wrong, in a line per job."""
-    family = Family()
-
-    def run(job: Job) -> str:
-        worker = Worker(log, family)
-        try:
-            return worker.run(job, limit, lambda value: None)
-        finally:
+    workers = [Worker(log) for _ in jobs]
+    try:
+        for worker, job in zip(workers, jobs, strict=True):
+            worker.begin(job)
+        return [failure for worker in workers if (failure := worker.wait(limit))]
+    finally:
+        for worker in workers:
             worker.close()
 
-    return [failure for failure in family.map(run, jobs, len(jobs)) if failure]
+
+def serve(descriptor: int, started: float) -> NoReturn:
+    """The process behind ``Worker``: runs the jobs that arrive on a pipe.
+
+    It ends with the pipe, or with the first job that fails.
+    """
+    status = _serve(Connection(descriptor), started)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a lost CUDA context can make an orderly exit hang
+
+
+def _serve(pipe: Connection, started: float) -> int:
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    while True:
+        try:
+            job = pipe.recv_bytes()
+        except (EOFError, OSError):
+            return 0  # the parent has ended
+        try:
+            # Unpickling the first job imports what it needs. The clock is the parent's too.
+            run = ForkingPickler.loads(job)
+            pipe.send((STARTED, time.monotonic() - started))
+            run(lambda value: pipe.send((RESULT, value)))
+            pipe.send((DONE, None))
+        except BaseException as error:
+            traceback.print_exc()
+            lines = str(error).strip().splitlines()
+            with contextlib.suppress(OSError):  # the parent has ended
+                pipe.send((FAILED, ": ".join([type(error).__name__, *lines[:1]])))
+            return 1
 
 
 def ending(status: int) -> str:

@@ -10,15 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from . import floors, problems
 from .floors import Ceilings
 from .isolation import SILENT
-from .observe import host_microseconds, launches, on_gpu, peak_bytes, prepare, usable
-from .problems import Problem
+from .observe import Timer, host_microseconds, launches, on_gpu, peak_bytes, prepare, usable
 from .providers import GRAPH, OURS, Closure, Provider
 from .workloads import Workload
 
@@ -29,14 +28,14 @@ CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in 
 # provider that hung are among them.
 CUT_SHORT = ("not run", "not measured", "killed")
 LEFT_OUT = "not measured again"
-FLUSH_BYTES = 256 * 2**20
-FLUSHES_AHEAD = 4
 CONDITIONS = (
     "torch.backends.cudnn.benchmark is True for every provider; before each timing L2 is filled "
     "with clean lines of an unrelated buffer; graphs of every provider are captured in the same "
     "way; providers called unbiased have no bias of V and so a slightly easier problem"
 )
 Row = dict[str, Any]
+Timed = tuple[Row, Any, str, Provider]  # a row, its workload and its mode
+Ready = tuple[int, Row, Provider, Closure]  # a place in the group, and what is timed there
 
 
 def cut_short(row: Row) -> bool:
@@ -52,64 +51,16 @@ def undecided(row: Row) -> bool:
 
 
 class ContextLostError(RuntimeError):
-    """CUDA is unusable in this process; the rows measured so far have been added.
-
-    ``groups_done``: how many groups have rows. A new process continues with ``skip=groups_done``.
-    """
+    """CUDA is unusable in this process; the rows measured so far have been added."""
 
     def __init__(self, groups_done: int) -> None:
         super().__init__(
             f"CUDA became unusable in group {groups_done}, so nothing was measured after it"
         )
-        self.groups_done = groups_done
 
 
-class Timer(Protocol):
-    def __call__(self, closure: Closure, *, launches_count: bool) -> float:
-        """Milliseconds of one call, with or without the host's part in it.
-
-        What the closure has to do before is called, but not timed.
-        """
-
-
-class WallTimer:
-    """The host's clock; on a CPU the host does everything."""
-
-    def __call__(self, closure: Closure, *, launches_count: bool) -> float:
-        prepare(closure)
-        start = time.perf_counter()
-        closure()
-        return 1e3 * (time.perf_counter() - start)
-
-
-class CudaTimer:
-    """CUDA events around one call, with L2 full of clean lines of an unrelated buffer.
-
-    Writes of one buffer are followed by a read of another, both larger than L2: after writes alone,
-    dirty lines would be written back during the measured call and charged to it. Where launches
-    count, the GPU is idle when the clock starts: the figure is what a caller waits. Where they do
-    not, the GPU is still busy with these buffers while the host launches.
-    """
-
-    def __init__(self, device: torch.device | str = "cuda", flush_bytes: int = FLUSH_BYTES) -> None:
-        count = flush_bytes // 4
-        self.written = torch.empty(count, dtype=torch.float32, device=device)
-        self.read = torch.zeros(count, dtype=torch.float32, device=device)
-        self.total = torch.zeros((), dtype=torch.float32, device=device)
-
-    def __call__(self, closure: Closure, *, launches_count: bool) -> float:
-        prepare(closure)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(1 if launches_count else FLUSHES_AHEAD):
-            self.written.zero_()
-        torch.sum(self.read, 0, out=self.total)
-        if launches_count:
-            torch.cuda.synchronize()
-        start.record()
-        closure()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+class OutOfTimeError(Exception):
+    """The budget was used up in a provider's setup."""
 
 
 @contextlib.contextmanager
@@ -147,6 +98,26 @@ class Budget:
         return self.seconds - (self.clock() - self.start)
 
 
+class Watch:
+    """What is told while a group is measured; in this process, nothing.
+
+    Providers are named by their places in the group.
+    """
+
+    def announce(self, place: int | None) -> None:
+        """The provider runs next, or none of them."""
+
+    def setting_up(self, place: int) -> contextlib.AbstractContextManager:
+        """A setup and its first call."""
+        return contextlib.nullcontext()
+
+    def timing(self, place: int | None) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def timed(self, rows: dict[int, Row]) -> None:
+        """All were timed; what follows may still crash."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """Where, in which dtype, with which clock and for how long groups are measured.
@@ -160,103 +131,103 @@ class Bench:
     effort: Effort
     budget: Budget
     ceilings: Ceilings | None = None
+    watch: Watch = Watch()  # noqa: RUF009
 
     def run(
         self,
-        workloads: Sequence[Workload],
+        workloads: Sequence[Any],
         sweeps: Sequence[Sequence[Provider]],
         add: Callable[[list[Row]], None],
         modes: Sequence[str] = (problems.FORWARD, problems.STEP),
-        skip: int = 0,
     ) -> None:
         """Gives ``add`` the rows of each group as soon as they are measured.
 
-        ``skip``: the first groups, which a process before this one has measured. Launches are
-        counted at the end, because a profiler slows what runs after it: that completes rows in
-        place, and a last ``add([])`` says so.
+        Launches are counted at the end, because a profiler slows what runs after it: that
+        completes rows in place, and a last ``add([])`` says so.
 
         Raises:
             ContextLostError: CUDA is unusable from here on; the group's rows have been added.
         """
         groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
-        launched: list[tuple[Row, Workload, str, Provider]] = []
-        for done, (workload, mode, providers) in enumerate(progress(groups[skip:]), skip + 1):
+        timed: list[Timed] = []
+        for done, (workload, mode, providers) in enumerate(progress(groups), 1):
             rows = self.measure(workload, mode, providers)
             add(rows)
             if any(r["status"] not in (OK, OUT_OF_TIME) for r in rows) and not usable(self.device):
                 raise ContextLostError(done)
-            launched += [
-                (row, workload, mode, provider)
-                for row, provider in zip(rows, providers, strict=True)
-                if row["status"] == OK and provider.launch != GRAPH
-            ]
+            timed += countable(rows, workload, mode, providers)
         if on_gpu(self.device):
-            self.count_launches(launched)
+            self.count_launches(timed)
             add([])
             if not usable(self.device):
                 raise ContextLostError(len(groups))
 
     @cudnn_benchmark()
-    def measure(self, workload: Workload, mode: str, providers: Sequence[Provider]) -> list[Row]:
-        rows = [self._row(workload, mode, p) for p in providers]
+    def measure(self, workload: Any, mode: str, providers: Sequence[Provider]) -> list[Row]:
+        """Rows of all providers on a workload or a network, timed in turns if they are right."""
+        rows = [new_row(workload, mode, p, self.device, self.dtype) for p in providers]
         if any(p.compiles for p in providers):
             torch.compiler.reset()
-        ready: list[tuple[Row, Provider, Closure]] = []
-        problem: Problem | None = None
+        ready: list[Ready] = []
+        problem: Any = None
         lost = False
-        for row, provider in zip(rows, providers, strict=True):
+        for place, (row, provider) in enumerate(zip(rows, providers, strict=True)):
             if lost or self.budget.left <= 0:
                 row["status"] = CONTEXT_LOST if lost else OUT_OF_TIME
                 continue
             try:
-                if problem is None:
-                    problem = problems.draw(workload, mode, self.dtype, self.device)
-                closure = self._ready(provider, provider.problem(problem), row)
+                problem = problem or workload.draw(mode, self.dtype, self.device)
+                self.watch.announce(place)
+                closure = self._ready(provider, provider.problem(problem), row, place)
+            except OutOfTimeError:
+                row["status"] = OUT_OF_TIME
             except Exception as error:
                 row["status"] = f"failed: {describe(error)}"
                 lost = not usable(self.device)
-                continue
-            if closure is not None:
-                ready.append((row, provider, closure))
+            else:
+                if closure is not None:
+                    ready.append((place, row, provider, closure))
         if lost:
-            for row, *_ in ready:
+            for _, row, *_ in ready:
                 row["status"] = CONTEXT_LOST
             return rows
         self.time_in_turns(ready)
-        for row, provider, closure in ready:
-            self._describe(row, workload)
-            self._observe(row, provider, closure)
+        if not workload.whole:
+            for _, row, *_ in ready:
+                self._describe(row, workload)
+        self.watch.timed({place: row for place, row, *_ in ready})
+        for _, row, provider, closure in ready:
+            self._observe(row, provider, closure, workload.whole)
         compare(rows)
         note_unused_kernels(rows)
         return rows
 
-    def _ready(self, provider: Provider, problem: Problem, row: Row) -> Closure | None:
+    def _ready(self, provider: Provider, problem: Any, row: Row, place: int) -> Closure | None:
         """The provider's closure, warmed up and right; None, and a row that says so, if wrong.
 
         The check comes after the warm-up: what is recorded or compiled late is checked too.
         """
-        closure = provider.setup(problem)
-        for _ in range(self.effort.warm_up):
-            closure()
-        problem.show(problem.fresh)
-        errors = problem.errors(closure())
-        problem.show(problem.features)
+        with self.watch.setting_up(place):
+            closure = provider.setup(problem)
+            if self.effort.warm_up:
+                closure()
+        errors = problem.check(closure, self.effort.warm_up - 1)
         row.update(zip(("error", "error_gradient"), errors, strict=False))
-        # Eager's own sums over millions of positions lose digits; that does not make it wrong.
-        allowed = problems.TOLERANCE[self.dtype] * (2 if provider.baseline else 1)
+        allowed = problem.allowed(provider.baseline)
         if not all(error <= allowed for error in errors):
             figures = " and ".join(f"{error:.1e}" for error in errors)
             row["status"] = f"disagrees: relative RMS {figures}, allowed {allowed:.0e}"
             return None
         return closure
 
-    def _observe(self, row: Row, provider: Provider, closure: Closure) -> None:
+    def _observe(self, row: Row, provider: Provider, closure: Closure, whole: bool) -> None:
         """Memory and host time of a timed row; where these fail, the timing stands."""
         if row["status"] != OK:
             return
         wanted: dict[str, Callable[[], int | float | None]] = {}
         if provider.launch != GRAPH:
             wanted["peak_bytes"] = lambda: peak_bytes(closure, self.device)
+        if provider.launch != GRAPH and not whole:
             wanted["cpu_us"] = lambda: host_microseconds(closure, self.device)
         saved = getattr(closure, "saved_bytes", None)
         if saved and not provider.compiles:
@@ -266,15 +237,15 @@ class Bench:
                 row[name] = measured()
 
     @cudnn_benchmark()
-    def count_launches(self, timed: Sequence[tuple[Row, Workload, str, Provider]]) -> None:
+    def count_launches(self, timed: Sequence[Timed]) -> None:
         """Completes rows whose provider launches its operations one by one, while there is time."""
-        drawn: tuple[Workload, str] | None = None
+        drawn: tuple[Any, str] | None = None
         for row, workload, mode, provider in timed:
             if self.budget.left <= 0:
                 return
             try:
                 if drawn != (workload, mode):
-                    problem = problems.draw(workload, mode, self.dtype, self.device)
+                    problem = workload.draw(mode, self.dtype, self.device)
                     drawn = workload, mode
                 if provider.compiles:
                     torch.compiler.reset()
@@ -286,7 +257,7 @@ class Bench:
                 if not usable(self.device):
                     return
 
-    def time_in_turns(self, ready: Sequence[tuple[Row, Any, Closure]]) -> None:
+    def time_in_turns(self, ready: Sequence[Ready]) -> None:
         """Rounds over all closures, each round beginning with the next one: all drift alike.
 
         If CUDA becomes unusable, those that have enough repetitions by then keep them.
@@ -300,18 +271,19 @@ class Bench:
                 break
             for place in range(len(ready)):
                 index = (turn + place) % len(ready)
-                row, provider, closure = ready[index]
+                name, row, provider, closure = ready[index]
                 if row["status"] != OK:
                     continue
                 try:
-                    ms = self.timer(closure, launches_count=provider.launch != GRAPH)
+                    with self.watch.timing(name):
+                        ms = self.timer(closure, launches_count=provider.launch != GRAPH)
                     times[index].append(ms)
                 except Exception as error:
                     row["status"] = f"failed: {describe(error)}"
                     lost = not usable(self.device)
                     if lost:
                         break
-        for (row, _, _), taken in zip(ready, times, strict=True):
+        for (_, row, *_), taken in zip(ready, times, strict=True):
             if lost and row["status"] == OK and len(taken) < self.effort.rounds_min:
                 row["status"] = CONTEXT_LOST
             if row["status"] == OK:
@@ -332,30 +304,29 @@ class Bench:
         row.update(gb_s=moved / seconds / 1e9, tflop_s=flop / seconds / 1e12)
         if self.ceilings:
             floor = floors.floor(workload, batch, row["mode"], size, self.ceilings)
-            row.update(
-                floor_ms=1e3 * floor.seconds,
-                bound=floor.bound,
-                share_of_floor=floor.seconds / seconds,
-            )
+            row.update(floor_ms=1e3 * floor.seconds, bound=floor.bound)
+            row["share_of_floor"] = floor.seconds / seconds
 
-    def _row(self, workload: Workload, mode: str, provider: Provider) -> Row:
-        return {
-            "workload": workload.name,
-            "n": workload.batch(self.device),
-            "c": workload.c,
-            "positions": "x".join(map(str, workload.positions)),
-            "c_m": workload.c_m,
-            "c_n": workload.c_n,
-            "heads": workload.heads,
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "mode": mode,
-            "layout": provider.layout,
-            "launch": provider.launch,
-            "provider": provider.name,
-            "baseline": provider.baseline,
-            "status": OK,
-        }
+
+def new_row(
+    workload: Any, mode: str, provider: Provider, device: torch.device, dtype: torch.dtype
+) -> Row:
+    """The row of a provider that was not timed yet."""
+    return {
+        **workload.columns(device), "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."), "mode": mode, "layout": provider.layout,
+        "launch": provider.launch, "provider": provider.name, "baseline": provider.baseline,
+        "status": OK,
+    }  # fmt: skip
+
+
+def countable(rows: Sequence[Row], workload: Any, mode: str, providers) -> list[Timed]:
+    """Those of blocks whose operations are launched one by one."""
+    return [
+        (row, workload, mode, provider)
+        for row, provider in zip(rows, providers, strict=True)
+        if row["status"] == OK and provider.launch != GRAPH and not workload.whole
+    ]
 
 
 # Each ratio refers to the fastest row of the group for which its condition holds. Without a block
@@ -396,6 +367,17 @@ def compare(rows: list[Row]) -> None:
             }
         if failed:
             row["failed_references"] = ", ".join(failed)
+    _add_shares(rows)
+
+
+def _add_shares(rows: list[Row]) -> None:
+    """Of the time that the eager block adds to a network, what each provider's adds."""
+    times = {(r["provider"], r["layout"]): r["median_ms"] for r in rows if r["status"] == OK}
+    for row in (row for row in rows if row["status"] == OK):
+        prefix = "compile " if row["provider"].startswith("compile ") else ""
+        bare, eager = (times.get((prefix + name, row["layout"])) for name in (WITHOUT, "eager"))
+        if bare and eager and eager > bare:
+            row["added"] = (row["median_ms"] - bare) / (eager - bare)
 
 
 def note_unused_kernels(rows: list[Row]) -> None:

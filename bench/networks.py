@@ -8,12 +8,10 @@ Each is also timed without the block, so that the block's share of the added tim
 variants have the same weights, and must give the same answers, before anything is timed.
 """
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,22 +21,9 @@ from da_triton import DoubleAttention
 from da_triton.integrations.resnet import paper_places
 
 from .formulations import EagerDoubleAttention
-from .measure import (
-    CONTEXT_LOST,
-    OK,
-    OUT_OF_TIME,
-    WITHOUT,
-    Bench,
-    Row,
-    compare,
-    cudnn_benchmark,
-    describe,
-    note_unused_kernels,
-    peak_bytes,
-    usable,
-)
-from .problems import FORWARD, STEP
-from .providers import CHANNELS_LAST, NCHW
+from .measure import WITHOUT
+from .problems import FORWARD, STEP, memory_format
+from .providers import LAYOUTS, Provider, in_layouts
 
 Make = Callable[[int], nn.Module]
 # Relative RMS of the block's effect on outputs: many layers amplify what single layers round.
@@ -48,7 +33,7 @@ MODES = {"fwd": FORWARD, "fwd_bwd": STEP}
 
 @dataclass(frozen=True)
 class Network:
-    """``make`` builds it with blocks, or without where the argument is None."""
+    """A workload: ``make`` builds it with blocks, or without where the argument is None."""
 
     name: str
     make: Callable[[Make | None], nn.Module]
@@ -56,8 +41,54 @@ class Network:
     shape: tuple[int, int, int, int]
     cpu_shape: tuple[int, int, int, int]
 
-    def input_shape(self, device: torch.device) -> tuple[int, int, int, int]:
+    whole = True
+
+    def draw(self, mode: str, dtype: torch.dtype, device: torch.device) -> "Task":
+        x = torch.randn(self._shape(device), generator=torch.Generator().manual_seed(0))
+        return Task(self, mode, x.to(device, dtype))
+
+    def columns(self, device: torch.device) -> dict[str, Any]:
+        batch, channels, *positions = self._shape(device)
+        places = "x".join(map(str, positions))
+        return {"workload": self.name, "n": batch, "c": channels, "positions": places}
+
+    def _shape(self, device: torch.device) -> tuple[int, int, int, int]:
         return self.cpu_shape if device.type == "cpu" else self.shape
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network is given. The first one with a block decides the weights and the results."""
+
+    network: Network
+    mode: str
+    x: Tensor
+    first: dict[str, Any] = field(default_factory=dict)
+
+    def in_format(self, channels_last: bool) -> "Task":
+        form = memory_format(2) if channels_last else torch.contiguous_format
+        return replace(self, x=self.x.clone(memory_format=form))
+
+    def built(self, block: Make | None) -> nn.Module:
+        torch.manual_seed(0)
+        network = self.network.make(block).to(self.x.device)
+        if block is not None:
+            if "state" not in self.first:
+                self.first["state"] = copy.deepcopy(network.state_dict())
+            network.load_state_dict(self.first["state"])
+        form = torch.contiguous_format if self.x.is_contiguous() else memory_format(2)
+        return network.to(memory_format=form).train(self.mode == STEP)
+
+    def check(self, run: "Run", warm_up: int) -> list[float]:
+        """The error of the first call's result: a training step changes the weights."""
+        result = run()[0] if run.first is None else run.first
+        if not run.has_block:
+            return []
+        expected = self.first.setdefault("result", result).double()
+        return [((result.double() - expected).norm() / expected.norm()).item()]
+
+    def allowed(self, baseline: bool) -> float:
+        return TOLERANCE[self.x.dtype]
 
 
 class NearIdentity(nn.Module):
@@ -137,152 +168,52 @@ def our_block(channels: int, backend: str) -> nn.Module:
     return DoubleAttention(channels, residual=True, backend=backend)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is timed: with which block, in which memory format, compiled or not."""
-
-    name: str
-    block: Make | None
-    channels_last: bool = False
-    compiled: bool = False
-
-    @property
-    def layout(self) -> str:
-        return CHANNELS_LAST if self.channels_last else NCHW
-
-
-def variants(backend: str, compiled: bool) -> list[Variant]:
-    ours = functools.partial(our_block, backend=backend)
-    blocks = {WITHOUT: None, "eager": eager_block, backend: ours}
-    return [
-        Variant(f"compile {name}" if compile_ else name, block, last, compile_)
-        for compile_ in ((False, True) if compiled else (False,))
-        for name, block in blocks.items()
-        for last in (False, True)
-    ]
-
-
 class Run:
-    """Inference or a training step of a variant on an input of its own."""
+    """Inference or a training step of a network with a block, or without."""
 
-    def __init__(self, network: nn.Module, variant: Variant, x: Tensor, mode: str, loss) -> None:
-        form = torch.channels_last if variant.channels_last else torch.contiguous_format
-        self.network = network.to(memory_format=form).train(mode == STEP)
-        self.x, self.mode, self.loss = x.clone(memory_format=form), mode, loss
-        self.call = torch.compile(self.network, dynamic=False) if variant.compiled else self.network
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9)
+    def __init__(self, task: Task, block: Make | None, compiled: bool) -> None:
+        self.task, self.has_block = task, block is not None
+        network = task.built(block)
+        self.call: Any = torch.compile(network, dynamic=False) if compiled else network
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+        self.first: Tensor | None = None
 
     def __call__(self) -> tuple[Tensor, ...]:
         # Weights stay in float32; products run in the input's dtype, as in mixed precision.
-        half = self.x.dtype != torch.float32
-        with torch.autocast(self.x.device.type, self.x.dtype if half else None, enabled=half):
-            if self.mode == FORWARD:
+        x = self.task.x
+        half = x.dtype != torch.float32
+        with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
+            if self.task.mode == FORWARD:
                 with torch.no_grad():
-                    return (_first(self.call(self.x)),)
-            loss = self.loss(self.call, self.x)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return (loss.detach(),)
+                    result = _first(self.call(x))
+            else:
+                result = self.task.network.loss(self.call, x)
+        if self.task.mode == STEP:
+            self.optimizer.zero_grad(set_to_none=True)
+            result.backward()
+            self.optimizer.step()
+        result = result.detach()
+        self.first = result if self.first is None else self.first
+        return (result,)
+
+
+def variants(backend: str, compiled: bool) -> list[Provider]:
+    """A network without block, with the eager one and with ours, in both memory formats."""
+    ours = functools.partial(our_block, backend=backend)
+    blocks = {WITHOUT: None, "eager": eager_block, backend: ours}
+    found = [
+        Provider(
+            f"compile {name}" if with_compile else name,
+            functools.partial(Run, block=block, compiled=with_compile),
+            baseline=name == "eager" and not with_compile, compiles=with_compile,
+        )
+        for with_compile in ((False, True) if compiled else (False,))
+        for name, block in blocks.items()
+    ]  # fmt: skip
+    return in_layouts(found, LAYOUTS)
 
 
 def _first(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output
-
-
-@cudnn_benchmark()
-def measure(
-    bench: Bench,
-    network: Network,
-    mode: str,
-    chosen: Sequence[Variant],
-    setting_up: Callable[[int], AbstractContextManager] = contextlib.nullcontext,
-) -> list[Row]:
-    """Rows of all variants, timed in turns; those that disagree with the eager block are not timed.
-
-    After an error that makes CUDA unusable, the others are not tried: they have no timing either.
-
-    ``setting_up``: a context for the setup and the first call of the variant with a number.
-    """
-    rows = [row(bench, network, mode, v) for v in chosen]
-    ready = []
-    expected: Tensor | None = None
-    x = torch.randn(network.input_shape(bench.device), generator=torch.Generator().manual_seed(0))
-    state: dict[str, Tensor] | None = None
-    torch.compiler.reset()
-    lost = False
-    for place, (found, variant) in enumerate(zip(rows, chosen, strict=True)):
-        if lost or bench.budget.left <= 0:
-            found["status"] = CONTEXT_LOST if lost else OUT_OF_TIME
-            continue
-        try:
-            with setting_up(place):
-                x = x.to(bench.device, bench.dtype)
-                torch.manual_seed(0)
-                built = network.make(variant.block).to(bench.device)
-                if variant.block is not None:
-                    state = state or copy.deepcopy(built.state_dict())
-                    built.load_state_dict(state)
-                run = Run(built, variant, x, mode, network.loss)
-                (result,) = run()
-            if variant.block is not None:
-                expected = result if expected is None else expected
-                found["error"] = error = _distance(result, expected)
-                if not error <= TOLERANCE[bench.dtype]:
-                    found["status"] = f"disagrees: relative RMS {error:.1e} to the eager block"
-                    continue
-            found["peak_bytes"] = peak_bytes(run, bench.device)
-        except Exception as error:
-            found["status"] = f"failed: {describe(error)}"
-            lost = not usable(bench.device)
-            continue
-        ready.append((found, _Launched, run))
-    if lost:
-        for found, *_ in ready:
-            found["status"] = CONTEXT_LOST
-        return rows
-    bench.time_in_turns(ready)
-    compare(rows)
-    _add_shares(rows)
-    note_unused_kernels(rows)
-    return rows
-
-
-class _Launched:
-    launch = "eager"
-
-
-def _distance(result: Tensor, expected: Tensor) -> float:
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def _add_shares(rows: list[Row]) -> None:
-    """Of the time that the eager block adds to the network, what ours adds."""
-    for row in rows:
-        prefix = "compile " if row["provider"].startswith("compile ") else ""
-        peers = {
-            name: other["median_ms"]
-            for other in rows
-            for name in (prefix + WITHOUT, prefix + "eager")
-            if other["status"] == OK
-            and other["provider"] == name
-            and other["layout"] == row["layout"]
-        }
-        if row["status"] == OK and len(peers) == 2:
-            bare, eager = peers[prefix + WITHOUT], peers[prefix + "eager"]
-            if eager > bare:
-                row["added"] = (row["median_ms"] - bare) / (eager - bare)
-
-
-def row(bench: Bench, network: Network, mode: str, variant: Variant) -> Row:
-    """The row of a variant that was not timed yet."""
-    batch, channels, *positions = network.input_shape(bench.device)
-    return {
-        "workload": network.name, "n": batch, "c": channels,
-        "positions": "x".join(map(str, positions)), "device": bench.device.type,
-        "dtype": str(bench.dtype).removeprefix("torch."), "layout": variant.layout, "mode": mode,
-        "launch": "eager", "provider": variant.name, "baseline": variant.name == "eager",
-        "status": OK,
-    }  # fmt: skip

@@ -1,10 +1,14 @@
-"""What is read of a closure and of the GPU beside times: memory, launches, host seconds."""
+"""Timers, and what is read of a closure beside times: memory, launches, host seconds."""
 
 import time
+from typing import Protocol
 
 import torch
 
 from .providers import Closure
+
+FLUSH_BYTES = 256 * 2**20
+FLUSHES_AHEAD = 4
 
 
 def prepare(closure: Closure) -> None:
@@ -81,3 +85,58 @@ def host_microseconds(closure: Closure, device: torch.device, calls: int = 20) -
         closure()
         times.append(1e6 * (time.perf_counter() - start))
     return sorted(times)[calls // 2]
+
+
+class Timer(Protocol):
+    def __call__(self, closure: Closure, *, launches_count: bool) -> float:
+        """Milliseconds of one call, with or without the host's part in it.
+
+        What the closure has to do before is called, but not timed.
+        """
+
+
+class WallTimer:
+    """The host's clock; on a CPU the host does everything."""
+
+    def __call__(self, closure: Closure, *, launches_count: bool) -> float:
+        prepare(closure)
+        start = time.perf_counter()
+        closure()
+        return 1e3 * (time.perf_counter() - start)
+
+
+class CudaTimer:
+    """CUDA events around one call, with L2 full of clean lines of an unrelated buffer.
+
+    Writes of one buffer are followed by a read of another, both larger than L2: after writes alone,
+    dirty lines would be written back during the measured call and charged to it. Where launches
+    count, the GPU is idle when the clock starts: the figure is what a caller waits. Where they do
+    not, the GPU is still busy with these buffers while the host launches.
+    """
+
+    def __init__(self, device: torch.device | str = "cuda", flush_bytes: int = FLUSH_BYTES) -> None:
+        count = flush_bytes // 4
+        self.written = torch.empty(count, dtype=torch.float32, device=device)
+        self.read = torch.zeros(count, dtype=torch.float32, device=device)
+        self.total = torch.zeros((), dtype=torch.float32, device=device)
+
+    def __call__(self, closure: Closure, *, launches_count: bool) -> float:
+        prepare(closure)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(1 if launches_count else FLUSHES_AHEAD):
+            self.written.zero_()
+        torch.sum(self.read, 0, out=self.total)
+        if launches_count:
+            torch.cuda.synchronize()
+        start.record()
+        closure()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def here() -> tuple[torch.device, Timer]:
+    """The GPU if there is one, with its clock."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), CudaTimer()
+    return torch.device("cpu"), WallTimer()

@@ -61,6 +61,19 @@ class Problem:
         with torch.no_grad():
             self.x.copy_(maps)
 
+    def check(self, closure: Any, warm_up: int) -> list[float]:
+        """The errors of a closure that was called before, on values that it has not seen."""
+        for _ in range(warm_up):
+            closure()
+        self.show(self.fresh)
+        errors = self.errors(closure())
+        self.show(self.features)
+        return errors
+
+    def allowed(self, baseline: bool) -> float:
+        """Eager's own sums over millions of positions lose digits; that does not make it wrong."""
+        return TOLERANCE[self.x.dtype] * (2 if baseline else 1)
+
     def errors(self, results: tuple[Tensor, ...]) -> list[float]:
         """Relative RMS error of the output, and of x's gradient, against the branch's size."""
         skips = (self.fresh,) if self.grad is None else (self.fresh, self.grad)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import names
 from .formulations import (
     AbsorbedAttention,
     AbsorbedFlexAttention,
@@ -26,6 +25,7 @@ from .formulations import (
     our_block,
 )
 from .problems import BACKWARD, FORWARD, Problem, memory_format
+from .workloads import UsageError, check
 
 EAGER, GRAPH = "eager", "graph"
 NCHW, CHANNELS_LAST = "nchw", "channels_last"
@@ -271,16 +271,15 @@ def select(
     """Providers by name, or all that run on a device in a dtype.
 
     Raises:
-        UnknownNameError: with the nearest name.
-        ValueError: a named one does not run there.
+        UsageError: a name is not known, or what it names does not run there.
     """
     known = catalogue(launch)
-    names.check("provider", chosen, [p.name for p in known])
-    names.check("layout", layouts, LAYOUTS)
+    check("provider", chosen, [p.name for p in known])
+    check("layout", layouts, LAYOUTS)
     fit = {p.name: _misfit(p, device, dtype, layouts) for p in known}
     for name in chosen:
         if fit[name]:
-            raise ValueError(f"provider {name!r} {fit[name]}.")
+            raise UsageError(f"provider {name!r} {fit[name]}.")
     found = [p for p in known if (p.name in chosen if chosen else not fit[p.name])]
     return in_layouts(found, layouts)
 
@@ -337,9 +336,9 @@ def gpu_sweeps(stage: str = "") -> list[list[Provider]]:
     Every group has eager and da_triton in both memory formats.
 
     Raises:
-        UnknownNameError: a stage of another name.
+        UsageError: a stage of another name.
     """
-    names.check("stage", [stage] if stage else [], list(STAGES))
+    check("stage", [stage] if stage else [], list(STAGES))
     found = []
     for launch, others in itertools.chain(*([STAGES[stage]] if stage else STAGES.values())):
         known = {p.name: p for p in catalogue(launch)}

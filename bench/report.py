@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from . import plots, tables
-from .environment import columns
+from . import ceilings, plots, tables
+from .environment import columns, environment
 from .floors import Ceilings
 from .measure import CONDITIONS, OK, ContextLostError, Row
+from .observe import Timer
 
 IDENTITY = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "layout", "mode",
@@ -78,6 +80,11 @@ class Report:
         self.environment |= facts
         text = json.dumps(self.environment, indent=2, ensure_ascii=False, default=str)
         replace(self.out / "environment.json", text + "\n")
+
+    def measure_ceilings(self, timer: Timer, device: torch.device, dtype: torch.dtype) -> None:
+        self.ceilings, found = ceilings.measure(timer, device, dtype)
+        self.record(ceilings=found)
+        self.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
@@ -145,6 +152,20 @@ class Report:
     def summary(self) -> str:
         """Ratios over all workloads, or without ratios the raw times."""
         return tables.ratios(self.timed()) if self.shows_ratios else self.table()
+
+
+def started(out: Path, device: torch.device, **options: Any) -> Report:
+    """A report with the machine's environment and what it has to warn of."""
+    facts = environment(device)
+    name = (facts.get("card") or {}).get("name", facts["cpu"])
+    report = Report(out, f"Double attention on {name}", **options)
+    report.record(**facts)
+    if device.type == "cpu" and (facts["load"] or 0) > facts["cpus"] / 2:
+        report.notes.append(
+            f"The machine was busy (load {facts['load']:.1f} on {facts['cpus']} CPUs) before the "
+            "run: expect noise and bias."
+        )
+    return report
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -24,14 +24,15 @@ from .first_call import seconds
 from .groups import Spent, Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
 from .joined import COMMIT_FACTS, PTXAS, JoinedReport, assembler
-from .measure import OK, Budget, CudaTimer, Effort, describe
+from .measure import OK, Budget, Effort, describe
 from .networks import Network
+from .observe import CudaTimer
 from .problems import FORWARD, STEP
 from .providers import EAGER, GRAPH, NCHW, Provider
 from .report import Report
 from .workloads import Workload
 
-EFFORT = Effort(warm_up=5, rounds_min=20, rounds_max=1000, seconds=1.3)
+EFFORT = Effort(warm_up=6, rounds_min=20, rounds_max=1000, seconds=1.3)
 # Compilation takes the longest, so the workloads that matter most to users of the baselines come
 # first, and on the first three of them the baselines that take longest to compile.
 COMPILED_FIRST = (
@@ -340,7 +341,7 @@ def whole_networks(run: Run, budget: Budget) -> str:
         for network in run.settings.networks:
             for mode in networks.MODES.values():
                 variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
-                rows += (found := sweeper.network(network, mode, variants))
+                rows += (found := sweeper.group(network, mode, variants))
                 run.report.add(found)
     finally:
         run.finished(sweeper)

@@ -130,3 +130,22 @@ def compiled(
             yield tuple(json.loads(line))
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+
+
+def run(tests: Sequence[str], arch: str, jobs: int, interpret: bool) -> bool:
+    """Records tests, compiles their launches and prints what is wrong; whether anything is."""
+    found = record(tests or [str(file.relative_to(ROOT)) for file in files()], interpret=interpret)
+    early = sum(bool(test["ended"]) for test in found.tests)
+    print(f"{len(found.tests)} tests, {early} of which did not reach their end without a GPU.")
+    faults = {"mixes devices": found.names("mixed"), "runs the CPU's own code": found.names("cpu")}
+    for title, faulty in faults.items():
+        print(*(f"{title}: {test}\n" for test in faulty), sep="", end="")
+    launches = list(compiled(found.launches, arch, jobs))
+    wrong = [(kernel, test, problem) for kernel, test, _, problem in launches if problem]
+    largest = max((shared for *_, shared, problem in launches if not problem), default=0)
+    print(
+        f"{len(launches)} distinct launches on {arch}: {len(launches) - len(wrong)} "
+        f"compile and fit, with {largest:,} bytes of shared memory at most."
+    )
+    print(*(f"{kernel} {problem}, in {test}\n" for kernel, test, problem in wrong), sep="", end="")
+    return bool(wrong or any(faults.values()))

@@ -29,7 +29,8 @@ from da_triton.runtime import folders, launch, tiles
 from da_triton.runtime.tiles import Key as Site
 
 from .codegen.candidates import CANDIDATES, SMALL
-from .measure import Budget, Timer, describe, on_gpu, progress, usable
+from .measure import Budget, describe, on_gpu, progress, usable
+from .observe import Timer
 from .providers import Closure, Replay
 from .report import replace
 from .workloads import Workload

@@ -3,15 +3,15 @@
 The table is in order of importance: a run that ends early has measured the first ones.
 """
 
+import difflib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from . import names
 
 SELECTIONS = ("quick", "default", "all")
 STEM_WIDTHS = (3, 64, 128, 256)
@@ -38,6 +38,21 @@ class Workload:
     cpu_n: int = 1
     selection: str = "all"
     photographs: tuple[str, str] | None = None
+
+    whole = False  # a block, not a network around it
+
+    def draw(self, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
+        from . import problems
+
+        return problems.draw(self, mode, dtype, device)
+
+    def columns(self, device: torch.device) -> dict[str, Any]:
+        """What a row says of the workload."""
+        return {
+            "workload": self.name, "n": self.batch(device), "c": self.c,
+            "positions": "x".join(map(str, self.positions)),
+            "c_m": self.c_m, "c_n": self.c_n, "heads": self.heads,
+        }  # fmt: skip
 
     @property
     def length(self) -> int:
@@ -117,19 +132,31 @@ WORKLOADS = (
 )  # fmt: skip
 
 
-def select(
-    chosen: Sequence[str], selection: str, table: Sequence[Workload] = WORKLOADS
-) -> list[Workload]:
-    """The workloads called ``chosen``, or without names those of a selection, in table order.
+class UsageError(Exception):
+    """What a user asked for makes no sense; the message says what would."""
 
-    Raises:
-        UnknownNameError: with the nearest name.
+
+def check(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
     """
-    names.check("workload", chosen, [w.name for w in table])
+    Raises:
+        UsageError: a name is not known, with the nearest one and all of them.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UsageError(
+                f"unknown {kind} {name!r}; did you mean {near!r}? Known: {', '.join(known)}."
+            )
+
+
+def select(chosen: Sequence[str], selection: str) -> list[Workload]:
+    """The workloads called ``chosen``, or without names those of a selection, in table order."""
+    check("workload", chosen, [w.name for w in WORKLOADS])
     if chosen:
-        return [w for w in table if w.name in chosen]
+        return [w for w in WORKLOADS if w.name in chosen]
     included = SELECTIONS[: SELECTIONS.index(selection) + 1]
-    return [w for w in table if w.selection in included]
+    return [w for w in WORKLOADS if w.selection in included]
 
 
 def photograph_features(filename: str) -> Tensor:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import networks, providers, stages
+from bench import networks, providers, stages, workloads
 from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
@@ -37,8 +37,9 @@ def tiny():
 
 
 @pytest.fixture
-def table():
-    return (TINY, TINY_VOLUME)
+def table(monkeypatch):
+    monkeypatch.setattr(workloads, "WORKLOADS", (TINY, TINY_VOLUME))
+    return workloads.WORKLOADS
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
-from bench import __main__ as bench
+from bench import cli as bench
 from bench.codegen import table
 from bench.environment import ROOT
 

@@ -1,9 +1,10 @@
 import pandas as pd
 import pytest
 
-from bench import __main__ as cli
-from bench.compare import NotComparableError, compare, read
+from bench import cli
+from bench.compare import compare, read
 from bench.report import COLUMNS
+from bench.workloads import UsageError
 from support.rows import row, unpadded
 
 
@@ -73,15 +74,15 @@ def test_nothing_in_common(files, capsys):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(NotComparableError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         read(tmp_path / "absent.csv")
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(NotComparableError, match="it lacks workload"):
+    with pytest.raises(UsageError, match="it lacks workload"):
         read(other)
     empty = tmp_path / "empty.csv"
     empty.write_text("")
-    with pytest.raises(NotComparableError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         read(empty)
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bench import __main__ as cli
-from bench import estimate
+from bench import cli, estimate
 from bench.environment import ROOT
 from bench.providers import gpu_sweeps
 from bench.stages import STAGES, order

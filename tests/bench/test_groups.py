@@ -16,7 +16,7 @@ from bench.providers import GRAPH
 from support import fakes
 
 WHERE = Where(
-    torch.device("cpu"), torch.float32, fakes.ScriptedTimer, Effort(1, 3, 3, 0.0), silence=10.0
+    torch.device("cpu"), torch.float32, fakes.ScriptedTimer, Effort(2, 3, 3, 0.0), silence=10.0
 )  # fmt: skip
 DIED = "the process died with signal 11 (SIGSEGV)"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
@@ -212,9 +212,9 @@ def test_networks(sweeper):
         return networks.Network("net", make, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
 
     chosen = networks.variants("torch", False)
-    rows = sweeper.network(named(fakes.small_network), FORWARD, chosen)
+    rows = sweeper.group(named(fakes.small_network), FORWARD, chosen)
     assert [row["status"] for row in rows] == [OK] * 6
-    rows = sweeper.network(named(fakes.half_crashing_network), FORWARD, chosen)
+    rows = sweeper.group(named(fakes.half_crashing_network), FORWARD, chosen)
     assert [row["status"] for row in rows] == [OK] * 4 + [DIED] * 2
     assert {row["workload"] for row in rows} == {"net"}
 
@@ -223,7 +223,7 @@ def test_a_network_that_makes_cuda_unusable(sweeper):
     """It costs the others nothing but another process."""
     chosen = networks.variants("torch", False)
     made = networks.Network("net", fakes.poisoning_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
-    rows = sweeper.network(made, FORWARD, chosen)
+    rows = sweeper.group(made, FORWARD, chosen)
     failed = f"failed: RuntimeError: {ILLEGAL}"
     assert [row["status"] for row in rows] == [failed] * 2 + [OK] * 4
 
@@ -232,10 +232,10 @@ def test_networks_without_the_eager_block(sweeper):
     """There is nothing that results could be checked against."""
     chosen = networks.variants("torch", False)
     made = networks.Network("net", fakes.crashing_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
-    rows = sweeper.network(made, FORWARD, chosen[2:])  # both eager blocks, then da_triton's
+    rows = sweeper.group(made, FORWARD, chosen[2:])  # both eager blocks, then da_triton's
     left = f"not measured: {DIED}"
     assert [row["status"] for row in rows] == [DIED, DIED, left, left]
-    (row,) = sweeper.network(made, FORWARD, chosen[:1])
+    (row,) = sweeper.group(made, FORWARD, chosen[:1])
     assert row["status"] == "not measured: there is no eager block to check against"
 
 
@@ -244,7 +244,7 @@ def test_a_network_that_compiles_for_ever(sweeper):
     sweeper.where = dataclasses.replace(WHERE, silence=5.0)
     chosen = [v for v in networks.variants("torch", False) if not v.channels_last]
     network = networks.Network("net", fakes.slow_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
-    rows = sweeper.network(network, FORWARD, chosen)
+    rows = sweeper.group(network, FORWARD, chosen)
     took = "failed: TimeoutError: setup and first call took longer than 4 s"
     assert [row["status"] for row in rows] == [OK, took, OK]
     assert sweeper.spent.compilation > 2

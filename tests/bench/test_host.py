@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import __main__ as cli
-from bench import host
+from bench import cli, host
 from bench.environment import ROOT
 from bench.host import CALL, ISSUE, Measured
 from bench.problems import FORWARD, STEP

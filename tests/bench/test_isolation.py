@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import isolation
-from bench.isolation import Family, Worker, in_parallel, isolated
+from bench.isolation import Worker, in_parallel, isolated
 from support import fakes
 
 # Starts a process, says its id, and then ends or does not.
@@ -156,17 +156,6 @@ def _interrupted_soon(monkeypatch, run):
 def test_interruption_ends_jobs_in_parallel(tmp_path, children, monkeypatch):
     jobs = [fakes.job_that(fakes.hangs)] * 2
     seconds = _interrupted_soon(monkeypatch, lambda: in_parallel(jobs, 60, tmp_path / "log"))
-    assert seconds < 30
-
-
-def test_interruption_ends_commands_in_threads(monkeypatch):
-    """Those that have not started are not started."""
-    family = Family()
-
-    def run(item):
-        return isolated(python("import time; time.sleep(60)"), 60, family=family)
-
-    seconds = _interrupted_soon(monkeypatch, lambda: family.map(run, range(6), 2))
     assert seconds < 30
 
 

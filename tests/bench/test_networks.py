@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from bench import __main__ as cli
-from bench import networks, running
-from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME, Budget, Effort
-from bench.networks import WITHOUT, Network, Variant
+from bench import cli, measure, networks
+from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME, WITHOUT, Budget, Effort
+from bench.networks import Network
 from bench.problems import FORWARD, STEP
+from bench.providers import Provider
 from bench.report import Report
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ TINY = Network("tiny", small, lambda net, x: net(x).square().mean(), (4, 3, 9, 9
 
 @pytest.mark.parametrize("mode", [FORWARD, STEP])
 def test_variants_are_timed_side_by_side(bench, mode):
-    rows = networks.measure(bench, TINY, mode, networks.variants("torch", compiled=False))
+    rows = bench.measure(TINY, mode, networks.variants("torch", compiled=False))
     assert [row["status"] for row in rows] == [OK] * 6
     assert {row["provider"] for row in rows} == {WITHOUT, "eager", "torch"}
     assert all(row["ratio_to_eager"] == 1.0 for row in rows)
@@ -48,15 +48,16 @@ def test_share_of_the_added_time(bench):
 
     bench = dataclasses.replace(bench, timer=timer)
     chosen = [v for v in networks.variants("torch", compiled=False) if not v.channels_last]
-    rows = networks.measure(bench, TINY, FORWARD, chosen)
+    rows = bench.measure(TINY, FORWARD, chosen)
     added = {row["provider"]: row["added"] for row in rows}
     assert added == {WITHOUT: 0.0, "eager": 1.0, "torch": 0.25}
 
 
 def test_wrong_block_is_not_timed(bench):
     eager = networks.variants("torch", compiled=False)[2]
-    wrong = Variant("torch", lambda channels: Twice(channels))
-    good, bad = networks.measure(bench, TINY, FORWARD, [eager, wrong])
+    setup = functools.partial(networks.Run, block=Twice, compiled=False)
+    wrong = Provider("torch", setup)
+    good, bad = bench.measure(TINY, FORWARD, [eager, wrong])
     assert good["status"] == OK
     assert bad["status"].startswith("disagrees: relative RMS")
     assert "median_ms" not in bad
@@ -72,10 +73,10 @@ class Twice(networks.EagerDoubleAttention):
 
 def test_input_that_cannot_be_placed_becomes_rows(bench, monkeypatch):
     """On a GPU whose memory is full."""
-    monkeypatch.setattr(networks, "usable", lambda device: True)
+    monkeypatch.setattr(measure, "usable", lambda device: True)
     bench = dataclasses.replace(bench, device=torch.device("cuda"))
     network = dataclasses.replace(TINY, shape=TINY.cpu_shape)
-    rows = networks.measure(bench, network, FORWARD, networks.variants("torch", False))
+    rows = bench.measure(network, FORWARD, networks.variants("torch", False))
     assert len(rows) == 6
     assert all(row["status"].startswith("failed: ") for row in rows)
 
@@ -90,9 +91,9 @@ def test_lost_context_ends_the_group(bench, monkeypatch):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return small(block)
 
-    monkeypatch.setattr(networks, "usable", lambda device: len(calls) < 3)
+    monkeypatch.setattr(measure, "usable", lambda device: len(calls) < 3)
     network = dataclasses.replace(TINY, make=breaks)
-    rows = networks.measure(bench, network, FORWARD, networks.variants("torch", False))
+    rows = bench.measure(network, FORWARD, networks.variants("torch", False))
     failed = "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
     assert [row["status"] for row in rows] == [*[CONTEXT_LOST] * 2, failed, *[CONTEXT_LOST] * 3]
     assert len(calls) == 3
@@ -101,7 +102,7 @@ def test_lost_context_ends_the_group(bench, monkeypatch):
 def test_networks_have_no_model(bench, tmp_path, tiny, eager):
     """A report of both blocks and networks, timed on a GPU, compares only blocks with the model."""
     block = bench.measure(tiny, FORWARD, [dataclasses.replace(eager, name="triton")])
-    rows = networks.measure(bench, TINY, FORWARD, networks.variants("torch", False))
+    rows = bench.measure(TINY, FORWARD, networks.variants("torch", False))
     report = Report(tmp_path, "both", png=False)
     report.add([row | {"device": "cuda", "provider": "triton"} for row in (*block, *rows)])
     report.finish(short=True)
@@ -112,15 +113,13 @@ def test_networks_have_no_model(bench, tmp_path, tiny, eager):
 
 def test_library_that_is_missing_becomes_rows(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    rows = networks.measure(
-        bench, networks.NETWORKS["resnet50"], FORWARD, networks.variants("torch", False)
-    )
+    rows = bench.measure(networks.NETWORKS["resnet50"], FORWARD, networks.variants("torch", False))
     assert all("torchvision" in row["status"] for row in rows)
 
 
 def test_used_up_budget(bench):
     bench = dataclasses.replace(bench, budget=Budget(0))
-    rows = networks.measure(bench, TINY, FORWARD, networks.variants("torch", False))
+    rows = bench.measure(TINY, FORWARD, networks.variants("torch", False))
     assert {row["status"] for row in rows} == {OUT_OF_TIME}
 
 
@@ -134,14 +133,14 @@ def test_real_networks(bench, name, blocks):
     assert sum(isinstance(m, networks.NearIdentity) for m in ours.modules()) == blocks
     for mode in (FORWARD, STEP):
         chosen = [v for v in networks.variants("torch", False) if not v.channels_last]
-        rows = networks.measure(bench, network, mode, chosen)
+        rows = bench.measure(network, mode, chosen)
         assert [row["status"] for row in rows] == [OK] * 3
         assert max(row.get("error", 0.0) for row in rows) < 1e-3
 
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, "NETWORKS", {"tiny": TINY})
-    monkeypatch.setattr(running, "DEFAULT", Effort(0, 1, 1, seconds=0.0))
+    monkeypatch.setattr(cli, "DEFAULT", Effort(0, 1, 1, seconds=0.0))
     assert cli.main(["networks", "--out", str(tmp_path)]) == 0
     frame = pd.read_csv(tmp_path / "results.csv")
     assert (frame["status"] == OK).all()

@@ -5,9 +5,9 @@ import torch
 
 from bench import formulations, problems, providers
 from bench.formulations import EagerDoubleAttention
-from bench.names import UnknownNameError
 from bench.problems import FORWARD, STEP
 from bench.providers import EAGER, GRAPH
+from bench.workloads import UsageError
 from da_triton import DoubleAttention
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_stages_of_the_gpu_sweep():
     everything = [names_of(sweep) for sweep in providers.gpu_sweeps()]
     stages = [*providers.gpu_sweeps("eager"), *providers.gpu_sweeps("compiled")]
     assert everything == [names_of(sweep) for sweep in stages]
-    with pytest.raises(UnknownNameError, match="did you mean 'compiled'"):
+    with pytest.raises(UsageError, match="did you mean 'compiled'"):
         providers.gpu_sweeps("compile")
 
 
@@ -247,18 +247,18 @@ def test_selection_by_name():
     names = {p.name for p in everything}
     assert names >= {"eager", "torch", "einsum", "sdpa", "compile eager", "compile torch"}
     assert not names & {"triton", "eager autocast", "compile triton"}
-    with pytest.raises(UnknownNameError, match="did you mean 'triton'"):
+    with pytest.raises(UsageError, match="did you mean 'triton'"):
         providers.select(["tritn"], EAGER, CPU, torch.float32)
-    with pytest.raises(ValueError, match="'triton' needs a GPU"):
+    with pytest.raises(UsageError, match="'triton' needs a GPU"):
         providers.select(["triton"], EAGER, CPU, torch.float32)
-    with pytest.raises(ValueError, match="needs float16 or bfloat16"):
+    with pytest.raises(UsageError, match="needs float16 or bfloat16"):
         providers.select(["eager autocast"], EAGER, CPU, torch.float32)
-    with pytest.raises(ValueError, match="'absorbed' needs layout channels_last"):
+    with pytest.raises(UsageError, match="'absorbed' needs layout channels_last"):
         providers.select(["absorbed"], EAGER, CPU, torch.float32, ["nchw"])
     assert "absorbed" not in {
         p.name for p in providers.select([], EAGER, CPU, torch.float32, ["nchw"])
     }
-    with pytest.raises(UnknownNameError, match="did you mean 'nchw'"):
+    with pytest.raises(UsageError, match="did you mean 'nchw'"):
         providers.select(["eager"], EAGER, CPU, torch.float32, ["nchv"])
 
 

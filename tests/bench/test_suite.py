@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench import __main__ as cli
-from bench import suite
+from bench import cli, suite
 
 ON_ITS_OWN = {"test_nccl.py"}  # moves everything to a GPU by ``.cuda()``
 

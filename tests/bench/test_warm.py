@@ -13,8 +13,8 @@ from bench.environment import ROOT
 from bench.workloads import Workload
 
 TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=4)
-WARM = "import sys; from bench import __main__ as cli; from bench.workloads import Workload\n"
-WARM += f"sys.exit(cli.main(['warm', *sys.argv[1:]], ({TINY!r},)))"
+WARM = "import sys; from bench import cli, workloads; from bench.workloads import Workload\n"
+WARM += f"workloads.WORKLOADS = ({TINY!r},); sys.exit(cli.main(['warm', *sys.argv[1:]]))"
 # What the benchmark's own closures look up on a GPU: the module, inference and a training step, in
 # both memory formats, on a CPU's tensors; only the launches are left out.
 LOOKED_UP = """
@@ -94,12 +94,13 @@ COMPILED_BY_A_RUN = """
 from unittest import mock
 import torch
 from bench import warm
-from bench.groups import Warming, Where
-from bench.measure import Effort, WallTimer
+from bench.groups import Job, Where, _warm
+from bench.measure import Effort
+from bench.observe import WallTimer
 from bench.workloads import Workload
 where = Where(warm.META, torch.bfloat16, WallTimer, Effort(1, 1, 1, 0.0))
 with warm._compiling_only("sm_90"), mock.patch("bench.measure.usable", return_value=True):
-    Warming(where, None, 60.0, [WORKLOAD])(print)
+    Job(where, None, 60.0, _warm, ([WORKLOAD],))(print)
 """
 
 
@@ -107,7 +108,7 @@ def test_a_run_compiles_the_same_kernels(made, tmp_path):
     """What `bench gpu` calls before it measures needs nothing that `warm` has not made."""
     folder, _ = made
     ran = python(COMPILED_BY_A_RUN.replace("WORKLOAD", repr(TINY)), TRITON_CACHE_DIR=str(tmp_path))
-    assert ran.stdout.splitlines()[:2] == ["tiny", "tiny"], ran.stderr
+    assert ran.stdout.splitlines()[:2] == ["Using(place=None)"] * 2, ran.stderr
     assert {p.parent.name for p in tmp_path.glob("*/*.cubin")} == {
         p.parent.name for p in folder.glob("*/*.cubin")
     }

@@ -34,11 +34,11 @@ TUNE = """
 import json, pathlib, sys
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 assert 0 < float(arguments["--budget"])
-table = {"card": "a fake", "workloads": arguments["--workload"]}
+table = {"gpu": "a fake", "workloads": arguments["--workload"]}
 pathlib.Path(arguments["--out"]).write_text(json.dumps(table))
 print("1 tile measured")
 """
-WHERE = Where(CPU, torch.bfloat16, fakes.ScriptedTimer, Effort(1, 2, 2, 0.0), 20.0)
+WHERE = Where(CPU, torch.bfloat16, fakes.ScriptedTimer, Effort(2, 2, 2, 0.0), 20.0)
 
 
 def uncaptured(found):
