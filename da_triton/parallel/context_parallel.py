@@ -135,13 +135,13 @@ class _Gather(torch.autograd.Function):
         grads: list[Any] = [None] * 8
         tokens_here = extra_a is not None and ctx.group.rank() == 0
         sources = {0: (a, b, keep, True), 3: (extra_a, extra_b, None, tokens_here)}
-        for i, (features, maps, mask, here) in sources.items():
+        for i, (features, maps, masking, here) in sources.items():
             needs = ctx.needs_input_grad[i : i + 2]
             if not any(needs):
                 continue
             if here and maps.shape[-1]:
                 found = ctx.core.gather_backward(
-                    dg, features, maps, mask, g, lse, None, ctx.logit_scale, *needs
+                    dg, features, maps, masking, g, lse, None, ctx.logit_scale, *needs
                 )
             else:
                 found = torch.zeros_like(features), torch.zeros_like(maps)

@@ -9,21 +9,21 @@ from support.numerics import DEVICE, check, peaky
 
 OPTIONS = {
     "plain": {},
-    "masked": {"mask": True, "logit_scale": 0.7},
-    "tokens": {"mask": True, "tokens": True, "logit_scale": 0.7},
+    "masked": {"masked": True, "logit_scale": 0.7},
+    "tokens": {"masked": True, "tokens": True, "logit_scale": 0.7},
 }
 each_backend = pytest.mark.parametrize("backend", ["torch", "triton", "eager"])
 each_kind = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 HEADS, M, N, LENGTH = 2, 5, 3, 40
 
 
-def problem(dtype=torch.float64, *, mask=False, tokens=False, logit_scale=1.0):
+def problem(dtype=torch.float64, *, masked=False, tokens=False, logit_scale=1.0):
     """Leaves, and what else the gather takes; in sample 1 no position is left without tokens."""
     leaves = [peaky(3, HEADS, c, LENGTH, dtype=dtype) for c in (M, N)]
     if tokens:
         leaves += [peaky(3, HEADS, c, 4, dtype=dtype) for c in (M, N)]
     keep = None
-    if mask:
+    if masked:
         keep = torch.rand(3, LENGTH, device=DEVICE) > 0.4
         keep[1] = False
     return [x.requires_grad_() for x in leaves], {"keep": keep, "logit_scale": logit_scale}
@@ -111,7 +111,7 @@ def test_lse(backend, options):
 
 @each_backend
 def test_each_of_the_two_alone_has_a_gradient(backend):
-    leaves, given = problem(mask=True)
+    leaves, given = problem(masked=True)
     pairs = part(backend)(*leaves, **given), definition(*leaves, **given)
     for only in (lambda g, lse: loss(g, lse.detach()), lambda g, lse: loss(g.detach(), lse)):
         found, expected = (
@@ -123,7 +123,7 @@ def test_each_of_the_two_alone_has_a_gradient(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradients_of_some_positions_from_the_g_and_lse_of_all(backend):
     """A slice needs no other slice."""
-    leaves, given = problem(mask=True, logit_scale=0.7)
+    leaves, given = problem(masked=True, logit_scale=0.7)
     g, lse = definition(*leaves, **given)
     dg, dlse = torch.randn_like(g), torch.randn_like(lse)
     expected = torch.autograd.grad((g, lse), leaves, (dg, dlse.masked_fill(lse == torch.inf, 0)))

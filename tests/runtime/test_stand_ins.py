@@ -85,8 +85,8 @@ def test_a_core_of_stand_ins(sizes, masked, monkeypatch):
 
     def results(backend):
         leaves = [t.detach().to(DEVICE).requires_grad_() for t in (a, b, *extra, v)]
-        mask = None if keep is None else keep.to(DEVICE)
-        g = backend.gather(*leaves[:2], keep=mask, extra=leaves[2:4], logit_scale=0.7)
+        here = None if keep is None else keep.to(DEVICE)
+        g = backend.gather(*leaves[:2], keep=here, extra=leaves[2:4], logit_scale=0.7)
         z = backend.distribute(g, leaves[4], scale=1.1, logit_scale=0.9)
         return [z, *torch.autograd.grad(z.square().sum(), leaves)]
 

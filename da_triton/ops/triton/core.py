@@ -203,9 +203,9 @@ def _gather_gradients(ctx, dg, dlse):
 def gather_gradients(dg, a, b, keep, extra_a, extra_b, g, lse, dlse, logit_scale, needs):
     """Gradients of a, b, extra_a and extra_b; None where not needed."""
     grads = [None, None, None, None]
-    for i, features, maps, mask in ((0, a, b, keep), (2, extra_a, extra_b, None)):
+    for i, features, maps, masking in ((0, a, b, keep), (2, extra_a, extra_b, None)):
         if any(needs[i : i + 2]):
-            args = dg, features, maps, mask, g, lse, dlse, logit_scale, *needs[i : i + 2]
+            args = dg, features, maps, masking, g, lse, dlse, logit_scale, *needs[i : i + 2]
             found = run(gather_backward_op, *args)
             pairs = zip(found, needs[i : i + 2], strict=True)
             grads[i : i + 2] = (x if need else None for x, need in pairs)
