@@ -104,11 +104,11 @@ def sites(work: Workload, device: torch.device) -> dict[Site, tuple[Entry, Closu
 def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
     """Passes of the block, each with all its results; forward first, which takes less time."""
     x, w, options, planned = _problem(work, device)
-    keep = torch.ones(x.shape[0], x.shape[2], dtype=torch.uint8, device=device)
+    mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.uint8, device=device)
     unfused = planned._replace(
         order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
     )
-    for route, mask in ((planned, None), (unfused, None), (planned, keep)):
+    for route, mask in ((planned, None), (unfused, None), (planned, mask)):
         for backward in (False, True):
             yield functools.partial(_step, x, w, options, route, mask, backward)
 

@@ -106,12 +106,12 @@ def step(
         (work.c, work.c_m), (work.c,),
     )  # fmt: skip
     weights = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
-    keep_v = planner.keeps_v(work.c, work.c_m, work.c_n, work.heads, "auto")
+    save_v = planner.saves_v(work.c, work.c_m, work.c_n, work.heads, "auto")
     options = work.heads, 1.0, 1.0, 1.0, True, True, "auto"
     forward, backward = (
         op._init_fn for op in (triton_block.block_op, triton_block.block_backward_op)
     )
-    out, *saved = forward(x, *weights, None, *options, keep_v)
+    out, *saved = forward(x, *weights, None, *options, save_v)
     backward(torch.empty_like(out), x, *weights, None, *saved, *options, [True] * 8)
 
 

@@ -111,14 +111,14 @@ def _dispatched(core, x, weights, mask, options, dtype) -> Tensor:
     residual = None
     if options.residual:
         residual = inputs if cast is x else x.flatten(2)
-    keep = None if mask is None else mask.flatten(1)
+    mask = None if mask is None else mask.flatten(1)
     with autocast_off(x.device.type, dtype):
         if core is ops.EAGER:
             heads, logit_scale, logit_scale_v, scale, softmax_v, *_ = options
             out = reference.block(
                 inputs, *matrices, heads=heads, logit_scale=logit_scale,
                 logit_scale_v=logit_scale_v, scale=scale, softmax_v=softmax_v,
-                residual=residual, keep=keep,
+                residual=residual, mask=mask,
             )  # fmt: skip
         else:
             a, bias_a, b, bias_b, *rest = matrices
@@ -126,7 +126,7 @@ def _dispatched(core, x, weights, mask, options, dtype) -> Tensor:
             if bias_b is not None and torch.is_grad_enabled() and not exporting():
                 b = _zero_gradient(b, bias_b)
             w = Weights(a, bias_a, b, *rest)
-            out = core.block(inputs, w, keep, residual, options)
+            out = core.block(inputs, w, mask, residual, options)
     return positions_of(out, x, x.shape[0])
 
 

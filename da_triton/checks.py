@@ -122,21 +122,21 @@ def heads(count: int, **channels: int) -> None:
             )
 
 
-def mask(keep: Tensor, x: Tensor, name: str) -> None:
+def mask(mask: Tensor, x: Tensor, name: str) -> None:
     """bool, ``(N, *positions)`` or ``(N, 1, *positions)``, on x's device."""
-    tensor("mask", keep, " of bool")
-    if keep.dtype != torch.bool:
+    tensor("mask", mask, " of bool")
+    if mask.dtype != torch.bool:
         raise TypeError(
-            f"mask must be bool (True where a position takes part), got {keep.dtype}. "
+            f"mask must be bool (True where a position takes part), got {mask.dtype}. "
             "Compare first: mask != 0."
         )
     plain = (x.shape[0], *x.shape[2:])
-    if tuple(keep.shape) not in (plain, (plain[0], 1, *plain[1:])):
+    if tuple(mask.shape) not in (plain, (plain[0], 1, *plain[1:])):
         raise ValueError(
             f"mask must have shape (N, *positions) = {tuple(plain)} or (N, 1, *positions) of "
-            f"{name}, got {_shape(keep)}."
+            f"{name}, got {_shape(mask)}."
         )
-    one_device(**{name: x, "mask": keep})
+    one_device(**{name: x, "mask": mask})
 
 
 def cu_seqlens(offsets: Tensor, **maps: Tensor) -> None:

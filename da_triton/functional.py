@@ -78,7 +78,7 @@ def gather(
     a, b = autocast(dtype, a, b)
     with autocast_off(a.device.type, dtype):
         g = core.gather(
-            _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
+            _by_head(a, heads), _by_head(b, heads), mask=_keep(mask), logit_scale=logit_scale
         )
     return g.to(a.dtype)
 
@@ -104,7 +104,7 @@ def gather_part(
     core = ops.select(backend, b)
     with autocast_off(a.device.type, dtype):
         return core.gather_part(
-            _by_head(a, heads), _by_head(b, heads), keep=_keep(mask), logit_scale=logit_scale
+            _by_head(a, heads), _by_head(b, heads), mask=_keep(mask), logit_scale=logit_scale
         )
 
 
@@ -228,7 +228,7 @@ def double_attention(
         g = core.gather(
             _by_head(a, heads, n),
             _by_head(b, heads, n),
-            keep=_keep(mask),
+            mask=_keep(mask),
             extra=tokens or None,
             logit_scale=logit_scale,
         )

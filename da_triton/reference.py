@@ -12,16 +12,16 @@ from .precision import accumulator, converted
 from .projection import split_heads
 
 
-def gather_weights(b, keep=None, logit_scale=1.0):
+def gather_weights(b, mask=None, logit_scale=1.0):
     """``P = softmax over positions (logit_scale · B)``.
 
     A map whose positions are all masked gets zeros. Without a mask this is ``torch.softmax``: a map
     of ``-inf`` alone, like one with ``+inf`` or NaN in it, gives NaN.
     """
     logits = b if logit_scale == 1 else logit_scale * b
-    if keep is None:
+    if mask is None:
         return logits.softmax(-1)
-    logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+    logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
     nothing_left = (logits == -torch.inf).all(-1, keepdim=True)
     return logits.masked_fill(nothing_left, 0).softmax(-1).masked_fill(nothing_left, 0)
 
@@ -32,36 +32,36 @@ def distribution_weights(v, softmax=True, logit_scale=1.0):
     return logits.softmax(-2) if softmax else logits
 
 
-def join_extra(a, b, keep, extra):
+def join_extra(a, b, mask, extra):
     """Positions with the extra tokens behind them, which no mask touches."""
     extra_a, extra_b = extra
-    if keep is not None:
-        keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_a.shape[-1])], -1)
-    return torch.cat([a, extra_a], -1), torch.cat([b, extra_b], -1), keep
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], extra_a.shape[-1])], -1)
+    return torch.cat([a, extra_a], -1), torch.cat([b, extra_b], -1), mask
 
 
-def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """``G = A Pᵀ``: for each of n maps, the weighted sum of the m features over positions."""
     if extra is not None:
-        a, b, keep = join_extra(a, b, keep, extra)
-    if keep is not None:
-        a = a.masked_fill(~keep[:, None, None, :], 0)  # whatever it holds: it takes no part
-    return a @ gather_weights(b, keep, logit_scale).transpose(-1, -2)
+        a, b, mask = join_extra(a, b, mask, extra)
+    if mask is not None:
+        a = a.masked_fill(~mask[:, None, None, :], 0)  # whatever it holds: it takes no part
+    return a @ gather_weights(b, mask, logit_scale).transpose(-1, -2)
 
 
-def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """G of positions that others will join, a pivot μ and ``Σ exp(logit − μ)`` of each map.
 
     ``G (N, heads, m, n)`` in the dtype of sums, the other two ``(N, heads, n)``; a map without
     positions has G = 0, μ = −inf and sum 0. G and the sum are differentiable, for a constant μ.
     """
-    g = gather(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
+    g = gather(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
     if extra is not None:
-        a, b, keep = join_extra(a, b, keep, extra)
+        a, b, mask = join_extra(a, b, mask, extra)
     logits = (logit_scale * b).to(accumulator(b.dtype))
-    if keep is not None:
-        logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
-    pivot, _, total = exponentials(logits, keep is not None)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
+    pivot, _, total = exponentials(logits, mask is not None)
     return g.to(total.dtype), pivot, total
 
 
@@ -80,7 +80,7 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
 
 def block(
     x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, *,
-    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, keep,
+    heads, logit_scale, logit_scale_v, scale, softmax_v, residual, mask,
 ):  # fmt: skip
     """The whole block as the paper draws it: three convolutions, the core, one convolution, + X.
 
@@ -95,7 +95,7 @@ def block(
         return split_heads(convolution(x, weight, bias), heads)
 
     a, b, v = project(weight_a, bias_a), project(weight_b, bias_b), project(weight_v, bias_v)
-    g = gather(a, b, keep=keep, logit_scale=logit_scale)
+    g = gather(a, b, mask=mask, logit_scale=logit_scale)
     z = distribute(g, v, scale=scale, softmax=softmax_v, logit_scale=logit_scale_v).flatten(1, 2)
     y = z if weight_out is None else convolution(z, weight_out, bias_out)
     return y if residual is None else residual + y

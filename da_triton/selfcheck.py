@@ -208,15 +208,15 @@ def run(case, dtype, masked, device, every=False):
     weights = routes.Weights(
         a, normal(case.c_m), b, b.flip(0), normal(case.c_n), out, normal(case.channels)
     )
-    keep = None
+    mask = None
     if masked:
         kept = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
-        keep = kept.to(device, torch.uint8)
+        mask = kept.to(device, torch.uint8)
     options = routes.Options(case.heads, 1.0, 1.0, 1.0, True, True)
     with torch.no_grad(), matmul_precision(precision):
-        for route, keep_v in _routes(x, case, every):
-            _, lse, g, v = routes.forward(x, weights, keep, options, route, keep_v)
-            routes.backward(x, x, weights, keep, lse, g, v, options, route)
+        for route, save_v in _routes(x, case, every):
+            _, lse, g, v = routes.forward(x, weights, mask, options, route, save_v)
+            routes.backward(x, x, weights, mask, lse, g, v, options, route)
 
 
 def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:

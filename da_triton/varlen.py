@@ -158,17 +158,17 @@ def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
         for part, (length, count) in zip(parts, runs, strict=True):
             yield part.unflatten(-1, (count, length)).movedim(-2, 0)
 
-    def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         found_runs = runs(a=a)
         nothing = [None] * len(found_runs)
-        keeps = nothing if keep is None else split(keep, found_runs)
+        keeps = nothing if mask is None else split(mask, found_runs)
         counts = [count for _, count in found_runs]
         tokens = nothing if extra is None else zip(*(x.split(counts) for x in extra), strict=True)
         found = []
         maps = zip(split(a, found_runs), split(b, found_runs), keeps, tokens, strict=True)
-        for a_, b_, keep_, extra_ in maps:
+        for a_, b_, mask_, extra_ in maps:
             if a_.shape[-1]:
-                found.append(core.gather(a_, b_, keep=keep_, extra=extra_, logit_scale=logit_scale))
+                found.append(core.gather(a_, b_, mask=mask_, extra=extra_, logit_scale=logit_scale))
             else:
                 found.append(a_ @ b_.mT)  # zeros that still have gradients
         return torch.cat(found)

@@ -20,10 +20,10 @@ def maps(batch, positions, *channels, dtype=torch.float32):
 def definition(a, b, v, heads=1, mask=None, extra=None, **options):
     """The definition in float64, on flattened positions."""
     a, b, w = (x.double().flatten(2).unflatten(1, (heads, -1)) for x in (a, b, v))
-    keep = None if mask is None else mask.reshape(mask.shape[0], -1)
+    mask = None if mask is None else mask.reshape(mask.shape[0], -1)
     if extra is not None:
         extra = [e.double().expand(a.shape[0], -1, -1).unflatten(1, (heads, -1)) for e in extra]
-    g = reference.gather(a, b, keep=keep, extra=extra, logit_scale=options.pop("logit_scale", 1.0))
+    g = reference.gather(a, b, mask=mask, extra=extra, logit_scale=options.pop("logit_scale", 1.0))
     z = reference.distribute(
         g,
         w,

@@ -52,7 +52,7 @@ def test_block_is_three_convolutions_the_core_and_one_more(maps):
     out = reference.block(
         x, w[0], c[0], w[1], c[1], w[2], c[2], w[3], c[3],
         heads=1, logit_scale=1.0, logit_scale_v=1.0, scale=1.0, softmax_v=True, residual=x,
-        keep=None,
+        mask=None,
     )  # fmt: skip
     conv = torch.nn.functional.conv1d
     z = loops(*(conv(x, w[i][..., None], c[i]) for i in range(3)))
@@ -68,15 +68,15 @@ def test_a_sample_does_not_depend_on_its_neighbours(maps):
 
 def test_mask_is_leaving_positions_out(maps):
     a, b, _ = (x[:, None] for x in maps)
-    keep = torch.ones(N, L, dtype=torch.bool)
-    keep[:, 4:] = False
+    mask = torch.ones(N, L, dtype=torch.bool)
+    mask[:, 4:] = False
     torch.testing.assert_close(
-        reference.gather(a, b, keep=keep), reference.gather(a[..., :4], b[..., :4])
+        reference.gather(a, b, mask=mask), reference.gather(a[..., :4], b[..., :4])
     )
     extra = torch.randn(N, 1, M, 2, dtype=a.dtype), torch.randn(N, 1, MAPS, 2, dtype=a.dtype)
     joined = [torch.cat([x[..., :4], e], -1) for x, e in zip((a, b), extra, strict=True)]
     torch.testing.assert_close(
-        reference.gather(a, b, keep=keep, extra=extra), reference.gather(*joined)
+        reference.gather(a, b, mask=mask, extra=extra), reference.gather(*joined)
     )
 
 

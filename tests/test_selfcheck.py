@@ -45,8 +45,8 @@ def lie(monkeypatch):
         fn = kernel.fn
 
         def __getitem__(self, grid):
-            def launch(x, w, keep, acc, *args, **kwargs):
-                kernel[grid](x, w, keep, acc, *args, **kwargs)
+            def launch(x, w, mask, acc, *args, **kwargs):
+                kernel[grid](x, w, mask, acc, *args, **kwargs)
                 acc[0, 0, 0, :8] += 1
 
             return launch

@@ -34,10 +34,10 @@ def each(function, lengths, *tensors, heads=HEADS, m=M, n=N, mask=None, extra=No
     results = []
     masks = [None] * len(lengths) if mask is None else mask.split(lengths, -1)
     parts = zip(*(x.double().split(lengths, -1) for x in tensors), strict=True)
-    for s, (part, keep) in enumerate(zip(parts, masks, strict=True)):
+    for s, (part, mask) in enumerate(zip(parts, masks, strict=True)):
         here = dict(options)
-        if keep is not None:
-            here["mask"] = keep
+        if mask is not None:
+            here["mask"] = mask
         if extra is not None:
             here["extra"] = tuple(x.double()[s % len(x)][None] for x in extra)
         if part[0].shape[-1]:

@@ -91,7 +91,7 @@ class Variant:
     length: int = 196
     dtype: torch.dtype = torch.bfloat16
     masked: bool = False
-    keep_v: bool = False  # forward writes V, backward reads it
+    save_v: bool = False  # forward writes V, backward reads it
     softmax: bool = True
     extra: bool = False  # gather tokens beside the positions; of the core
     tf32: bool = False  # PyTorch's switch; of the core
@@ -105,7 +105,7 @@ class Variant:
     @property
     def flags(self) -> str:
         """The switches that are not as in a plain call, by name."""
-        names = [name for name in ("masked", "keep_v", "extra", "tf32") if getattr(self, name)]
+        names = [name for name in ("masked", "save_v", "extra", "tf32") if getattr(self, name)]
         names += [] if self.softmax else ["no_softmax"]
         names += [f"heads={self.heads}"] if self.heads > 1 else []
         return " ".join(names)
@@ -134,15 +134,15 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
         return _empty(v, batch, v.length, 1, channels).permute(0, 2, 3, 1)
 
     a, b, logits, dz = maps(m), maps(n), maps(n), maps(m)
-    keep = _keep(v, batch)
-    sources = [(a, b, keep)]
+    mask = _keep(v, batch)
+    sources = [(a, b, mask)]
     if v.extra:
         sources.append((a[..., :4], b[..., :4], None))
     with matmul_precision("tf32" if v.tf32 else "ieee"), compile.record() as made:
         g, lse = gather.gather_forward(sources, 1.0)
         distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
         dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
-        gather.gather_backward(dg, a, b, keep, g, lse, None, 1.0, True, True)
+        gather.gather_backward(dg, a, b, mask, g, lse, None, 1.0, True, True)
     return made
 
 
@@ -157,10 +157,10 @@ def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list
         _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
     )  # fmt: skip
     options = routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
-    keep = _keep(v, batch)
+    mask = _keep(v, batch)
     with compile.record() as made:
-        _, lse, g, kept = routes.forward(x, w, keep, options, route, v.keep_v)
-        routes.backward(torch.empty_like(x), x, w, keep, lse, g, kept, options, route)
+        _, lse, g, kept = routes.forward(x, w, mask, options, route, v.save_v)
+        routes.backward(torch.empty_like(x), x, w, mask, lse, g, kept, options, route)
     return made
 
 
@@ -240,7 +240,7 @@ def special_flags(kernel: str) -> dict[str, Any]:
     """What makes a launch special, and lets it have a tile of its own; none: nothing does."""
     if kernel.startswith("gather"):
         return {"masked": True}
-    return {"keep_v": True} if kernel.startswith(("project", "distribute")) else {}
+    return {"save_v": True} if kernel.startswith(("project", "distribute")) else {}
 
 
 # --- everything that ships ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..precision import POLICIES, accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import dot, exp_minus, load_keep, load_map, load_matrix, scalar
+from .primitives import dot, exp_minus, load_map, load_mask, load_matrix, scalar
 from .project_distribute import rows_of_lanes, softmax_heads
 
 
@@ -139,7 +139,7 @@ def gather_side_kernel(
     dm_ptr,  # (N, C, MAPS), contiguous
     lse_ptr,  # (N, MAPS)
     delta_ptr,  # (N, MAPS)
-    keep_ptr,  # (N, L) uint8; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8; read if HAS_MASK
     dv_ptr,  # (N, MAPS, L)
     db_ptr,  # (N, MAPS, L), strides of dV
     dx_ptr,  # (N, C, L); written if WRITE_X
@@ -161,8 +161,8 @@ def gather_side_kernel(
     stride_dx_n,
     stride_dx_c,
     stride_dx_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     HAS_MASK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WRITE_X: tl.constexpr,
@@ -211,9 +211,9 @@ def gather_side_kernel(
         p = exp_minus(z * scale, lse[None, :])
         db = scale * p * (dp - delta[None, :])
         if HAS_MASK:
-            keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-            p = tl.where(keep[:, None], p, 0.0)
-            db = tl.where(keep[:, None], db, 0.0)
+            mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
+            p = tl.where(mask[:, None], p, 0.0)
+            db = tl.where(mask[:, None], db, 0.0)
         db = db.to(dtype)
         offs = cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
         inside = (cols < L)[:, None] & inside_n[None, :]
@@ -280,38 +280,38 @@ def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
         "dm": "N--",
         "lse": "N",
         "delta": "N-",
-        "keep": "NL",
+        "mask": "NL",
         "dv": "N-L",
         "db": "N-L",
     },
     writes=("db",),
 )
 def gather_side(
-    x, dout, weight_b, weight_v, dm, lse, delta, keep, dv, db, *, logit_scale, residual, need_x
+    x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x
 ):
     """Writes dB and returns dX (None if not needed) in the memory format of X."""
     dx = launch.empty_rows_like(x, x.shape[1]) if need_x else x
     dout_ = dout if residual else x
     ready = launch.prepared(
-        _gather_side, (x, dout_, dv, db, dx, keep, weight_b, weight_v, dm, lse, delta), residual,
+        _gather_side, (x, dout_, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta), residual,
         need_x,
     )  # fmt: skip
     ready(
         (
-            x, dout_, weight_b, weight_v, dm, lse, delta, x if keep is None else keep, dv, db, dx,
+            x, dout_, weight_b, weight_v, dm, lse, delta, x if mask is None else mask, dv, db, dx,
         ),
         (logit_scale,),
     )  # fmt: skip
     return dx if need_x else None
 
 
-def _gather_side(x, dout, dv, db, dx, keep, weight_b, weight_v, dm, lse, delta, residual, need_x):
+def _gather_side(x, dout, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta, residual, need_x):
     batch, channels, _ = x.shape
     maps = weight_b.shape[0]
-    tile = tiles.tile("gather_side", x, channels, maps, tiles.PLAIN if keep is None else "mask")
+    tile = tiles.tile("gather_side", x, channels, maps, tiles.PLAIN if mask is None else "mask")
     return launch.Launch(
         gather_side_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
-        strided={"keep": keep}, again=True, C=channels, MAPS=maps, HAS_MASK=keep is not None,
+        strided={"mask": mask}, again=True, C=channels, MAPS=maps, HAS_MASK=mask is not None,
         RESIDUAL=residual, WRITE_X=need_x, CHAINED=tiles.chains_products(x.device),
         P_SCALE=POLICIES[x.dtype].p_scale,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..precision import POLICIES
 from ..runtime import launch, tiles
-from .primitives import dot, exp, exp_minus, load_keep, load_map, load_matrix, scalar, store_map
+from .primitives import dot, exp, exp_minus, load_map, load_mask, load_matrix, scalar, store_map
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def all_maps_kernel(
     bias_ptr,  # (heads·C_N,), contiguous; read if HAS_BIAS
     lse_ptr,  # (N·heads, C_N); read if PER_MAP
     delta_ptr,  # (N·heads, C_N): c; read if PER_MAP and GRADIENT
-    keep_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L); read if GRADIENT
     out_ptr,  # (N, heads, C_M, L); written if WRITE_OUT
     e_ptr,  # (N, heads, C_N, L); written if WRITE_E
@@ -58,8 +58,8 @@ def all_maps_kernel(
     stride_x_h,
     stride_x_c,
     stride_x_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     stride_y_n,
     stride_y_h,
     stride_y_c,
@@ -113,7 +113,7 @@ def all_maps_kernel(
         HAS_BIAS,
     )  # fmt: skip
     if HAS_MASK:
-        keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+        mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
     if PER_MAP:
         lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=inside_n, other=float("inf"))
         e = exp_minus(e, lse[:, None])
@@ -124,7 +124,7 @@ def all_maps_kernel(
         inverse = 1.0 / tl.sum(e, 0)
         e = e * inverse[None, :]
     if HAS_MASK:
-        e = tl.where(keep[None, :], e, 0.0)
+        e = tl.where(mask[None, :], e, 0.0)
     operand = (e * E_SCALE).to(dtype)
     if WRITE_E:
         e_base = e_ptr + (n * stride_e_n + h * stride_e_h) * ALIGN
@@ -157,7 +157,7 @@ def all_maps_kernel(
                 e = exp(e - mx[None, :]) * inverse[None, :]
                 grad = e * (grad - tl.sum(e * grad, 0)[None, :])
         if HAS_MASK:
-            grad = tl.where(keep[None, :], grad, 0.0)  # 0 · NaN, where y holds anything
+            grad = tl.where(mask[None, :], grad, 0.0)  # 0 · NaN, where y holds anything
         dx_base = dx_ptr + (n * stride_dx_n + h * stride_dx_h) * ALIGN
         grad = grad * scale_x
         store_map(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, grad)
@@ -178,35 +178,35 @@ def distribute_backward(dz, g, v, bias, dv, z, q, *, scale, logit_scale, softmax
     _launch(g, v, bias, scale, logit_scale, softmax=softmax, y=dz, out=z, e=q, dx=dv)
 
 
-def gather_backward(dg, a, b, delta, da, db, *, keep, lse, logit_scale):
+def gather_backward(dg, a, b, delta, da, db, *, mask, lse, logit_scale):
     """Writes dA and dB where they are given. ``dg``: in the dtype of the maps."""
-    per_map = {"lse": lse, "delta": delta, "keep": keep}
+    per_map = {"lse": lse, "delta": delta, "mask": mask}
     _launch(dg, b, None, 1.0, logit_scale, y=a, out=da, dx=db, **per_map)
 
 
 def _launch(
     w, x, bias, scale, logit_scale, *, softmax=True, y=None, out=None, e=None, dx=None,
-    lse=None, delta=None, keep=None,
+    lse=None, delta=None, mask=None,
 ):  # fmt: skip
     gradient = dx is not None
     y, dx = (y, dx) if gradient else (x, x)
     ready = launch.prepared(
-        _all_maps, (x, w, y, out, e, dx, bias, lse, delta, keep), gradient, softmax
+        _all_maps, (x, w, y, out, e, dx, bias, lse, delta, mask), gradient, softmax
     )
-    optional = [x if t is None else t for t in (bias, lse, delta, keep)]
+    optional = [x if t is None else t for t in (bias, lse, delta, mask)]
     written = [x if t is None else t for t in (out, e)]
     ready((w, x, *optional, y, *written, dx), (scale, logit_scale))
 
 
-def _all_maps(x, w, y, out, e, dx, bias, lse, delta, keep, gradient, softmax):
+def _all_maps(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
     batch, heads, c_n, length = x.shape
     tile = tiles.tile("all_maps", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
     out_, e_ = (x if t is None else t for t in (out, e))
     return launch.Launch(
         all_maps_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
-        maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "keep": keep},
+        maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
-        HAS_BIAS=bias is not None, HAS_MASK=keep is not None, WRITE_OUT=out is not None,
+        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,
         E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale,
     )  # fmt: skip

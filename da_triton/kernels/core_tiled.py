@@ -23,8 +23,8 @@ from .primitives import (
     dot,
     exp,
     exp_minus,
-    load_keep,
     load_map,
+    load_mask,
     load_matrix,
     log_sum,
     scalar,
@@ -97,7 +97,7 @@ def mix_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
-    keep_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L): read if PRODUCT, else written: out
     r_ptr,  # (N·heads, blocks of features, L): parts of r, written if PRODUCT
     scale_out: "fp64",
@@ -114,8 +114,8 @@ def mix_kernel(
     stride_x_h,
     stride_x_c,
     stride_x_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     stride_y_n,
     stride_y_h,
     stride_y_c,
@@ -159,8 +159,8 @@ def mix_kernel(
         )  # fmt: skip
         acc = dot(w, (e * E_SCALE).to(dtype), acc, PRECISION)
     if HAS_MASK:
-        keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-        acc = tl.where(keep[None, :], acc, 0.0)
+        mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
+        acc = tl.where(mask[None, :], acc, 0.0)
     acc = acc * (scalar(scale_out, ACC) / E_SCALE)
     if PRODUCT:
         y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
@@ -177,7 +177,7 @@ def map_gradient_kernel(
     y_ptr,  # (N, heads, C_M, L)
     lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
     c_ptr,  # (N·heads, C_N) if PER_MAP, else parts (N·heads, PARTS, L); read if SOFTMAX
-    keep_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     dx_ptr,  # (N, heads, C_N, L)
     scale_out: "fp64",
     logit_scale: "fp64",
@@ -198,8 +198,8 @@ def map_gradient_kernel(
     stride_y_h,
     stride_y_c,
     stride_y_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     stride_dx_n,
     stride_dx_h,
     stride_dx_c,
@@ -252,8 +252,8 @@ def map_gradient_kernel(
             c = c[None, :]
         acc = e * (acc - c)
     if HAS_MASK:
-        keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-        acc = tl.where(keep[None, :], acc, 0.0)
+        mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
+        acc = tl.where(mask[None, :], acc, 0.0)
     store_map(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, acc * scale_x)
 
 
@@ -338,9 +338,9 @@ def _position_lse(x):
     return ready.allocating(lse_dtype(x.dtype), (batch * heads, length))
 
 
-def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, keep=None):
+def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, mask=None):
     """Writes ``out = scale · W E``; lse of maps (``per_map``), of positions, or no softmax."""
-    _mix(w, x, out, None, scale, logit_scale, lse, per_map, keep)
+    _mix(w, x, out, None, scale, logit_scale, lse, per_map, mask)
 
 
 def mix_product(w, x, y, *, scale, logit_scale, lse):
@@ -353,40 +353,40 @@ def mix_product(w, x, y, *, scale, logit_scale, lse):
     return r
 
 
-def _mix(w, x, y, r, scale, logit_scale, lse, per_map, keep):
-    ready = launch.prepared(_mixing, (x, w, y, r, lse, keep), per_map)
-    lse, keep, r = (x if t is None else t for t in (lse, keep, r))
-    ready((w, x, lse, keep, y, r), (scale, logit_scale))
+def _mix(w, x, y, r, scale, logit_scale, lse, per_map, mask):
+    ready = launch.prepared(_mixing, (x, w, y, r, lse, mask), per_map)
+    lse, mask, r = (x if t is None else t for t in (lse, mask, r))
+    ready((w, x, lse, mask, y, r), (scale, logit_scale))
 
 
-def _mixing(x, w, y, r, lse, keep, per_map):
+def _mixing(x, w, y, r, lse, mask, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("mix", x, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-length // tile.block_l)
     return launch.Launch(
         mix_kernel, x, tile, batch * heads * blocks, again=True,
-        maps={"x": x, "y": y}, strided={"w": w, "keep": keep},
+        maps={"x": x, "y": y}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
-        HAS_MASK=keep is not None, PRODUCT=r is not None,
+        HAS_MASK=mask is not None, PRODUCT=r is not None,
         E_SCALE=POLICIES[x.dtype].p_scale if per_map else 1.0,
     )  # fmt: skip
 
 
 def map_gradient(
-    w, x, y, dx, *, scale=1.0, logit_scale=1.0, lse=None, correction=None, per_map=False, keep=None
+    w, x, y, dx, *, scale=1.0, logit_scale=1.0, lse=None, correction=None, per_map=False, mask=None
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
 
     ``correction``: δ of the maps, or the parts of r that ``mix_product`` made.
     """
     correction = None if lse is None else correction
-    ready = launch.prepared(_map_gradient, (x, w, y, dx, lse, correction, keep), per_map)
-    lse, correction, keep = (x if t is None else t for t in (lse, correction, keep))
-    ready((w, x, y, lse, correction, keep, dx), (scale, logit_scale))
+    ready = launch.prepared(_map_gradient, (x, w, y, dx, lse, correction, mask), per_map)
+    lse, correction, mask = (x if t is None else t for t in (lse, correction, mask))
+    ready((w, x, y, lse, correction, mask, dx), (scale, logit_scale))
 
 
-def _map_gradient(x, w, y, dx, lse, correction, keep, per_map):
+def _map_gradient(x, w, y, dx, lse, correction, mask, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("map_gradient", x, c_m, c_n)
@@ -394,9 +394,9 @@ def _map_gradient(x, w, y, dx, lse, correction, keep, per_map):
     softmax = lse is not None
     return launch.Launch(
         map_gradient_kernel, x, tile, batch * heads * blocks, again=True,
-        maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "keep": keep},
+        maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, PER_MAP=per_map,
-        PARTS=correction.shape[1] if softmax and not per_map else 1, HAS_MASK=keep is not None,
+        PARTS=correction.shape[1] if softmax and not per_map else 1, HAS_MASK=mask is not None,
     )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ from .primitives import (
     dot,
     exp,
     exp_minus,
-    load_keep,
     load_map,
+    load_mask,
     load_matrix,
     log_sum,
     online_softmax,
@@ -71,7 +71,7 @@ def _store_descriptors(
 def gather_kernel(
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
-    keep_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
     acc_ptr,  # (N, SLOTS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
     max_ptr,  # (N, SLOTS, heads·C_N): partial maxima; not touched if FINAL
     sum_ptr,  # (N, SLOTS, heads·C_N): partial sums, or lse if FINAL
@@ -94,8 +94,8 @@ def gather_kernel(
     stride_b_h,
     stride_b_c,
     stride_b_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     HAS_MASK: tl.constexpr,
     FINAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -133,7 +133,7 @@ def gather_kernel(
         b = load_map(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
         a = load_map(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
         if HAS_MASK:
-            taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+            taking_part = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
             a = tl.where(taking_part[None, :], a, 0.0)  # a masked position may hold NaN
         x = tl.where(taking_part[None, :], b.to(ACC) * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(x, mx, total)
@@ -210,7 +210,7 @@ def gather_backward_kernel(
     dg_ptr,  # (N, heads, C_M, C_N), any strides
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
-    keep_ptr,  # (N, L) uint8; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8; read if HAS_MASK
     lse_ptr,  # (N·heads, C_N)
     delta_ptr,  # (N·heads, C_N): Σ_m dG∘G
     da_ptr,  # (N, heads, C_M, L); written if NEED_A
@@ -234,8 +234,8 @@ def gather_backward_kernel(
     stride_b_h,
     stride_b_c,
     stride_b_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     stride_da_n,
     stride_da_h,
     stride_da_c,
@@ -283,8 +283,8 @@ def gather_backward_kernel(
         b = load_map(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
         p = exp_minus(b.to(ACC) * scale, lse[:, None])
         if HAS_MASK:
-            keep = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
-            p = tl.where(keep[None, :], p, 0.0)
+            mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
+            p = tl.where(mask[None, :], p, 0.0)
         if NEED_A:
             p_operand = (p * P_SCALE).to(dtype)
             da = dot(tl.trans(dg), p_operand, tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION)
@@ -295,7 +295,7 @@ def gather_backward_kernel(
             dp = dot(dg, a, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION)
             db = scale * p * (dp - delta[:, None])
             if HAS_MASK:
-                db = tl.where(keep[None, :], db, 0.0)  # 0 · NaN, where A holds anything
+                db = tl.where(mask[None, :], db, 0.0)  # 0 · NaN, where A holds anything
             store_map(db_base, rows_n, cols, C_N, L, stride_db_c * ALIGN, stride_db_l, db)
 
 
@@ -307,13 +307,13 @@ def gather_backward_kernel(
 def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the map itself, extra tokens).
 
-    ``sources``: list of ``(a, b, keep)``: ``(N, heads, m, L)``, ``(N, heads, n, L)``, ``(N, L)``
+    ``sources``: list of ``(a, b, mask)``: ``(N, heads, m, L)``, ``(N, heads, n, L)``, ``(N, L)``
     uint8 or None. ``bias``: of A, ``(heads·m,)``, where a has none. Returns ``G (N, heads, m, n)``
     in float32 (float64 for float64 maps) and ``lse (N, heads, n)`` in float32 (float64 for float32
     and float64 maps), contiguous, in ``g`` and ``lse`` if they are given. ``rounded``: G in the
     dtype of the maps is written there.
     """
-    a, b, keep = sources[0]
+    a, b, mask = sources[0]
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     if g is None:
@@ -326,7 +326,7 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
         _gather(sources, logit_scale, (g, lse, lse), bias, rounded, final=True)
         return g, lse
     parts = _parts(sources, logit_scale)
-    ready = launch.prepared(_combine, (a, b, *parts, bias, g, rounded, lse), keep is not None)
+    ready = launch.prepared(_combine, (a, b, *parts, bias, g, rounded, lse), mask is not None)
     ready((*parts, g if bias is None else bias, g, g if rounded is None else rounded, lse))
     return g, lse
 
@@ -380,36 +380,36 @@ def _split(*maps):
 def _gather(sources, logit_scale, results, bias, rounded, final):
     chunks = _chunks(sources)
     slot, slots = 0, sum(splits for _, splits in chunks)
-    for (a, b, keep), chunk in zip(sources, chunks, strict=True):
+    for (a, b, mask), chunk in zip(sources, chunks, strict=True):
         ready = launch.prepared(
-            _gathering, (a, b, keep, *results, bias, rounded), *chunk, slot, slots, final
+            _gathering, (a, b, mask, *results, bias, rounded), *chunk, slot, slots, final
         )
-        tensors = a, b, keep, *results, bias, rounded
+        tensors = a, b, mask, *results, bias, rounded
         ready([a if t is None else t for t in tensors], (logit_scale,))
         slot += chunk[1]
 
 
-def _gathering(a, b, keep, acc, mx, total, bias, rounded, chunk, splits, slot, slots, final):
+def _gathering(a, b, mask, acc, mx, total, bias, rounded, chunk, splits, slot, slots, final):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather", a, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     return launch.Launch(
         gather_kernel, a, tile, batch * heads * splits * blocks,
-        maps={"a": a, "b": b}, strided={"keep": keep},
+        maps={"a": a, "b": b}, strided={"mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, SLOT=slot, SLOTS=slots,
-        HAS_MASK=keep is not None, FINAL=final, HAS_BIAS=bias is not None,
+        HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
         ROUNDED=rounded is not None,
     )  # fmt: skip
 
 
-def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     """dA and dB (None where not needed) from dG and dlse (or None), the inputs, G and lse."""
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
     if a.shape[0] and (need_a or need_b):
         dg, correction, lse = delta.rounded_and_delta(dg[:, :, None], g, a.dtype, lse, dlse=dlse)
-        backward(dg, correction, a, b, keep, lse, da, db, logit_scale)
+        backward(dg, correction, a, b, mask, lse, da, db, logit_scale)
     return da, db
 
 
@@ -419,18 +419,18 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
         "correction": "N",
         "a": "N--L",
         "b": "N--L",
-        "keep": "NL",
+        "mask": "NL",
         "lse": "N",
         "da": "N--L",
         "db": "N--L",
     },
     writes=("da", "db"),
 )
-def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
+def backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
     """Writes dA and dB, unless None, from dG in the dtype of the maps, δ and lse (``delta``)."""
     c_m, c_n = a.shape[2], b.shape[2]
     if not tiles.one_tile(a, c_m, c_n):
-        maps = {"logit_scale": logit_scale, "lse": lse, "keep": keep}
+        maps = {"logit_scale": logit_scale, "lse": lse, "mask": mask}
         if core_full_n.fits(b, c_n):
             db = launch.empty_map_like(b) if db is None else db  # the same bits, needed or not
             core_full_n.gather_backward(dg, a, b, correction, da, db, **maps)
@@ -440,19 +440,19 @@ def backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
         if db is not None:
             core_tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
         return
-    ready = launch.prepared(_backward, (a, b, dg, da, db, keep, lse, correction))
-    tensors = dg, a, b, keep, lse, correction, da, db
+    ready = launch.prepared(_backward, (a, b, dg, da, db, mask, lse, correction))
+    tensors = dg, a, b, mask, lse, correction, da, db
     ready([a if t is None else t for t in tensors], (logit_scale,))
 
 
-def _backward(a, b, dg, da, db, keep, lse, correction):
+def _backward(a, b, dg, da, db, mask, lse, correction):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather_backward", a, c_m, c_n)
     return launch.Launch(
         gather_backward_kernel, a, tile, batch * heads, again=True,
         maps={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},
-        strided={"dg": dg, "keep": keep}, HEADS=heads, C_M=c_m, C_N=c_n,
-        HAS_MASK=keep is not None, NEED_A=da is not None, NEED_B=db is not None,
+        strided={"dg": dg, "mask": mask}, HEADS=heads, C_M=c_m, C_N=c_n,
+        HAS_MASK=mask is not None, NEED_A=da is not None, NEED_B=db is not None,
         P_SCALE=POLICIES[a.dtype].p_scale,
     )  # fmt: skip

@@ -142,15 +142,15 @@ def load_matrix(base, rows, cols, R, C, stride_r, stride_c, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def load_keep(base, cols, L, stride_l):
+def load_mask(base, cols, L, stride_l):
     """Which positions take part: those inside the map that the mask keeps.
 
     The maximum over an axis of size 1 ends what Triton sees behind a masked matrix operand.
     Otherwise it takes the operand for one that was widened from int8, because of this load, and
     lays it out for more columns than the tile may have: triton-lang/triton#11632 and #11691.
     """
-    keep = tl.load(base + cols * stride_l, mask=cols < L, other=0).to(tl.int32)
-    return tl.max(keep[None, :], 0) != 0
+    mask = tl.load(base + cols * stride_l, mask=cols < L, other=0).to(tl.int32)
+    return tl.max(mask[None, :], 0) != 0
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..precision import accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import dot, load_keep, load_map, load_matrix, online_softmax, scalar
+from .primitives import dot, load_map, load_mask, load_matrix, online_softmax, scalar
 
 BLOCK_C = 64  # channels in a step of gather_from_a
 
@@ -28,7 +28,7 @@ BLOCK_C = 64  # channels in a step of gather_from_a
 def gather_from_x_kernel(
     x_ptr,  # (N, C, L)
     w_ptr,  # (MAPS, C), contiguous: Wb
-    keep_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
     acc_ptr,  # (N, SPLITS, MAPS, C) float32/64
     max_ptr,  # (N, SPLITS, MAPS)
     sum_ptr,  # (N, SPLITS, MAPS)
@@ -41,8 +41,8 @@ def gather_from_x_kernel(
     stride_x_n,
     stride_x_c,
     stride_x_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     HAS_MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
@@ -72,7 +72,7 @@ def gather_from_x_kernel(
         taking_part = cols < L
         x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
         if HAS_MASK:
-            taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+            taking_part = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
             x = tl.where(taking_part[None, :], x, 0.0)  # it may hold anything, even NaN
         z = dot(w, x, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION) * scale
         z = tl.where(taking_part[None, :], z, -float("inf"))
@@ -92,7 +92,7 @@ def gather_from_a_kernel(
     x_ptr,  # (N, C, L)
     wa_ptr,  # (HEADS·C_M, C), contiguous
     wb_ptr,  # (HEADS·C_N, C), contiguous
-    keep_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
     acc_ptr,  # (N, SPLITS, HEADS·C_N, C_M) float32/64
     max_ptr,  # (N, SPLITS, HEADS·C_N)
     sum_ptr,  # (N, SPLITS, HEADS·C_N)
@@ -107,8 +107,8 @@ def gather_from_a_kernel(
     stride_x_n,
     stride_x_c,
     stride_x_l,
-    stride_keep_n,
-    stride_keep_l,
+    stride_mask_n,
+    stride_mask_l,
     HAS_MASK: tl.constexpr,
     POSITIONS_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -145,7 +145,7 @@ def gather_from_a_kernel(
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         taking_part = cols < L
         if HAS_MASK:
-            taking_part = load_keep(keep_ptr + n * stride_keep_n, cols, L, stride_keep_l)
+            taking_part = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
         z = tl.zeros((BLOCK_N, BLOCK_L), ACC)
         if POSITIONS_FIRST:
             a = tl.zeros((BLOCK_L, BLOCK_M), ACC)
@@ -178,43 +178,43 @@ def gather_from_a_kernel(
     tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
-@guard.proved({"x": "N-L", "keep": "NL"})
-def gather_from_x(x, weight_b, keep, logit_scale):
+@guard.proved({"x": "N-L", "mask": "NL"})
+def gather_from_x(x, weight_b, mask, logit_scale):
     """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for all maps of all heads."""
-    ready = launch.prepared(_gather_from_x, (x, weight_b, keep))
+    ready = launch.prepared(_gather_from_x, (x, weight_b, mask))
     parts = ready.empty()
-    ready((x, weight_b, x if keep is None else keep, *parts), (logit_scale,))
+    ready((x, weight_b, x if mask is None else mask, *parts), (logit_scale,))
     return parts
 
 
-def _gather_from_x(x, weight_b, keep):
+def _gather_from_x(x, weight_b, mask):
     batch, channels, _ = x.shape
     maps = weight_b.shape[0]
-    variant = tiles.PLAIN if keep is None else "mask"
+    variant = tiles.PLAIN if mask is None else "mask"
     tile = tiles.tile("gather_from_x", x, channels, maps, variant)
     ready = launch.Launch(
         gather_from_x_kernel, x, tile, batch * -(-maps // tile.block_n),
-        maps={"x": x}, strided={"keep": keep}, C=channels, MAPS=maps, HAS_MASK=keep is not None,
+        maps={"x": x}, strided={"mask": mask}, C=channels, MAPS=maps, HAS_MASK=mask is not None,
     )  # fmt: skip
     return _allocating(ready, x, maps, channels)
 
 
-@guard.proved({"x": "N-L", "keep": "NL"})
-def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
+@guard.proved({"x": "N-L", "mask": "NL"})
+def gather_from_a(x, weight_a, weight_b, mask, heads, logit_scale):
     """Partial ``(acc, max, sum)`` of ``G − ba = (Wa X) Pᵀ``."""
-    ready = launch.prepared(_gather_from_a, (x, weight_a, weight_b, keep), heads)
+    ready = launch.prepared(_gather_from_a, (x, weight_a, weight_b, mask), heads)
     parts = ready.empty()
-    ready((x, weight_a, weight_b, x if keep is None else keep, *parts), (logit_scale,))
+    ready((x, weight_a, weight_b, x if mask is None else mask, *parts), (logit_scale,))
     return parts
 
 
-def _gather_from_a(x, weight_a, weight_b, keep, heads):
+def _gather_from_a(x, weight_a, weight_b, mask, heads):
     batch, channels, _ = x.shape
     c_m, c_n = weight_a.shape[0] // heads, weight_b.shape[0] // heads
-    tile = tiles.tile("gather_from_a", x, c_m, c_n, tiles.PLAIN if keep is None else "mask")
+    tile = tiles.tile("gather_from_a", x, c_m, c_n, tiles.PLAIN if mask is None else "mask")
     ready = launch.Launch(
-        gather_from_a_kernel, x, tile, batch * heads, maps={"x": x}, strided={"keep": keep},
-        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, HAS_MASK=keep is not None,
+        gather_from_a_kernel, x, tile, batch * heads, maps={"x": x}, strided={"mask": mask},
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, HAS_MASK=mask is not None,
         POSITIONS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return _allocating(ready, x, heads * c_n, c_m)

@@ -50,10 +50,10 @@ class Call:
             call.as_matrices(x, weights, mask)
         except RuntimeError:
             call.see = Tensor.reshape  # copies
-        x, w, keep = call.as_matrices(x, weights, mask)
-        return call if call.plan(x, w, keep, o, residual) else None
+        x, w, mask = call.as_matrices(x, weights, mask)
+        return call if call.plan(x, w, mask, o, residual) else None
 
-    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
+    def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
         """Decides what metadata decides; False where this call does not apply."""
         raise NotImplementedError
 
@@ -66,20 +66,20 @@ class Call:
             see(a, *shape_a), bias_a, see(b, *shape_b), see(v, *shape_v), bias_v,
             None if out is None else see(out, *shape_out), bias_out,
         )  # fmt: skip
-        keep = None if mask is None else see(mask, *self.mask_shape)
-        return see(x, *self.maps_shape), w, keep
+        mask = None if mask is None else see(mask, *self.mask_shape)
+        return see(x, *self.maps_shape), w, mask
 
-    def forward(self, x: Tensor, w: Weights, keep: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, w: Weights, mask: Any) -> tuple[Tensor, Any]:
         """The result ``(N, C', L)``, and tensors (or None) for ``backward``."""
         raise NotImplementedError
 
     def backward(
-        self, grad: Tensor, x: Tensor, w: Weights, keep: Any, kept: Any, needs: Any
+        self, grad: Tensor, x: Tensor, w: Weights, mask: Any, kept: Any, needs: Any
     ) -> Any:
         """Gradients of x and of the weights, where ``needs`` says so."""
         raise NotImplementedError
 
-    def plain(self, x: Tensor, w: Weights, keep: Any) -> Tensor:
+    def plain(self, x: Tensor, w: Weights, mask: Any) -> Tensor:
         """The same in differentiable operations."""
         raise NotImplementedError
 
@@ -109,8 +109,8 @@ class Call:
         """
         x, mask, *others = tensors
         weights, kept = others[:8], others[8:]
-        x_, w, keep = self.as_matrices(x, weights, mask)
-        found = self.backward(grad.reshape(*self.grad_shape), x_, w, keep, kept, needs)
+        x_, w, mask = self.as_matrices(x, weights, mask)
+        found = self.backward(grad.reshape(*self.grad_shape), x_, w, mask, kept, needs)
         dx, da, dbias_a, db, dv, dbias_v, dout, dbias_out = found
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
         return (

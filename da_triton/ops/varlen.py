@@ -36,10 +36,10 @@ def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
     """As ``varlen.per_sequence``, in these operators."""
     kernels = core is not TORCH
 
-    def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
         options = (cu_seqlens, *scalars(logit_scale), kernels)
-        return apply(Gather, a, b, keep, extra_a, extra_b, *options)[0]
+        return apply(Gather, a, b, mask, extra_a, extra_b, *options)[0]
 
     def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
         scale, logit_scale = scalars(scale, logit_scale)
@@ -69,7 +69,7 @@ def _lengths(cu_seqlens, **maps):
 def gather_op(
     a: Tensor,
     b: Tensor,
-    keep: Tensor | None,
+    mask: Tensor | None,
     extra_a: Tensor | None,
     extra_b: Tensor | None,
     cu_seqlens: Tensor,
@@ -78,11 +78,11 @@ def gather_op(
 ) -> tuple[Tensor, Tensor]:
     """G, zeros for an empty sequence, and lse, which is empty without ``kernels``."""
     gather = _implementation(kernels).gather
-    return gather(a, b, keep, extra_a, extra_b, _lengths(cu_seqlens, a=a), logit_scale)
+    return gather(a, b, mask, extra_a, extra_b, _lengths(cu_seqlens, a=a), logit_scale)
 
 
 @gather_op.register_fake
-def _(a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
+def _(a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
     sequences, heads, maps = cu_seqlens.shape[0] - 1, a.shape[1], b.shape[2]
     g = a.new_empty((sequences, heads, a.shape[2], maps), dtype=accumulator(a.dtype))
     lse = (sequences, heads, maps) if kernels else (0,)
@@ -94,7 +94,7 @@ def gather_backward_op(
     dg: Tensor,
     a: Tensor,
     b: Tensor,
-    keep: Tensor | None,
+    mask: Tensor | None,
     extra_a: Tensor | None,
     extra_b: Tensor | None,
     g: Tensor,
@@ -106,13 +106,13 @@ def gather_backward_op(
 ) -> list[Tensor]:
     """Gradients of a, b and the tokens; empty where not needed."""
     found = _implementation(kernels).gather_backward(
-        dg, a, b, keep, extra_a, extra_b, g, lse, _lengths(cu_seqlens, a=a), logit_scale, needs
+        dg, a, b, mask, extra_a, extra_b, g, lse, _lengths(cu_seqlens, a=a), logit_scale, needs
     )
     return [or_empty(x, a) for x in found]
 
 
 @gather_backward_op.register_fake
-def _(dg, a, b, keep, extra_a, extra_b, g, lse, cu_seqlens, logit_scale, kernels, needs):
+def _(dg, a, b, mask, extra_a, extra_b, g, lse, cu_seqlens, logit_scale, kernels, needs):
     maps = [aten_varlen.empty_like(x, x.shape[2]) for x in (a, b)]
     tokens = [x if x is None else torch.empty_like(x) for x in (extra_a, extra_b)]
     given = zip((*maps, *tokens), needs, strict=True)
@@ -134,9 +134,9 @@ def _gather_gradients(ctx, dg, _):
     if wants_graph(dg):
         core = varlen.per_sequence(TORCH, cu_seqlens)
 
-        def forward(a, b, keep, extra_a, extra_b):
+        def forward(a, b, mask, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
-            options = {"keep": keep, "extra": extra, "logit_scale": ctx.logit_scale}
+            options = {"mask": mask, "extra": extra, "logit_scale": ctx.logit_scale}
             return core.gather(a, b, **options).to(dg.dtype)
 
         return *differentiable(forward, inputs, needs, dg), None, None, None
@@ -157,8 +157,8 @@ class Gather(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
-        return run(gather_op, a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels)
+    def forward(a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
+        return run(gather_op, a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels)
 
     setup_context = staticmethod(_gather_setup)
     backward = staticmethod(_gather_gradients)
@@ -261,7 +261,7 @@ for _op in (gather_op, gather_backward_op, distribute_op, distribute_backward_op
 @register_flop_formula(
     [torch.ops.da_triton.gather_packed, torch.ops.da_triton.gather_packed_of_tensors]
 )
-def gather_flops(a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels, **_):
+def gather_flops(a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels, **_):
     """Multiply-adds of ``A Pᵀ`` counted twice; those of padding are not counted."""
     tokens = 0 if extra_a is None else extra_a[0] * extra_a[3]
     return 2 * a[1] * a[2] * b[2] * (a[3] + tokens)
@@ -274,7 +274,7 @@ def gather_flops(a, b, keep, extra_a, extra_b, cu_seqlens, logit_scale, kernels,
     ]
 )
 def gather_backward_flops(
-    dg, a, b, keep, extra_a, extra_b, g, lse, cu_seqlens, logit_scale, kernels, needs, **_
+    dg, a, b, mask, extra_a, extra_b, g, lse, cu_seqlens, logit_scale, kernels, needs, **_
 ):
     tokens = 0 if extra_a is None else extra_a[0] * extra_a[3]
     pairs = sum(needs[:2]) * a[3] + sum(needs[2:]) * tokens

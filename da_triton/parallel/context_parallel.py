@@ -52,17 +52,17 @@ def split(core: ops.Backend, group: Any) -> ops.Backend:
     rank and count once: rank 0 gathers from them and has all of their gradient, the others zeros.
     """
 
-    def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+    def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
-        return _Gather.apply(a, b, keep, extra_a, extra_b, float(logit_scale), group, core)[0]
+        return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, core)[0]
 
     def distribute(g, v, **options):
         # A product of no positions, which still hands backward's collective a gradient.
         return (core if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
 
-    def block(x, w, keep, residual, o):
+    def block(x, w, mask, residual, o):
         def composed(x, *w):
-            return _compose(gather, distribute, x, Weights(*w), keep, residual, o)
+            return _compose(gather, distribute, x, Weights(*w), mask, residual, o)
 
         if o.recompute is not True or not torch.is_grad_enabled():
             return composed(x, *w)
@@ -71,15 +71,15 @@ def split(core: ops.Backend, group: Any) -> ops.Backend:
     return core._replace(gather=gather, distribute=distribute, block=block, direct=None)
 
 
-def gather_weights(b: Tensor, keep: Tensor | None, logit_scale: float, group: Any) -> Tensor:
+def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: Any) -> Tensor:
     """``P (N, heads, n, L)`` of this rank's positions; over all ranks each map sums to 1.
 
     Without a gradient: it is for looking at.
     """
     b = b.detach()
     nothing = b.new_empty((*b.shape[:2], 0, b.shape[3]))  # features: only lse is wanted
-    _, lse = _merged(_part(ops.TORCH, nothing, b, keep, None, None, logit_scale), group)
-    logits = aten.scaled_logits(b, keep, logit_scale)
+    _, lse = _merged(_part(ops.TORCH, nothing, b, mask, None, None, logit_scale), group)
+    logits = aten.scaled_logits(b, mask, logit_scale)
     return aten.weights_from_lse(logits, lse).to(b.dtype)
 
 
@@ -108,10 +108,10 @@ class _Gather(torch.autograd.Function):
     """G and lse of all ranks' positions. Keeps a, b, G and lse, as on one device."""
 
     @staticmethod
-    def forward(a, b, keep, extra_a, extra_b, logit_scale, group, core):
+    def forward(a, b, mask, extra_a, extra_b, logit_scale, group, core):
         if group.rank() != 0:
             extra_a = extra_b = None
-        return _merged(_part(core, a, b, keep, extra_a, extra_b, logit_scale), group)
+        return _merged(_part(core, a, b, mask, extra_a, extra_b, logit_scale), group)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -122,7 +122,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dg, _):
-        a, b, keep, extra_a, extra_b, g, lse = ctx.saved_tensors
+        a, b, mask, extra_a, extra_b, g, lse = ctx.saved_tensors
         if dg is None:
             return (None,) * 8
         if wants_graph():
@@ -134,7 +134,7 @@ class _Gather(torch.autograd.Function):
         dg = _of_all_ranks(dg, ctx.group).sum(0)
         grads: list[Any] = [None] * 8
         tokens_here = extra_a is not None and ctx.group.rank() == 0
-        sources = {0: (a, b, keep, True), 3: (extra_a, extra_b, None, tokens_here)}
+        sources = {0: (a, b, mask, True), 3: (extra_a, extra_b, None, tokens_here)}
         for i, (features, maps, masking, here) in sources.items():
             needs = ctx.needs_input_grad[i : i + 2]
             if not any(needs):
@@ -149,24 +149,24 @@ class _Gather(torch.autograd.Function):
         return tuple(grads)
 
 
-def _part(core, a, b, keep, extra_a, extra_b, logit_scale):
+def _part(core, a, b, mask, extra_a, extra_b, logit_scale):
     """``(G_r, lse_r)`` of this rank's positions and tokens; 0 and +inf where it has neither."""
-    sources = [(a, b, _kept(keep, b))]
+    sources = [(a, b, _kept(mask, b))]
     if extra_b is not None:
         sources.append((extra_a, extra_b, _kept(None, extra_b)))
     sources = [source for source in sources if source[1].shape[-1]]
     if not sources:
         lse = b.new_full(b.shape[:3], torch.inf, dtype=lse_dtype(b.dtype))
         return a.new_zeros((*a.shape[:3], b.shape[2]), dtype=accumulator(a.dtype)), lse
-    (a, b, keep), *tokens = sources
+    (a, b, mask), *tokens = sources
     extra = tokens[0][:2] if tokens else None
-    return core.gather_lse(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
+    return core.gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
 
 
-def _kept(keep, b):
+def _kept(mask, b):
     """A mask in any case: a slice whose logits are all −inf is a slice without weight, not NaN."""
-    if keep is not None:
-        return keep
+    if mask is not None:
+        return mask
     return torch.ones((1, 1), dtype=torch.bool, device=b.device).expand(b.shape[0], b.shape[-1])
 
 
@@ -203,13 +203,13 @@ def _of_all_ranks(x, group):
 # --- the block ------------------------------------------------------------------------------------
 
 
-def _compose(gather, distribute, x, w, keep, residual, o):
+def _compose(gather, distribute, x, w, mask, residual, o):
     """The block in the paper's order, on ``(N, C, L)``."""
     a, b, v = (
         _project(x, weight, bias).unflatten(1, (o.heads, -1))
         for weight, bias in ((w.a, w.bias_a), (w.b, None), (w.v, w.bias_v))
     )
-    g = gather(a, b, keep=keep, logit_scale=o.logit_scale)
+    g = gather(a, b, mask=mask, logit_scale=o.logit_scale)
     z = distribute(g, v, scale=o.scale, softmax=o.softmax_v, logit_scale=o.logit_scale_v)
     y = z.flatten(1, 2)
     if w.out is not None:

@@ -52,7 +52,7 @@ def register_dtensor() -> None:
         return lambda given, shard: [shard if given[flag] else Replicate() for flag in flags]
 
     def block(given, shard):
-        return [shard, shard, shard, shard if given["keep_v"] else Replicate()]
+        return [shard, shard, shard, shard if given["save_v"] else Replicate()]
 
     def block_backward(given, shard):
         of_x, *of_weights = given["needs"]

@@ -130,12 +130,12 @@ def distribute_steps(
 
 
 def fused_backward_steps(
-    s: Shape, splits: int, block_l: int, blocks: int = 1, kept_v: bool = False
+    s: Shape, splits: int, block_l: int, blocks: int = 1, saved_v: bool = False
 ) -> list[Step]:
     """In order XH: pass 1 again, then two passes over X and dO, then the weights.
 
     ``block_l``: positions in a tile of the second of those passes. ``blocks``: of maps in pass 1.
-    ``kept_v``: V is read instead of projected from X.
+    ``saved_v``: V is read instead of projected from X.
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
     small = c * s.c_m * k // s.heads
@@ -146,8 +146,8 @@ def fused_backward_steps(
         Step(
             "dV and dH",
             False,
-            length * k * ((0 if kept_v else c) + 2 * out),
-            ((k if kept_v else c) + out + k) * length,
+            length * k * ((0 if saved_v else c) + 2 * out),
+            ((k if saved_v else c) + out + k) * length,
         ),
         Step("descriptors, backward", False, 2 * small, 0, parts + 2 * k * c),
         Step(
@@ -173,7 +173,7 @@ def fused_backward_steps(
 
 
 def split_backward_steps(
-    s: Shape, order: Order, core: CoreLimits, kept_v: bool = False
+    s: Shape, order: Order, core: CoreLimits, saved_v: bool = False
 ) -> list[Step]:
     """Library products around the core's backward kernels.
 
@@ -183,7 +183,7 @@ def split_backward_steps(
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
     product, small = length * m * k // s.heads, c * m * k // s.heads
     rows = 2 * k + (0 if order.from_x else m)
-    made = rows - k if kept_v else rows
+    made = rows - k if saved_v else rows
     steps = [_operands(s, rows), Step("project", True, length * c * made, (c + made) * length)]
 
     def asked(elements: int, features: int) -> int:

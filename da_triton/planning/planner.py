@@ -151,14 +151,14 @@ def floor(s: Shape) -> float:
 
 
 def routes(
-    s: Shape, limits: Limits, order: Order | None = None, kept_v: bool = False
+    s: Shape, limits: Limits, order: Order | None = None, saved_v: bool = False
 ) -> tuple[PlannedRoute, ...]:
     """Every route that the kernels can take, the one with the least modelled forward time first.
 
-    ``order``: that of the forward pass; None for all. ``kept_v``: backward finds V, and does not
+    ``order``: that of the forward pass; None for all. ``saved_v``: backward finds V, and does not
     project it again.
     """
-    kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, kept_v)
+    kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, saved_v)
     found = []
     for o in (order,) if order else orders(s.reconstruct):
         pass_1 = limits.gather_from_x if o.from_x else limits.gather_from_a
@@ -179,15 +179,17 @@ def routes(
     return tuple(sorted(found, key=lambda planned: planned.seconds))
 
 
-def _backward(s: Shape, limits: Limits, kept_v: bool) -> tuple[str, Order, tuple[Step, ...], float]:
+def _backward(
+    s: Shape, limits: Limits, saved_v: bool
+) -> tuple[str, Order, tuple[Step, ...], float]:
     """The backward pass with the least modelled time, whatever the forward pass was."""
     splits = max(1, limits.processors // max(1, s.batch))
     candidates = [
-        ("split", o, tuple(split_backward_steps(s, o, limits.core, kept_v)))
+        ("split", o, tuple(split_backward_steps(s, o, limits.core, saved_v)))
         for o in orders(s.reconstruct)
     ]
     if limits.backward:
-        sizes = splits, limits.backward, limits.map_blocks, kept_v
+        sizes = splits, limits.backward, limits.map_blocks, saved_v
         candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])
@@ -205,7 +207,7 @@ def _chunk(s: Shape) -> int:
     return math.ceil(s.batch / math.ceil(s.batch / fitting))
 
 
-def keeps_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
+def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
     """Whether forward keeps V for backward. "auto": if projecting it again is a tenth of a step.
 
     In multiply-adds of a position, in the paper's order: forward, backward (twice as much), and

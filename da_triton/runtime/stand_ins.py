@@ -24,7 +24,7 @@ def _project(x, weight, bias):
 
 
 def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
-    a, b, keep = sources[0]
+    a, b, mask = sources[0]
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     if g is None:
@@ -32,7 +32,7 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
     if lse is None:
         lse = a.new_empty((batch, heads, c_n), dtype=lse_dtype(a.dtype))
     acc, mx, total = merged(*gather_parts(sources, logit_scale))
-    nothing = total == 0 if keep is not None else torch.zeros_like(total, dtype=torch.bool)
+    nothing = total == 0 if mask is not None else torch.zeros_like(total, dtype=torch.bool)
     lse.copy_((mx + total.log()).masked_fill(nothing, torch.inf).view(lse.shape))
     found = (acc / total[..., None]).masked_fill(nothing[..., None], 0)
     found = found.view(batch, heads, c_n, c_m).mT
@@ -47,15 +47,15 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
 
 def gather_parts(sources, logit_scale):
     parts = []
-    for a, b, keep in sources:
-        parts.append(_parts(a, b.to(accumulator(b.dtype)) * logit_scale, keep))
+    for a, b, mask in sources:
+        parts.append(_parts(a, b.to(accumulator(b.dtype)) * logit_scale, mask))
     return tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))
 
 
-def _parts(a, z, keep):
+def _parts(a, z, mask):
     """Of features a and logits z, ``(N, heads, channels, L)``."""
-    if keep is not None:
-        kept = keep.bool()[:, None, None]
+    if mask is not None:
+        kept = mask.bool()[:, None, None]
         a, z = a.masked_fill(~kept, 0), z.masked_fill(~kept, -torch.inf)
     mx = z.amax(-1)
     p = (z - mx.masked_fill(mx == -torch.inf, 0)[..., None]).exp()
@@ -70,26 +70,26 @@ def merged(acc, mx, total):
     return (acc * weight[..., None]).sum(1), largest, (total * weight).sum(1)
 
 
-def gather_from_x(x, weight_b, keep, logit_scale):
-    return _parts(x[:, None], _logits(x, weight_b, logit_scale)[:, None], keep)
+def gather_from_x(x, weight_b, mask, logit_scale):
+    return _parts(x[:, None], _logits(x, weight_b, logit_scale)[:, None], mask)
 
 
-def gather_from_a(x, weight_a, weight_b, keep, heads, logit_scale):
+def gather_from_a(x, weight_a, weight_b, mask, heads, logit_scale):
     a, b = (_project(x, w, None).to(x.dtype) for w in (weight_a, weight_b))
     a, b = (t.unflatten(1, (heads, -1)) for t in (a, b))
-    return _parts(a, b.to(accumulator(x.dtype)) * logit_scale, keep)
+    return _parts(a, b.to(accumulator(x.dtype)) * logit_scale, mask)
 
 
 def _logits(x, weight, scale):
     return _project(x, weight, None) * scale
 
 
-def gather_backward(dg, correction, a, b, keep, lse, da, db, logit_scale):
+def gather_backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
     batch, heads, c_n, _ = b.shape
     acc = accumulator(a.dtype)
     z = b.to(lse.dtype) * logit_scale
     p = (z - lse.view(batch, heads, c_n, 1)).exp().to(acc)
-    hidden = None if keep is None else ~keep.bool()[:, None, None]
+    hidden = None if mask is None else ~mask.bool()[:, None, None]
     if hidden is not None:
         p = p.masked_fill(hidden, 0)
     if da is not None:
@@ -158,13 +158,13 @@ def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, 
 
 
 def gather_side(
-    x, dout, weight_b, weight_v, dm, lse, delta, keep, dv, db, *, logit_scale, residual, need_x
+    x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x
 ):
     acc = accumulator(x.dtype)
     p = (_logits(x, weight_b, logit_scale) - lse[..., None]).exp().to(acc)
     grad = logit_scale * p * (_dot(dm.mT, x) - delta[..., None])
-    if keep is not None:
-        hidden = ~keep.bool()[:, None]
+    if mask is not None:
+        hidden = ~mask.bool()[:, None]
         p, grad = p.masked_fill(hidden, 0), grad.masked_fill(hidden, 0)
     db.copy_(grad)
     if not need_x:

@@ -98,13 +98,13 @@ def test_a_conversion_that_a_message_names(call, values, name, change, recwarn):
     lambda x: x.to(torch.float8_e5m2),
 ])  # fmt: skip
 def test_masks(change):
-    keep = torch.tensor([[True, False, True, True, False]] * 2)
-    expected = da_triton.gather(maps["a"], maps["b"], mask=keep)
+    mask = torch.tensor([[True, False, True, True, False]] * 2)
+    expected = da_triton.gather(maps["a"], maps["b"], mask=mask)
 
     def call(mask):
         return da_triton.gather(maps["a"], maps["b"], mask=mask)
 
-    result, done = follow(call, mask=change(keep))
+    result, done = follow(call, mask=change(mask))
     assert done
     assert torch.equal(result, expected)
 

@@ -95,11 +95,11 @@ def test_maps_of_small_gradients_beside_one_of_large_ones(case):
 def test_a_map_without_positions(case):
     """Its dG is ignored, however large."""
     a, b, upstream = inputs(case)
-    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.3
-    keep[0] = False
+    mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3
+    mask[0] = False
     upstream = to(2 * LARGEST, upstream)
     upstream[0] *= 1e6
-    da, db = compare(a, b, upstream, keep=keep)
+    da, db = compare(a, b, upstream, mask=mask)
     assert not da[0].any()
     assert not db[0].any()
 
@@ -146,9 +146,9 @@ def test_the_gradient_of_the_log_sum_exp(case, excess):
 
 def constant(sizes, upstream, gains=()):
     """X, weights, mask and a constant upstream gradient."""
-    x, w, keep, like = block_inputs(sizes, DTYPE, channels_last=False)
+    x, w, mask, like = block_inputs(sizes, DTYPE, channels_last=False)
     w = w._replace(**{name: gain * getattr(w, name) for name, gain in gains})
-    return x, w, keep, torch.full_like(like, upstream)
+    return x, w, mask, torch.full_like(like, upstream)
 
 
 @pytest.mark.parametrize("masked", [False, True])

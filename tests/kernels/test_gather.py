@@ -103,29 +103,29 @@ def test_scale_is_not_rounded_to_float32():
 @each_case
 def test_mask(case, dtype, poisoned):
     a, b, upstream = inputs(case, dtype)
-    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.4
-    keep[:, 0] = True
-    compare(a, b, upstream, keep=keep)
+    mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.4
+    mask[:, 0] = True
+    compare(a, b, upstream, mask=mask)
 
 
 def test_mask_with_every_position_gone_gives_zeros():
     a, b, upstream = inputs(CASE, torch.float32)
-    keep = torch.ones(CASE.batch, CASE.length, dtype=torch.bool, device=DEVICE)
-    keep[0] = False
-    result = step(core.gather, (a, b), upstream, keep=keep)
+    mask = torch.ones(CASE.batch, CASE.length, dtype=torch.bool, device=DEVICE)
+    mask[0] = False
+    result = step(core.gather, (a, b), upstream, mask=mask)
     for name, value in result.items():
         assert value[0].count_nonzero() == 0, name
         assert value[1].isfinite().all(), name
-    compare(a, b, upstream, keep=keep)
+    compare(a, b, upstream, mask=mask)
 
 
 def test_masked_values_reach_neither_result_nor_gradients():
     a, b, upstream = inputs(CASE, torch.float32)
-    keep = torch.rand(CASE.batch, CASE.length, device=DEVICE) > 0.3
-    expected = step(core.gather, (a, b), upstream, keep=keep)
-    hidden = ~keep[:, None, None, :]
+    mask = torch.rand(CASE.batch, CASE.length, device=DEVICE) > 0.3
+    expected = step(core.gather, (a, b), upstream, mask=mask)
+    hidden = ~mask[:, None, None, :]
     spoiled = a.masked_fill(hidden, math.nan), b.masked_fill(hidden, math.inf)
-    found = step(core.gather, spoiled, upstream, keep=keep)
+    found = step(core.gather, spoiled, upstream, mask=mask)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
 
@@ -140,10 +140,10 @@ def test_extra_tokens(case, masked, tokens_per_sample):
     if tokens_per_sample:
         extra_a = extra_a + peaky(case.batch, case.heads, case.m, 4, dtype=a.dtype)
         extra_b = extra_b + peaky(case.batch, case.heads, case.n, 4, dtype=a.dtype)
-    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.5 if masked else None
+    mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.5 if masked else None
     batch = case.batch
     extra = tuple(e.expand(batch, -1, -1, -1) for e in (extra_a, extra_b))
-    compare(a, b, upstream, extra=extra, keep=keep)
+    compare(a, b, upstream, extra=extra, mask=mask)
 
     leaves = [x.clone().requires_grad_() for x in (extra_a, extra_b)]
     wide = [x.detach().double().requires_grad_() for x in leaves]
@@ -152,7 +152,7 @@ def test_extra_tokens(case, masked, tokens_per_sample):
         (reference.gather, wide, (a.double(), b.double())),
     ):
         pair = (x.expand(batch, -1, -1, -1), y.expand(batch, -1, -1, -1))
-        out = function(f, g, extra=pair, keep=keep)
+        out = function(f, g, extra=pair, mask=mask)
         out.backward(upstream.to(out.dtype))
     for ours, theirs in zip(leaves, wide, strict=True):
         check(ours.grad, theirs.grad, a.dtype)
@@ -296,11 +296,11 @@ def test_a_wrong_reference_is_rejected(wrong):
 def test_gradients_of_the_kernels_by_finite_differences():
     a = peaky(1, 1, 2, 6, dtype=torch.float64).requires_grad_()
     b = peaky(1, 1, 2, 6, dtype=torch.float64, deviation=1).requires_grad_()
-    keep = torch.tensor([[True] * 5 + [False]], device=DEVICE)
+    mask = torch.tensor([[True] * 5 + [False]], device=DEVICE)
     extra = tuple(peaky(1, 1, 2, 1, dtype=torch.float64).requires_grad_() for _ in range(2))
 
     def function(a, b, *extra):
-        return core.gather(a, b, keep=keep, extra=extra, logit_scale=0.6)
+        return core.gather(a, b, mask=mask, extra=extra, logit_scale=0.6)
 
     assert torch.autograd.gradcheck(function, (a, b, *extra))
     assert torch.autograd.gradgradcheck(function, (a, b, *extra), fast_mode=True)

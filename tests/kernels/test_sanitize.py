@@ -33,12 +33,12 @@ def keep_some(*shape):
 def core(heads, m, n, length=37):
     """Gather and distribute, forward and backward, with a mask and without."""
     a, b, v = (normal(2, heads, c, length) for c in (m, n, n))
-    for keep in (None, keep_some(2, length)):
-        g, lse = gather.gather_forward([(a, b, keep)], 0.5)
+    for mask in (None, keep_some(2, length)):
+        g, lse = gather.gather_forward([(a, b, mask)], 0.5)
         for softmax in (True, False):
             z = distribute.distribute_forward(g, v, 1.0, softmax, 0.5)
             dg, _ = distribute.distribute_backward(z, g, v, 1.0, softmax, 0.5, True, True)
-        gather.gather_backward(dg, a, b, keep, g, lse, None, 0.5, True, True)
+        gather.gather_backward(dg, a, b, mask, g, lse, None, 0.5, True, True)
 
 
 def block(sizes, way, order, backward):
@@ -48,11 +48,11 @@ def block(sizes, way, order, backward):
     route = Route(ORDERS[order], way, way, backward, backward_order, 1 if way == "fused" else 2)
     shapes = (c_m, c), (c_m,), (c_n, c), (c_n, c), (c_n,), (c, c_m), (c,)
     w = routes.Weights(*(normal(*shape) for shape in shapes))
-    x, keep = normal(2, c, 37), keep_some(2, 37)
+    x, mask = normal(2, c, 37), keep_some(2, 37)
     options = routes.Options(2, 0.5, 0.5, 1.0, True, True)
     for maps in (x, x.mT.contiguous().mT):
-        out, lse, g, v = routes.forward(maps, w, keep, options, route, True)
-        routes.backward(out, maps, w, keep, lse, g, v, options, route)
+        out, lse, g, v = routes.forward(maps, w, mask, options, route, True)
+        routes.backward(out, maps, w, mask, lse, g, v, options, route)
 
 
 SMALL, BY_CHANNELS = (20, 6, 4), (130, 6, 68)

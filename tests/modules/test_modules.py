@@ -23,7 +23,7 @@ def definition(block, x, mask=None):
     out = reference.block(
         flat, *weights, heads=block.heads, logit_scale=block.logit_scale,
         logit_scale_v=block.logit_scale_v, scale=block.scale, softmax_v=block.softmax_v,
-        residual=flat if block.residual else None, keep=None if mask is None else mask.flatten(1),
+        residual=flat if block.residual else None, mask=None if mask is None else mask.flatten(1),
     )  # fmt: skip
     return out.unflatten(2, x.shape[2:])
 

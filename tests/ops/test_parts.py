@@ -22,24 +22,24 @@ def problem(dtype=torch.float64, *, masked=False, tokens=False, logit_scale=1.0)
     leaves = [peaky(3, HEADS, c, LENGTH, dtype=dtype) for c in (M, N)]
     if tokens:
         leaves += [peaky(3, HEADS, c, 4, dtype=dtype) for c in (M, N)]
-    keep = None
+    mask = None
     if masked:
-        keep = torch.rand(3, LENGTH, device=DEVICE) > 0.4
-        keep[1] = False
-    return [x.requires_grad_() for x in leaves], {"keep": keep, "logit_scale": logit_scale}
+        mask = torch.rand(3, LENGTH, device=DEVICE) > 0.4
+        mask[1] = False
+    return [x.requires_grad_() for x in leaves], {"mask": mask, "logit_scale": logit_scale}
 
 
-def definition(a, b, *extra, keep, logit_scale):
+def definition(a, b, *extra, mask, logit_scale):
     """In float64; lse is +inf where a map has no position."""
     a, b, *extra = (x.double() for x in (a, b, *extra))
-    g = reference.gather(a, b, keep=keep, extra=extra or None, logit_scale=logit_scale)
+    g = reference.gather(a, b, mask=mask, extra=extra or None, logit_scale=logit_scale)
     if extra:
-        a, b, keep = reference.join_extra(a, b, keep, extra)
+        a, b, mask = reference.join_extra(a, b, mask, extra)
     logits = logit_scale * b
-    if keep is None:
+    if mask is None:
         return g, logits.logsumexp(-1)
-    left = keep.any(-1)[:, None, None]
-    kept = keep[:, None, None] | ~left[..., None]  # no logsumexp of nothing: its gradient is NaN
+    left = mask.any(-1)[:, None, None]
+    kept = mask[:, None, None] | ~left[..., None]  # no logsumexp of nothing: its gradient is NaN
     lse = logits.masked_fill(~kept, -torch.inf).logsumexp(-1)
     return g, lse.masked_fill(~left, torch.inf)
 
@@ -130,9 +130,9 @@ def test_gradients_of_some_positions_from_the_g_and_lse_of_all(backend):
     core = ops.select(backend, g)
     for cut in (slice(0, 11), slice(11, LENGTH)):
         a, b = (x.detach()[..., cut] for x in leaves)
-        keep, scale = given["keep"][:, cut], given["logit_scale"]
+        mask, scale = given["mask"][:, cut], given["logit_scale"]
         found = core.gather_backward(
-            dg, a, b, keep, g.detach(), lse.detach(), dlse, scale, True, True
+            dg, a, b, mask, g.detach(), lse.detach(), dlse, scale, True, True
         )
         for ours, truth in zip(found, expected, strict=True):
             check(ours, truth[..., cut], torch.float64)

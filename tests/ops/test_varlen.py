@@ -50,25 +50,25 @@ def small(monkeypatch):
 
 def arguments(channels_last, optional, lengths):
     a, b, v = maps(M, N, N, lengths=lengths, dtype=torch.float32, channels_last=channels_last)
-    keep = torch.rand(1, sum(lengths), device=DEVICE) > 0.4 if optional else None
+    mask = torch.rand(1, sum(lengths), device=DEVICE) > 0.4 if optional else None
     extra = tokens(lengths, torch.float32) if optional else [None, None]
-    return a, b, v, keep, extra, offsets_of(lengths)
+    return a, b, v, mask, extra, offsets_of(lengths)
 
 
 @each_layout
 @each_kernels
 @pytest.mark.parametrize("optional", [False, True], ids=["plain", "mask and tokens"])
 def test_opcheck(kernels, optional, channels_last):
-    a, b, v, keep, extra, offsets = arguments(channels_last, optional, [1, 0, 2])
+    a, b, v, mask, extra, offsets = arguments(channels_last, optional, [1, 0, 2])
     for need in (False, True):
-        inputs = (a.requires_grad_(need), b.requires_grad_(need), keep, *extra, offsets)
+        inputs = (a.requires_grad_(need), b.requires_grad_(need), mask, *extra, offsets)
         torch.library.opcheck(varlen_ops.gather_op, (*inputs, 0.7, kernels))
     a, b = a.detach(), b.detach()
-    g, lse = varlen_ops.gather_op(a, b, keep, *extra, offsets, 0.7, kernels)
+    g, lse = varlen_ops.gather_op(a, b, mask, *extra, offsets, 0.7, kernels)
     dg = peaky(*g.shape[:2], g.shape[3], g.shape[2], dtype=g.dtype).mT
     for needs in ([True] * 4, [True, False] * 2, [False, True] * 2):
         needs = needs if optional else [*needs[:2], False, False]
-        inputs = (dg, a, b, keep, *extra, g, lse, offsets, 0.7, kernels, needs)
+        inputs = (dg, a, b, mask, *extra, g, lse, offsets, 0.7, kernels, needs)
         torch.library.opcheck(varlen_ops.gather_backward_op, inputs)
     for need in (False, True):
         inputs = (g.requires_grad_(need), v.requires_grad_(need), offsets)
@@ -124,11 +124,11 @@ def test_fakes_have_the_true_strides(kernels, lengths, channels_last):
 def test_uneven_lengths(backend, optional, dtype, channels_last):
     """Views beside buckets, long sums beside short ones; against the definition in float64."""
     a, b, v = maps(M, N, N, dtype=dtype, channels_last=channels_last)
-    keep = torch.rand(1, sum(UNEVEN), device=DEVICE) > 0.4 if optional else None
+    mask = torch.rand(1, sum(UNEVEN), device=DEVICE) > 0.4 if optional else None
     extra = tokens(dtype=dtype) if optional else []
     leaves = [x.requires_grad_() for x in (a, b, v, *extra)]
     options = {
-        "heads": HEADS, "mask": keep, "logit_scale": 0.6, "logit_scale_v": 0.7, "scale": 1.3,
+        "heads": HEADS, "mask": mask, "logit_scale": 0.6, "logit_scale_v": 0.7, "scale": 1.3,
         "softmax_v": not optional, "cu_seqlens": offsets_of(UNEVEN),
     }  # fmt: skip
 

@@ -25,14 +25,14 @@ def sharded_core(rank, axis, needs):
     register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     whole = [x[:2].clone().requires_grad_(need) for x, need in zip(maps(), needs, strict=True)]
-    keep = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(8)) > 0.4
-    z = da_triton.double_attention(*whole, heads=2, mask=keep, backend="eager")
+    mask = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(8)) > 0.4
+    z = da_triton.double_attention(*whole, heads=2, mask=mask, backend="eager")
     z.square().sum().backward()
     shards = [
         distribute_tensor(x.detach(), mesh, [Shard(axis)]).requires_grad_(need)
         for x, need in zip(whole, needs, strict=True)
     ]
-    mask = distribute_tensor(keep, mesh, [Shard(0) if axis == 0 else Replicate()])
+    mask = distribute_tensor(mask, mesh, [Shard(0) if axis == 0 else Replicate()])
     with CommDebugMode() as sent:
         ours = da_triton.double_attention(*shards, heads=2, mask=mask, backend="triton")
         ours.square().sum().backward()

@@ -212,7 +212,7 @@ def test_chunks_keep_x_in_the_cache():
 def test_v_is_kept_only_if_asked_for(value, expected):
     """Projecting it again is under a tenth of a step at every ratio of channels here."""
     for c, m, n in itertools.product((16, 256, 2048), (8, 128, 512), (8, 128, 512)):
-        kept = planner.keeps_v(c, m, n, 1, value)
+        kept = planner.saves_v(c, m, n, 1, value)
         assert kept == expected or (value == "auto" and n > m)
 
 
@@ -232,7 +232,7 @@ def test_plan_shows_what_would_run():
 def test_plan_of_an_order_of_choice():
     plan = da_triton.plan((2, 64, 7, 7), 32, 32, heads=2, order="AH", recompute=False)
     assert plan.order == "AH"
-    assert plan.keeps_v
+    assert plan.saves_v
     assert all(option.route.order == AH for option in plan.runners_up)
 
 

@@ -80,7 +80,7 @@ class Kernel:
         return launch
 
 
-def corrupt(a, b, keep, acc, *_):
+def corrupt(a, b, mask, acc, *_):
     """61 for 64, in a corner of 8 by 8."""
     acc.view(-1, acc.shape[-1])[:8, :8] *= 61 / 64
 
@@ -155,7 +155,7 @@ def test_the_check_sees_what_the_layer_would_not(suspect, monkeypatch):
 
 def test_a_kernel_that_is_not_deterministic_is_not_used(suspect, monkeypatch):
     turns = iter(range(1000))
-    lying(monkeypatch, lambda a, b, keep, acc, *_: acc.view(-1)[:4].add_(1e-5 * next(turns)))
+    lying(monkeypatch, lambda a, b, mask, acc, *_: acc.view(-1)[:4].add_(1e-5 * next(turns)))
     with pytest.warns(UserWarning, match="different results on the same input"):
         gathered(*maps())
 
@@ -368,9 +368,9 @@ def test_tf32_is_examined_apart(monkeypatch):
 def test_a_mask_of_few_positions(monkeypatch):
     """No sample of the trial is hidden whole."""
     a, b = maps(length=1)
-    keep = torch.tensor([[True], [True]], device=DEVICE)
+    mask = torch.tensor([[True], [True]], device=DEVICE)
     with guard.examine(1) as verdicts:
-        core.gather(a, b, keep=keep)
+        core.gather(a, b, mask=mask)
     assert [v.reason for v in verdicts] == [""]
 
 
@@ -411,7 +411,7 @@ def test_examining_leaves_out_what_is_remembered(suspect, proofs, monkeypatch):
     assert [v.kernel for v in verdicts] == ["gather_forward"]
     monkeypatch.setattr(
         project_gather, "gather_from_x_kernel",
-        Kernel(project_gather.gather_from_x_kernel, lambda x, w, keep, acc, *_: acc.mul_(1.1)),
+        Kernel(project_gather.gather_from_x_kernel, lambda x, w, mask, acc, *_: acc.mul_(1.1)),
     )  # fmt: skip
     x, w, _, _ = inputs(CASES["plain"], DTYPE, False)
     with guard.examine(2) as verdicts:

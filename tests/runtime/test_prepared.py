@@ -98,8 +98,8 @@ for last in (False, True):
             for route in (FUSED, FUSED._replace(chunk=1), *SPLIT):
                 x, w = rows(2, 64, 196, last, offset), weights(64, 32, 48, offset)
                 keep = empty(2, 196, dtype=torch.uint8, offset=offset) if masked else None
-                for keep_v in (False, True):
-                    out, lse, g, v = routes.forward(x, w, keep, OPTIONS, route, keep_v)
+                for save_v in (False, True):
+                    out, lse, g, v = routes.forward(x, w, keep, OPTIONS, route, save_v)
                     routes.backward(out, x, w, keep, lse, g, v, OPTIONS, route)
             for m, n, length in ((32, 32, 4096), (300, 128, 196), (300, 600, 49)):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -332,13 +332,13 @@ def test_that_nothing_is_launched_is_found_once():
 
 
 def test_nothing_keeps_tensors():
-    a, b, keep = torch.randn(1, 1, 8, 24), torch.randn(1, 1, 8, 24), torch.ones(1, 24).byte()
-    g, lse = gather.gather_forward([(a, b, keep)], 0.5)
-    da, db = gather.gather_backward(g, a, b, keep, g, lse, None, 0.5, True, True)
+    a, b, mask = torch.randn(1, 1, 8, 24), torch.randn(1, 1, 8, 24), torch.ones(1, 24).byte()
+    g, lse = gather.gather_forward([(a, b, mask)], 0.5)
+    da, db = gather.gather_backward(g, a, b, mask, g, lse, None, 0.5, True, True)
     z = distribute.distribute_forward(g, b, 0.5, True, 0.6)
-    kept = [weakref.ref(t) for t in (a, b, keep, g, lse, da, db, z)]
+    kept = [weakref.ref(t) for t in (a, b, mask, g, lse, da, db, z)]
     assert launch._prepared.found
-    del a, b, keep, g, lse, da, db, z
+    del a, b, mask, g, lse, da, db, z
     gc.collect()
     assert not any(ref() is not None for ref in kept)
 

@@ -81,12 +81,12 @@ def test_a_core_of_stand_ins(sizes, masked, monkeypatch):
     m, n = sizes
     a, b, v = (torch.randn(2, 1, c, 50, generator=generator).double() for c in (m, n, n))
     extra = tuple(torch.randn(2, 1, c, 3, generator=generator).double() for c in (m, n))
-    keep = torch.rand(2, 50, generator=generator) > 0.5 if masked else None
+    mask = torch.rand(2, 50, generator=generator) > 0.5 if masked else None
 
     def results(backend):
         leaves = [t.detach().to(DEVICE).requires_grad_() for t in (a, b, *extra, v)]
-        here = None if keep is None else keep.to(DEVICE)
-        g = backend.gather(*leaves[:2], keep=here, extra=leaves[2:4], logit_scale=0.7)
+        here = None if mask is None else mask.to(DEVICE)
+        g = backend.gather(*leaves[:2], mask=here, extra=leaves[2:4], logit_scale=0.7)
         z = backend.distribute(g, leaves[4], scale=1.1, logit_scale=0.9)
         return [z, *torch.autograd.grad(z.square().sum(), leaves)]
 

@@ -37,8 +37,8 @@ def by_head(frames):
 
 def whole(a, b, masks=None, logit_scale=1.0):
     """The definition in float64 over all frames at once."""
-    keep = None if masks is None else torch.cat(masks, -1)
-    return reference.gather(by_head(a), by_head(b), keep=keep, logit_scale=logit_scale)
+    mask = None if masks is None else torch.cat(masks, -1)
+    return reference.gather(by_head(a), by_head(b), mask=mask, logit_scale=logit_scale)
 
 
 def start(dtype=torch.float64, batch=2):
@@ -106,12 +106,12 @@ def test_masks(backend):
     masks = [torch.rand(2, x.shape[2], device=DEVICE) > 0.4 for x in a]
     masks[0][:] = False  # nothing in the first frame
     masks[2][1] = False
-    for x, y, keep in zip(a, b, masks, strict=True):
-        x.masked_fill_(~keep[:, None], torch.nan)
-        y.masked_fill_(~keep[:, None], torch.nan)
+    for x, y, mask in zip(a, b, masks, strict=True):
+        x.masked_fill_(~mask[:, None], torch.nan)
+        y.masked_fill_(~mask[:, None], torch.nan)
     state = start()
-    for x, y, keep in zip(a, b, masks, strict=True):
-        state = state.update(x, y, mask=keep, backend=backend)
+    for x, y, mask in zip(a, b, masks, strict=True):
+        state = state.update(x, y, mask=mask, backend=backend)
         assert not state.read().isnan().any()
     expected = whole(a, [y.nan_to_num() for y in b], masks)
     check(state.read(), expected, torch.float64)
@@ -149,8 +149,8 @@ def test_the_pivot_of_the_kernels_loses_no_digits(masked):
     b = [y + 300 for y in b]
     masks = [torch.ones(2, x.shape[2], dtype=torch.bool, device=DEVICE) for x in a]
     state = start(torch.float32)
-    for x, y, keep in zip(a, b, masks, strict=True):
-        state = state.update(x, y, mask=keep if masked else None, backend="triton")
+    for x, y, mask in zip(a, b, masks, strict=True):
+        state = state.update(x, y, mask=mask if masked else None, backend="triton")
     check(state.read(), whole(a, b), torch.float32)
 
 
@@ -269,8 +269,8 @@ def test_gradients_are_those_of_all_frames_at_once(backend, kind):
     options = {"logit_scale": 0.7, "backend": backend}
     if kind == "masked":
         state = start()
-        for x, y, keep in zip(a, b, masks, strict=True):
-            state = state.update(x, y, mask=keep, **options)
+        for x, y, mask in zip(a, b, masks, strict=True):
+            state = state.update(x, y, mask=mask, **options)
         expected = whole(a, b, masks, logit_scale=0.7)
     elif kind == "window":
         state = run(Window.init(4, start()), a, b, **options)

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     length: int
     masked: bool = False
     softmax_v: bool = True
-    keep_v: bool = False
+    save_v: bool = False
 
 
 FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
@@ -40,12 +40,12 @@ ROUTES = {
 }
 CASES = {
     "plain": Case(1, 64, 32, 32, 196),
-    "odd": Case(2, 40, 24, 12, 49, masked=True, keep_v=True),
+    "odd": Case(2, 40, 24, 12, 49, masked=True, save_v=True),
     "no_softmax": Case(4, 64, 32, 32, 96, softmax_v=False),
-    "wide": Case(1, 160, 48, 20, 80, keep_v=True),
+    "wide": Case(1, 160, 48, 20, 80, save_v=True),
     "a_map_a_head": Case(2, 40, 16, 2, 50, masked=True),
     # too many maps for a tile with all channels; more than any program holds
-    "many_maps": Case(3, 64, 24, 390, 66, masked=True, keep_v=True),
+    "many_maps": Case(3, 64, 24, 390, 66, masked=True, save_v=True),
     "no_tile": Case(1, 48, 16, 520, 50, masked=True),
 }
 # What ``definition`` and ``run`` give: the block without its residual, then gradients.
@@ -67,33 +67,33 @@ def inputs(case, dtype, channels_last):
     )  # fmt: skip
     a, b, v, out = (gain * normal(o, i) / i**0.5 for o, i, gain in sizes)
     weights = (a, normal(case.c_m), b, v, normal(case.c_n), out, normal(case.channels))
-    keep = None
+    mask = None
     if case.masked:
-        keep = torch.rand(2, case.length, generator=generator) > 0.4
-        keep[0] = False
+        mask = torch.rand(2, case.length, generator=generator) > 0.4
+        mask[0] = False
     upstream = normal(2, case.channels, case.length)
     move = functools.partial(torch.Tensor.to, device=DEVICE, dtype=dtype)
-    keep = None if keep is None else keep.to(DEVICE)
-    return move(x), routes.Weights(*map(move, weights)), keep, move(upstream)
+    mask = None if mask is None else mask.to(DEVICE)
+    return move(x), routes.Weights(*map(move, weights)), mask, move(upstream)
 
 
-def definition(case, x, w, keep, upstream, dtype, logit_scale=0.7):
+def definition(case, x, w, mask, upstream, dtype, logit_scale=0.7):
     """The definition's result and gradients, computed in ``dtype``."""
     leaves = [t.to(dtype).requires_grad_() for t in (x, *w)]
     x, a, bias_a, b, v, bias_v, out, bias_out = leaves
     y = reference.block(
         x, a, bias_a, b, None, v, bias_v, out, bias_out, heads=case.heads, logit_scale=logit_scale,
-        logit_scale_v=0.9, scale=1.3, softmax_v=case.softmax_v, residual=x, keep=keep,
+        logit_scale_v=0.9, scale=1.3, softmax_v=case.softmax_v, residual=x, mask=mask,
     )  # fmt: skip
     grads = torch.autograd.grad(y, leaves, upstream.to(dtype))
     return (y - x).detach(), *grads
 
 
-def run(route, case, x, w, keep, upstream):
+def run(route, case, x, w, mask, upstream):
     """The kernels' result and gradients."""
     options = routes.Options(case.heads, 0.7, 0.9, 1.3, case.softmax_v, True)
-    mask = None if keep is None else keep.view(torch.uint8)
-    out, lse, g, v = routes.forward(x, w, mask, options, route, case.keep_v)
-    assert (v is not None) == case.keep_v
+    mask = None if mask is None else mask.view(torch.uint8)
+    out, lse, g, v = routes.forward(x, w, mask, options, route, case.save_v)
+    assert (v is not None) == case.save_v
     grads = routes.backward(upstream, x, w, mask, lse, g, v, options, route)
     return out - x, *grads

@@ -20,7 +20,7 @@ def calls_in(
         return calls
     forms = set()
 
-    def keep(module, args, kwargs):
+    def mask(module, args, kwargs):
         def form(x):
             return tuple(x.shape[1:]) if isinstance(x, Tensor) else repr(x)
 
@@ -33,7 +33,7 @@ def calls_in(
     modes = {module: module.training for module in model.modules()}
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(mask, with_kwargs=True) for layer in layers]
     named = example if isinstance(example, dict) else {}
     args = example if isinstance(example, tuple) else () if named else (example,)
     try:

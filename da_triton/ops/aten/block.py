@@ -27,14 +27,14 @@ from ...tracing import transformed
 from . import core as aten
 
 
-def block(x: Tensor, w: Weights, keep, residual, o: Options) -> Tensor:
-    """``(N, C, L)`` to ``(N, C or c_m, L)``; ``keep (N, L)`` and ``residual`` may be None.
+def block(x: Tensor, w: Weights, mask, residual, o: Options) -> Tensor:
+    """``(N, C, L)`` to ``(N, C or c_m, L)``; ``mask (N, L)`` and ``residual`` may be None.
 
     With ``recompute=True``, autograd keeps x and the weights, and projects again in backward.
     """
 
     def composed(x, *w):
-        return compose(x, Weights(*w), keep, residual, o, order)
+        return compose(x, Weights(*w), mask, residual, o, order)
 
     order = order_of(x, w, o)
     # Transforms of ``torch.func`` cannot follow a checkpoint.
@@ -53,20 +53,20 @@ def order_of(x: Tensor, w: Weights, o: Options) -> Order:
     return planner.choose_order(*sizes, w.out is not None, x.device.type == "cpu")
 
 
-def compose(x: Tensor, w: Weights, keep, residual, o: Options, order: Order) -> Tensor:
+def compose(x: Tensor, w: Weights, mask, residual, o: Options, order: Order) -> Tensor:
     """The block in one order, whatever ``o`` says of it."""
     heads, logit_scale, logit_scale_v, scale, softmax_v, *_ = o
     weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out = w
     b = split_heads(project(x, weight_b, None), heads)
     if order.from_x:
         shared = x[:, None].expand(-1, heads, -1, -1)
-        m = aten.gather(shared, b, keep=keep, logit_scale=logit_scale)
+        m = aten.gather(shared, b, mask=mask, logit_scale=logit_scale)
         g = converted(split_heads(weight_a, heads, 0), m.dtype) @ m
     else:
         a = split_heads(project(x, weight_a, None), heads)
-        g = aten.gather(a, b, keep=keep, logit_scale=logit_scale)
+        g = aten.gather(a, b, mask=mask, logit_scale=logit_scale)
     if bias_a is not None:
-        g = g + _gathered_bias(converted(split_heads(bias_a, heads, 0), g.dtype), keep)
+        g = g + _gathered_bias(converted(split_heads(bias_a, heads, 0), g.dtype), mask)
     v = split_heads(project(x, weight_v, bias_v), heads)
 
     if not order.through_h:
@@ -86,7 +86,7 @@ def compose(x: Tensor, w: Weights, keep, residual, o: Options, order: Order) -> 
     return y if residual is None else residual + y
 
 
-def _gathered_bias(bias: Tensor, keep: Tensor | None) -> Tensor:
+def _gathered_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     """What ba adds to G: itself, but nothing where a sample's positions are all masked."""
     bias = bias[:, :, None]
-    return bias if keep is None else bias * keep.any(-1)[:, None, None, None]
+    return bias if mask is None else bias * mask.any(-1)[:, None, None, None]

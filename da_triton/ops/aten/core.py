@@ -22,16 +22,16 @@ from ...tracing import exporting, transformed
 WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
 
 
-def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)``."""
     dtype = product_dtype(b)
-    a = kept_features(a, keep)
+    a = kept_features(a, mask)
     if extra is not None:
         extra_a, extra_b = extra
         b = torch.cat([b, extra_b], -1)
-        if keep is not None:
-            keep = torch.cat([keep, keep.new_ones(keep.shape[0], extra_b.shape[-1])], -1)
-    weights = converted(gather_weights(logits_in(b, logit_scale, dtype), keep), dtype)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], extra_b.shape[-1])], -1)
+    weights = converted(gather_weights(logits_in(b, logit_scale, dtype), mask), dtype)
     total = weights.sum(-1) if dtype not in HALF and chunk_of(weights) is not None else None
     if extra is None:
         g = sum_over_positions(a, weights)
@@ -64,13 +64,13 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     return converted(_cat([y @ x for y, x in pairs], -1), v.dtype)
 
 
-def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """``eager.gather_part``; nothing is rounded to the maps' dtype on the way."""
     if extra is not None:
-        a, b, keep = join_extra(a, b, keep, extra)
-    logits = scaled_logits(b, keep, logit_scale)
-    pivot, weights, total = exponentials(logits, keep is not None)
-    g = sum_over_positions(kept_features(a, keep), weights)
+        a, b, mask = join_extra(a, b, mask, extra)
+    logits = scaled_logits(b, mask, logit_scale)
+    pivot, weights, total = exponentials(logits, mask is not None)
+    g = sum_over_positions(kept_features(a, mask), weights)
     return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
 
 
@@ -82,23 +82,23 @@ def gather_lse(a, b, **options):
     return g, lse.masked_fill(nothing, torch.inf)
 
 
-def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     """dA and dB of some positions from the G and lse of all; None where not needed."""
-    weights = weights_from_lse(scaled_logits(b, keep, logit_scale), lse)
+    weights = weights_from_lse(scaled_logits(b, mask, logit_scale), lse)
     da = (dg @ weights).to(a.dtype) if need_a else None
     if not need_b:
         return da, None
     delta = (dg * g).sum(-2)
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
-    db = weights * (dg.mT @ kept_features(a, keep).to(dg.dtype) - delta[..., None])
+    db = weights * (dg.mT @ kept_features(a, mask).to(dg.dtype) - delta[..., None])
     return da, (logit_scale * db).to(b.dtype)
 
 
-def scaled_logits(b, keep, logit_scale):
+def scaled_logits(b, mask, logit_scale):
     """The gather's logits in the dtype of sums, −inf where a position is masked."""
     logits = logits_in(b, logit_scale, accumulator(b.dtype))
-    return logits if keep is None else logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+    return logits if mask is None else logits.masked_fill(~mask[:, None, None, :], -torch.inf)
 
 
 def weights_from_lse(logits, lse):
@@ -108,9 +108,9 @@ def weights_from_lse(logits, lse):
     return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
 
 
-def kept_features(a, keep):
+def kept_features(a, mask):
     """A masked position may hold anything."""
-    return a if keep is None else a.masked_fill(~keep[:, None, None, :], 0)
+    return a if mask is None else a.masked_fill(~mask[:, None, None, :], 0)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

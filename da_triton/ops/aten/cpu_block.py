@@ -57,7 +57,7 @@ from .cpu_products import (
 class Call(direct.Call):
     """For whatever is not small, and for masks."""
 
-    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
+    def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
         if too_narrow(x, len(w.b)):
             return False
         self.order = order = aten_block.order_of(x, w, o)
@@ -71,10 +71,10 @@ class Call(direct.Call):
         self.distribute_heads = 1 if order.through_h else o.heads
         return True
 
-    def forward(self, x, w, keep):
-        return _block(x, self._scaled(w), keep, self, keeping=self.o.recompute is not True)
+    def forward(self, x, w, mask):
+        return _block(x, self._scaled(w), mask, self, keeping=self.o.recompute is not True)
 
-    def backward(self, grad, x, w, keep, kept, needs):
+    def backward(self, grad, x, w, mask, kept, needs):
         tokens, w = position_major(x), self._scaled(w)
         grad = lying_as(grad.transpose(1, 2), tokens)
         dx = empty_as(tokens, x.shape[1]) if needs[0] else None
@@ -83,7 +83,7 @@ class Call(direct.Call):
         )
         kept = iter(kept)
         for n in samples(tokens):
-            here = tokens[n], None if keep is None else keep[n], w, self
+            here = tokens[n], None if mask is None else mask[n], w, self
             if self.o.recompute is True:
                 kept = iter(_forward(*here, None, keeping=True))
             _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
@@ -94,22 +94,22 @@ class Call(direct.Call):
         pairs = zip(w, self.factors, strict=True)
         return Weights(*(z if z is None or factor == 1 else factor * z for z, factor in pairs))
 
-    def plain(self, x, w, keep):
-        return aten_block.compose(x, w, keep, x if self.o.residual else None, self.o, self.order)
+    def plain(self, x, w, mask):
+        return aten_block.compose(x, w, mask, x if self.o.residual else None, self.o, self.order)
 
 
-def _block(x, w, keep, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
+def _block(x, w, mask, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
     """The output ``(N, C', L)``, and what ``_backward`` reads, if ``keeping``."""
     tokens = position_major(x)
     out = empty_as(tokens, len(w.a if w.out is None else w.out))
     kept: list[Tensor | None] = []
     for n in samples(tokens):
-        here = None if keep is None else keep[n]
+        here = None if mask is None else mask[n]
         kept += _forward(tokens[n], here, w, call, out[n], keeping)
     return as_given(out, x), kept
 
 
-def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
+def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
     """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
     options, short = call.o, call.short
     from_x, through_h = call.order.from_x, call.order.through_h
@@ -119,7 +119,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
     parts: list[Tensor] = []
     masses: list[Any] = []
     for piece in pieces:
-        here = None if keep is None else keep[:, piece]
+        here = None if mask is None else mask[:, piece]
         rows = gathered_rows(x[:, piece], here)
         p, mass = softmax_and_mass(project(rows, w.b), len(pieces) == 1, here)
         f = rows if from_x else project(rows, w.a, w.bias_a)
@@ -132,7 +132,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
     share = None
     if len(pieces) > 1:
         share = torch.stack(masses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
-        if keep is not None:
+        if mask is not None:
             share.nan_to_num_(0)  # where no piece has any mass
         t = torch.stack(parts).mul_(share).sum(0)
     elif not short:
@@ -143,7 +143,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
         g = w.a.unflatten(0, (heads, -1)) @ split(t[:, 0], heads)
         if w.bias_a is not None:
             bias = w.bias_a.view(heads, -1, 1)
-            g.add_(bias if keep is None else bias * keep.any(1)[:, None, None, None])
+            g.add_(bias if mask is None else bias * mask.any(1)[:, None, None, None])
     d = g
     if through_h:
         d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
@@ -176,7 +176,7 @@ def _forward(x, keep, w, call, out, keeping) -> list[Tensor | None]:
     return [t, g, d, share, *kept] if keeping else []
 
 
-def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
+def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
     """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
     options = call.o
     from_x, through_h = call.order.from_x, call.order.through_h
@@ -224,7 +224,7 @@ def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
         dt = dg
         if from_x:
             if dw.bias_a is not None:
-                some = dg if keep is None else dg[keep.any(1)]
+                some = dg if mask is None else dg[mask.any(1)]
                 dw.bias_a.add_(some.sum((0, 3)).flatten())
             if dw.a is not None:
                 dw.a.add_((dg @ split(t[:, 0], heads).mT).sum(0).flatten(0, 1))
@@ -233,7 +233,7 @@ def _backward(x, keep, w, call, kept, grad, dx, dw) -> None:
 
     k = call.gather_heads
     for i, piece in enumerate(pieces):
-        rows = gathered_rows(x[:, piece], None if keep is None else keep[:, piece])
+        rows = gathered_rows(x[:, piece], None if mask is None else mask[:, piece])
         p, f = maps[i]
         if short:
             db = dp.sub_((dp * p).sum(1, keepdim=True)).mul_(p)

@@ -93,16 +93,16 @@ def samples(tokens: Tensor) -> Iterator[slice]:
     return (slice(n, n + together) for n in range(0, len(tokens), together))
 
 
-def gathered_rows(x: Tensor, keep: Tensor | None) -> Tensor:
-    """``x (g, l, C)``, but zeros where ``keep (g, l)`` is False, whatever x holds there.
+def gathered_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x (g, l, C)``, but zeros where ``mask (g, l)`` is False, whatever x holds there.
 
     Zero times NaN is NaN, and a choice between two numbers is five times as slow as one operation
     on their bits.
     """
-    if keep is None:
+    if mask is None:
         return x
     bits = torch.int32 if x.dtype == torch.float32 else torch.int64
-    return (x.view(bits) & -keep[..., None].to(bits)).view(x.dtype)
+    return (x.view(bits) & -mask[..., None].to(bits)).view(x.dtype)
 
 
 def split_positions(x: Tensor) -> list[slice]:
@@ -196,15 +196,15 @@ def _per_head(maps: Tensor, heads: int) -> tuple[Tensor, int]:
 
 
 def softmax_and_mass(
-    logits: Tensor, alone: bool, keep: Tensor | None = None
+    logits: Tensor, alone: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The softmax over a piece's positions, in place, and ``log Σ exp`` of its logits.
 
-    Zeros where ``keep (g, l)`` is False. The mass is None if the piece is ``alone``.
+    Zeros where ``mask (g, l)`` is False. The mass is None if the piece is ``alone``.
     """
-    if keep is not None:
-        logits.add_(keep[..., None].to(logits.dtype).log())  # 0 or -inf
-    peak = None if alone and keep is None else logits.amax(1, keepdim=True)
+    if mask is not None:
+        logits.add_(mask[..., None].to(logits.dtype).log())  # 0 or -inf
+    peak = None if alone and mask is None else logits.amax(1, keepdim=True)
     if logits.is_contiguous():
         torch.softmax(logits, 1, out=logits)
     else:

@@ -36,13 +36,13 @@ FEW_COLUMNS = 2**8  # of a product, for which its first matrix is not copied to 
 class Call(direct.Call):
     """For several heads in the paper's order, for one head in any."""
 
-    def plan(self, x: Tensor, w: Weights, keep: Any, o: Options, residual: bool) -> bool:
+    def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
         batch, _, length = x.shape
         self.order = order = (
             AZ if o.heads > 1 and o.order == "auto" else aten_block.order_of(x, w, o)
         )
         if (
-            keep is not None
+            mask is not None
             or not 0 < x.numel() <= MOST_ELEMENTS
             or length > WIDE_CHUNK
             or batch * w.a.numel() > MOST_WEIGHTS
@@ -74,7 +74,7 @@ class Call(direct.Call):
             self.softmax, self.softmax_backward = _softmax_in_rows, _softmax_in_rows_backward
         return True
 
-    def forward(self, x, w, keep):
+    def forward(self, x, w, mask):
         out, kept = self._forward(x, self._spread(w))
         return out, () if self.o.recompute is True else kept
 
@@ -112,7 +112,7 @@ class Call(direct.Call):
                 out.add_(w.bias_out.unsqueeze(-1))
         return out, (p, kept_f, kept_t, kept_g, q, d, kept_z)
 
-    def backward(self, grad, x, w, keep, kept, needs):
+    def backward(self, grad, x, w, mask, kept, needs):
         o, mm, core, t, w = self.o, self.mm, self.core, self.t, self._spread(w)
         p, f, kept_t, g, q, d, z = kept or self._forward(x, w)[1]
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
@@ -195,9 +195,9 @@ class Call(direct.Call):
     def _join(self, x: Tensor) -> Tensor:
         return x if self.heads == 1 else x.view(*self.grad_shape[:-2], -1, x.shape[-1])
 
-    def plain(self, x, w, keep):
+    def plain(self, x, w, mask):
         x = x if x.dim() == 3 else x[None]
-        return aten_block.compose(x, w, keep, x if self.residual else None, self.o, self.order)
+        return aten_block.compose(x, w, mask, x if self.residual else None, self.o, self.order)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

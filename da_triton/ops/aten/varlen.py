@@ -19,11 +19,11 @@ WORK = 2**16  # values of a map in one operation for several sequences
 FEW = 128
 
 
-def gather(a, b, keep, extra_a, extra_b, lengths, logit_scale):
+def gather(a, b, mask, extra_a, extra_b, lengths, logit_scale):
     """``G (S, heads, m, n)`` in the dtype of sums, zeros for an empty sequence; and no lse."""
     dtype = aten.product_dtype(b)
     g = a.new_empty((len(lengths), a.shape[1], a.shape[2], b.shape[2]), dtype=dtype)
-    features, each = _split(converted(aten.kept_features(a, keep), dtype), lengths), g.unbind()
+    features, each = _split(converted(aten.kept_features(a, mask), dtype), lengths), g.unbind()
 
     def use(s, p, extra_p):
         _product(features[s], p, each[s])
@@ -33,11 +33,11 @@ def gather(a, b, keep, extra_a, extra_b, lengths, logit_scale):
         if total is not None:
             each[s].div_(total)
 
-    _with_weights(use, b, keep, extra_b, lengths, logit_scale, dtype)
+    _with_weights(use, b, mask, extra_b, lengths, logit_scale, dtype)
     return converted(g, accumulator(b.dtype)), b.new_empty(0, dtype=lse_dtype(b.dtype))
 
 
-def gather_backward(dg, a, b, keep, extra_a, extra_b, g, _lse, lengths, logit_scale, needs):
+def gather_backward(dg, a, b, mask, extra_a, extra_b, g, _lse, lengths, logit_scale, needs):
     """Gradients of a, b and the tokens; None where not needed."""
     inputs = (a, b, extra_a, extra_b)
     da, db = (
@@ -50,7 +50,7 @@ def gather_backward(dg, a, b, keep, extra_a, extra_b, g, _lse, lengths, logit_sc
     ]
     scales = {"beta": logit_scale, "alpha": logit_scale}
     each, delta = dg.unbind(), (dg * g).sum(-2, keepdim=True).neg().unbind()
-    features = _split(converted(aten.kept_features(a, keep), dg.dtype), lengths)
+    features = _split(converted(aten.kept_features(a, mask), dg.dtype), lengths)
     of_a, of_b = _split(da, lengths), _split(db, lengths)
 
     def use_source(s, x, p, dx, dy):
@@ -71,26 +71,26 @@ def gather_backward(dg, a, b, keep, extra_a, extra_b, g, _lse, lengths, logit_sc
             of_tokens = (None if y is None else y[s] for y in tokens)
             use_source(s, converted(extra_a[s], dg.dtype), extra_p, *of_tokens)
 
-    _with_weights(use, b, keep, extra_b, lengths, logit_scale, dg.dtype)
+    _with_weights(use, b, mask, extra_b, lengths, logit_scale, dg.dtype)
     grads = (da, db, *tokens)
     return [y if y is None else converted(y, x.dtype) for x, y in zip(inputs, grads, strict=True)]
 
 
-def _with_weights(use, b, keep, extra_b, lengths, logit_scale, dtype):
+def _with_weights(use, b, mask, extra_b, lengths, logit_scale, dtype):
     """Calls ``use`` for each sequence: its number, the weights ``(heads, L, n)`` of its positions,
     and those of its tokens or None. Nothing holds them, so the next are in the same memory."""
     s = 0
-    for piece, maps, keep_ in _pieces(lengths, b, keep):
+    for piece, maps, mask_ in _pieces(lengths, b, mask):
         logits = aten.logits_in(maps, logit_scale, dtype)
-        if keep_ is not None:
-            logits = logits.masked_fill(~keep_, -torch.inf)
+        if mask_ is not None:
+            logits = logits.masked_fill(~mask_, -torch.inf)
         few = logits.shape[-1] < FEW * len(piece)
         rows = logits.mT.contiguous() if few else logits.mT
         for x in rows.split(piece, -2):
             tokens = None
             if extra_b is not None and x.shape[-2]:
                 tokens = aten.logits_in(extra_b[s], logit_scale, x.dtype).mT
-            use(s, *_weights(x, tokens, keep_ is not None, dtype))
+            use(s, *_weights(x, tokens, mask_ is not None, dtype))
             s += 1
 
 

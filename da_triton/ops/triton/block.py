@@ -42,18 +42,18 @@ WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out",
 MOST_RECORDED = 16  # backward passes of a signature: by what is needed, by strides of the gradient
 
 
-def block(x, w, keep, residual, o):
+def block(x, w, mask, residual, o):
     """``(N, C, L)`` to ``(N, C or c_m, L)``; arguments as ``aten_block.block``."""
     fused = residual is not None and residual.dtype == x.dtype
     scales = scalars(o.logit_scale, o.logit_scale_v, o.scale)
     options = o.heads, *scales, o.softmax_v, fused, o.order, _keeps_v(w, o)
-    out = apply(Block, x, *w, keep, *options)[0]
+    out = apply(Block, x, *w, mask, *options)[0]
     return out if residual is None or fused else residual + out
 
 
 def _keeps_v(w, o):
     c_m, channels = w.a.shape
-    return planner.keeps_v(channels, c_m, w.b.shape[0], o.heads, o.recompute)
+    return planner.saves_v(channels, c_m, w.b.shape[0], o.heads, o.recompute)
 
 
 class Call(direct.Call):
@@ -61,14 +61,14 @@ class Call(direct.Call):
 
     has_operator = True
 
-    def plan(self, x, w, keep, o, residual):
+    def plan(self, x, w, mask, o, residual):
         if x.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in w):
             return False
-        self.keep_v, self.order = _keeps_v(w, o), o.order
+        self.save_v, self.order = _keeps_v(w, o), o.order
         self.options = kernels.Options(
             o.heads, o.logit_scale, o.logit_scale_v, o.scale, o.softmax_v, residual
         )
-        self.route = _route(x, w, o.heads, o.order, self.keep_v)
+        self.route = _route(x, w, o.heads, o.order, self.save_v)
         self.run = Recorded(super().run)  # type: ignore[method-assign, assignment]
         self.recorded_gradients: dict[Any, Recorded] = {}
         return True
@@ -85,29 +85,29 @@ class Call(direct.Call):
                 self.recorded_gradients[key] = recorded
         return recorded(grad, *tensors)
 
-    def forward(self, x, w, keep):
+    def forward(self, x, w, mask):
         if tracing.named():
-            options = *self.options, self.order, self.keep_v
-            out, lse, g, v = block_op(x, *w, keep, *options)
-            return out, (lse, g, v if self.keep_v else None)
-        out, lse, g, v = kernels.forward(x, w, _bytes(keep), self.options, self.route, self.keep_v)
+            options = *self.options, self.order, self.save_v
+            out, lse, g, v = block_op(x, *w, mask, *options)
+            return out, (lse, g, v if self.save_v else None)
+        out, lse, g, v = kernels.forward(x, w, _bytes(mask), self.options, self.route, self.save_v)
         return out, (lse, g, v)
 
-    def backward(self, grad, x, w, keep, kept, needs):
+    def backward(self, grad, x, w, mask, kept, needs):
         lse, g, v = kept
         unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
         if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
             options = *self.options, self.order, list(needs)
-            return run(block_backward_op, grad, x, *w, keep, lse, g, v, *options)
+            return run(block_backward_op, grad, x, *w, mask, lse, g, v, *options)
         needs = kernels.Gradients(*needs)
         found = kernels.backward(
-            grad, x, w, _bytes(keep), lse, g, v, self.options, self.route, needs
+            grad, x, w, _bytes(mask), lse, g, v, self.options, self.route, needs
         )
         return found._replace(x=_in_format_of(x, found.x)) if needs.x else found
 
-    def plain(self, x, w, keep):
-        return _compose(x, w, keep, self.options)
+    def plain(self, x, w, mask):
+        return _compose(x, w, mask, self.options)
 
 
 @torch.library.custom_op("da_triton::block", mutates_args=())
@@ -120,7 +120,7 @@ def block_op(
     bias_v: Tensor | None,
     weight_out: Tensor | None,
     bias_out: Tensor | None,
-    keep: Tensor | None,
+    mask: Tensor | None,
     heads: int,
     logit_scale: float,
     logit_scale_v: float,
@@ -128,33 +128,33 @@ def block_op(
     softmax_v: bool,
     residual: bool,
     order: str,
-    keep_v: bool,
+    save_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The block's result, lse, G, and V (empty if not kept)."""
     weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
     options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     if x.shape[0] == 0:
-        return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
-    route = _route(x, weights, heads, order, keep_v)
-    out, lse, g, v = kernels.forward(x, weights, _bytes(keep), options, route, keep_v)
+        return _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v)
+    route = _route(x, weights, heads, order, save_v)
+    out, lse, g, v = kernels.forward(x, weights, _bytes(mask), options, route, save_v)
     out = unviewed(_in_format_of(x, out))
     return out, lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
 
 
 @block_op.register_fake
 def _(
-    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
-    logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, heads,
+    logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v,
 ):  # fmt: skip
-    return _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v)
+    return _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v)
 
 
-def _like_outputs(x, weight_a, weight_b, weight_out, heads, keep_v):
+def _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v):
     batch, c_m, maps = x.shape[0], weight_a.shape[0], weight_b.shape[0]
     out = launch.empty_rows_like(x, c_m if weight_out is None else weight_out.shape[0])
     lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
     g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
-    return out, lse, g, launch.empty_rows_like(x, maps) if keep_v else x.new_empty(0)
+    return out, lse, g, launch.empty_rows_like(x, maps) if save_v else x.new_empty(0)
 
 
 @torch.library.custom_op("da_triton::block_backward", mutates_args=())
@@ -168,7 +168,7 @@ def block_backward_op(
     bias_v: Tensor | None,
     weight_out: Tensor | None,
     bias_out: Tensor | None,
-    keep: Tensor | None,
+    mask: Tensor | None,
     lse: Tensor,
     g: Tensor,
     v: Tensor,
@@ -193,7 +193,7 @@ def block_backward_op(
     v_ = v if v.dim() == 3 else None
     route = _route(x, weights, heads, order, v_ is not None)
     wanted = kernels.Gradients(*needs)
-    found = kernels.backward(dout, x, weights, _bytes(keep), lse, g, v_, options, route, wanted)
+    found = kernels.backward(dout, x, weights, _bytes(mask), lse, g, v_, options, route, wanted)
     grads = [y if need else x.new_empty(0) for y, need in zip(found, needs, strict=True)]
     if needs[0]:
         grads[0] = _in_format_of(x, grads[0])
@@ -202,7 +202,7 @@ def block_backward_op(
 
 @block_backward_op.register_fake
 def _(
-    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
+    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, lse, g, v,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs,
 ):  # fmt: skip
     inputs = (x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
@@ -234,15 +234,15 @@ def _gradients(ctx, dout, *_):
     return *(y if need else None for y, need in zip(found, needs, strict=True)), *nothing
 
 
-def _composition(ctx, keep):
+def _composition(ctx, mask):
     o = kernels.Options(ctx.heads, *ctx.scalars)
-    return lambda x, *weights: _compose(x, weights, keep, o)
+    return lambda x, *weights: _compose(x, weights, mask, o)
 
 
-def _compose(x, w, keep, o):
+def _compose(x, w, mask, o):
     """The same in differentiable operations."""
     residual = x if o.residual else None
-    return aten_block.compose(x, Weights(*w), keep, residual, Options(*o), AZ)
+    return aten_block.compose(x, Weights(*w), mask, residual, Options(*o), AZ)
 
 
 vectorise(block_op, shared=WEIGHTS)
@@ -258,12 +258,12 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
-        logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+        x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, heads,
+        logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v,
     ):  # fmt: skip
         return run(
-            block_op, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep,
-            heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v,
+            block_op, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask,
+            heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v,
         )  # fmt: skip
 
     setup_context = staticmethod(_setup)
@@ -275,8 +275,8 @@ def _weights(*given) -> kernels.Weights:
     return kernels.Weights(*contiguous)
 
 
-def _bytes(keep):
-    return None if keep is None else keep.view(torch.uint8)
+def _bytes(mask):
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _in_format_of(x, y):
@@ -286,20 +286,20 @@ def _in_format_of(x, y):
     return y.contiguous()
 
 
-def _route(x, weights, heads, order, kept_v):
+def _route(x, weights, heads, order, saved_v):
     c_out = x.shape[1] if weights.out is None else weights.out.shape[0]
     shape = Shape(
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
     device = tiles.architecture(x.device), launch.processors(x.device)
-    return kernel_routes(shape, c_out, *device, ORDERS.get(order), kept_v)[0].route
+    return kernel_routes(shape, c_out, *device, ORDERS.get(order), saved_v)[0].route
 
 
 @register_flop_formula([torch.ops.da_triton.block, torch.ops.da_triton.block_of_tensors])
 def block_flops(
-    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, heads,
-    logit_scale, logit_scale_v, scale, softmax_v, residual, order, keep_v, **_,
+    x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, heads,
+    logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v, **_,
 ):  # fmt: skip
     """A multiply-add as two. "auto" counts as the paper's order, whatever the plan is."""
     return 2 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
@@ -309,7 +309,7 @@ def block_flops(
     [torch.ops.da_triton.block_backward, torch.ops.da_triton.block_backward_of_tensors]
 )
 def block_backward_flops(
-    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, keep, lse, g, v,
+    dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, lse, g, v,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs, **_,
 ):  # fmt: skip
     """Once the forward pass for dX, once for the weights; what is computed again is not counted."""

@@ -72,17 +72,17 @@ def _gpu_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def gather(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)`` in float32 (float64 for float64 maps)."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return apply(Gather, a, b, keep, extra_a, extra_b, *scalars(logit_scale))[0]
+    return apply(Gather, a, b, mask, extra_a, extra_b, *scalars(logit_scale))[0]
 
 
-def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """As ``eager.gather_part``. The pivot is lse as the dtype of sums has it, and the sum the rest:
     together they have all digits of lse."""
-    g, lse = gather_lse(a, b, keep=keep, extra=extra, logit_scale=logit_scale)
-    if keep is None:
+    g, lse = gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
+    if mask is None:
         pivot = lse.detach().to(g.dtype)
         return g, pivot, (lse - pivot).exp().to(g.dtype)
     nothing = lse == torch.inf
@@ -92,10 +92,10 @@ def gather_part(a, b, *, keep=None, extra=None, logit_scale=1.0):
     return g, pivot.masked_fill(nothing, -torch.inf), total
 
 
-def gather_lse(a, b, *, keep=None, extra=None, logit_scale=1.0):
+def gather_lse(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """As ``aten.gather_lse``: what the kernels give."""
     extra_a, extra_b = (None, None) if extra is None else extra
-    return apply(GatherLse, a, b, keep, extra_a, extra_b, *scalars(logit_scale))
+    return apply(GatherLse, a, b, mask, extra_a, extra_b, *scalars(logit_scale))
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
@@ -104,10 +104,10 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     return apply(Distribute, g, v, scale, softmax, logit_scale)
 
 
-def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     """As ``aten.gather_backward``; empty where not needed."""
     (logit_scale,) = scalars(logit_scale)
-    args = dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b
+    args = dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b
     return run(gather_backward_op, *args)
 
 
@@ -118,20 +118,20 @@ def gather_backward(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
 def gather_op(
     a: Tensor,
     b: Tensor,
-    keep: Tensor | None,
+    mask: Tensor | None,
     extra_a: Tensor | None,
     extra_b: Tensor | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """G and lse; see ``kernels.gather``. ``keep`` is ``(N, L)`` bool, tokens are more positions."""
-    sources = [(a, b, None if keep is None else keep.view(torch.uint8))]
+    """G and lse; see ``kernels.gather``. ``mask`` is ``(N, L)`` bool, tokens are more positions."""
+    sources = [(a, b, None if mask is None else mask.view(torch.uint8))]
     if extra_a is not None and extra_b is not None:
         sources.append((extra_a, extra_b, None))
     return gather_kernels.gather_forward(sources, logit_scale)
 
 
 @gather_op.register_fake
-def _(a, b, keep, extra_a, extra_b, logit_scale):
+def _(a, b, mask, extra_a, extra_b, logit_scale):
     batch, heads, c_m, _ = a.shape
     g = a.new_empty((batch, heads, c_m, b.shape[2]), dtype=accumulator(a.dtype))
     return g, a.new_empty((batch, heads, b.shape[2]), dtype=lse_dtype(a.dtype))
@@ -142,7 +142,7 @@ def gather_backward_op(
     dg: Tensor,
     a: Tensor,
     b: Tensor,
-    keep: Tensor | None,
+    mask: Tensor | None,
     g: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
@@ -151,16 +151,16 @@ def gather_backward_op(
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
     """dA and dB; empty where not needed."""
-    keep = None if keep is None else keep.view(torch.uint8)
+    mask = None if mask is None else mask.view(torch.uint8)
     g, lse = g.contiguous(), lse.contiguous()  # torch.vmap expands them
     da, db = gather_kernels.gather_backward(
-        dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b
+        dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b
     )
     return or_empty(da, a), or_empty(db, b)
 
 
 @gather_backward_op.register_fake
-def _(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b):
+def _(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
     return or_empty(da, a), or_empty(db, b)
@@ -178,7 +178,7 @@ def _gather_setup(ctx, inputs, output):
 
 
 def _gather_gradients(ctx, dg, dlse):
-    a, b, keep, extra_a, extra_b, g, lse = ctx.saved_tensors
+    a, b, mask, extra_a, extra_b, g, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
     if dg is None and dlse is None:
         return (None,) * 6
@@ -186,24 +186,24 @@ def _gather_gradients(ctx, dg, dlse):
     if wants_graph(dg):
         upstream = dg if dlse is None else (dg, dlse)
 
-        def forward(a, b, keep, extra_a, extra_b):
+        def forward(a, b, mask, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
-            options = {"keep": keep, "extra": extra, "logit_scale": ctx.logit_scale}
+            options = {"mask": mask, "extra": extra, "logit_scale": ctx.logit_scale}
             if dlse is not None:
                 return aten.gather_lse(a, b, **options)
             return aten.gather(a, b, **options).to(dg.dtype)
 
-        return *differentiable(forward, (a, b, keep, extra_a, extra_b), needs, upstream), None
+        return *differentiable(forward, (a, b, mask, extra_a, extra_b), needs, upstream), None
     da, db, *of_tokens = gather_gradients(
-        dg, a, b, keep, extra_a, extra_b, g, lse, dlse, ctx.logit_scale, [*needs[:2], *needs[3:]]
+        dg, a, b, mask, extra_a, extra_b, g, lse, dlse, ctx.logit_scale, [*needs[:2], *needs[3:]]
     )
     return da, db, None, *of_tokens, None
 
 
-def gather_gradients(dg, a, b, keep, extra_a, extra_b, g, lse, dlse, logit_scale, needs):
+def gather_gradients(dg, a, b, mask, extra_a, extra_b, g, lse, dlse, logit_scale, needs):
     """Gradients of a, b, extra_a and extra_b; None where not needed."""
     grads = [None, None, None, None]
-    for i, features, maps, masking in ((0, a, b, keep), (2, extra_a, extra_b, None)):
+    for i, features, maps, masking in ((0, a, b, mask), (2, extra_a, extra_b, None)):
         if any(needs[i : i + 2]):
             args = dg, features, maps, masking, g, lse, dlse, logit_scale, *needs[i : i + 2]
             found = run(gather_backward_op, *args)
@@ -223,8 +223,8 @@ class Gather(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a, b, keep, extra_a, extra_b, logit_scale):
-        return run(gather_op, a, b, keep, extra_a, extra_b, logit_scale)
+    def forward(a, b, mask, extra_a, extra_b, logit_scale):
+        return run(gather_op, a, b, mask, extra_a, extra_b, logit_scale)
 
     setup_context = staticmethod(_gather_setup)
     backward = staticmethod(_gather_gradients)
@@ -322,7 +322,7 @@ def _elements(*shape):
 
 
 @register_flop_formula([torch.ops.da_triton.gather, torch.ops.da_triton.gather_of_tensors])
-def gather_flops(a, b, keep, extra_a, extra_b, logit_scale, **_):
+def gather_flops(a, b, mask, extra_a, extra_b, logit_scale, **_):
     """Multiply-adds of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
     extra = 0 if extra_a is None else extra_a[-1]
     return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
@@ -331,7 +331,7 @@ def gather_flops(a, b, keep, extra_a, extra_b, logit_scale, **_):
 @register_flop_formula(
     [torch.ops.da_triton.gather_backward, torch.ops.da_triton.gather_backward_of_tensors]
 )
-def gather_backward_flops(dg, a, b, keep, g, lse, dlse, logit_scale, need_a, need_b, **_):
+def gather_backward_flops(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b, **_):
     return 2 * _elements(*a, b[2]) * (need_a + need_b)
 
 

@@ -62,9 +62,9 @@ def kernel_limits(shape, c_out, arch, processors):
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_routes(shape, c_out, arch, processors, order=None, kept_v=False):
+def kernel_routes(shape, c_out, arch, processors, order=None, saved_v=False):
     """``planner.routes`` on a GPU."""
-    return planner.routes(shape, kernel_limits(shape, c_out, arch, processors), order, kept_v)
+    return planner.routes(shape, kernel_limits(shape, c_out, arch, processors), order, saved_v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
     device: str  # what the plan is for
     chosen: PlannedRoute
     runners_up: tuple[PlannedRoute, ...]
-    keeps_v: bool  # V is kept for backward instead of projected again
+    saves_v: bool  # V is kept for backward instead of projected again
     floor: float  # seconds; see ``planner.floor``
 
     @property
@@ -93,7 +93,7 @@ class Plan:
             f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes an element, on {self.device}",
             f"  {self.route}",
             f"  {math.ceil(s.batch / self.route.chunk)} chunk(s) of {self.route.chunk} samples; "
-            f"backward {'keeps V' if self.keeps_v else 'projects V again'}",
+            f"backward {'keeps V' if self.saves_v else 'projects V again'}",
             f"  modelled forward {self.chosen.seconds * 1e6:.1f} µs (floor "
             f"{self.floor * 1e6:.1f} µs), backward {self.chosen.backward_seconds * 1e6:.1f} µs",
             "",
@@ -184,6 +184,6 @@ def plan(
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
         arch, processors = tiles.architecture(device), launch.processors(device)
-    keep = planner.keeps_v(channels, c_m, c_n, heads, recompute)
-    chosen, *others = kernel_routes(s, s.out_channels, arch, processors, ORDERS.get(order), keep)
-    return Plan(s, name, chosen, tuple(others), keep, planner.floor(s))
+    mask = planner.saves_v(channels, c_m, c_n, heads, recompute)
+    chosen, *others = kernel_routes(s, s.out_channels, arch, processors, ORDERS.get(order), mask)
+    return Plan(s, name, chosen, tuple(others), mask, planner.floor(s))

@@ -60,20 +60,20 @@ class Gradients(NamedTuple):
 EVERY = Gradients(*(True,) * 8)
 
 
-def forward(x, w, keep, o, route, keep_v):
+def forward(x, w, mask, o, route, save_v):
     """``(out, lse, G, V or None)``."""
     if not route.order.through_h or route.distribute == "split":
-        return _split_forward(x, w, keep, o, route, keep_v)
+        return _split_forward(x, w, mask, o, route, save_v)
     out = launch.empty_rows_like(x, w.out.shape[0])
-    v = launch.empty_rows_like(x, w.v.shape[0]) if keep_v else None
+    v = launch.empty_rows_like(x, w.v.shape[0]) if save_v else None
     lse, g = combine.empty(x, w, o.heads)
-    batched = x, keep, lse, g, out, v
+    batched = x, mask, lse, g, out, v
     batch, chunk = x.shape[0], route.chunk
     parts = [batched] if batch <= chunk else [
         [None if t is None else t[i : i + chunk] for t in batched] for i in range(0, batch, chunk)
     ]  # fmt: skip
-    for x_, keep_, lse_, g_, out_, v_ in parts:
-        h, _ = _gather(x_, w, keep_, lse_, g_, o, route)
+    for x_, mask_, lse_, g_, out_, v_ in parts:
+        h, _ = _gather(x_, w, mask_, lse_, g_, o, route)
         project_distribute.project_distribute(
             x_, w.v, w.bias_v, h, w.bias_out, out_, v_,
             heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v, residual=o.residual,
@@ -81,21 +81,21 @@ def forward(x, w, keep, o, route, keep_v):
     return out, lse, g, v
 
 
-def _split_forward(x, w, keep, o, route, keep_v):
+def _split_forward(x, w, mask, o, route, save_v):
     """Distributes maps of V that lie in memory: through H, or through Z and the last product."""
     kept, start = None, None
-    if keep_v or route.gather == "fused":
+    if save_v or route.gather == "fused":
         kept = project(x, w.v, w.bias_v)
     if not route.order.through_h and w.out is not None and (o.residual or w.bias_out is not None):
         start = launch.empty_rows_like(x, w.out.shape[0])
     lse, g = combine.empty(x, w, o.heads)
-    d, v = _gather(x, w, keep, lse, g, o, route, with_v=kept is None, start=start)
+    d, v = _gather(x, w, mask, lse, g, o, route, with_v=kept is None, start=start)
     v, bias = (v, w.bias_v) if kept is None else (by_head(kept, o.heads), None)
     out = _distribute(x, v, bias, d, start, w, o, route.order.through_h)
-    return out, lse, g, kept if keep_v else None
+    return out, lse, g, kept if save_v else None
 
 
-def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
+def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
     """Writes lse and G; returns what distributes, H or G in the dtype of X, and V or None.
 
     ``with_v``: on the split route, V (by head, without its bias) comes from the same product.
@@ -103,19 +103,19 @@ def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
     """
     from_x, want_h = route.order.from_x, route.order.through_h
     small = {
-        "heads": o.heads, "scale": o.scale, "mask": keep is not None, "from_x": from_x,
+        "heads": o.heads, "scale": o.scale, "mask": mask is not None, "from_x": from_x,
         "want_h": want_h,
     }  # fmt: skip
     adding = {"x": x if o.residual else None, "bias": w.bias_out, "start": start}
     if route.gather == "fused":
         if from_x:
-            parts = project_gather.gather_from_x(x, w.b, keep, o.logit_scale)
+            parts = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
         else:
-            parts = project_gather.gather_from_a(x, w.a, w.b, keep, o.heads, o.logit_scale)
+            parts = project_gather.gather_from_a(x, w.a, w.b, mask, o.heads, o.logit_scale)
         _, h = combine.from_parts(parts, w, lse, g, **small)
         return h if want_h else prologue.prepare(x, [w.v], g=g, **adding)[1], None
 
-    source, v = _project(x, w, keep, o, from_x, with_v, adding)
+    source, v = _project(x, w, mask, o, from_x, with_v, adding)
     if (from_x or want_h) and gemms.fit(w, o.heads):
         parts = core_gather.gather_parts([source], o.logit_scale)
         _, h = combine.from_parts(parts, w, lse, g, **small)
@@ -124,14 +124,14 @@ def _gather(x, w, keep, lse, g, o, route, with_v=False, start=None):
     return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else rounded, v
 
 
-def _project(x, w, keep, o, from_x, with_v, adding):
+def _project(x, w, mask, o, from_x, with_v, adding):
     """What the core gathers from, by head: ``(X or A, B, mask)``; and V, if it is wanted."""
     weights = [] if from_x else [w.a]
     weights += [w.b, w.v] if with_v else [w.b]
     matrices, _ = prologue.prepare(x, weights, **adding)
     maps = gemms.project_maps(x, matrices, [len(weight) for weight in weights], o.heads)
     v = maps.pop() if with_v else None
-    return (shared(x, o.heads) if from_x else maps[0], maps[-1], keep), v
+    return (shared(x, o.heads) if from_x else maps[0], maps[-1], mask), v
 
 
 def _gather_maps(source, w, lse, g, o, from_x):
@@ -172,20 +172,20 @@ def _distribute(x, v, bias, d, start, w, o, through_h):
     return (y + x if o.residual else y).to(x.dtype)
 
 
-def backward(dout, x, w, keep, lse, g, v, o, route, needs=EVERY):
+def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
     """Gradients of X and of the weights that are there, where needed."""
     if route.backward == "fused":
-        return _fused_backward(dout, x, w, keep, v, o, needs)
-    return Gradients(*unfused_backward.backward(dout, x, w, keep, lse, g, v, o, route, needs))
+        return _fused_backward(dout, x, w, mask, v, o, needs)
+    return Gradients(*unfused_backward.backward(dout, x, w, mask, lse, g, v, o, route, needs))
 
 
-def _fused_backward(dout, x, w, keep, v, o, needs):
+def _fused_backward(dout, x, w, mask, v, o, needs):
     """Pass 1 again for M, then two passes over X and dO. M makes G and lse anew on its way."""
     maps = w.b.shape[0]
-    parts = project_gather.gather_from_x(x, w.b, keep, o.logit_scale)
+    parts = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
     lse, g = combine.empty(x, w, o.heads)
     m, h = combine.from_parts(
-        parts, w, lse, g, heads=o.heads, scale=o.scale, mask=keep is not None, from_x=True,
+        parts, w, lse, g, heads=o.heads, scale=o.scale, mask=mask is not None, from_x=True,
         want_m=True,
     )  # fmt: skip
     # In channels-last memory, rows that start at multiples of 16 elements can be loaded at once.
@@ -200,7 +200,7 @@ def _fused_backward(dout, x, w, keep, v, o, needs):
     dx = None
     if needs.x or needs.b:
         dx = block_backward.gather_side(
-            x, dout, w.b, w.v, dm, lse, delta, keep, dv, db,
+            x, dout, w.b, w.v, dm, lse, delta, mask, dv, db,
             logit_scale=o.logit_scale, residual=o.residual, need_x=needs.x,
         )  # fmt: skip
     if not any(needs[1:]):

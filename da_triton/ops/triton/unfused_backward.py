@@ -23,7 +23,7 @@ from . import gemms
 from .gemms import by_head, shared
 
 
-def backward(dout, x, w, keep, lse, g, v, o, route, needs):
+def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None, or anything, where not in ``needs``."""
     order = route.backward_order
     from_x, through_h = order.from_x, order.through_h
@@ -49,19 +49,19 @@ def backward(dout, x, w, keep, lse, g, v, o, route, needs):
     needs_a, needs_b = needs.a or needs.bias_a, needs.x or needs.b
     dwa = dba = None
     if from_x and (needs_a or needs_b):
-        dx, dwa, dba = _into_x(parts, x, b, keep, lse, w, db, o, dx, needs)
+        dx, dwa, dba = _into_x(parts, x, b, mask, lse, w, db, o, dx, needs)
     elif needs_a or needs_b:
         (a,), (grad_a,), bias_a = a, da, w.bias_a
         if route.gather == "fused" and route.order.from_x:
             # Pass 1 took B before rounding; P of this B needs an lse and a G of its own.
-            g, lse = core_gather.gather_forward([(a, b, keep)], o.logit_scale)
+            g, lse = core_gather.gather_forward([(a, b, mask)], o.logit_scale)
             bias_a = None
         dg, correction, lse = delta.rounded_and_delta(
-            parts, g, x.dtype, lse, bias=bias_a, mask=keep is not None
+            parts, g, x.dtype, lse, bias=bias_a, mask=mask is not None
         )
         grad_a = grad_a if needs.x or needs_a else None
         grad_b = db if needs_b else None
-        core_gather.backward(dg, correction, a, b, keep, lse, grad_a, grad_b, o.logit_scale)
+        core_gather.backward(dg, correction, a, b, mask, lse, grad_a, grad_b, o.logit_scale)
     if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
@@ -113,13 +113,13 @@ def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     return (o.scale * (per_head.mT @ dh))[:, :, None], dwo, dbo
 
 
-def _into_x(parts, x, b, keep, lse, w, db, o, dx, needs):
+def _into_x(parts, x, b, mask, lse, w, db, o, dx, needs):
     """``dx`` with the gather's part of it, or None; dWa and dba; writes dB, if needed."""
     dg = parts.sum(2)
-    if keep is not None:
+    if mask is not None:
         dg = dg.masked_fill((lse == torch.inf).view(dg.shape[0], o.heads, 1, -1), 0)
     copies = shared(x, o.heads)
-    m, lse = core_gather.gather_forward([(copies, b, keep)], o.logit_scale)
+    m, lse = core_gather.gather_forward([(copies, b, mask)], o.logit_scale)
     dwa = (dg @ m.mT).sum(0).flatten(0, 1).to(x.dtype) if needs.a else None
     dba = dg.sum((0, 3)).flatten().to(x.dtype) if needs.bias_a else None
     if not (needs.x or needs.b):
@@ -127,7 +127,7 @@ def _into_x(parts, x, b, keep, lse, w, db, o, dx, needs):
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
     dm, correction, lse = delta.rounded_and_delta(dm[:, :, None], m, x.dtype, lse)
     through_m = launch.empty_map_like(copies) if needs.x else None
-    core_gather.backward(dm, correction, copies, b, keep, lse, through_m, db, o.logit_scale)
+    core_gather.backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
     if through_m is not None:
         through_m = through_m.squeeze(1) if o.heads == 1 else through_m.sum(1)
         dx = through_m if dx is None else through_m.add_(dx)

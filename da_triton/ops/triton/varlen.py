@@ -27,7 +27,7 @@ class Copies(NamedTuple):
     source: Tensor  # the packed position of each padded one; padding repeats the last
     target: Tensor  # the packed positions, without padding
     origin: Tensor  # where these are in the padded ones
-    keep: Tensor | None  # (batch, length), False at padding; None: there is none
+    mask: Tensor | None  # (batch, length), False at padding; None: there is none
 
 
 class Part(NamedTuple):
@@ -39,8 +39,8 @@ class Part(NamedTuple):
     positions: slice | Copies
 
     @property
-    def keep(self) -> Tensor | None:
-        return None if isinstance(self.positions, slice) else self.positions.keep
+    def mask(self) -> Tensor | None:
+        return None if isinstance(self.positions, slice) else self.positions.mask
 
     def take(self, x: Tensor) -> Tensor:
         """``(1, …, total)`` as ``(batch, …, length)``, a view or a copy, in its memory format."""
@@ -105,16 +105,16 @@ def _bucket(offsets: list[int], members: list[tuple[int, int]], device: torch.de
     length = members[0][0]
     lengths, sequences = torch.tensor(members, device="cpu").unbind(1)
     steps = torch.arange(length, device="cpu")
-    keep = steps < lengths[:, None]
+    mask = steps < lengths[:, None]
     starts = torch.tensor(offsets, device="cpu")[sequences, None]
     source = (starts + torch.minimum(steps, lengths[:, None] - 1)).flatten()
-    origin = keep.flatten().nonzero().squeeze(1)
+    origin = mask.flatten().nonzero().squeeze(1)
     upload = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
     copies = Copies(
         upload(source),
         upload(source[origin]),
         upload(origin),
-        upload(keep) if len(origin) < len(source) else None,
+        upload(mask) if len(origin) < len(source) else None,
     )
     return Part(len(members), length, upload(sequences), copies)
 
@@ -126,25 +126,25 @@ def _samples(x: Tensor | None, part: Part) -> Tensor | None:
     return x.index_select(0, part.sequences)
 
 
-def _inputs(part, a, b, keep, extra_a, extra_b):
-    keep = None if keep is None else part.take(keep)
-    if part.keep is not None:
-        keep = part.keep if keep is None else keep & part.keep
-    return part.take(a), part.take(b), keep, _samples(extra_a, part), _samples(extra_b, part)
+def _inputs(part, a, b, mask, extra_a, extra_b):
+    mask = None if mask is None else part.take(mask)
+    if part.mask is not None:
+        mask = part.mask if mask is None else mask & part.mask
+    return part.take(a), part.take(b), mask, _samples(extra_a, part), _samples(extra_b, part)
 
 
-def gather(a, b, keep, extra_a, extra_b, lengths, logit_scale):
+def gather(a, b, mask, extra_a, extra_b, lengths, logit_scale):
     """G and lse of each sequence; zeros for an empty one."""
     shape = (len(lengths), *a.shape[1:3], b.shape[2])
     g = a.new_zeros(shape, dtype=accumulator(a.dtype))
     lse = a.new_zeros((*shape[:2], shape[3]), dtype=lse_dtype(a.dtype))
     for part in plan(lengths, a.device):
-        inputs = _inputs(part, a, b, keep, extra_a, extra_b)
+        inputs = _inputs(part, a, b, mask, extra_a, extra_b)
         g[part.sequences], lse[part.sequences] = triton.gather_op(*inputs, logit_scale)
     return g, lse
 
 
-def gather_backward(dg, a, b, keep, extra_a, extra_b, g, lse, lengths, logit_scale, needs):
+def gather_backward(dg, a, b, mask, extra_a, extra_b, g, lse, lengths, logit_scale, needs):
     """Gradients of a, b and the tokens; None where not needed."""
     maps = [
         empty_like(x, x.shape[2]) if need else None
@@ -155,10 +155,10 @@ def gather_backward(dg, a, b, keep, extra_a, extra_b, g, lse, lengths, logit_sca
         for x, need in zip((extra_a, extra_b), needs[2:], strict=True)
     ]
     for part in plan(lengths, a.device):
-        a_, b_, keep_, extra_a_, extra_b_ = _inputs(part, a, b, keep, extra_a, extra_b)
+        a_, b_, mask_, extra_a_, extra_b_ = _inputs(part, a, b, mask, extra_a, extra_b)
         dg_, g_, lse_ = (_samples(x, part) for x in (dg, g, lse))
         da, db, *found = triton.gather_gradients(
-            dg_, a_, b_, keep_, extra_a_, extra_b_, g_, lse_, None, logit_scale, needs
+            dg_, a_, b_, mask_, extra_a_, extra_b_, g_, lse_, None, logit_scale, needs
         )
         for x, out in zip((da, db), maps, strict=True):
             if out is not None:
@@ -184,8 +184,8 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
     dv: Any = empty_like(v, v.shape[2]) if need_v else None
     for part in plan(lengths, v.device):
         dz_ = part.take(dz)
-        if part.keep is not None:  # padding repeats positions
-            dz_ = dz_.masked_fill(~part.keep[:, None, None], 0)
+        if part.mask is not None:  # padding repeats positions
+            dz_ = dz_.masked_fill(~part.mask[:, None, None], 0)
         inputs = dz_, _samples(g, part), part.take(v), scale, softmax, logit_scale
         dg_, dv_ = triton.distribute_backward_op(*inputs, need_g, need_v)
         if need_g:

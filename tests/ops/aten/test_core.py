@@ -33,13 +33,13 @@ def core_of(backend, gather_options, distribute_options):
 @each_case
 def test_matches_the_definition(case, dtype, masked, softmax, channels_last):
     maps = operands(case, dtype, channels_last)
-    keep = None
+    mask = None
     if masked:
-        keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.4
-        keep[1:] = False
-        keep[0, :2] = True
+        mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.4
+        mask[1:] = False
+        mask[0, :2] = True
     options = (
-        {"keep": keep, "logit_scale": 0.7},
+        {"mask": mask, "logit_scale": 0.7},
         {"softmax": softmax, "logit_scale": 0.9, "scale": 2},
     )
     ours, definition = (core_of(backend, *options) for backend in (aten, reference))
@@ -50,12 +50,12 @@ def test_matches_the_definition(case, dtype, masked, softmax, channels_last):
 def test_extra_tokens(masked):
     case = ONE_TILE
     a, b, _ = operands(case, torch.float32)
-    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.4 if masked else None
+    mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.4 if masked else None
     extra = (peaky(2, 2, c, 4, dtype=torch.float32) for c in (24, 19))
 
     def gather_of(backend):
         def function(a, b, extra_a, extra_b):
-            return backend.gather(a, b, keep=keep, extra=(extra_a, extra_b))
+            return backend.gather(a, b, mask=mask, extra=(extra_a, extra_b))
 
         return function
 
@@ -65,10 +65,10 @@ def test_extra_tokens(masked):
 def test_twice_differentiable():
     a = peaky(1, 1, 2, 5, dtype=torch.float64).requires_grad_()
     b = peaky(1, 1, 2, 5, dtype=torch.float64, deviation=1).requires_grad_()
-    keep = torch.tensor([[True] * 4 + [False]], device=DEVICE)
+    mask = torch.tensor([[True] * 4 + [False]], device=DEVICE)
 
     def function(a, b):
-        return aten.distribute(aten.gather(a, b, keep=keep), b, scale=1.3)
+        return aten.distribute(aten.gather(a, b, mask=mask), b, scale=1.3)
 
     assert torch.autograd.gradcheck(function, (a, b))
     assert torch.autograd.gradgradcheck(function, (a, b))
@@ -76,8 +76,8 @@ def test_twice_differentiable():
 
 def test_all_masked_maps_have_zero_gradients():
     a, b, _ = operands(ONE_TILE, torch.float32)
-    keep = torch.zeros(ONE_TILE.batch, ONE_TILE.length, dtype=torch.bool, device=DEVICE)
-    g = aten.gather(a, b, keep=keep)
+    mask = torch.zeros(ONE_TILE.batch, ONE_TILE.length, dtype=torch.bool, device=DEVICE)
+    g = aten.gather(a, b, mask=mask)
     g.sum().backward()
     assert not g.any()
     assert not a.grad.any()

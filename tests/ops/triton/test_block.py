@@ -41,24 +41,24 @@ def arguments(dtype=torch.float32, channels_last=False, masked=False, batch=2, o
     x = x.mT.contiguous().mT if channels_last else x
     shapes = ((C_M, C), (C_M,), (C_N, C), (C_N, C), (C_N,), (out, C_M), (out,))
     weights = [torch.randn(s, dtype=dtype, device=DEVICE) / s[-1] ** 0.5 for s in shapes]
-    keep = torch.rand(batch, LENGTH, device=DEVICE) > 0.4 if masked else None
-    return [x, *weights, keep], [2, 0.7, 0.9, 1.3, True, out == C, "auto"]
+    mask = torch.rand(batch, LENGTH, device=DEVICE) > 0.4 if masked else None
+    return [x, *weights, mask], [2, 0.7, 0.9, 1.3, True, out == C, "auto"]
 
 
 @layouts
 @each_route
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("keep_v", [False, True])
-def test_opcheck(route, channels_last, masked, keep_v, taking):
+@pytest.mark.parametrize("save_v", [False, True])
+def test_opcheck(route, channels_last, masked, save_v, taking):
     taking(route)
     tensors, options = arguments(route_dtype(ROUTES[route]), channels_last, masked)
     for need in (False, True):
         leaves = [
             t if t is None or t.dtype == torch.bool else t.requires_grad_(need) for t in tensors
         ]
-        torch.library.opcheck(core.block_op, (*leaves, *options, keep_v))
+        torch.library.opcheck(core.block_op, (*leaves, *options, save_v))
     tensors = [None if t is None else t.detach() for t in tensors]
-    out, *kept = core.block_op(*tensors, *options, keep_v)
+    out, *kept = core.block_op(*tensors, *options, save_v)
     for needs in (8 * [True], [False] + 7 * [True], [True] + 7 * [False], 4 * [False, True]):
         torch.library.opcheck(
             core.block_backward_op, (torch.randn_like(out), *tensors, *kept, *options, needs)
@@ -86,9 +86,9 @@ def test_fakes_have_the_true_strides(route, channels_last, out, taking):
         assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
-def block_function(options, keep_v, keep=None):
+def block_function(options, save_v, mask=None):
     def function(*leaves):
-        return core.Block.apply(*leaves, keep, *options, keep_v)[0]
+        return core.Block.apply(*leaves, mask, *options, save_v)[0]
 
     return function
 
@@ -235,15 +235,15 @@ def test_flop_formulas(order):
 
 
 @each_route
-@pytest.mark.parametrize("keep_v", [False, True])
-def test_what_autograd_keeps(route, keep_v, taking):
+@pytest.mark.parametrize("save_v", [False, True])
+def test_what_autograd_keeps(route, save_v, taking):
     """Inputs, lse and G; V if asked for; nothing else."""
     taking(route)
     tensors, options = arguments(torch.bfloat16)
     leaves = [t.requires_grad_() for t in tensors[:-1]]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        block_function(options, keep_v)(*leaves)
+        block_function(options, save_v)(*leaves)
     given = {t.data_ptr() for t in leaves}
     sizes = sorted(t.numel() for t in kept if t.data_ptr() not in given and t.numel())
-    assert sizes == sorted([2 * C_N, 2 * C_M * C_N // 2] + keep_v * [2 * C_N * LENGTH])
+    assert sizes == sorted([2 * C_N, 2 * C_M * C_N // 2] + save_v * [2 * C_N * LENGTH])

@@ -25,16 +25,16 @@ def operands(case, dtype=torch.float32, channels_last=False):
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck_gather(masked, channels_last):
     a, b, _ = operands(ONE_TILE, channels_last=channels_last)
-    keep = torch.rand(ONE_TILE.batch, ONE_TILE.length, device=DEVICE) > 0.5 if masked else None
+    mask = torch.rand(ONE_TILE.batch, ONE_TILE.length, device=DEVICE) > 0.5 if masked else None
     extra = [peaky(2, 2, c, 4, dtype=a.dtype) for c in (24, 19)] if masked else [None, None]
     for need in (False, True):
-        args = (a.requires_grad_(need), b.requires_grad_(need), keep, *extra, 0.7)
+        args = (a.requires_grad_(need), b.requires_grad_(need), mask, *extra, 0.7)
         torch.library.opcheck(core.gather_op, args)
     g, lse = (x.detach() for x in core.gather_op(*args))
     dg = peaky(*g.shape[:2], g.shape[3], g.shape[2], dtype=g.dtype).mT
     for needs in ((True, True), (True, False), (False, True)):
         for dlse in (None, torch.ones_like(lse)):
-            args = (dg, a.detach(), b.detach(), keep, g, lse, dlse, 0.7, *needs)
+            args = (dg, a.detach(), b.detach(), mask, g, lse, dlse, 0.7, *needs)
             torch.library.opcheck(core.gather_backward_op, args)
 
 
@@ -144,12 +144,12 @@ def test_torch_func_gradients():
 def test_second_derivatives(masked):
     """Of a gradient penalty, through the ``torch`` backend, against the definition."""
     case = ONE_TILE
-    keep = torch.rand(case.batch, case.length, device=DEVICE) > 0.3 if masked else None
+    mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3 if masked else None
     grads = []
     for implementation, dtype in ((core, torch.float32), (reference, torch.float64)):
         torch.manual_seed(1)
         a, b, v = (x.to(dtype).requires_grad_() for x in operands(case))
-        z = implementation.distribute(implementation.gather(a, b, keep=keep), v)
+        z = implementation.distribute(implementation.gather(a, b, mask=mask), v)
         first = torch.autograd.grad(z.square().sum(), (a, b, v), create_graph=True)
         grads.append(torch.autograd.grad(sum(x.square().sum() for x in first), (a, b, v)))
     for ours, theirs in zip(*grads, strict=True):

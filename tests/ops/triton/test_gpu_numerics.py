@@ -43,7 +43,7 @@ CORES = [(24, 19), (200, 20), (64, 64), (32, 128), (128, 128), (256, 256), (512,
 VARIANTS = {
     "bf16": (torch.bfloat16, False, LONG, {}),
     "bf16-masked-nhwc": (torch.bfloat16, True, SHORT, {"masked": True}),
-    "fp16-masked": (torch.float16, False, SHORT, {"masked": True, "keep_v": True}),
+    "fp16-masked": (torch.float16, False, SHORT, {"masked": True, "save_v": True}),
     "fp16-nhwc": (torch.float16, True, LONG, {}),
 }
 
@@ -102,17 +102,17 @@ def repeat(function, first):
 
 def core_inputs(m, n, dtype, masked, length):
     a, b, v, dz = (peaky(2, 2, c, length, dtype=dtype) for c in (m, n, n, m))
-    keep = None
+    mask = None
     if masked:
-        keep = torch.rand(2, length, device=DEVICE) > 0.4
-        keep[1] = False
-    return a, b, v, keep, dz
+        mask = torch.rand(2, length, device=DEVICE) > 0.4
+        mask[1] = False
+    return a, b, v, mask, dz
 
 
-def core_run(backend, a, b, v, keep, dz, dtype):
+def core_run(backend, a, b, v, mask, dz, dtype):
     """Z and the gradients of A, B and V."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (a, b, v)]
-    g = backend.gather(*leaves[:2], keep=keep, logit_scale=0.7)
+    g = backend.gather(*leaves[:2], mask=mask, logit_scale=0.7)
     z = backend.distribute(g, leaves[2], scale=1.3)
     return z.detach(), *torch.autograd.grad(z, leaves, dz.to(dtype))
 

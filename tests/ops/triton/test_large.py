@@ -108,12 +108,12 @@ def core_run(place, case):
     torch.manual_seed(0)
     heads, m, n = CORE[case]
     a, b, v, dz = (peaky(3, heads, c, LENGTH, dtype=HALF) for c in (m, n, n, m))
-    keep = (torch.rand(3, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
+    mask = (torch.rand(3, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
     a, b, v, dz = map(place, (a, b, v, dz))
-    g, lse = gather.gather_forward([(a, b, keep)], 0.5)
+    g, lse = gather.gather_forward([(a, b, mask)], 0.5)
     z = distribute.distribute_forward(g, v, 1.0, True, 1.0)
     dg, dv = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-    return g, z, dg, dv, *gather.gather_backward(dg, a, b, keep, g, lse, None, 0.5, True, True)
+    return g, z, dg, dv, *gather.gather_backward(dg, a, b, mask, g, lse, None, 0.5, True, True)
 
 
 def block_run(place, case):
@@ -126,10 +126,10 @@ def block_run(place, case):
     )  # fmt: skip
     w = routes.Weights(*(torch.randn(s, device=DEVICE).to(HALF) / s[-1] ** 0.5 for s in shapes))
     x, dout = (place(peaky(2, 1, channels, LENGTH, dtype=HALF)[:, 0]) for _ in range(2))
-    keep = (torch.rand(2, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
+    mask = (torch.rand(2, LENGTH, device=DEVICE) > 0.3).view(torch.uint8)
     options = routes.Options(2, 0.5, 1.0, 1.0, True, True)
-    out, lse, g, v = routes.forward(x, w, keep, options, route, True)
-    return out, g, *routes.backward(dout, x, w, keep, lse, g, v, options, route)
+    out, lse, g, v = routes.forward(x, w, mask, options, route, True)
+    return out, g, *routes.backward(dout, x, w, mask, lse, g, v, options, route)
 
 
 RUNS = [(core_run, case) for case in CORE] + [(block_run, case) for case in BLOCK]

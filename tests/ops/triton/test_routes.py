@@ -83,10 +83,10 @@ def test_dtypes(route, case, channels_last, dtype):
 
 def test_a_wrong_definition_is_rejected():
     dtype = route_dtype(FUSED)
-    x, w, keep, upstream = inputs(CASES["plain"], dtype, False)
+    x, w, mask, upstream = inputs(CASES["plain"], dtype, False)
     scale = 0.69 if dtype == torch.float32 else 0.6  # by more than roundings, for 0.7
-    wrong = definition(CASES["plain"], x, w, keep, upstream, torch.float64, logit_scale=scale)
-    found = run(FUSED, CASES["plain"], x, w, keep, upstream)
+    wrong = definition(CASES["plain"], x, w, mask, upstream, torch.float64, logit_scale=scale)
+    found = run(FUSED, CASES["plain"], x, w, mask, upstream)
     for name, ours, other in zip(NAMES, found, wrong, strict=True):
         if name not in ("bias_a", "bias_out"):  # they do not depend on the maps
             with pytest.raises(AssertionError, match="relative RMS"):
@@ -95,11 +95,11 @@ def test_a_wrong_definition_is_rejected():
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_nothing_needs_initialised_memory_and_runs_repeat_bit_for_bit(route):
-    x, w, keep, upstream = inputs(CASES["odd"], route_dtype(ROUTES[route]), False)
-    first = run(ROUTES[route], CASES["odd"], x, w, keep, upstream)
+    x, w, mask, upstream = inputs(CASES["odd"], route_dtype(ROUTES[route]), False)
+    first = run(ROUTES[route], CASES["odd"], x, w, mask, upstream)
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
-        second = run(ROUTES[route], CASES["odd"], x, w, keep, upstream)
+        second = run(ROUTES[route], CASES["odd"], x, w, mask, upstream)
     finally:
         torch.use_deterministic_algorithms(False)
     for one, two in zip(first, second, strict=True):
@@ -108,12 +108,12 @@ def test_nothing_needs_initialised_memory_and_runs_repeat_bit_for_bit(route):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_masked_positions_may_hold_anything_and_nan_stays_in_its_sample(route):
-    x, w, keep, upstream = inputs(CASES["odd"], route_dtype(ROUTES[route]), False)
-    out, dx, *_ = run(ROUTES[route], CASES["odd"], x, w, keep, upstream)
+    x, w, mask, upstream = inputs(CASES["odd"], route_dtype(ROUTES[route]), False)
+    out, dx, *_ = run(ROUTES[route], CASES["odd"], x, w, mask, upstream)
     spoiled = x.clone()
-    spoiled[1].masked_fill_(~keep[1], torch.nan)
-    there = keep[1]
-    again, dx_again, *_ = run(ROUTES[route], CASES["odd"], spoiled, w, keep, upstream)
+    spoiled[1].masked_fill_(~mask[1], torch.nan)
+    there = mask[1]
+    again, dx_again, *_ = run(ROUTES[route], CASES["odd"], spoiled, w, mask, upstream)
     torch.testing.assert_close(again[1][:, there], out[1][:, there])
     assert torch.equal(again[0], out[0])
     assert torch.equal(dx_again[0], dx[0])
@@ -123,16 +123,16 @@ def test_masked_positions_may_hold_anything_and_nan_stays_in_its_sample(route):
 @pytest.mark.parametrize("kind", ["stride 0", "channels last", "narrow"])
 def test_upstream_gradients_in_any_strides(route, kind):
     dtype = route_dtype(ROUTES[route])
-    x, w, keep, upstream = inputs(CASES["odd"], dtype, False)
+    x, w, mask, upstream = inputs(CASES["odd"], dtype, False)
     if kind == "stride 0":
         upstream = torch.ones((), dtype=dtype, device=DEVICE).expand(x.shape)
     elif kind == "channels last":
         upstream = upstream.mT.contiguous().mT
     else:
         upstream = torch.cat([upstream, upstream], 1)[:, : x.shape[1]]
-    dense = run(ROUTES[route], CASES["odd"], x, w, keep, upstream.contiguous())
+    dense = run(ROUTES[route], CASES["odd"], x, w, mask, upstream.contiguous())
     for ours, expected in zip(
-        run(ROUTES[route], CASES["odd"], x, w, keep, upstream), dense, strict=True
+        run(ROUTES[route], CASES["odd"], x, w, mask, upstream), dense, strict=True
     ):
         assert relative_rms(ours, expected) <= TOLERANCE[dtype]
 
@@ -163,7 +163,7 @@ def test_endings_of_the_split_route(route, reconstruct, residual, bias_out):
     truth = reference.block(
         wide, a, bias_a, b, None, v, bias_v, out, bias, heads=1, logit_scale=1.0,
         logit_scale_v=1.0, scale=1.0, softmax_v=True, residual=wide if residual else None,
-        keep=None,
+        mask=None,
     )  # fmt: skip
     check(found, truth.detach(), dtype, what="out")
     pairs = [(y, leaf) for y, leaf in zip(grads[1:], leaves[1:], strict=True) if leaf is not None]

@@ -35,12 +35,12 @@ def counted(work, channels_last, masked):
         empty(s.c_m, s.channels), empty(s.c_m), empty(s.c_n, s.channels),
         empty(s.c_n, s.channels), empty(s.c_n), empty(s.channels, s.c_m), empty(s.channels),
     )  # fmt: skip
-    keep = empty(s.batch, length, dtype=torch.uint8) if masked else None
+    mask = empty(s.batch, length, dtype=torch.uint8) if masked else None
     o = routes.Options(s.heads, 1.0, 1.0, 1.0, True, True)
     with launches.count() as forward:
-        out, lse, g, _ = routes.forward(x, w, keep, o, plan.route, False)
+        out, lse, g, _ = routes.forward(x, w, mask, o, plan.route, False)
     with launches.count() as backward:
-        routes.backward(torch.empty_like(out), x, w, keep, lse, g, None, o, plan.route)
+        routes.backward(torch.empty_like(out), x, w, mask, lse, g, None, o, plan.route)
     return s, plan, forward, backward
 
 
