@@ -277,7 +277,7 @@ def choose(
 
 
 def candidates_of(site: Site) -> Sequence[Entry]:
-    small = site.kernel.startswith(("descriptors", "weight", "delta", "gather_combine"))
+    small = site.kernel.startswith(("combine", "weight", "delta", "gather_combine"))
     return SMALL if small else CANDIDATES
 
 

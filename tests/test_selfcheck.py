@@ -58,7 +58,7 @@ def test_right_kernels(small, capsys):
     found = da_triton.check()
     assert found.right
     kernels = {v.kernel for v in found.verdicts}
-    assert {"gather_from_x", "project_distribute", "gather_side", "gather_backward"} <= kernels
+    assert {"gather_from_x", "project_distribute", "block_bwd_gather", "gather_backward"} <= kernels
     text = capsys.readouterr().out
     assert str(found) in text
     assert f"All {len(found.verdicts)} cases are right." in text
@@ -145,18 +145,18 @@ def part(*verdicts, obstacle=""):
 
 
 def test_several_processes_are_joined():
-    wrong = verdict("gather_side", "wrong results")
+    wrong = verdict("block_bwd_gather", "wrong results")
     found = selfcheck._joined([part(verdict(), wrong), part(verdict())], [])
-    assert [v.kernel for v in found.verdicts] == ["gather_from_x", "gather_side"]
+    assert [v.kernel for v in found.verdicts] == ["gather_from_x", "block_bwd_gather"]
     assert not found.right
     assert not found.obstacle
     assert selfcheck._joined([part(verdict())], []).right
-    for places in ((wrong, verdict("gather_side")), (verdict("gather_side"), wrong)):
+    for places in ((wrong, verdict("block_bwd_gather")), (verdict("block_bwd_gather"), wrong)):
         assert not selfcheck._joined([part(v) for v in places], []).right  # a race, say
 
 
 def test_wrong_results_outweigh_a_process_that_left_nothing(monkeypatch):
-    wrong = selfcheck._joined([part(verdict("gather_side", "wrong results"))], ["killed"])
+    wrong = selfcheck._joined([part(verdict("block_bwd_gather", "wrong results"))], ["killed"])
     monkeypatch.setattr(selfcheck, "_in_processes", lambda *_: wrong)
     assert selfcheck.main(["--jobs", "2"]) == 1
 
@@ -230,4 +230,4 @@ def test_a_thorough_check_reaches_every_fused_tile():
     ended = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     left = json.loads(ended.stdout)
-    assert left == [["gather_side", 64, 256]]  # no tile of distribute_side goes with it
+    assert left == [["block_bwd_gather", 64, 256]]  # no tile of block_bwd_distribute goes with it

@@ -52,14 +52,14 @@ ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
 # kernel -> {(block_m, block_n): (C, c_m, c_n) that lead there}
 BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
-    "descriptors": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
-    "descriptors_backward": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
+    "combine": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
+    "combine_backward": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
     "gather_from_x": {(c, n): (c, 64, n) for c, n in PAIRS},
-    "gather_side": {(64, n): (256, 64, n) for n in (32, 64, 128, 256)},
-    "distribute_side": {(c, n): (c, 64, n) for c, n in PAIRS},
+    "block_bwd_gather": {(64, n): (256, 64, n) for n in (32, 64, 128, 256)},
+    "block_bwd_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
     "project_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
     "project_distribute_blocks": {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)},
-    "outer": {(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)},
+    "outer_product": {(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)},
     "weight_gradients": {(32, 32): (256, 64, 64)},
     "gather_from_a": {
         (m, n): (4 * m * n // 64, m, n) for m in (32, 64, 128) for n in (32, 64, 128)
@@ -219,14 +219,14 @@ def variants(kernel: str, special: bool) -> list[Variant]:
     found = [narrow, last, wide, dataclasses.replace(narrow, dtype=torch.float16)]
     if kernel.startswith(("project", "distribute")) and not special:
         found.append(dataclasses.replace(narrow, heads=4))
-    if kernel.startswith("descriptors"):
+    if kernel.startswith("combine"):
         found.insert(0, dataclasses.replace(narrow, masked=True))
     return found
 
 
 def odd_variants(kernel: str, special: bool) -> list[Variant]:
     """An odd number of positions in NCHW, where the kernel has positions."""
-    if kernel.startswith(("descriptors", "weight")):
+    if kernel.startswith(("combine", "weight")):
         return []
     return [Variant(*ODD, **(special_flags(kernel) if special else {}))]
 
@@ -282,7 +282,7 @@ def _distinct(arch):
 
 def found(arch: str) -> list[Found]:
     """Launches of every kernel with every tile; to be called where ``on(arch)`` is."""
-    known = [*_core(), *_all_maps(arch), *_fused(arch)]
+    known = [*_core(), *_full_n(arch), *_fused(arch)]
     return known + list(_workloads(arch, {made.name for made, *_ in known}))
 
 
@@ -341,17 +341,17 @@ def _core() -> Iterator[Found]:
             yield made, variant, (0, m, n)
 
 
-def _all_maps(arch: str) -> Iterator[Found]:
+def _full_n(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
     route = Route(AZ, "split", "split", "split", AZ, 64)
     keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
-    sizes = sorted({key.block_n for key in keys if key.kernel == "all_maps"}, reverse=True)
+    sizes = sorted({key.block_n for key in keys if key.kernel == "full_n"}, reverse=True)
     runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
     runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
     for n, variant in runs:
         for made in of_block((64, 64, n, n), route, variant):
-            if made.name == "all_maps_kernel":
+            if made.name == "full_n_kernel":
                 yield made, variant, (0, n, n)
 
 

@@ -1,7 +1,7 @@
 """Finds tiles for the fused kernels by compiling candidates, and writes the table that ships.
 
     python -m bench.codegen.tiles sm_89 gfx942        (without TRITON_INTERPRET; no GPU)
-    python -m bench.codegen.tiles sm_90 --kernel gather_side --kernel gather_from_x
+    python -m bench.codegen.tiles sm_90 --kernel block_bwd_gather --kernel gather_from_x
 
 For each architecture, kernel and block: the first candidate, in order of preference, that neither
 spills nor exceeds the shared memory in any variant: 28×28 and 14×14 maps in NCHW and channels-last
@@ -21,7 +21,7 @@ from bench.codegen import compile, survey
 from bench.codegen.candidates import CANDIDATES, SMALL
 from da_triton.runtime import tiles
 
-HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "distribute_side")
+HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "block_bwd_distribute")
 SHORTEST = 32  # positions of a tile for which a route is fused at all
 HOPELESS = 64  # spills beyond which fewer stages do not help
 # Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
@@ -57,7 +57,7 @@ class Search:
 
     def __init__(self, arch, kernel, start):
         self.arch, self.kernel, self.start = arch, kernel, start
-        self.small = kernel.startswith(("descriptors", "weight"))
+        self.small = kernel.startswith(("combine", "weight"))
 
     def run(self):
         """``{(block_m, block_n): ((plain tile, remark), (special tile, remark))}``"""

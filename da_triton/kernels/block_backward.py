@@ -7,7 +7,7 @@ r"""The fused block's backward pass over positions, in order XH, where H fits on
 A program of either holds a chunk of positions with all maps: X and dO are read once in each, dX is
 written once. dV and dB are the only temporaries with positions, side by side in one
 ``(N, 2·maps, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers,
-written in parts and merged by ``descriptors``.
+written in parts and merged by ``combine``.
 """
 
 import triton
@@ -20,7 +20,7 @@ from .project_distribute import rows_of_lanes, softmax_heads
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
-def distribute_side_kernel(
+def block_bwd_distribute_kernel(
     x_ptr,  # (N, C, L)
     do_ptr,  # (N, C_OUT, L)
     w_ptr,  # (maps, C), contiguous: Wv; read if PROJECT
@@ -131,7 +131,7 @@ def distribute_side_kernel(
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
-def gather_side_kernel(
+def block_bwd_gather_kernel(
     x_ptr,  # (N, C, L)
     do_ptr,  # (N, C, L); read if RESIDUAL
     wb_ptr,  # (MAPS, C), contiguous
@@ -242,7 +242,7 @@ def gather_side_kernel(
 
 
 @guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
-def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
+def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the parts of dH, ``(N, splits, maps, C')``."""
     ready = launch.prepared(_distribute_side, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax)
     (parts,) = ready.empty()
@@ -261,9 +261,9 @@ def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     c_out, maps = h.shape[1:]
     head_block, block_n = tiles.lanes(heads, maps // heads)
     sizes = max(channels, c_out), head_block * block_n
-    tile = tiles.tile("distribute_side", x, *sizes, tiles.PLAIN if v is None else "v")
+    tile = tiles.tile("block_bwd_distribute", x, *sizes, tiles.PLAIN if v is None else "v")
     ready = launch.Launch(
-        distribute_side_kernel, x, tile, batch,
+        block_bwd_distribute_kernel, x, tile, batch,
         maps={"x": x, "do": dout, "v": x if v is None else v, "dv": dv},
         HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
         PACKED=tiles.packed(heads, maps // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
@@ -286,7 +286,7 @@ def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     },
     writes=("db",),
 )
-def gather_side(
+def block_bwd_gather(
     x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x
 ):
     """Writes dB and returns dX (None if not needed) in the memory format of X."""
@@ -308,9 +308,11 @@ def gather_side(
 def _gather_side(x, dout, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta, residual, need_x):
     batch, channels, _ = x.shape
     maps = weight_b.shape[0]
-    tile = tiles.tile("gather_side", x, channels, maps, tiles.PLAIN if mask is None else "mask")
+    tile = tiles.tile(
+        "block_bwd_gather", x, channels, maps, tiles.PLAIN if mask is None else "mask"
+    )
     return launch.Launch(
-        gather_side_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
+        block_bwd_gather_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
         strided={"mask": mask}, again=True, C=channels, MAPS=maps, HAS_MASK=mask is not None,
         RESIDUAL=residual, WRITE_X=need_x, CHAINED=tiles.chains_products(x.device),
         P_SCALE=POLICIES[x.dtype].p_scale,

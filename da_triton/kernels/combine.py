@@ -41,7 +41,7 @@ def _merged(
 
 
 @triton.jit(do_not_specialize=["HEADS", "SLOTS"])
-def descriptors_kernel(
+def combine_kernel(
     acc_ptr,  # parts of M (FROM_X) or of G − ba; any strides
     max_ptr,  # (N, SLOTS, maps); read if MERGE
     sum_ptr,  # (N, SLOTS, maps); read if MERGE
@@ -152,7 +152,7 @@ def descriptors_kernel(
 
 
 @triton.jit(do_not_specialize=["HEADS", "SLOTS"])
-def descriptors_backward_kernel(
+def combine_backward_kernel(
     parts_ptr,  # (N, SLOTS, maps, C_OUT): parts of dH
     lse_ptr,  # (N, maps): +inf where a map has no position
     m_ptr,  # (N, C, maps)
@@ -293,10 +293,10 @@ def _forward(
     batch, channels, maps = acc.shape[0], a.shape[1], b.shape[0]
     c_m, c_n = a.shape[0] // heads, maps // heads
     c_out = out.shape[0] if want_h else 1
-    tile = tiles.tile("descriptors", a, c_m, c_n)
+    tile = tiles.tile("combine", a, c_m, c_n)
     steps = zip(("s", "slot", "h", "n", "f"), strides, strict=True)
     ready = launch.Launch(
-        descriptors_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
+        combine_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots,
         FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask, WRITE_M=want_m,
         WRITE_G=g is not None, WRITE_H=want_h, BLOCK_C=tile.block_l,
@@ -323,9 +323,9 @@ def backward(parts, lse, m, weights, *, heads, scale):
 def _backward(a, out, parts, lse, m, heads):
     batch, slots, maps, c_out = parts.shape
     c_m, c_n, channels = a.shape[0] // heads, maps // heads, a.shape[1]
-    tile = tiles.tile("descriptors_backward", a, c_m, c_n)
+    tile = tiles.tile("combine_backward", a, c_m, c_n)
     ready = launch.Launch(
-        descriptors_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
+        combine_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots, BLOCK_C=tile.block_l,
     )  # fmt: skip
     ready.allocating(parts.dtype, (batch, c_out, maps), (batch, heads, c_m, c_n), (batch, maps))

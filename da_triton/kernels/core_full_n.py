@@ -33,7 +33,7 @@ def _logits(
 
 
 @triton.jit(do_not_specialize=["HEADS"])
-def all_maps_kernel(
+def full_n_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     bias_ptr,  # (heads·C_N,), contiguous; read if HAS_BIAS
@@ -165,7 +165,7 @@ def all_maps_kernel(
 
 def fits(x, c_n):
     """Whether a program can hold all maps of a head, in the dtype of x."""
-    return tiles.fits("all_maps", x, 1, c_n)
+    return tiles.fits("full_n", x, 1, c_n)
 
 
 def distribute(g, v, bias, z, *, scale, logit_scale, softmax):
@@ -191,19 +191,19 @@ def _launch(
     gradient = dx is not None
     y, dx = (y, dx) if gradient else (x, x)
     ready = launch.prepared(
-        _all_maps, (x, w, y, out, e, dx, bias, lse, delta, mask), gradient, softmax
+        _full_n, (x, w, y, out, e, dx, bias, lse, delta, mask), gradient, softmax
     )
     optional = [x if t is None else t for t in (bias, lse, delta, mask)]
     written = [x if t is None else t for t in (out, e)]
     ready((w, x, *optional, y, *written, dx), (scale, logit_scale))
 
 
-def _all_maps(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
+def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
     batch, heads, c_n, length = x.shape
-    tile = tiles.tile("all_maps", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
+    tile = tiles.tile("full_n", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
     out_, e_ = (x if t is None else t for t in (out, e))
     return launch.Launch(
-        all_maps_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
+        full_n_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
         maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None, WRITE_OUT=out is not None,

@@ -2,12 +2,12 @@ r"""Products with softmax weights for any number of maps and features, tile by t
 
 With ``E[n, l] = exp(s·x[n, l] − lse)``, lse of the map or of the position (or ``E = s·x`` without a
 softmax), these four kernels are what gather's backward and distribute are made of when G does not
-fit one tile, nor its maps ``all_maps`` (dG, ``descriptor_gradient``, also where they do):
+fit one tile, nor its maps ``full_n`` (dG, ``grad_g``, also where they do):
 
     mix                   out[m, l] = scale · Σ_n W[m, n] E[n, l]            Z, dA
     mix_product           r[l] = Σ_m y[m, l] · out[m, l]                     r = Σ_m dZ∘Z = Σ_n Q∘dQ
-    map_gradient          dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c) dV (c = r), dB (c = δ)
-    descriptor_gradient   dW[m, n] = scale · Σ_l y[m, l] E[n, l]             dG
+    grad_logits          dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c) dV (c = r), dB (c = δ)
+    grad_g   dW[m, n] = scale · Σ_l y[m, l] E[n, l]             dG
 
 E is made in registers from x, tile by tile, and never written. W is ``(N, heads, C_M, C_N)``, maps
 are ``(N, heads, channels, positions)``, both in any strides. Each product has its sum in the
@@ -93,7 +93,7 @@ def _weights(
 
 
 @triton.jit(do_not_specialize=["HEADS"])
-def mix_kernel(
+def apply_weights_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
@@ -171,7 +171,7 @@ def mix_kernel(
 
 
 @triton.jit(do_not_specialize=["HEADS", "PARTS"])
-def map_gradient_kernel(
+def grad_logits_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     y_ptr,  # (N, heads, C_M, L)
@@ -258,7 +258,7 @@ def map_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
-def descriptor_gradient_kernel(
+def grad_g_kernel(
     y_ptr,  # (N, heads, C_M, L)
     x_ptr,  # (N, heads, C_N, L)
     lse_ptr,  # (N·heads, L); read if SOFTMAX
@@ -338,7 +338,7 @@ def _position_lse(x):
     return ready.allocating(lse_dtype(x.dtype), (batch * heads, length))
 
 
-def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, mask=None):
+def apply_weights(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, mask=None):
     """Writes ``out = scale · W E``; lse of maps (``per_map``), of positions, or no softmax."""
     _mix(w, x, out, None, scale, logit_scale, lse, per_map, mask)
 
@@ -346,7 +346,7 @@ def mix(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, mask=
 def mix_product(w, x, y, *, scale, logit_scale, lse):
     """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
-    tile = tiles.tile("mix", x, w.shape[2], c_n)
+    tile = tiles.tile("apply_weights", x, w.shape[2], c_n)
     blocks = -(-w.shape[2] // tile.block_m)
     r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
     _mix(w, x, y, r, scale, logit_scale, lse, False, None)
@@ -362,10 +362,10 @@ def _mix(w, x, y, r, scale, logit_scale, lse, per_map, mask):
 def _mixing(x, w, y, r, lse, mask, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
-    tile = tiles.tile("mix", x, c_m, c_n)
+    tile = tiles.tile("apply_weights", x, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-length // tile.block_l)
     return launch.Launch(
-        mix_kernel, x, tile, batch * heads * blocks, again=True,
+        apply_weights_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"x": x, "y": y}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
         HAS_MASK=mask is not None, PRODUCT=r is not None,
@@ -373,7 +373,7 @@ def _mixing(x, w, y, r, lse, mask, per_map):
     )  # fmt: skip
 
 
-def map_gradient(
+def grad_logits(
     w, x, y, dx, *, scale=1.0, logit_scale=1.0, lse=None, correction=None, per_map=False, mask=None
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
@@ -381,26 +381,26 @@ def map_gradient(
     ``correction``: δ of the maps, or the parts of r that ``mix_product`` made.
     """
     correction = None if lse is None else correction
-    ready = launch.prepared(_map_gradient, (x, w, y, dx, lse, correction, mask), per_map)
+    ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), per_map)
     lse, correction, mask = (x if t is None else t for t in (lse, correction, mask))
     ready((w, x, y, lse, correction, mask, dx), (scale, logit_scale))
 
 
-def _map_gradient(x, w, y, dx, lse, correction, mask, per_map):
+def _grad_logits(x, w, y, dx, lse, correction, mask, per_map):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
-    tile = tiles.tile("map_gradient", x, c_m, c_n)
+    tile = tiles.tile("grad_logits", x, c_m, c_n)
     blocks = -(-c_n // tile.block_n) * -(-length // tile.block_l)
     softmax = lse is not None
     return launch.Launch(
-        map_gradient_kernel, x, tile, batch * heads * blocks, again=True,
+        grad_logits_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, PER_MAP=per_map,
         PARTS=correction.shape[1] if softmax and not per_map else 1, HAS_MASK=mask is not None,
     )  # fmt: skip
 
 
-def descriptor_gradient(y, x, scale, logit_scale, lse):
+def grad_g(y, x, scale, logit_scale, lse):
     """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, splits, C_M, C_N)`` in float32 or float64."""
     ready = launch.prepared(_descriptor_gradient, (x, y, lse))
     (partial,) = ready.empty()
@@ -411,10 +411,10 @@ def descriptor_gradient(y, x, scale, logit_scale, lse):
 def _descriptor_gradient(x, y, lse):
     batch, heads, c_n, _ = x.shape
     c_m = y.shape[2]
-    tile = tiles.tile("descriptor_gradient", x, c_m, c_n)
+    tile = tiles.tile("grad_g", x, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     ready = launch.Launch(
-        descriptor_gradient_kernel, x, tile, batch * heads * blocks, again=True,
+        grad_g_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
     )  # fmt: skip
     shape = batch * heads, ready.splits, c_m, c_n

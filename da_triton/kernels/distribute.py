@@ -4,7 +4,7 @@ r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, for
 
 Q is recomputed from V. Where G fits one tile, a program owns positions with all maps and features:
 each element of V, Z, dZ and dV is read or written once, and the program's part of dG is summed in
-registers, then added to the others' in a fixed order. Elsewhere see ``all_maps`` (backward then
+registers, then added to the others' in a fixed order. Elsewhere see ``full_n`` (backward then
 writes Q once, for dG), and for more maps than that holds ``tiled``.
 
 Tensors are ``(N, heads, channels, positions)`` in any strides.
@@ -179,7 +179,7 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     v = with_bias(v, bias)
     if not in_one:
         lse = core_tiled.position_lse(v, logit_scale) if softmax else None
-        core_tiled.mix(g, v, z, lse=lse, **scalars)
+        core_tiled.apply_weights(g, v, z, lse=lse, **scalars)
         return z
     ready = launch.prepared(_forward, (v, g, z), softmax)
     ready((g, v, z), (scale, logit_scale))
@@ -212,7 +212,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
         # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
         made = launch.empty_map_like(v) if dv is None else dv
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
-        parts = core_tiled.descriptor_gradient(dz, q, scale, 1.0, None) if need_g else None
+        parts = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
     else:
         parts = _backward_in_blocks(dz, g, v, dv, need_g, **scalars)
     return (launch.add_parts(parts, g.shape) if need_g else None), dv
@@ -231,7 +231,7 @@ def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if core_full_n.fits(v, v.shape[2]):
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, bias, dv, z, q, **scalars)
-        parts = core_tiled.descriptor_gradient(dz, q, scale, 1.0, None)
+        parts = core_tiled.grad_g(dz, q, scale, 1.0, None)
     else:
         v = with_bias(v, bias)
         if z is not None:
@@ -273,5 +273,5 @@ def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     lse = core_tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:
         r = core_tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None
-        core_tiled.map_gradient(g, v, dz, dv, lse=lse, correction=r, **scalars)
-    return core_tiled.descriptor_gradient(dz, v, scale, logit_scale, lse) if need_g else None
+        core_tiled.grad_logits(g, v, dz, dv, lse=lse, correction=r, **scalars)
+    return core_tiled.grad_g(dz, v, scale, logit_scale, lse) if need_g else None

@@ -12,7 +12,7 @@ the softmax's correction needs no pass over positions):
     dA = dG P            dB = s · P∘(dGᵀ A − δ)
 
 Neither has a sum over positions. Where dG fits one tile a program owns positions with all maps and
-features, and reads and writes each element of A, B, dA and dB once; elsewhere see ``all_maps``, and
+features, and reads and writes each element of A, B, dA and dB once; elsewhere see ``full_n``, and
 for more maps than that holds ``tiled``.
 
 Tensors are ``(N, heads, channels, positions)`` in any strides.
@@ -436,9 +436,9 @@ def backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
             core_full_n.gather_backward(dg, a, b, correction, da, db, **maps)
             return
         if da is not None:
-            core_tiled.mix(dg, b, da, per_map=True, **maps)
+            core_tiled.apply_weights(dg, b, da, per_map=True, **maps)
         if db is not None:
-            core_tiled.map_gradient(dg, b, a, db, correction=correction, per_map=True, **maps)
+            core_tiled.grad_logits(dg, b, a, db, correction=correction, per_map=True, **maps)
         return
     ready = launch.prepared(_backward, (a, b, dg, da, db, mask, lse, correction))
     tensors = dg, a, b, mask, lse, correction, da, db

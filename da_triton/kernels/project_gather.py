@@ -9,7 +9,7 @@ tile of positions holds all channels and serves twice, as keys and as values; he
 maps. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the
 result is m × n.
 
-Both write partial results of a chunk of positions, which ``descriptors`` merges:
+Both write partial results of a chunk of positions, which ``combine`` merges:
 ``acc = Σ y·exp(z − mx)`` as ``(N, SPLITS, maps, features)``, ``mx`` and ``sum`` as
 ``(N, SPLITS, maps)``. X is ``(N, C, L)`` in any strides.
 """

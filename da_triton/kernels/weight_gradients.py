@@ -23,7 +23,7 @@ LEAST_BLOCKS = 4  # of positions in a chunk
 
 
 @triton.jit(do_not_specialize=["N", "CHUNK_BLOCKS"])
-def outer_kernel(
+def outer_product_kernel(
     t_ptr,  # (N, ROWS, L): dV and dB
     x_ptr,  # (N, C, L)
     parts_ptr,  # (chunks, ROWS, C) float32/64: parts of Σ_N Σ_L t xᵀ
@@ -258,7 +258,7 @@ class Gradient(NamedTuple):
 
 
 @guard.proved({"t": "N-L", "x": "N-L"})
-def outer(t, x):
+def outer_product(t, x):
     """Parts of ``Σ_N Σ_L t xᵀ``, ``(chunks, rows, C)``, and of ``Σ_N Σ_L t``, ``(chunks, rows)``.
 
     ``t``: ``(N, rows, L)``; ``x``: ``(N, C, L)``, in any strides.
@@ -272,7 +272,7 @@ def outer(t, x):
 def _outer(t, x):
     batch, channels, length = x.shape
     rows = t.shape[1]
-    tile = tiles.tile("outer", x, channels, rows)
+    tile = tiles.tile("outer_product", x, channels, rows)
     blocks = -(-rows // tile.block_n) * -(-channels // tile.block_m)
     padded = -(-length // tile.block_l) * tile.block_l
     chunk, _ = launch.chunks(blocks, padded * batch, tile, x.device)
@@ -280,7 +280,7 @@ def _outer(t, x):
     chunk = max(chunk, LEAST_BLOCKS)
     chunks = -(-(padded * batch // tile.block_l) // chunk)
     ready = launch.Launch(
-        outer_kernel, x, tile, blocks * chunks, maps={"x": x, "t": t},
+        outer_product_kernel, x, tile, blocks * chunks, maps={"x": x, "t": t},
         N=batch, ROWS=rows, C=channels, CHUNK_BLOCKS=chunk,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (chunks, rows, channels), (chunks, rows))
@@ -293,7 +293,7 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     ``t``: dV at the start of the first half of its rows, dB of the second. dbo is right only where
     V has a softmax.
     """
-    parts, sums = outer(t, x)
+    parts, sums = outer_product(t, x)
     ready = launch.prepared(_weight_gradients, (x, parts, sums, dh, g, dg, m, like))
     dwv, dwb, dbv, dwo, dbo, dwa, dba = results = ready.empty()
     ready((parts, sums, dh, g, dg, m, *results), (scale,))
@@ -326,9 +326,9 @@ def products(t, x, *rows):
 
     ``t``: ``(N, rows, L)``, ``x``: ``(N, C, L)``, in any strides. No result shares memory.
     """
-    if not tiles.fits("outer", t, x.shape[1], t.shape[1]):
+    if not tiles.fits("outer_product", t, x.shape[1], t.shape[1]):
         return [_library_product(piece, x) for piece in t.split(rows, 1)]
-    parts, sums = outer(t, x)
+    parts, sums = outer_product(t, x)
     ready = launch.prepared(_sums, (t, parts, sums), rows)
     made = ready.empty()
     results = [Gradient(*pair) for pair in zip(made[::2], made[1::2], strict=True)]

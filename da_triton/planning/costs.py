@@ -64,7 +64,7 @@ def gather_steps(
     features = c if order.from_x else s.c_m // s.heads
     parts = 2 * splits * s.c_n * features
     products = small * (order.from_x + order.through_h)
-    descriptors = Step("descriptors", False, products, 0, parts + s.c_n * features)
+    descriptors = Step("combine", False, products, 0, parts + s.c_n * features)
     if block_l and order.from_x:
         pass_1 = Step("gather from X", False, 2 * length * c * s.c_n, c * length)
         return [pass_1._replace(requested=blocks * c * length), descriptors]
@@ -108,8 +108,8 @@ def distribute_steps(
     features = out * s.heads if order.through_h else s.c_m
     macs = length * s.c_n * features // s.heads
     elements = (s.c_n + features) * length
-    if core.all_maps:
-        asked = elements + -(-length // core.all_maps) * features * s.c_n // s.heads
+    if core.full_n:
+        asked = elements + -(-length // core.full_n) * features * s.c_n // s.heads
         steps = [Step("distribute", False, macs, elements, 0, 1, asked)]
     elif _whole(s, features // s.heads, core.tile):
         steps = [Step("distribute", False, macs, elements)]
@@ -142,14 +142,14 @@ def fused_backward_steps(
     parts = 2 * splits * k * c
     return [
         Step("gather from X", False, 2 * length * c * k, c * length, 0, 1, blocks * c * length),
-        Step("descriptors", False, 2 * small, 0, parts + 2 * k * c),
+        Step("combine", False, 2 * small, 0, parts + 2 * k * c),
         Step(
             "dV and dH",
             False,
             length * k * ((0 if saved_v else c) + 2 * out),
             ((k if saved_v else c) + out + k) * length,
         ),
-        Step("descriptors, backward", False, 2 * small, 0, parts + 2 * k * c),
+        Step("combine, backward", False, 2 * small, 0, parts + 2 * k * c),
         Step(
             "dB and dX",
             False,
@@ -187,12 +187,12 @@ def split_backward_steps(
     steps = [_operands(s, rows), Step("project", True, length * c * made, (c + made) * length)]
 
     def asked(elements: int, features: int) -> int:
-        if not core.all_maps_backward:
+        if not core.full_n_backward:
             return elements
-        return elements + -(-length // core.all_maps_backward) * features * k // s.heads
+        return elements + -(-length // core.full_n_backward) * features * k // s.heads
 
     if not order.through_h:
-        again = 0 if core.all_maps_backward or _whole(s, m // s.heads, core.tile) else 1
+        again = 0 if core.full_n_backward or _whole(s, m // s.heads, core.tile) else 1
         z = product if s.reconstruct else 0
         if s.reconstruct:
             steps.append(Step("dZ", True, length * c * m, (c + m) * length))
@@ -205,7 +205,7 @@ def split_backward_steps(
         if s.reconstruct:
             steps.append(Step("dWo", False, length * c * m, (c + m) * length, 0, 2))
     else:
-        again = 0 if core.all_maps_backward or _whole(s, out, core.tile) else 1
+        again = 0 if core.full_n_backward or _whole(s, out, core.tile) else 1
         elements = (out * s.heads + 3 * k) * length
         steps.append(
             Step("dV", False, (1 + again) * length * out * k, elements, 0, 1 + 2 * again,

@@ -94,8 +94,8 @@ class CoreLimits(NamedTuple):
     """What the split route's kernels hold of a shape."""
 
     tile: int  # the largest G, in either direction, that one program of the core holds
-    all_maps: int  # positions in a tile with all maps of a head; 0 where no program holds them
-    all_maps_backward: int
+    full_n: int  # positions in a tile with all maps of a head; 0 where no program holds them
+    full_n_backward: int
 
 
 class Limits(NamedTuple):

@@ -35,7 +35,7 @@ ATTEMPTS = 3  # at a proof that memory, or something else but the kernel, preven
 WRONG, VARYING = "wrong results", "different results on the same input"
 UNPROVED = "not checked"
 # Launchers that return sums in parts: the axis of the parts, and how many of the results have one.
-SUMMED = {"distribute_side": (1, 1), "backward_parts": (2, 1), "outer": (0, 2)}
+SUMMED = {"block_bwd_distribute": (1, 1), "backward_parts": (2, 1), "outer_product": (0, 2)}
 
 
 class _State(threading.local):

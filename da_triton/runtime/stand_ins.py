@@ -149,7 +149,7 @@ def project_distribute(
     out.copy_(y + x if residual else y)
 
 
-def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
+def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     own = _project(x, weight_v, bias_v) if v is None else v
     q = _weights(own.unflatten(1, (heads, -1)), None, softmax, logit_scale)
     dq = _dot(h.mT, dout).unflatten(1, (heads, -1)) * logit_scale
@@ -157,7 +157,7 @@ def distribute_side(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, 
     return _dot(q.flatten(1, 2).to(x.dtype), dout.mT)[:, None]
 
 
-def gather_side(
+def block_bwd_gather(
     x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x
 ):
     acc = accumulator(x.dtype)
@@ -209,7 +209,7 @@ def combine_backward(parts, lse, m, weights, *, heads, scale):
     return dh, dg.contiguous(), dm, (dm.to(m.dtype) * m).sum(1), lse
 
 
-def outer(t, x):
+def outer_product(t, x):
     acc = accumulator(x.dtype)
     parts = torch.einsum("nkl,ncl->kc", t.to(acc), x.to(acc))
     return parts[None], t.sum((0, 2), dtype=acc)[None]
@@ -217,7 +217,7 @@ def outer(t, x):
 
 def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     heads, maps = g.shape[1], dh.shape[2]
-    (parts,), (sums,) = outer(t, x)
+    (parts,), (sums,) = outer_product(t, x)
     half = t.shape[1] // 2
     by_head = dh.unflatten(2, (heads, -1))
     dwo = scale * torch.einsum("nohk,nhmk->ohm", by_head, g).flatten(1)

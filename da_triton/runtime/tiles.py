@@ -187,23 +187,23 @@ BLOCKS = {
     "distribute_backward": Blocks(),
     "gather_backward": Blocks(),
     "gather": Blocks(walks="mn"),
-    "descriptor_gradient": Blocks(walks="mn"),
-    "mix": Blocks(walks="mn"),
-    "map_gradient": Blocks(walks="mn"),
-    "all_maps": Blocks((64, 64), (32, ANY), walks="m"),
+    "grad_g": Blocks(walks="mn"),
+    "apply_weights": Blocks(walks="mn"),
+    "grad_logits": Blocks(walks="mn"),
+    "full_n": Blocks((64, 64), (32, ANY), walks="m"),
     "position_lse": Blocks((16, 16), (1, 32)),
     "delta": Blocks((16, 16), (32, 32)),
     "gather_combine": Blocks((1, 32), (1, 64)),
     # fused with projections
-    "descriptors": Blocks((32, ANY), (16, 16)),
-    "descriptors_backward": Blocks((32, ANY), (16, 16)),
+    "combine": Blocks((32, ANY), (16, 16)),
+    "combine_backward": Blocks((32, ANY), (16, 16)),
     "gather_from_a": Blocks((32, ANY), (32, ANY)),
     "gather_from_x": Blocks((64, ANY), (32, ANY)),
-    "gather_side": Blocks((64, 64), (32, ANY)),
-    "distribute_side": Blocks((64, ANY), (32, ANY)),
+    "block_bwd_gather": Blocks((64, 64), (32, ANY)),
+    "block_bwd_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute_blocks": Blocks((64, 64), (32, ANY)),
-    "outer": Blocks((64, 128), (64, 128)),
+    "outer_product": Blocks((64, 128), (64, 128)),
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
 CORE = list(BLOCKS)[:7]  # those of which a multiprocessor should hold two, if they are small
@@ -315,7 +315,7 @@ def find(
 
 def _rule(kernel, tile_class, features, maps):
     entry = STATISTICS.get(kernel)
-    if entry is None and tile_class != "half" and kernel not in CORE and kernel != "all_maps":
+    if entry is None and tile_class != "half" and kernel not in CORE and kernel != "full_n":
         entry = INTERPRETED
     key = Key(kernel, PLAIN, tile_class, *blocks(kernel, tile_class, features, maps))
     return None if entry is None else _tile(key, entry)

@@ -88,11 +88,11 @@ def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
     named = {(site.kernel, site.variant) for site in found}
     assert named >= {
         ("gather_from_x", "plain"), ("gather_from_x", "mask"), ("project_distribute", "v"),
-        ("gather_side", "mask"), ("distribute_side", "v"), ("descriptors_backward", "plain"),
-        ("gather", "plain"), ("all_maps", "gradient"), ("gather_backward", "plain"),
+        ("block_bwd_gather", "mask"), ("block_bwd_distribute", "v"), ("combine_backward", "plain"),
+        ("gather", "plain"), ("full_n", "gradient"), ("gather_backward", "plain"),
     }  # fmt: skip
     assert len(found[SITE][1]()) == 1  # the forward pass is enough
-    assert len(found[SITE._replace(kernel="distribute_side")][1]()) > 1
+    assert len(found[SITE._replace(kernel="block_bwd_distribute")][1]()) > 1
 
 
 @pytest.mark.parametrize(("fast", "best"), [(0.5, (64, 4, 2)), (1.0, PRESENT), (2.0, PRESENT)])

@@ -22,16 +22,16 @@ NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
 # A few registers that are spilled, once: with maps that fill no row of 16 bytes, where every tile
 # tried spills, and with 128 maps, where a tile that does not is half as long.
 ACCEPTED = {
-    ("gfx942", "gather_side", 19): 8,
-    ("sm_90", "gather_side", 128): 12,
+    ("gfx942", "block_bwd_gather", 19): 8,
+    ("sm_90", "block_bwd_gather", 128): 12,
 }
 # The same where the oldest Triton that is supported compiles.
 ACCEPTED_OF = {
     "3.6.0": {
         ("sm_80", "delta", 32): 3,
-        ("sm_90", "gather_side", 128): 13,
-        ("sm_90", "map_gradient", 512): 4,
-        ("sm_90", "mix", 512): 22,
+        ("sm_90", "block_bwd_gather", 128): 13,
+        ("sm_90", "grad_logits", 512): 4,
+        ("sm_90", "apply_weights", 512): 22,
         ("sm_90", "weight_gradients", 19): 16,
     },
 }
@@ -138,7 +138,7 @@ def test_loads_of_activations_are_wide(arch):
         # One number a map or channel: biases, and descriptors of a number of maps like 19.
         small = 2 if is_fused(code) and code["n"] % 16 == 0 else 0
         if "HAS_BIAS" in code["flags"]:  # a lane's share of it; of rows, it would be 64 and more
-            small = max(small, {"all_maps": 32, "operands": 4}.get(code["kernel"], 0))
+            small = max(small, {"full_n": 32, "operands": 4}.get(code["kernel"], 0))
         assert code["loads_2"] <= small or code["n"] % 16, table.title(code)
 
 

@@ -59,7 +59,7 @@ SMALL, BY_CHANNELS = (20, 6, 4), (130, 6, 68)
 GROUPS = {
     "core-one_tile": lambda: core(2, 5, 9),
     "core-positions_in_chunks": lambda: core(1, 5, 3, 3001),
-    "core-all_maps": lambda: core(2, 130, 9),
+    "core-full_n": lambda: core(2, 130, 9),
     "core-blocks": lambda: core(1, 5, 514),
     "block-fused": lambda: block(SMALL, "fused", "XH", "fused"),
     "block-from_a": lambda: block(SMALL, "fused", "AH", "split"),

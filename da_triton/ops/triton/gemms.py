@@ -25,8 +25,8 @@ def shared(x, heads):
 
 
 def fit(w, heads):
-    """Whether ``descriptors`` has a tile for the small products of these weights."""
-    return tiles.fits("descriptors", w.a, w.a.shape[0] // heads, 1)
+    """Whether ``combine`` has a tile for the small products of these weights."""
+    return tiles.fits("combine", w.a, w.a.shape[0] // heads, 1)
 
 
 def reconstructing(g, w, heads, scale):

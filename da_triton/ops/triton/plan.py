@@ -23,8 +23,8 @@ def kernel_limits(shape, c_out, arch, processors):
     """What the planner needs to know of the kernels on a GPU."""
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
-    widest, all_maps = max(channels, c_out), math.prod(tiles.lanes(shape.heads, n))
-    whole = tiles.holds_all(widest, all_maps)
+    widest, full_n = max(channels, c_out), math.prod(tiles.lanes(shape.heads, n))
+    whole = tiles.holds_all(widest, full_n)
     pass_2 = "project_distribute" if whole else "project_distribute_blocks"
 
     def positions_of(kernel, features, maps, variant=tiles.PLAIN):
@@ -36,13 +36,13 @@ def kernel_limits(shape, c_out, arch, processors):
         found = [positions_of(*kernel) for kernel in (*others, last)]
         return found[-1] if all(found) and found[-1] >= 32 else 0
 
-    small, pass_1 = ("descriptors", m, n), ("gather_from_x", channels, shape.c_n)
+    small, pass_1 = ("combine", m, n), ("gather_from_x", channels, shape.c_n)
     backward = (
-        ("gather_side", channels, shape.c_n),
+        ("block_bwd_gather", channels, shape.c_n),
         small,
         pass_1,
-        ("descriptors_backward", m, n),
-        ("distribute_side", widest, all_maps),
+        ("combine_backward", m, n),
+        ("block_bwd_distribute", widest, full_n),
         ("outer", channels, 2 * shape.c_n),
         ("weight_gradients", m, n),
     )
@@ -50,13 +50,13 @@ def kernel_limits(shape, c_out, arch, processors):
         processors=processors,
         gather_from_x=positions(pass_1, small),
         gather_from_a=positions(("gather_from_a", m, n), small),
-        project_distribute=positions((pass_2, widest, all_maps), small),
+        project_distribute=positions((pass_2, widest, full_n), small),
         backward=positions(*backward) if shape.reconstruct else 0,
         map_blocks=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
         whole=whole,
         core=CoreLimits(
             tiles.ONE_TILE[tile_class],
-            *(positions_of("all_maps", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
+            *(positions_of("full_n", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
         ),
     )
 

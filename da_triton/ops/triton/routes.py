@@ -1,6 +1,6 @@
 r"""The block on a GPU: which launches and library products make it, forward and backward.
 
-    gather        fused   pass 1 from X or from A, then ``descriptors``
+    gather        fused   pass 1 from X or from A, then ``combine``
                   split   library products for B (and A), then the core's gather
     distribute    fused   pass 2, with H
                   split   library products for V and the last convolution around the core
@@ -192,14 +192,14 @@ def _fused_backward(dout, x, w, mask, v, o, needs):
     rows = -(-maps // 16) * 16 if x.stride(1) == 1 else maps
     both = launch.empty_rows_like(x, 2 * rows)
     dv, db = both[:, :maps], both[:, rows : rows + maps]
-    parts = block_backward.distribute_side(
+    parts = block_backward.block_bwd_distribute(
         x, dout, w.v, w.bias_v, v, h, dv,
         heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,
     )  # fmt: skip
     dh, dg, dm, delta, lse = combine.backward(parts, lse, m, w, heads=o.heads, scale=o.scale)
     dx = None
     if needs.x or needs.b:
-        dx = block_backward.gather_side(
+        dx = block_backward.block_bwd_gather(
             x, dout, w.b, w.v, dm, lse, delta, mask, dv, db,
             logit_scale=o.logit_scale, residual=o.residual, need_x=needs.x,
         )  # fmt: skip

@@ -130,8 +130,8 @@ def test_some_inputs_that_need_no_gradient(route, taking):
     ("route", "wanted", "spared"),
     [
         # sums of dV Xᵀ and dB Xᵀ, and those of the descriptors
-        ("fused", ("x",), ["outer_kernel", "weight_gradients_kernel"]),
-        ("fused", ("v", "out"), ["gather_side_kernel"]),
+        ("fused", ("x",), ["outer_product_kernel", "weight_gradients_kernel"]),
+        ("fused", ("v", "out"), ["block_bwd_gather_kernel"]),
         ("fused", ("a", "b", "v", "out"), []),
         ("split", ("out",), ["delta_kernel", "gather_backward_kernel"]),
     ],

@@ -99,7 +99,7 @@ BLOCK = {  # the route; C, c_m, c_n
 }
 # These take descriptors, their parts and weights, which lie in contiguous memory.
 WITHOUT_MAPS = {
-    "delta", "descriptors", "descriptors_backward", "gather_combine", "sums", "weight_gradients",
+    "delta", "combine", "combine_backward", "gather_combine", "sums", "weight_gradients",
 }  # fmt: skip
 
 

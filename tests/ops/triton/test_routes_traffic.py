@@ -151,7 +151,7 @@ def test_operations(work, channels_last, counted, monkeypatch):
     )
     if s.c_n < 32:
         rounded = rounded._replace(c_n=32)
-    small = {"descriptors", "descriptors, backward", "other weights"}
+    small = {"combine", "combine, backward", "other weights"}
     steps = [
         *gather_steps(rounded, route.order, 64, 1),
         *distribute_steps(rounded, route.order, 64, CoreLimits(128, 64, 64), True),
