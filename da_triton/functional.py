@@ -83,7 +83,7 @@ def gather(
     return g.to(a.dtype)
 
 
-def gather_part(
+def gather_partial(
     a: Tensor,
     b: Tensor,
     *,
@@ -92,7 +92,7 @@ def gather_part(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :mod:`da_triton.streaming` keeps of a frame: see ``eager.gather_part``.
+    """What :mod:`da_triton.streaming` keeps of a frame: see ``eager.gather_partial``.
 
     Arguments and errors as :func:`gather`.
     """
@@ -103,7 +103,7 @@ def gather_part(
     checks.one_kind(a=a, b=b)
     core = ops.select(backend, b)
     with autocast_off(a.device.type, dtype):
-        return core.gather_part(
+        return core.gather_partial(
             _by_head(a, heads), _by_head(b, heads), mask=_keep(mask), logit_scale=logit_scale
         )
 

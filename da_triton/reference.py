@@ -49,7 +49,7 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     return a @ gather_weights(b, mask, logit_scale).transpose(-1, -2)
 
 
-def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
+def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """G of positions that others will join, a pivot μ and ``Σ exp(logit − μ)`` of each map.
 
     ``G (N, heads, m, n)`` in the dtype of sums, the other two ``(N, heads, n)``; a map without

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, precision
-from .functional import distribute, gather_part
+from .functional import distribute, gather_partial
 from .modules import DoubleAttention, call, check_input
 
 
@@ -84,7 +84,7 @@ class Descriptors:
     ) -> "Descriptors":
         """The state of one frame alone; arguments as :func:`da_triton.gather`."""
         options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
-        g, maximum, total = gather_part(a, b, heads=heads, **options)
+        g, maximum, total = gather_partial(a, b, heads=heads, **options)
         return Descriptors(maximum.to(_pivot_dtype(a.device)), total, g * total[:, :, None])
 
     def update(

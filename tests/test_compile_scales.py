@@ -35,8 +35,8 @@ def gather(a, b, v, **options):
     return da_triton.gather(a, b, **options)
 
 
-def gather_part(a, b, v, **options):
-    return da_triton.functional.gather_part(a, b, **options)[0]
+def gather_partial(a, b, v, **options):
+    return da_triton.functional.gather_partial(a, b, **options)[0]
 
 
 def distribute(a, b, v, **options):
@@ -56,7 +56,7 @@ def packed(a, b, v, **options):
 
 CALLS = [
     (gather, "logit_scale"),
-    (gather_part, "logit_scale"),
+    (gather_partial, "logit_scale"),
     (distribute, "scale"),
     (distribute, "logit_scale"),
     (da_triton.double_attention, "scale"),

@@ -120,13 +120,13 @@ def block_bwd_distribute_kernel(
         else:
             dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
 
-    parts = dh_ptr + ((n * SPLITS + split) * maps + rows_n) * C_OUT
+    partials = dh_ptr + ((n * SPLITS + split) * maps + rows_n) * C_OUT
     inside_n, inside_c = rows_n < maps, rows_c < C_OUT
     if CHANNELS_FIRST:
-        ptrs = parts[None, :] + rows_c[:, None]
+        ptrs = partials[None, :] + rows_c[:, None]
         tl.store(ptrs, dh, mask=inside_n[None, :] & inside_c[:, None])
     else:
-        ptrs = parts[:, None] + rows_c[None, :]
+        ptrs = partials[:, None] + rows_c[None, :]
         tl.store(ptrs, dh, mask=inside_n[:, None] & inside_c[None, :])
 
 
@@ -245,15 +245,15 @@ def block_bwd_gather_kernel(
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the parts of dH, ``(N, splits, maps, C')``."""
     ready = launch.prepared(_distribute_side, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax)
-    (parts,) = ready.empty()
+    (partials,) = ready.empty()
     ready(
         (
             x, dout, weight_v, weight_v if bias_v is None else bias_v, x if v is None else v,
-            h, dv, parts,
+            h, dv, partials,
         ),
         (logit_scale,),
     )  # fmt: skip
-    return parts
+    return partials
 
 
 def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):

@@ -24,8 +24,8 @@ from .primitives import GRADIENT_RANGE, dot_wide, exp, into_float16, load_matrix
 
 @triton.jit
 def _merged(
-    acc_base, max_base, rows, cols, R, C_N, SLOTS, pivot, inverse,
-    stride_slot, stride_n, stride_f, stride_max, MERGE: tl.constexpr,
+    acc_base, max_base, rows, cols, R, C_N, NUM_PARTIALS, pivot, inverse,
+    stride_partial, stride_n, stride_f, stride_max, MERGE: tl.constexpr,
 ):  # fmt: skip
     """``Σ_slots acc·exp(mx − pivot) / total``, ``[rows, cols]``, in order; or the one part."""
     inside = (rows < R)[:, None] & (cols < C_N)[None, :]
@@ -33,18 +33,18 @@ def _merged(
     if not MERGE:
         return tl.load(ptrs, mask=inside, other=0.0)
     merged = tl.zeros((rows.shape[0], cols.shape[0]), acc_base.dtype.element_ty)
-    for slot in range(0, SLOTS):
-        mx = tl.load(max_base + slot * stride_max + cols, mask=cols < C_N, other=-float("inf"))
+    for partial in range(0, NUM_PARTIALS):
+        mx = tl.load(max_base + partial * stride_max + cols, mask=cols < C_N, other=-float("inf"))
         weight = exp(mx - pivot) * inverse
-        merged += tl.load(ptrs + slot * stride_slot, mask=inside, other=0.0) * weight[None, :]
+        merged += tl.load(ptrs + partial * stride_partial, mask=inside, other=0.0) * weight[None, :]
     return merged
 
 
-@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
+@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def combine_kernel(
     acc_ptr,  # parts of M (FROM_X) or of G − ba; any strides
-    max_ptr,  # (N, SLOTS, maps); read if MERGE
-    sum_ptr,  # (N, SLOTS, maps); read if MERGE
+    max_ptr,  # (N, NUM_PARTIALS, maps); read if MERGE
+    sum_ptr,  # (N, NUM_PARTIALS, maps); read if MERGE
     lse_ptr,  # (N, maps); written if MERGE, else read if HAS_BIAS
     wa_ptr,  # (HEADS·C_M, C), contiguous; read if FROM_X
     ba_ptr,  # (HEADS·C_M,); read if HAS_BIAS
@@ -58,9 +58,9 @@ def combine_kernel(
     C_M,
     C_N,
     C_OUT,
-    SLOTS,
+    NUM_PARTIALS,
     stride_acc_s,
-    stride_acc_slot,
+    stride_acc_partial,
     stride_acc_h,
     stride_acc_n,
     stride_acc_f,
@@ -88,22 +88,24 @@ def combine_kernel(
     maps = HEADS * C_N
     first = head * C_N  # of this head's maps
     acc_base = acc_ptr + n * stride_acc_s + head * stride_acc_h
-    max_base = max_ptr + n * SLOTS * maps + first
+    max_base = max_ptr + n * NUM_PARTIALS * maps + first
     dtype: tl.constexpr = h_ptr.dtype.element_ty
 
     pivot = tl.zeros((BLOCK_N,), ACC)
     total = tl.full((BLOCK_N,), 1.0, ACC)
     if MERGE:
         mx = tl.full((BLOCK_N,), -float("inf"), ACC)
-        for slot in range(0, SLOTS):
-            part = tl.load(max_base + slot * maps + cols, mask=inside_n, other=-float("inf"))
+        for partial in range(0, NUM_PARTIALS):
+            part = tl.load(max_base + partial * maps + cols, mask=inside_n, other=-float("inf"))
             mx = tl.maximum(mx, part)
         pivot = tl.where(mx == -float("inf"), 0.0, mx)
         total = tl.zeros((BLOCK_N,), ACC)
-        for slot in range(0, SLOTS):
-            offs = slot * maps + cols
+        for partial in range(0, NUM_PARTIALS):
+            offs = partial * maps + cols
             part = tl.load(max_base + offs, mask=inside_n, other=-float("inf"))
-            sums = tl.load(sum_ptr + n * SLOTS * maps + first + offs, mask=inside_n, other=0.0)
+            sums = tl.load(
+                sum_ptr + n * NUM_PARTIALS * maps + first + offs, mask=inside_n, other=0.0
+            )
             total += sums * exp(part - pivot)
         lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
         if HAS_MASK:
@@ -117,8 +119,8 @@ def combine_kernel(
         for c0 in range(0, C, BLOCK_C):
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
             m = _merged(
-                acc_base, max_base, rows_c, cols, C, C_N, SLOTS, pivot, inverse,
-                stride_acc_slot, stride_acc_n, stride_acc_f, maps, MERGE,
+                acc_base, max_base, rows_c, cols, C, C_N, NUM_PARTIALS, pivot, inverse,
+                stride_acc_partial, stride_acc_n, stride_acc_f, maps, MERGE,
             )  # fmt: skip
             if WRITE_M:
                 m_ptrs = m_ptr + (n * C + rows_c)[:, None] * maps + (first + cols)[None, :]
@@ -127,8 +129,8 @@ def combine_kernel(
             g = dot_wide(wa, m, g, PRECISION)
     else:
         g = _merged(
-            acc_base, max_base, rows_m, cols, C_M, C_N, SLOTS, pivot, inverse,
-            stride_acc_slot, stride_acc_n, stride_acc_f, maps, MERGE,
+            acc_base, max_base, rows_m, cols, C_M, C_N, NUM_PARTIALS, pivot, inverse,
+            stride_acc_partial, stride_acc_n, stride_acc_f, maps, MERGE,
         )  # fmt: skip
     if HAS_BIAS:
         ba = tl.load(ba_ptr + head * C_M + rows_m, mask=rows_m < C_M, other=0.0).to(ACC)[:, None]
@@ -151,9 +153,9 @@ def combine_kernel(
             tl.store(h_ptrs, h.to(dtype), mask=(rows_c < C_OUT)[:, None] & inside_n[None, :])
 
 
-@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
+@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def combine_backward_kernel(
-    parts_ptr,  # (N, SLOTS, maps, C_OUT): parts of dH
+    partials_ptr,  # (N, NUM_PARTIALS, maps, C_OUT): parts of dH
     lse_ptr,  # (N, maps): +inf where a map has no position
     m_ptr,  # (N, C, maps)
     wa_ptr,  # (HEADS·C_M, C), contiguous
@@ -169,7 +171,7 @@ def combine_backward_kernel(
     C_M,
     C_N,
     C_OUT,
-    SLOTS,
+    NUM_PARTIALS,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -194,9 +196,11 @@ def combine_backward_kernel(
         rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
         inside = (rows_c < C_OUT)[:, None] & inside_n[None, :]
         dh = tl.zeros((BLOCK_C, BLOCK_N), ACC)
-        for slot in range(0, SLOTS):
-            part = ((n * SLOTS + slot) * maps + first + cols)[None, :] * C_OUT + rows_c[:, None]
-            dh += tl.load(parts_ptr + part, mask=inside, other=0.0)
+        for partial in range(0, NUM_PARTIALS):
+            part = ((n * NUM_PARTIALS + partial) * maps + first + cols)[None, :] * C_OUT + rows_c[
+                :, None
+            ]
+            dh += tl.load(partials_ptr + part, mask=inside, other=0.0)
         ptrs = dh_ptr + (n * C_OUT + rows_c)[:, None] * maps + (first + cols)[None, :]
         tl.store(ptrs, dh, mask=inside)
         wo_base = wo_ptr + head * C_M
@@ -236,20 +240,22 @@ def empty(x, weights, heads):
 
 
 @guard.proved(
-    {"parts": ("NS--", "NS-", "NS-"), "lse": "N", "g": "N---"},
+    {"partials": ("NS--", "NS-", "NS-"), "lse": "N", "g": "N---"},
     writes=("lse", "g"),
-    roles={"parts": ("", "", "positive")},
+    roles={"partials": ("", "", "positive")},
 )
-def from_parts(parts, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True):
+def merge_partials(
+    partials, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True
+):
     """Writes lse and G from the parts that pass 1 left; returns ``(M or None, H or None)``.
 
     ``weights``: weight_a, bias_a (or None) and weight_out, in the dtype of X.
     """
-    acc, mx, total = parts
-    _, slots, maps, features = acc.shape
+    acc, mx, total = partials
+    _, num_partials, maps, features = acc.shape
     strides = (acc.stride(0), acc.stride(1), maps // heads * features, features, 1)
     return _descriptors(
-        acc, mx, total, lse, weights, slots, strides, heads=heads, scale=scale, mask=mask,
+        acc, mx, total, lse, weights, num_partials, strides, heads=heads, scale=scale, mask=mask,
         from_x=from_x, merge=True, bias=weights.bias_a, want_m=want_m, g=g, want_h=want_h,
     )  # fmt: skip
 
@@ -265,12 +271,12 @@ def reconstructing(g, weights, *, heads, scale):
 
 
 def _descriptors(
-    acc, mx, total, lse, weights, slots, strides, *, heads, scale, mask, from_x, merge, bias,
+    acc, mx, total, lse, weights, num_partials, strides, *, heads, scale, mask, from_x, merge, bias,
     want_m, g, want_h,
 ):  # fmt: skip
     a, out = weights.a, weights.out
     ready = launch.prepared(
-        _forward, (a, weights.b, bias, out, acc, mx, total, lse, g), slots, strides, heads, mask,
+        _forward, (a, weights.b, bias, out, acc, mx, total, lse, g), num_partials, strides, heads, mask,
         from_x, merge, want_m, want_h,
     )  # fmt: skip
     results = ready.empty()
@@ -287,17 +293,17 @@ def _descriptors(
 
 
 def _forward(
-    a, b, bias, out, acc, mx, total, lse, g, slots, strides, heads, mask, from_x, merge, want_m,
+    a, b, bias, out, acc, mx, total, lse, g, num_partials, strides, heads, mask, from_x, merge, want_m,
     want_h,
 ):  # fmt: skip
     batch, channels, maps = acc.shape[0], a.shape[1], b.shape[0]
     c_m, c_n = a.shape[0] // heads, maps // heads
     c_out = out.shape[0] if want_h else 1
     tile = tiles.tile("combine", a, c_m, c_n)
-    steps = zip(("s", "slot", "h", "n", "f"), strides, strict=True)
+    steps = zip(("s", "partial", "h", "n", "f"), strides, strict=True)
     ready = launch.Launch(
         combine_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
-        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots,
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials,
         FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask, WRITE_M=want_m,
         WRITE_G=g is not None, WRITE_H=want_h, BLOCK_C=tile.block_l,
         **{f"stride_acc_{axis}": step for axis, step in steps},
@@ -307,26 +313,26 @@ def _forward(
     return ready.allocating(a.dtype, (batch, c_out, maps)) if want_h else ready
 
 
-@guard.proved({"parts": "NS--", "lse": "N", "m": "N--"})
-def backward(parts, lse, m, weights, *, heads, scale):
-    """``(dH, dG, dM, δ, lse)`` from the parts of dH, ``(N, SLOTS, maps, C')``.
+@guard.proved({"partials": "NS--", "lse": "N", "m": "N--"})
+def backward(partials, lse, m, weights, *, heads, scale):
+    """``(dH, dG, dM, δ, lse)`` from the parts of dH, ``(N, NUM_PARTIALS, maps, C')``.
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
     shifted = torch.empty_like(lse) if POLICIES[weights.a.dtype].extended else lse
-    ready = launch.prepared(_backward, (weights.a, weights.out, parts, lse, m), heads)
+    ready = launch.prepared(_backward, (weights.a, weights.out, partials, lse, m), heads)
     dh, dg, delta, dm = ready.empty()
-    ready((parts, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
+    ready((partials, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
     return dh, dg, dm, delta, shifted
 
 
-def _backward(a, out, parts, lse, m, heads):
-    batch, slots, maps, c_out = parts.shape
+def _backward(a, out, partials, lse, m, heads):
+    batch, num_partials, maps, c_out = partials.shape
     c_m, c_n, channels = a.shape[0] // heads, maps // heads, a.shape[1]
     tile = tiles.tile("combine_backward", a, c_m, c_n)
     ready = launch.Launch(
         combine_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
-        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, SLOTS=slots, BLOCK_C=tile.block_l,
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials, BLOCK_C=tile.block_l,
     )  # fmt: skip
-    ready.allocating(parts.dtype, (batch, c_out, maps), (batch, heads, c_m, c_n), (batch, maps))
+    ready.allocating(partials.dtype, (batch, c_out, maps), (batch, heads, c_m, c_n), (batch, maps))
     return ready.allocating(a.dtype, (batch, channels, maps))

@@ -316,8 +316,8 @@ def grad_g_kernel(
 
     offs = rows_m[None, :] * C_N + rows_n[:, None]
     inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
-    slot = (nh * SPLITS + split) * C_M * C_N
-    tl.store(dw_ptr + slot + offs, acc * scalar(scale_out, ACC), mask=inside)
+    partial = (nh * SPLITS + split) * C_M * C_N
+    tl.store(dw_ptr + partial + offs, acc * scalar(scale_out, ACC), mask=inside)
 
 
 def position_lse(x, logit_scale):

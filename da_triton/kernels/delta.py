@@ -15,7 +15,7 @@ from .primitives import into_float16, load_matrix
 
 @triton.jit
 def _round(
-    dg_base, g_base, bias_base, rounded_base, rows_n, lse, factor, SLOTS, C_M, C_N,
+    dg_base, g_base, bias_base, rounded_base, rows_n, lse, factor, NUM_PARTIALS, C_M, C_N,
     stride_s, stride_m, stride_k,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _round(
         rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         dg = tl.zeros((rows_m.shape[0], rows_n.shape[0]), acc)
         part = dg_base
-        for _ in range(0, SLOTS):
+        for _ in range(0, NUM_PARTIALS):
             dg += load_matrix(part, rows_m, rows_n, C_M, C_N, stride_m, stride_k, acc)
             part += stride_s
         if HAS_MASK:
@@ -49,9 +49,9 @@ def _round(
     return delta, largest
 
 
-@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
+@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def delta_kernel(
-    dg_ptr,  # (N, heads, SLOTS, C_M, C_N), any strides: parts of dG
+    dg_ptr,  # (N, heads, NUM_PARTIALS, C_M, C_N), any strides: parts of dG
     g_ptr,  # (N·heads, C_M, C_N)
     bias_ptr,  # (heads·C_M,): ba; read if HAS_BIAS
     lse_ptr,  # (N·heads, C_N): +inf where a map has no position; read if HAS_MASK, and in float16
@@ -60,7 +60,7 @@ def delta_kernel(
     delta_ptr,  # (N·heads, C_N)
     shifted_ptr,  # (N·heads, C_N): lse of the weights that go with ``rounded``; float16 only
     HEADS,
-    SLOTS,
+    NUM_PARTIALS,
     C_M,
     C_N,
     stride_dg_n,
@@ -97,7 +97,7 @@ def delta_kernel(
         lse = tl.load(lse_ptr + maps, mask=inside_n, other=0.0)
     delta, largest = _round(
         dg_base, g_ptr + base, bias_ptr + h * C_M, rounded_ptr + base, rows_n, lse, factor,
-        SLOTS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half, BLOCK_M,
+        NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half, BLOCK_M,
     )  # fmt: skip
     if half:
         shifted, factor = into_float16(largest, lse)
@@ -106,7 +106,7 @@ def delta_kernel(
             tl.debug_barrier()  # between stores to the same addresses
             delta, largest = _round(
                 dg_base, g_ptr + base, bias_ptr + h * C_M, rounded_ptr + base, rows_n, lse, factor,
-                SLOTS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True, BLOCK_M,
+                NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True, BLOCK_M,
             )  # fmt: skip
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + maps, mask=inside_n, other=0.0).to(acc)
@@ -114,28 +114,28 @@ def delta_kernel(
     tl.store(delta_ptr + maps, delta, mask=inside_n)
 
 
-def rounded_and_delta(parts, g, dtype, lse, *, bias=None, mask=False, dlse=None):
+def rounded_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None):
     """dG in ``dtype``, ``(N, heads, m, n)``, δ, ``(N, heads, n)`` in the dtype of G, and lse.
 
-    ``parts``: ``(N, heads, slots, m, n)`` in any strides, added in order. ``g``, ``(N, heads, m,
+    ``partials``: ``(N, heads, num_partials, m, n)`` in any strides, added in order. ``g``, ``(N, heads, m,
     n)``, and ``lse``, of all maps, are contiguous. A map's P is the gradient of its lse: ``dlse``
     is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
     is returned (see ``into_float16``).
     """
     shifted = torch.empty_like(lse) if POLICIES[dtype].extended else lse
     dlse_ = lse if dlse is None else dlse.contiguous()
-    ready = launch.prepared(_delta, (parts, g, bias, lse, dlse), dtype, mask)
+    ready = launch.prepared(_delta, (partials, g, bias, lse, dlse), dtype, mask)
     delta, rounded = ready.empty()
-    ready((parts, g, g if bias is None else bias, lse, dlse_, rounded, delta, shifted))
+    ready((partials, g, g if bias is None else bias, lse, dlse_, rounded, delta, shifted))
     return rounded, delta, shifted
 
 
-def _delta(parts, g, bias, lse, dlse, dtype, mask):
-    batch, heads, slots, c_m, c_n = parts.shape
+def _delta(partials, g, bias, lse, dlse, dtype, mask):
+    batch, heads, num_partials, c_m, c_n = partials.shape
     tile = tiles.tile("delta", g, c_m, c_n)
     ready = launch.Launch(
-        delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": parts},
-        HEADS=heads, SLOTS=slots, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=mask,
+        delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": partials},
+        HEADS=heads, NUM_PARTIALS=num_partials, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=mask,
         HAS_DLSE=dlse is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
     )  # fmt: skip

@@ -157,8 +157,8 @@ def distribute_backward_kernel(
     if NEED_G:
         offs = rows_m[None, :] * C_N + rows_n[:, None]
         inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
-        slot = (nh * SPLITS + split) * C_M * C_N
-        tl.store(dg_ptr + slot + offs, dg * scale, mask=inside)
+        partial = (nh * SPLITS + split) * C_M * C_N
+        tl.store(dg_ptr + partial + offs, dg * scale, mask=inside)
 
 
 @guard.proved({"g": "N---", "v": "N--L"})
@@ -206,24 +206,24 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
         return g.new_zeros(shape, dtype=accumulator(v.dtype)) if need_g else None, dv
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if tiles.one_tile(v, g.shape[2], c_n):
-        parts = _backward_in_one(dz, g, v, dv, need_g, **scalars)
+        partials = _backward_in_one(dz, g, v, dv, need_g, **scalars)
     elif core_full_n.fits(v, c_n):
         q = launch.empty_map_like(v) if need_g else None
         # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
         made = launch.empty_map_like(v) if dv is None else dv
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
-        parts = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
+        partials = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
     else:
-        parts = _backward_in_blocks(dz, g, v, dv, need_g, **scalars)
-    return (launch.add_parts(parts, g.shape) if need_g else None), dv
+        partials = _backward_in_blocks(dz, g, v, dv, need_g, **scalars)
+    return (launch.add_partials(partials, g.shape) if need_g else None), dv
 
 
 @guard.proved(
     {"dz": "N--L", "g": "N---", "v": "N--L", "dv": "N--L", "z": "N--L", "q": "N--L"},
     writes=("dv", "z"),
 )
-def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
-    """Writes dV, and Z unless None; returns parts of dG, ``(N, heads, slots, m, n)``.
+def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
+    """Writes dV, and Z unless None; returns parts of dG, ``(N, heads, num_partials, m, n)``.
 
     ``g``: perhaps rounded to the dtype of v. ``bias``: to be added to v, or None. ``q``: a place
     for Q, like v; what is there afterwards is not said.
@@ -231,15 +231,15 @@ def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if core_full_n.fits(v, v.shape[2]):
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, bias, dv, z, q, **scalars)
-        parts = core_tiled.grad_g(dz, q, scale, 1.0, None)
+        partials = core_tiled.grad_g(dz, q, scale, 1.0, None)
     else:
         v = with_bias(v, bias)
         if z is not None:
             z.copy_(distribute_forward(g, v, scale, softmax, logit_scale))
         in_one = tiles.one_tile(v, *g.shape[2:])
         backward = _backward_in_one if in_one else _backward_in_blocks
-        parts = backward(dz, g, v, dv, True, **scalars)
-    return parts.unflatten(0, v.shape[:2])
+        partials = backward(dz, g, v, dv, True, **scalars)
+    return partials.unflatten(0, v.shape[:2])
 
 
 def with_bias(v, bias):

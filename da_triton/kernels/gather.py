@@ -67,14 +67,14 @@ def _store_descriptors(
         tl.store(rounded_ptr + offs, acc.to(rounded_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=[*launch.COUNTS, "SLOT", "SLOTS"])
+@triton.jit(do_not_specialize=[*launch.COUNTS, "PARTIAL", "NUM_PARTIALS"])
 def gather_kernel(
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
     mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    acc_ptr,  # (N, SLOTS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
-    max_ptr,  # (N, SLOTS, heads·C_N): partial maxima; not touched if FINAL
-    sum_ptr,  # (N, SLOTS, heads·C_N): partial sums, or lse if FINAL
+    acc_ptr,  # (N, NUM_PARTIALS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
+    max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima; not touched if FINAL
+    sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums, or lse if FINAL
     bias_ptr,  # (heads·C_M,): of A, added to G; read if FINAL and HAS_BIAS
     rounded_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if FINAL and ROUNDED
     logit_scale: "fp64",
@@ -84,8 +84,8 @@ def gather_kernel(
     L_UNITS,
     CHUNK_BLOCKS,
     SPLITS,
-    SLOT,
-    SLOTS,
+    PARTIAL,
+    NUM_PARTIALS,
     stride_a_n,
     stride_a_h,
     stride_a_c,
@@ -145,7 +145,7 @@ def gather_kernel(
             acc_ptr, rounded_ptr, sum_ptr, bias_ptr, HAS_MASK, HAS_BIAS, ROUNDED,
         )  # fmt: skip
     else:
-        maps = ((n * SLOTS + SLOT + split) * HEADS + h) * C_N + rows_n
+        maps = ((n * NUM_PARTIALS + PARTIAL + split) * HEADS + h) * C_N + rows_n
         inside_n = rows_n < C_N
         tl.store(max_ptr + maps, mx, mask=inside_n)
         tl.store(sum_ptr + maps, total, mask=inside_n)
@@ -153,11 +153,11 @@ def gather_kernel(
         tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
-@triton.jit(do_not_specialize=["HEADS", "SLOTS"])
+@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def gather_combine_kernel(
-    acc_ptr,  # (N, SLOTS, heads·C_N, C_M): partial sums
-    max_ptr,  # (N, SLOTS, heads·C_N): partial maxima
-    sum_ptr,  # (N, SLOTS, heads·C_N): partial sums of exponentials
+    acc_ptr,  # (N, NUM_PARTIALS, heads·C_N, C_M): partial sums
+    max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima
+    sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums of exponentials
     bias_ptr,  # (heads·C_M,): of A; read if HAS_BIAS
     g_ptr,  # (N·heads, C_M, C_N): G
     rounded_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if ROUNDED
@@ -165,7 +165,7 @@ def gather_combine_kernel(
     HEADS,
     C_M,
     C_N,
-    SLOTS,
+    NUM_PARTIALS,
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -188,15 +188,15 @@ def gather_combine_kernel(
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    for i in range(0, SLOTS):
-        maps = ((n * SLOTS + i) * HEADS + h) * C_N + rows_n
-        part_mx = tl.load(max_ptr + maps, mask=inside_n, other=-float("inf"))
-        part_total = tl.load(sum_ptr + maps, mask=inside_n, other=0.0)
+    for i in range(0, NUM_PARTIALS):
+        maps = ((n * NUM_PARTIALS + i) * HEADS + h) * C_N + rows_n
+        partial_mx = tl.load(max_ptr + maps, mask=inside_n, other=-float("inf"))
+        partial_total = tl.load(sum_ptr + maps, mask=inside_n, other=0.0)
         part = tl.load(acc_ptr + maps[:, None] * C_M + rows_m[None, :], mask=inside, other=0.0)
-        new_mx = tl.maximum(mx, part_mx)
+        new_mx = tl.maximum(mx, partial_mx)
         pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)
-        old, new = exp(mx - pivot), exp(part_mx - pivot)
-        total = total * old + part_total * new
+        old, new = exp(mx - pivot), exp(partial_mx - pivot)
+        total = total * old + partial_total * new
         acc = acc * old[:, None] + part * new[:, None]
         mx = new_mx
     _store_descriptors(
@@ -322,12 +322,12 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
         lse = a.new_empty((batch, heads, c_n), dtype=lse_dtype(a.dtype))
     if batch == 0:
         return g, lse
-    if _slots(sources) == 1:
+    if _num_partials(sources) == 1:
         _gather(sources, logit_scale, (g, lse, lse), bias, rounded, final=True)
         return g, lse
-    parts = _parts(sources, logit_scale)
-    ready = launch.prepared(_combine, (a, b, *parts, bias, g, rounded, lse), mask is not None)
-    ready((*parts, g if bias is None else bias, g, g if rounded is None else rounded, lse))
+    partials = _partials(sources, logit_scale)
+    ready = launch.prepared(_combine, (a, b, *partials, bias, g, rounded, lse), mask is not None)
+    ready((*partials, g if bias is None else bias, g, g if rounded is None else rounded, lse))
     return g, lse
 
 
@@ -338,28 +338,28 @@ def _combine(a, b, acc, mx, total, bias, g, rounded, lse, masked):
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     return launch.Launch(
         gather_combine_kernel, a, tile, batch * heads * blocks, HEADS=heads, C_M=c_m, C_N=c_n,
-        SLOTS=acc.shape[1], HAS_MASK=masked, HAS_BIAS=bias is not None,
+        NUM_PARTIALS=acc.shape[1], HAS_MASK=masked, HAS_BIAS=bias is not None,
         ROUNDED=rounded is not None,
     )  # fmt: skip
 
 
 @guard.proved({"sources": SOURCE})
-def gather_parts(sources, logit_scale):
-    """Partial ``(acc, max, sum)``: ``(N, slots, heads·n, m)``, ``(N, slots, heads·n)`` twice."""
-    return _parts(sources, logit_scale)
+def gather_partials(sources, logit_scale):
+    """Partial ``(acc, max, sum)``: ``(N, num_partials, heads·n, m)``, ``(N, num_partials, heads·n)`` twice."""
+    return _partials(sources, logit_scale)
 
 
-def _parts(sources, logit_scale):
+def _partials(sources, logit_scale):
     a, b, _ = sources[0]
     batch, heads, c_m, _ = a.shape
-    statistics, dtype = (batch, _slots(sources), heads * b.shape[2]), accumulator(a.dtype)
+    statistics, dtype = (batch, _num_partials(sources), heads * b.shape[2]), accumulator(a.dtype)
     shapes = (*statistics, c_m), statistics, statistics
-    parts = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
-    _gather(sources, logit_scale, parts, None, None, final=False)
-    return parts
+    partials = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
+    _gather(sources, logit_scale, partials, None, None, final=False)
+    return partials
 
 
-def _slots(sources):
+def _num_partials(sources):
     """How many programs share the positions of all sources."""
     return sum(splits for _, splits in _chunks(sources))
 
@@ -379,17 +379,19 @@ def _split(*maps):
 
 def _gather(sources, logit_scale, results, bias, rounded, final):
     chunks = _chunks(sources)
-    slot, slots = 0, sum(splits for _, splits in chunks)
+    partial, num_partials = 0, sum(splits for _, splits in chunks)
     for (a, b, mask), chunk in zip(sources, chunks, strict=True):
         ready = launch.prepared(
-            _gathering, (a, b, mask, *results, bias, rounded), *chunk, slot, slots, final
+            _gathering, (a, b, mask, *results, bias, rounded), *chunk, partial, num_partials, final
         )
         tensors = a, b, mask, *results, bias, rounded
         ready([a if t is None else t for t in tensors], (logit_scale,))
-        slot += chunk[1]
+        partial += chunk[1]
 
 
-def _gathering(a, b, mask, acc, mx, total, bias, rounded, chunk, splits, slot, slots, final):
+def _gathering(
+    a, b, mask, acc, mx, total, bias, rounded, chunk, splits, partial, num_partials, final
+):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather", a, c_m, c_n)
@@ -397,7 +399,7 @@ def _gathering(a, b, mask, acc, mx, total, bias, rounded, chunk, splits, slot, s
     return launch.Launch(
         gather_kernel, a, tile, batch * heads * splits * blocks,
         maps={"a": a, "b": b}, strided={"mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, SLOT=slot, SLOTS=slots,
+        HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, PARTIAL=partial, NUM_PARTIALS=num_partials,
         HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
         ROUNDED=rounded is not None,
     )  # fmt: skip

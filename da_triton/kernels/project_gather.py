@@ -79,11 +79,11 @@ def gather_from_x_kernel(
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(x.dtype), tl.trans(x), acc * rescale[:, None], PRECISION)
 
-    slot = (n * SPLITS + split) * MAPS
+    partial = (n * SPLITS + split) * MAPS
     inside_n = rows_n < MAPS
-    tl.store(max_ptr + slot + rows_n, mx, mask=inside_n)
-    tl.store(sum_ptr + slot + rows_n, total, mask=inside_n)
-    ptrs = acc_ptr + (slot + rows_n)[:, None] * C + rows_c[None, :]
+    tl.store(max_ptr + partial + rows_n, mx, mask=inside_n)
+    tl.store(sum_ptr + partial + rows_n, total, mask=inside_n)
+    ptrs = acc_ptr + (partial + rows_n)[:, None] * C + rows_c[None, :]
     tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_c < C)[None, :])
 
 
@@ -170,11 +170,11 @@ def gather_from_a_kernel(
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(dtype), a.to(dtype), acc * rescale[:, None], PRECISION)
 
-    slot = (n * SPLITS + split) * HEADS * C_N + head * C_N
+    partial = (n * SPLITS + split) * HEADS * C_N + head * C_N
     inside_n = rows_n < C_N
-    tl.store(max_ptr + slot + rows_n, mx, mask=inside_n)
-    tl.store(sum_ptr + slot + rows_n, total, mask=inside_n)
-    ptrs = acc_ptr + (slot + rows_n)[:, None] * C_M + rows_m[None, :]
+    tl.store(max_ptr + partial + rows_n, mx, mask=inside_n)
+    tl.store(sum_ptr + partial + rows_n, total, mask=inside_n)
+    ptrs = acc_ptr + (partial + rows_n)[:, None] * C_M + rows_m[None, :]
     tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
@@ -182,9 +182,9 @@ def gather_from_a_kernel(
 def gather_from_x(x, weight_b, mask, logit_scale):
     """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for all maps of all heads."""
     ready = launch.prepared(_gather_from_x, (x, weight_b, mask))
-    parts = ready.empty()
-    ready((x, weight_b, x if mask is None else mask, *parts), (logit_scale,))
-    return parts
+    partials = ready.empty()
+    ready((x, weight_b, x if mask is None else mask, *partials), (logit_scale,))
+    return partials
 
 
 def _gather_from_x(x, weight_b, mask):
@@ -203,9 +203,9 @@ def _gather_from_x(x, weight_b, mask):
 def gather_from_a(x, weight_a, weight_b, mask, heads, logit_scale):
     """Partial ``(acc, max, sum)`` of ``G − ba = (Wa X) Pᵀ``."""
     ready = launch.prepared(_gather_from_a, (x, weight_a, weight_b, mask), heads)
-    parts = ready.empty()
-    ready((x, weight_a, weight_b, x if mask is None else mask, *parts), (logit_scale,))
-    return parts
+    partials = ready.empty()
+    ready((x, weight_a, weight_b, x if mask is None else mask, *partials), (logit_scale,))
+    return partials
 
 
 def _gather_from_a(x, weight_a, weight_b, mask, heads):

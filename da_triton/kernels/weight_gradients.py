@@ -26,7 +26,7 @@ LEAST_BLOCKS = 4  # of positions in a chunk
 def outer_product_kernel(
     t_ptr,  # (N, ROWS, L): dV and dB
     x_ptr,  # (N, C, L)
-    parts_ptr,  # (chunks, ROWS, C) float32/64: parts of Σ_N Σ_L t xᵀ
+    partials_ptr,  # (chunks, ROWS, C) float32/64: parts of Σ_N Σ_L t xᵀ
     sums_ptr,  # (chunks, ROWS): parts of Σ_N Σ_L t
     N,
     ROWS,
@@ -67,19 +67,19 @@ def outer_product_kernel(
         acc = dot(t, x, acc, PRECISION)
         total += tl.sum(t.to(ACC), 1)
     offs = (chunk * ROWS + rows_n)[:, None] * C + rows_c[None, :]
-    tl.store(parts_ptr + offs, acc, mask=(rows_n < ROWS)[:, None] & (rows_c < C)[None, :])
+    tl.store(partials_ptr + offs, acc, mask=(rows_n < ROWS)[:, None] & (rows_c < C)[None, :])
     if tile % tiles_c == 0:
         tl.store(sums_ptr + chunk * ROWS + rows_n, total, mask=rows_n < ROWS)
 
 
 @triton.jit
-def _sum_of_parts(
-    parts_ptr, out_ptr, tile, SIZE, STRIDE, CHUNKS, ACC: tl.constexpr, BLOCK: tl.constexpr
+def _sum_partials(
+    partials_ptr, out_ptr, tile, SIZE, STRIDE, CHUNKS, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``Σ_chunks parts[chunk, :SIZE]``, a block of it, in order."""
+    """``Σ_chunks partials[chunk, :SIZE]``, a block of it, in order."""
     offs = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
-    ptrs = parts_ptr + offs
+    ptrs = partials_ptr + offs
     for _ in range(0, CHUNKS):
         total += tl.load(ptrs, mask=offs < SIZE, other=0.0)
         ptrs += STRIDE
@@ -137,7 +137,7 @@ def _product_of_descriptors(
 
 @triton.jit(do_not_specialize=["CHUNKS", "N", "HEADS"])
 def weight_gradients_kernel(
-    parts_ptr,  # (CHUNKS, ROWS, C): dWv in the first half of the rows, dWb in the second
+    partials_ptr,  # (CHUNKS, ROWS, C): dWv in the first half of the rows, dWb in the second
     sums_ptr,  # (CHUNKS, ROWS)
     dh_ptr,  # (N, C_OUT, maps)
     g_ptr,  # (N, HEADS, C_M, C_N)
@@ -176,14 +176,14 @@ def weight_gradients_kernel(
     dtype: tl.constexpr = dwo_ptr.dtype.element_ty
     scale = scalar(scale_h, ACC)
     if pid < for_matrix:
-        _sum_of_parts(parts_ptr, dwv_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
+        _sum_partials(partials_ptr, dwv_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
     elif pid < 2 * for_matrix:
         pid -= for_matrix
-        second_half = parts_ptr + ROWS // 2 * C
-        _sum_of_parts(second_half, dwb_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
+        second_half = partials_ptr + ROWS // 2 * C
+        _sum_partials(second_half, dwb_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
     elif pid < sums:
         pid -= 2 * for_matrix
-        _sum_of_parts(sums_ptr, dbv_ptr, pid, maps, ROWS, CHUNKS, ACC, BLOCK)
+        _sum_partials(sums_ptr, dbv_ptr, pid, maps, ROWS, CHUNKS, ACC, BLOCK)
     elif pid < sums + HEADS * tiles_o:
         pid -= sums
         head = (pid // tiles_o).to(tl.int64)
@@ -206,7 +206,7 @@ def weight_gradients_kernel(
 
 @triton.jit(do_not_specialize=["CHUNKS"])
 def sums_kernel(
-    parts_ptr,  # (CHUNKS, ROWS, C)
+    partials_ptr,  # (CHUNKS, ROWS, C)
     sums_ptr,  # (CHUNKS, ROWS)
     w0_ptr,  # (ROWS_0, C): the first rows of Σ parts
     w1_ptr,  # (ROWS_1, C): the next
@@ -233,21 +233,21 @@ def sums_kernel(
     stride = rows * C
     second, third = ROWS_0, ROWS_0 + ROWS_1
     if pid < end_0:
-        _sum_of_parts(parts_ptr, w0_ptr, pid, ROWS_0 * C, stride, CHUNKS, ACC, BLOCK)
+        _sum_partials(partials_ptr, w0_ptr, pid, ROWS_0 * C, stride, CHUNKS, ACC, BLOCK)
     elif pid < end_1:
         pid -= end_0
-        base = parts_ptr + second * C
-        _sum_of_parts(base, w1_ptr, pid, ROWS_1 * C, stride, CHUNKS, ACC, BLOCK)
+        base = partials_ptr + second * C
+        _sum_partials(base, w1_ptr, pid, ROWS_1 * C, stride, CHUNKS, ACC, BLOCK)
     elif pid < end_2:
         pid -= end_1
-        base = parts_ptr + third * C
-        _sum_of_parts(base, w2_ptr, pid, ROWS_2 * C, stride, CHUNKS, ACC, BLOCK)
+        base = partials_ptr + third * C
+        _sum_partials(base, w2_ptr, pid, ROWS_2 * C, stride, CHUNKS, ACC, BLOCK)
     elif pid < end_3:
-        _sum_of_parts(sums_ptr, b0_ptr, pid - end_2, ROWS_0, rows, CHUNKS, ACC, BLOCK)
+        _sum_partials(sums_ptr, b0_ptr, pid - end_2, ROWS_0, rows, CHUNKS, ACC, BLOCK)
     elif pid < end_4:
-        _sum_of_parts(sums_ptr + second, b1_ptr, pid - end_3, ROWS_1, rows, CHUNKS, ACC, BLOCK)
+        _sum_partials(sums_ptr + second, b1_ptr, pid - end_3, ROWS_1, rows, CHUNKS, ACC, BLOCK)
     else:
-        _sum_of_parts(sums_ptr + third, b2_ptr, pid - end_4, ROWS_2, rows, CHUNKS, ACC, BLOCK)
+        _sum_partials(sums_ptr + third, b2_ptr, pid - end_4, ROWS_2, rows, CHUNKS, ACC, BLOCK)
 
 
 class Gradient(NamedTuple):
@@ -264,9 +264,9 @@ def outer_product(t, x):
     ``t``: ``(N, rows, L)``; ``x``: ``(N, C, L)``, in any strides.
     """
     ready = launch.prepared(_outer, (t, x))
-    parts, sums = ready.empty()
-    ready((t, x, parts, sums))
-    return parts, sums
+    partials, sums = ready.empty()
+    ready((t, x, partials, sums))
+    return partials, sums
 
 
 def _outer(t, x):
@@ -293,18 +293,18 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     ``t``: dV at the start of the first half of its rows, dB of the second. dbo is right only where
     V has a softmax.
     """
-    parts, sums = outer_product(t, x)
-    ready = launch.prepared(_weight_gradients, (x, parts, sums, dh, g, dg, m, like))
+    partials, sums = outer_product(t, x)
+    ready = launch.prepared(_weight_gradients, (x, partials, sums, dh, g, dg, m, like))
     dwv, dwb, dbv, dwo, dbo, dwa, dba = results = ready.empty()
-    ready((parts, sums, dh, g, dg, m, *results), (scale,))
+    ready((partials, sums, dh, g, dg, m, *results), (scale,))
     return dwa, dba, dwb, dwv, dbv, dwo, dbo
 
 
-def _weight_gradients(x, parts, sums, dh, g, dg, m, like):
+def _weight_gradients(x, partials, sums, dh, g, dg, m, like):
     batch, channels, _ = x.shape
     heads, c_m, c_n = g.shape[1:]
     c_out, maps = dh.shape[1], heads * c_n
-    chunks, rows, _ = parts.shape
+    chunks, rows, _ = partials.shape
     tile = tiles.tile("weight_gradients", x, c_m, c_n)
     square, block = tile.block_m, 1024
     programs = 2 * -(-maps * channels // block) + -(-maps // block)
@@ -328,19 +328,19 @@ def products(t, x, *rows):
     """
     if not tiles.fits("outer_product", t, x.shape[1], t.shape[1]):
         return [_library_product(piece, x) for piece in t.split(rows, 1)]
-    parts, sums = outer_product(t, x)
-    ready = launch.prepared(_sums, (t, parts, sums), rows)
+    partials, sums = outer_product(t, x)
+    ready = launch.prepared(_sums, (t, partials, sums), rows)
     made = ready.empty()
     results = [Gradient(*pair) for pair in zip(made[::2], made[1::2], strict=True)]
     first, second, third = (*results, results[0], results[0])[:3]
     ready((
-        parts, sums, first.weight, second.weight, third.weight, first.bias, second.bias, third.bias,
+        partials, sums, first.weight, second.weight, third.weight, first.bias, second.bias, third.bias,
     ))  # fmt: skip
     return results
 
 
-def _sums(t, parts, sums, rows):
-    chunks, _, channels = parts.shape
+def _sums(t, partials, sums, rows):
+    chunks, _, channels = partials.shape
     block = 1024
     programs = sum(-(-r * channels // block) + -(-r // block) for r in rows)
     first, second, third = (*rows, 0, 0)[:3]

@@ -22,7 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 class Backend(NamedTuple):
     """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
 
-    Of positions that are not all there are, ``gather_part`` (see ``eager``) is for other frames to
+    Of positions that are not all there are, ``gather_partial`` (see ``eager``) is for other frames to
     join; ``gather_lse`` and ``gather_backward`` (see ``aten``) for those of other ranks. ``direct``
     is the block where only autograd sees it.
     """
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
     gather: Callable
     distribute: Callable
     block: Callable
-    gather_part: Callable
+    gather_partial: Callable
     gather_lse: Any = None  # the definition has not these three
     gather_backward: Any = None
     direct: Any = None
@@ -42,10 +42,10 @@ def _on_a_cpu(x: torch.Tensor, *args: Any) -> Any:
     return cpu_small.Call.prepare(x, *args) or cpu_block.Call.prepare(x, *args)
 
 
-EAGER = Backend(reference.gather, reference.distribute, reference.block, reference.gather_part)
+EAGER = Backend(reference.gather, reference.distribute, reference.block, reference.gather_partial)
 TORCH = Backend(
     aten.gather, aten.distribute, aten_block.block,
-    aten.gather_part, aten.gather_lse, aten.gather_backward, _on_a_cpu,
+    aten.gather_partial, aten.gather_lse, aten.gather_backward, _on_a_cpu,
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def select(name: str, x: torch.Tensor) -> Backend:
 
         return Backend(
             triton.gather, triton.distribute, triton_block.block,
-            triton.gather_part, triton.gather_lse, triton.gather_backward,
+            triton.gather_partial, triton.gather_lse, triton.gather_backward,
             triton_block.Call.prepare,
         )  # fmt: skip
     if name == "auto":

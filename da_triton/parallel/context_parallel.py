@@ -78,7 +78,7 @@ def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: An
     """
     b = b.detach()
     nothing = b.new_empty((*b.shape[:2], 0, b.shape[3]))  # features: only lse is wanted
-    _, lse = _merged(_part(ops.TORCH, nothing, b, mask, None, None, logit_scale), group)
+    _, lse = _merged(_partial(ops.TORCH, nothing, b, mask, None, None, logit_scale), group)
     logits = aten.scaled_logits(b, mask, logit_scale)
     return aten.weights_from_lse(logits, lse).to(b.dtype)
 
@@ -111,7 +111,7 @@ class _Gather(torch.autograd.Function):
     def forward(a, b, mask, extra_a, extra_b, logit_scale, group, core):
         if group.rank() != 0:
             extra_a = extra_b = None
-        return _merged(_part(core, a, b, mask, extra_a, extra_b, logit_scale), group)
+        return _merged(_partial(core, a, b, mask, extra_a, extra_b, logit_scale), group)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -149,7 +149,7 @@ class _Gather(torch.autograd.Function):
         return tuple(grads)
 
 
-def _part(core, a, b, mask, extra_a, extra_b, logit_scale):
+def _partial(core, a, b, mask, extra_a, extra_b, logit_scale):
     """``(G_r, lse_r)`` of this rank's positions and tokens; 0 and +inf where it has neither."""
     sources = [(a, b, _kept(mask, b))]
     if extra_b is not None:

@@ -94,5 +94,5 @@ def driver() -> int:
 
 
 def _numbers(version):
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts if part.isdigit())
+    partials = version.split("+")[0].split(".")
+    return tuple(int(part) for part in partials if part.isdigit())

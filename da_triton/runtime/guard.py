@@ -35,7 +35,7 @@ ATTEMPTS = 3  # at a proof that memory, or something else but the kernel, preven
 WRONG, VARYING = "wrong results", "different results on the same input"
 UNPROVED = "not checked"
 # Launchers that return sums in parts: the axis of the parts, and how many of the results have one.
-SUMMED = {"block_bwd_distribute": (1, 1), "backward_parts": (2, 1), "outer_product": (0, 2)}
+SUMMED = {"block_bwd_distribute": (1, 1), "backward_partials": (2, 1), "outer_product": (0, 2)}
 
 
 class _State(threading.local):
@@ -117,7 +117,7 @@ class _Spec:
     def results(self, returned, arguments):
         """What a call returned and wrote; partial results, whose number is free, put together."""
         found = [*tensors(returned), *(t for n in self.writes for t in tensors(arguments[n]))]
-        if self.name in ("gather_parts", "gather_from_x", "gather_from_a"):
+        if self.name in ("gather_partials", "gather_from_x", "gather_from_a"):
             acc, mx, total = stand_ins.merged(*(t.double() for t in found))
             return [acc / total[..., None], mx + total.log()]
         if self.name in SUMMED:

@@ -147,9 +147,9 @@ def is_channels_last(x):
     return x.stride(3) != 1 and (x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) == 1))
 
 
-def add_parts(parts, shape):
+def add_partials(partials, shape):
     """Partial sums ``(N·heads, splits, …)`` added in a fixed order."""
-    return (parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)).view(shape)
+    return (partials[:, 0] if partials.shape[1] == 1 else partials.sum(1)).view(shape)
 
 
 def device_of(x):

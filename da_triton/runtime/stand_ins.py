@@ -31,7 +31,7 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
         g = a.new_empty((batch, heads, c_m, c_n), dtype=accumulator(a.dtype))
     if lse is None:
         lse = a.new_empty((batch, heads, c_n), dtype=lse_dtype(a.dtype))
-    acc, mx, total = merged(*gather_parts(sources, logit_scale))
+    acc, mx, total = merged(*gather_partials(sources, logit_scale))
     nothing = total == 0 if mask is not None else torch.zeros_like(total, dtype=torch.bool)
     lse.copy_((mx + total.log()).masked_fill(nothing, torch.inf).view(lse.shape))
     found = (acc / total[..., None]).masked_fill(nothing[..., None], 0)
@@ -45,14 +45,14 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
     return g, lse
 
 
-def gather_parts(sources, logit_scale):
-    parts = []
+def gather_partials(sources, logit_scale):
+    partials = []
     for a, b, mask in sources:
-        parts.append(_parts(a, b.to(accumulator(b.dtype)) * logit_scale, mask))
-    return tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))
+        partials.append(_partials(a, b.to(accumulator(b.dtype)) * logit_scale, mask))
+    return tuple(torch.cat(each, 1) for each in zip(*partials, strict=True))
 
 
-def _parts(a, z, mask):
+def _partials(a, z, mask):
     """Of features a and logits z, ``(N, heads, channels, L)``."""
     if mask is not None:
         kept = mask.bool()[:, None, None]
@@ -71,13 +71,13 @@ def merged(acc, mx, total):
 
 
 def gather_from_x(x, weight_b, mask, logit_scale):
-    return _parts(x[:, None], _logits(x, weight_b, logit_scale)[:, None], mask)
+    return _partials(x[:, None], _logits(x, weight_b, logit_scale)[:, None], mask)
 
 
 def gather_from_a(x, weight_a, weight_b, mask, heads, logit_scale):
     a, b = (_project(x, w, None).to(x.dtype) for w in (weight_a, weight_b))
     a, b = (t.unflatten(1, (heads, -1)) for t in (a, b))
-    return _parts(a, b.to(accumulator(x.dtype)) * logit_scale, mask)
+    return _partials(a, b.to(accumulator(x.dtype)) * logit_scale, mask)
 
 
 def _logits(x, weight, scale):
@@ -112,7 +112,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     return found if need_g else None, dv
 
 
-def backward_parts(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
+def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     if z is not None:
         z.copy_(distribute_forward(g, v, scale, softmax, logit_scale, bias))
     return _distribute_gradients(dz, g, v, bias, dv, scale, softmax, logit_scale)[:, :, None]
@@ -175,8 +175,10 @@ def block_bwd_gather(
     return launch.empty_rows_like(x, x.shape[1]).copy_(dx + dout if residual else dx)
 
 
-def from_parts(parts, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True):
-    acc, mx, total = merged(*parts)
+def merge_partials(
+    partials, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True
+):
+    acc, mx, total = merged(*partials)
     nothing = total == 0
     lse.copy_((mx + total.log()).masked_fill(nothing, torch.inf) if mask else mx + total.log())
     total = total.masked_fill(nothing, 1) if mask else total
@@ -198,8 +200,8 @@ def reconstructing(g, weights, *, heads, scale):
     return h.to(weights.a.dtype).contiguous()
 
 
-def combine_backward(parts, lse, m, weights, *, heads, scale):
-    dh = parts.sum(1).mT.contiguous()
+def combine_backward(partials, lse, m, weights, *, heads, scale):
+    dh = partials.sum(1).mT.contiguous()
     batch = len(dh)
     per_head = weights.out.unflatten(1, (heads, -1)).transpose(0, 1).to(dh.dtype)
     dg = scale * (per_head.mT @ dh.unflatten(2, (heads, -1)).transpose(1, 2))
@@ -211,19 +213,19 @@ def combine_backward(parts, lse, m, weights, *, heads, scale):
 
 def outer_product(t, x):
     acc = accumulator(x.dtype)
-    parts = torch.einsum("nkl,ncl->kc", t.to(acc), x.to(acc))
-    return parts[None], t.sum((0, 2), dtype=acc)[None]
+    partials = torch.einsum("nkl,ncl->kc", t.to(acc), x.to(acc))
+    return partials[None], t.sum((0, 2), dtype=acc)[None]
 
 
 def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     heads, maps = g.shape[1], dh.shape[2]
-    (parts,), (sums,) = outer_product(t, x)
+    (partials,), (sums,) = outer_product(t, x)
     half = t.shape[1] // 2
     by_head = dh.unflatten(2, (heads, -1))
     dwo = scale * torch.einsum("nohk,nhmk->ohm", by_head, g).flatten(1)
     dwa = torch.einsum("nhmk,nchk->hmc", dg, m.unflatten(2, (heads, -1))).flatten(0, 1)
     found = (
-        dwa, dg.sum((0, 3)).flatten(), parts[half : half + maps], parts[:maps], sums[:maps],
+        dwa, dg.sum((0, 3)).flatten(), partials[half : half + maps], partials[:maps], sums[:maps],
         dwo, by_head[:, :, 0].sum((0, 2)),
     )  # fmt: skip
     return tuple(t.to(like.dtype).contiguous() for t in found)

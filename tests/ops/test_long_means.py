@@ -101,7 +101,7 @@ def test_block(dtype, order, masked):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_part_of_a_stream(dtype):
     a, b = features(2, LONG, dtype), torch.zeros(1, 2, LONG, device=DEVICE, dtype=dtype)
-    g, _, total = da_triton.functional.gather_part(a, b, backend="torch")
+    g, _, total = da_triton.functional.gather_partial(a, b, backend="torch")
     assert g.dtype == torch.float32
     check(g, in_double(da_triton.gather, (a, b)), torch.float32)
     assert total.tolist() == [[[LONG, LONG]]]

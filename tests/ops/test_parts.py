@@ -48,15 +48,15 @@ def part(backend):
     """G, and lse from the pivot and the sum."""
     core = ops.select(backend, torch.empty(0, device=DEVICE))
 
-    def gather_part(a, b, *extra, **options):
-        g, pivot, total = core.gather_part(a, b, extra=extra or None, **options)
+    def gather_partial(a, b, *extra, **options):
+        g, pivot, total = core.gather_partial(a, b, extra=extra or None, **options)
         assert {g.dtype, pivot.dtype, total.dtype} == {torch.promote_types(a.dtype, torch.float32)}
         nothing = total == 0
         assert torch.equal(pivot == -torch.inf, nothing)
         lse = pivot.double() + total.double().masked_fill(nothing, 1).log()
         return g, lse.masked_fill(nothing, torch.inf)
 
-    return gather_part
+    return gather_partial
 
 
 class Operations(TorchDispatchMode):

@@ -306,14 +306,14 @@ def test_the_tf32_switch_is_read_at_every_call(dtype):
 def test_a_trial_is_apart():
     """It neither takes nor leaves a prepared launch, and notes tiles."""
     a = torch.randn(1, 1, 8, 300)
-    expected = gather.gather_parts([(a, a, None)], 0.5)[0].shape[1]
+    expected = gather.gather_partials([(a, a, None)], 0.5)[0].shape[1]
     table = dict(launch._prepared.found)
     tiles = []
     with launch.trial(2, tiles):
-        assert gather.gather_parts([(a, a, None)], 0.5)[0].shape[1] == 2 != expected
+        assert gather.gather_partials([(a, a, None)], 0.5)[0].shape[1] == 2 != expected
     assert len(tiles) == 1
     assert launch._prepared.found == table
-    assert gather.gather_parts([(a, a, None)], 0.5)[0].shape[1] == expected
+    assert gather.gather_partials([(a, a, None)], 0.5)[0].shape[1] == expected
 
 
 def test_the_table_is_bounded_and_the_oldest_go(monkeypatch):
@@ -360,10 +360,10 @@ def test_a_reloaded_table_of_tiles_is_seen(monkeypatch):
 def test_what_is_replaced_inside_forgetting_is_seen_there_alone():
     a = torch.randn(1, 1, 8, 300)
 
-    def slots():
-        return gather.gather_parts([(a, a, None)], 0.5)[0].shape[1]
+    def num_partials():
+        return gather.gather_partials([(a, a, None)], 0.5)[0].shape[1]
 
-    before = slots()
+    before = num_partials()
     with launch.forgetting(), mock.patch.object(launch, "processors", return_value=1):
-        assert slots() == 2 != before
-    assert slots() == before
+        assert num_partials() == 2 != before
+    assert num_partials() == before

@@ -6,7 +6,7 @@ G, products are laid out so that the result already has v's memory format, logit
 dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
 products: that of the maps, but float32 for many positions of float16.
 
-``gather_part``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
+``gather_partial``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
 are, and work in the dtype of sums, as the kernels do.
 """
 
@@ -64,8 +64,8 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     return converted(_cat([y @ x for y, x in pairs], -1), v.dtype)
 
 
-def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """``eager.gather_part``; nothing is rounded to the maps' dtype on the way."""
+def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
+    """``eager.gather_partial``; nothing is rounded to the maps' dtype on the way."""
     if extra is not None:
         a, b, mask = join_extra(a, b, mask, extra)
     logits = scaled_logits(b, mask, logit_scale)
@@ -76,7 +76,7 @@ def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
 
 def gather_lse(a, b, **options):
     """``G (N, heads, m, n)`` and log-sum-exp ``(N, heads, n)``, +inf where no position is left."""
-    g, pivot, total = gather_part(a, b, **options)
+    g, pivot, total = gather_partial(a, b, **options)
     statistics, nothing = lse_dtype(b.dtype), total == 0
     lse = pivot.to(statistics) + total.masked_fill(nothing, 1).to(statistics).log()
     return g, lse.masked_fill(nothing, torch.inf)

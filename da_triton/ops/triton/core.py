@@ -78,8 +78,8 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     return apply(Gather, a, b, mask, extra_a, extra_b, *scalars(logit_scale))[0]
 
 
-def gather_part(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """As ``eager.gather_part``. The pivot is lse as the dtype of sums has it, and the sum the rest:
+def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
+    """As ``eager.gather_partial``. The pivot is lse as the dtype of sums has it, and the sum the rest:
     together they have all digits of lse."""
     g, lse = gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
     if mask is None:

@@ -69,10 +69,10 @@ def forward(x, w, mask, o, route, save_v):
     lse, g = combine.empty(x, w, o.heads)
     batched = x, mask, lse, g, out, v
     batch, chunk = x.shape[0], route.chunk
-    parts = [batched] if batch <= chunk else [
+    partials = [batched] if batch <= chunk else [
         [None if t is None else t[i : i + chunk] for t in batched] for i in range(0, batch, chunk)
     ]  # fmt: skip
-    for x_, mask_, lse_, g_, out_, v_ in parts:
+    for x_, mask_, lse_, g_, out_, v_ in partials:
         h, _ = _gather(x_, w, mask_, lse_, g_, o, route)
         project_distribute.project_distribute(
             x_, w.v, w.bias_v, h, w.bias_out, out_, v_,
@@ -109,16 +109,16 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
     adding = {"x": x if o.residual else None, "bias": w.bias_out, "start": start}
     if route.gather == "fused":
         if from_x:
-            parts = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
+            partials = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
         else:
-            parts = project_gather.gather_from_a(x, w.a, w.b, mask, o.heads, o.logit_scale)
-        _, h = combine.from_parts(parts, w, lse, g, **small)
+            partials = project_gather.gather_from_a(x, w.a, w.b, mask, o.heads, o.logit_scale)
+        _, h = combine.merge_partials(partials, w, lse, g, **small)
         return h if want_h else prologue.prepare(x, [w.v], g=g, **adding)[1], None
 
     source, v = _project(x, w, mask, o, from_x, with_v, adding)
     if (from_x or want_h) and gemms.fit(w, o.heads):
-        parts = core_gather.gather_parts([source], o.logit_scale)
-        _, h = combine.from_parts(parts, w, lse, g, **small)
+        partials = core_gather.gather_partials([source], o.logit_scale)
+        _, h = combine.merge_partials(partials, w, lse, g, **small)
         return h if want_h else g.to(x.dtype), v
     rounded = _gather_maps(source, w, lse, g, o, from_x)
     return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else rounded, v
@@ -182,21 +182,21 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
 def _fused_backward(dout, x, w, mask, v, o, needs):
     """Pass 1 again for M, then two passes over X and dO. M makes G and lse anew on its way."""
     maps = w.b.shape[0]
-    parts = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
+    partials = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
     lse, g = combine.empty(x, w, o.heads)
-    m, h = combine.from_parts(
-        parts, w, lse, g, heads=o.heads, scale=o.scale, mask=mask is not None, from_x=True,
+    m, h = combine.merge_partials(
+        partials, w, lse, g, heads=o.heads, scale=o.scale, mask=mask is not None, from_x=True,
         want_m=True,
     )  # fmt: skip
     # In channels-last memory, rows that start at multiples of 16 elements can be loaded at once.
     rows = -(-maps // 16) * 16 if x.stride(1) == 1 else maps
     both = launch.empty_rows_like(x, 2 * rows)
     dv, db = both[:, :maps], both[:, rows : rows + maps]
-    parts = block_backward.block_bwd_distribute(
+    partials = block_backward.block_bwd_distribute(
         x, dout, w.v, w.bias_v, v, h, dv,
         heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,
     )  # fmt: skip
-    dh, dg, dm, delta, lse = combine.backward(parts, lse, m, w, heads=o.heads, scale=o.scale)
+    dh, dg, dm, delta, lse = combine.backward(partials, lse, m, w, heads=o.heads, scale=o.scale)
     dx = None
     if needs.x or needs.b:
         dx = block_backward.block_bwd_gather(

@@ -43,13 +43,13 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
 
     # dV, and in the place of dB, until that is made, Q.
     through = _through_h if through_h else _through_z
-    parts, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o, needs)
+    partials, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o, needs)
 
     dx = dout if o.residual and needs.x else None
     needs_a, needs_b = needs.a or needs.bias_a, needs.x or needs.b
     dwa = dba = None
     if from_x and (needs_a or needs_b):
-        dx, dwa, dba = _into_x(parts, x, b, mask, lse, w, db, o, dx, needs)
+        dx, dwa, dba = _into_x(partials, x, b, mask, lse, w, db, o, dx, needs)
     elif needs_a or needs_b:
         (a,), (grad_a,), bias_a = a, da, w.bias_a
         if route.gather == "fused" and route.order.from_x:
@@ -57,7 +57,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
             g, lse = core_gather.gather_forward([(a, b, mask)], o.logit_scale)
             bias_a = None
         dg, correction, lse = delta.rounded_and_delta(
-            parts, g, x.dtype, lse, bias=bias_a, mask=mask is not None
+            partials, g, x.dtype, lse, bias=bias_a, mask=mask is not None
         )
         grad_a = grad_a if needs.x or needs_a else None
         grad_b = db if needs_b else None
@@ -65,7 +65,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
-    del matrices, rounded, a, b, v, parts  # before the parts of the weights' gradients
+    del matrices, rounded, a, b, v, partials  # before the parts of the weights' gradients
     wanted = [needs.b, needs.v or needs.bias_v]
     wanted = wanted if from_x else [needs_a, *wanted]
     if len(runs) == 1:
@@ -85,21 +85,21 @@ def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     if w.out is not None:
         dz = project(dout, w.out.t(), None)
         z = launch.empty_rows_like(dz, len(w.a)) if needs.out or needs.bias_out else None
-    parts = core_distribute.backward_parts(
+    partials = core_distribute.backward_partials(
         by_head(dz, o.heads), rounded, v, bias_v, dv, None if z is None else by_head(z, o.heads), q,
         scale=o.scale, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
     )  # fmt: skip
     if z is None:
-        return parts, None, None
+        return partials, None, None
     ((dwo, dbo),) = weight_gradients.products(dout, z, len(w.out))
-    return parts, dwo, dbo
+    return partials, dwo, dbo
 
 
 def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     """The same, without Z; dG from dH in one part."""
     h = gemms.reconstructing(g, w, o.heads, o.scale)
     h = h.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
-    dh = core_distribute.backward_parts(
+    dh = core_distribute.backward_partials(
         shared(dout, o.heads), h, v, bias_v, dv, None, q,
         scale=1.0, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
     ).sum(2)  # fmt: skip
@@ -113,9 +113,9 @@ def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     return (o.scale * (per_head.mT @ dh))[:, :, None], dwo, dbo
 
 
-def _into_x(parts, x, b, mask, lse, w, db, o, dx, needs):
+def _into_x(partials, x, b, mask, lse, w, db, o, dx, needs):
     """``dx`` with the gather's part of it, or None; dWa and dba; writes dB, if needed."""
-    dg = parts.sum(2)
+    dg = partials.sum(2)
     if mask is not None:
         dg = dg.masked_fill((lse == torch.inf).view(dg.shape[0], o.heads, 1, -1), 0)
     copies = shared(x, o.heads)

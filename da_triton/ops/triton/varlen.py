@@ -85,7 +85,7 @@ def plan(lengths: tuple[int, ...], device: torch.device) -> list[Part]:
     short = [run for run in runs if run[0] * run[2] < LONG]
     if len(short) == 1:  # nothing to share a bucket with
         short = []
-    parts = [
+    partials = [
         Part(count, length, slice(i, i + count), slice(offsets[i], offsets[i] + count * length))
         for length, i, count in runs
         if not short or length * count >= LONG
@@ -93,12 +93,12 @@ def plan(lengths: tuple[int, ...], device: torch.device) -> list[Part]:
     bucket: list[tuple[int, int]] = []
     for length, i, count in sorted(short, reverse=True):
         if bucket and bucket[0][0] > PADDING * length:
-            parts.append(_bucket(offsets, bucket, device))
+            partials.append(_bucket(offsets, bucket, device))
             bucket = []
         bucket += [(length, s) for s in range(i, i + count)]
     if bucket:
-        parts.append(_bucket(offsets, bucket, device))
-    return parts
+        partials.append(_bucket(offsets, bucket, device))
+    return partials
 
 
 def _bucket(offsets: list[int], members: list[tuple[int, int]], device: torch.device) -> Part:

@@ -156,14 +156,14 @@ def test_operations(work, channels_last, counted, monkeypatch):
         *gather_steps(rounded, route.order, 64, 1),
         *distribute_steps(rounded, route.order, 64, CoreLimits(128, 64, 64), True),
     ]
-    parts = {"other weights": 3}
+    partials = {"other weights": 3}
     for steps_, kernels in (
         (steps, count.forward),
         (fused_backward_steps(rounded, 1, 64), count.backward),
     ):
         if kernels:
             model = sum(
-                2 * step.multiply_adds * (parts.get(step.name, 2) if step.name in small else 1)
+                2 * step.multiply_adds * (partials.get(step.name, 2) if step.name in small else 1)
                 for step in steps_
             )
             assert sum(k.dot_flop for k in kernels) <= 1.05 * model
