@@ -106,7 +106,7 @@ def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
     x, w, options, planned = _problem(work, device)
     mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.uint8, device=device)
     unfused = planned._replace(
-        order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
+        order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
     )
     for route, mask in ((planned, None), (unfused, None), (planned, mask)):
         for backward in (False, True):

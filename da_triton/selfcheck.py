@@ -241,7 +241,7 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
         parts = [(r.gather, r.distribute, r.order.from_x) for r in found]
         found = [r for i, r in enumerate(found) if parts.index(parts[i]) == i]
     for route in found:
-        unfused = ("split", route.order)
+        unfused = ("unfused", route.order)
         for kind, order in (unfused, fused) if limits.backward else (unfused,):
             yield (
                 route._replace(backward=kind, backward_order=order),

@@ -184,9 +184,9 @@ def launched(kernel: str) -> str:
 def route(kernel: str) -> Route:
     """One that launches the kernel."""
     fused = Route(XH, "fused", "fused", "fused", XH, BATCH)
-    from_a = fused._replace(order=AH, backward="split", backward_order=AZ)
+    from_a = fused._replace(order=AH, backward="unfused", backward_order=AZ)
     if kernel == "project_distribute_blocks":
-        return from_a._replace(gather="split")
+        return from_a._replace(gather="unfused")
     return from_a if kernel == "gather_from_a" else fused
 
 
@@ -343,7 +343,7 @@ def _core() -> Iterator[Found]:
 
 def _full_n(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
-    route = Route(AZ, "split", "split", "split", AZ, 64)
+    route = Route(AZ, "unfused", "unfused", "unfused", AZ, 64)
     keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
     sizes = sorted({key.block_n for key in keys if key.kernel == "full_n"}, reverse=True)
     runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
@@ -380,7 +380,7 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
         planned = kernel_routes(s, work.c, arch, PROCESSORS)[0].route
         split = planned._replace(
-            order=AZ, gather="split", distribute="split", backward="split", backward_order=AZ
+            order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
         )
         special = work.heads > 1 or work.c_n % 16 > 0
         for route in (planned, split):

@@ -6,7 +6,7 @@ r"""The gradients of the fused block's weights, from what the passes over positi
 
 The first are sums over all positions of the batch, cut into chunks whose parts the second launch
 adds in a fixed order, beside its own products of descriptors: two launches for all six. On the
-split route every gradient is such a sum: two launches for the maps of X, two for Wo.
+unfused route every gradient is such a sum: two launches for the maps of X, two for Wo.
 """
 
 from typing import NamedTuple

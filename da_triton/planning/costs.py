@@ -28,7 +28,7 @@ def order_cost(
     length: int,
     reconstruct: bool = True,
 ) -> Cost:
-    """The cost of one sample's forward pass in ``order`` on the split route."""
+    """The cost of one sample's forward pass in ``order`` on the unfused route."""
     small = channels * c_m * c_n // heads
     core = c_m * c_n // heads
     # V: read X, write V, read V again in distribute. B: likewise with gather.
@@ -56,8 +56,8 @@ def gather_steps(
 ) -> list[Step]:  # fmt: skip
     """Forward, up to G, or to H in an order that goes through it.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``splits``: parts
-    of a sample's sums. ``blocks``: of maps, in a gather from X. ``with_v``: on the split route, V
+    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``splits``: parts
+    of a sample's sums. ``blocks``: of maps, in a gather from X. ``with_v``: on the unfused route, V
     comes from the same product.
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
@@ -94,7 +94,7 @@ def distribute_steps(
 ) -> list[Step]:  # fmt: skip
     """Forward, from G or H to the output. ``cached``: X is still in the second-level cache.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the split route. ``whole``: that
+    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``whole``: that
     kernel keeps all channels at hand. ``v_is_there``: the gather's product made V too.
     """
     c, length, out = s.channels, s.length, s.out_channels
@@ -172,7 +172,7 @@ def fused_backward_steps(
     ]
 
 
-def split_backward_steps(
+def unfused_backward_steps(
     s: Shape, order: Order, core: CoreLimits, saved_v: bool = False
 ) -> list[Step]:
     """Library products around the core's backward kernels.

@@ -22,7 +22,7 @@ from .costs import (
     fused_backward_steps,
     gather_steps,
     order_cost,
-    split_backward_steps,
+    unfused_backward_steps,
 )
 from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Step, orders
 
@@ -172,7 +172,7 @@ def routes(
                 *gather_steps(s, o, one, splits, limits.map_blocks, both),
                 *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
             )
-            gather, distribute = ("fused" if way else "split" for way in (one, two))
+            gather, distribute = ("fused" if way else "unfused" for way in (one, two))
             route = Route(o, gather, distribute, kind, backward_order, chunk)
             seconds = modelled(steps, s, math.ceil(s.batch / chunk))
             found.append(PlannedRoute(route, steps, backward_steps, seconds, backward_seconds))
@@ -185,7 +185,7 @@ def _backward(
     """The backward pass with the least modelled time, whatever the forward pass was."""
     splits = max(1, limits.processors // max(1, s.batch))
     candidates = [
-        ("split", o, tuple(split_backward_steps(s, o, limits.core, saved_v)))
+        ("unfused", o, tuple(unfused_backward_steps(s, o, limits.core, saved_v)))
         for o in orders(s.reconstruct)
     ]
     if limits.backward:

@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """One sample's, forward, on the split route with ATen operations."""
+    """One sample's, forward, on the unfused route with ATen operations."""
 
     multiply_adds: int  # in products that run over positions
     small_multiply_adds: int  # in products of small matrices, float32
@@ -69,10 +69,10 @@ class Route(NamedTuple):
     """How a block runs in kernels."""
 
     order: Order
-    gather: str  # "fused" or "split"
+    gather: str  # "fused" or "unfused"
     distribute: str
     backward: str
-    backward_order: Order  # of a split backward pass; XH of a fused one
+    backward_order: Order  # of a unfused backward pass; XH of a fused one
     chunk: int  # samples that go through both passes before the next ones start
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class PlannedRoute(NamedTuple):
 
 
 class CoreLimits(NamedTuple):
-    """What the split route's kernels hold of a shape."""
+    """What the unfused route's kernels hold of a shape."""
 
     tile: int  # the largest G, in either direction, that one program of the core holds
     full_n: int  # positions in a tile with all maps of a head; 0 where no program holds them

@@ -62,10 +62,10 @@ GROUPS = {
     "core-full_n": lambda: core(2, 130, 9),
     "core-blocks": lambda: core(1, 5, 514),
     "block-fused": lambda: block(SMALL, "fused", "XH", "fused"),
-    "block-from_a": lambda: block(SMALL, "fused", "AH", "split"),
-    "block-by_channels": lambda: block(BY_CHANNELS, "fused", "XH", "split"),
-    "block-split_az": lambda: block(SMALL, "split", "AZ", "split"),
-    "block-split_xh": lambda: block(SMALL, "split", "XH", "split"),
+    "block-from_a": lambda: block(SMALL, "fused", "AH", "unfused"),
+    "block-by_channels": lambda: block(BY_CHANNELS, "fused", "XH", "unfused"),
+    "block-split_az": lambda: block(SMALL, "unfused", "AZ", "unfused"),
+    "block-split_xh": lambda: block(SMALL, "unfused", "XH", "unfused"),
 }
 
 

@@ -89,7 +89,7 @@ def test_peak(work):
 
     with Peak() as eager, torch.no_grad():
         double_attention_block(x, *weights, heads=work.heads, residual=True, backend="eager")
-    # The output and parts of sums; or, on the split route, all maps in one buffer.
+    # The output and parts of sums; or, on the unfused route, all maps in one buffer.
     if route.distribute == "fused" == route.gather:
         assert inference.bytes <= 0.7 * eager.bytes
     elif x.shape[2] >= 400:

@@ -18,7 +18,7 @@ from da_triton.planning.costs import (
     fused_backward_steps,
     gather_steps,
     order_cost,
-    split_backward_steps,
+    unfused_backward_steps,
 )
 from da_triton.planning.planner import choose_order, intervals, seconds
 from da_triton.planning.shapes import AH, AZ, ORDERS, XH, Route, Shape, orders
@@ -89,9 +89,9 @@ def test_short_maps_take_the_papers_order_and_few_maps_the_fused_one():
 ROUTES = [
     Route(order, gather, distribute, backward, backward_order, 2)
     for order in ORDERS.values()
-    for gather in ("fused", "split")
-    for distribute in (("fused", "split") if order.through_h else ("split",))
-    for backward, backward_order in (("fused", XH), ("split", order))
+    for gather in ("fused", "unfused")
+    for distribute in (("fused", "unfused") if order.through_h else ("unfused",))
+    for backward, backward_order in (("fused", XH), ("unfused", order))
 ]
 
 
@@ -109,7 +109,7 @@ def test_modelled_operations_are_those_that_run(route, heads):
     w = routes.Weights(a, torch.randn(s.c_m), b, v, None, out, None)
     o = routes.Options(heads, 1.0, 1.0, 1.0, True, True)
     core = limits_of(s).core
-    both_split = route.gather == route.distribute == "split"
+    both_split = route.gather == route.distribute == "unfused"
 
     # In place, PyTorch's counter has no formula for it.
     formulas = {torch.ops.aten.baddbmm_: lambda start, a, b, **_: 2 * math.prod(a) * b[2]}
@@ -147,10 +147,10 @@ def test_modelled_operations_are_those_that_run(route, heads):
     if route.backward == "fused":
         steps = fused_backward_steps(s, 1, 32)
     else:
-        steps = split_backward_steps(s, route.backward_order, core)
+        steps = unfused_backward_steps(s, route.backward_order, core)
     ways = route.backward, route.gather, route.order.from_x
     again = 0
-    if ways == ("split", "fused", True) and not route.backward_order.from_x:
+    if ways == ("unfused", "fused", True) and not route.backward_order.from_x:
         again = s.length * s.c_n * s.c_m // heads  # G of B as the library product rounds it
     assert backward == 2 * s.batch * (again + sum(step.multiply_adds for step in steps))
 
@@ -185,8 +185,8 @@ def test_the_chosen_route_is_the_cheapest_of_all_that_fit(work):
 def test_wide_dtypes_take_the_split_route(itemsize):
     s = shape_of(WORKLOADS[2], itemsize)
     for option in planner.routes(s, limits_of(s)):
-        assert (option.route.gather, option.route.distribute) == ("split", "split")
-        assert option.route.backward == "split"
+        assert (option.route.gather, option.route.distribute) == ("unfused", "unfused")
+        assert option.route.backward == "unfused"
 
 
 def test_no_route_that_spills_is_offered():
@@ -196,8 +196,8 @@ def test_no_route_that_spills_is_offered():
     assert not limits.gather_from_x
     assert not limits.backward
     for option in planner.routes(s, limits):
-        assert option.route.gather == "split" or not option.route.order.from_x
-        assert option.route.backward == "split"
+        assert option.route.gather == "unfused" or not option.route.order.from_x
+        assert option.route.backward == "unfused"
 
 
 def test_chunks_keep_x_in_the_cache():

@@ -87,10 +87,10 @@ def both(self, tensors, scales=()):
 
 launch.Launch.__call__ = both
 SPLIT = [
-    Route(AZ, "split", "split", "split", AZ, 64),
-    Route(XH, "split", "split", "split", XH, 64),
-    Route(AH, "fused", "fused", "split", AH, 64),
-    Route(XZ, "fused", "split", "split", XZ, 64),
+    Route(AZ, "unfused", "unfused", "unfused", AZ, 64),
+    Route(XH, "unfused", "unfused", "unfused", XH, 64),
+    Route(AH, "fused", "fused", "unfused", AH, 64),
+    Route(XZ, "fused", "unfused", "unfused", XZ, 64),
 ]
 for last in (False, True):
     for offset in (0, 1):

@@ -24,10 +24,10 @@ from support.numerics import DEVICE
 ROUTES = {
     "fused": Route(XH, "fused", "fused", "fused", XH, 64),
     "one sample at a time": Route(XH, "fused", "fused", "fused", XH, 1),
-    "fused from A": Route(AH, "fused", "fused", "split", AH, 64),
-    "products around the core": Route(AZ, "split", "split", "split", AZ, 64),
-    "products, from X through H": Route(XH, "split", "split", "split", XH, 64),
-    "mixed": Route(XZ, "fused", "split", "split", XZ, 64),
+    "fused from A": Route(AH, "fused", "fused", "unfused", AH, 64),
+    "products around the core": Route(AZ, "unfused", "unfused", "unfused", AZ, 64),
+    "products, from X through H": Route(XH, "unfused", "unfused", "unfused", XH, 64),
+    "mixed": Route(XZ, "fused", "unfused", "unfused", XZ, 64),
 }
 
 

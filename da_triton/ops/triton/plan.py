@@ -32,7 +32,7 @@ def kernel_limits(shape, c_out, arch, processors):
         return 0 if tile is None else tile.block_l
 
     def positions(last, *others):
-        """In a tile of the last kernel, if all fit; short tiles are left to the split route."""
+        """In a tile of the last kernel, if all fit; short tiles are left to the unfused route."""
         found = [positions_of(*kernel) for kernel in (*others, last)]
         return found[-1] if all(found) and found[-1] >= 32 else 0
 

@@ -62,8 +62,8 @@ EVERY = Gradients(*(True,) * 8)
 
 def forward(x, w, mask, o, route, save_v):
     """``(out, lse, G, V or None)``."""
-    if not route.order.through_h or route.distribute == "split":
-        return _split_forward(x, w, mask, o, route, save_v)
+    if not route.order.through_h or route.distribute == "unfused":
+        return _unfused_forward(x, w, mask, o, route, save_v)
     out = launch.empty_rows_like(x, w.out.shape[0])
     v = launch.empty_rows_like(x, w.v.shape[0]) if save_v else None
     lse, g = combine.empty(x, w, o.heads)
@@ -81,7 +81,7 @@ def forward(x, w, mask, o, route, save_v):
     return out, lse, g, v
 
 
-def _split_forward(x, w, mask, o, route, save_v):
+def _unfused_forward(x, w, mask, o, route, save_v):
     """Distributes maps of V that lie in memory: through H, or through Z and the last product."""
     kept, start = None, None
     if save_v or route.gather == "fused":
@@ -98,7 +98,7 @@ def _split_forward(x, w, mask, o, route, save_v):
 def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
     """Writes lse and G; returns what distributes, H or G in the dtype of X, and V or None.
 
-    ``with_v``: on the split route, V (by head, without its bias) comes from the same product.
+    ``with_v``: on the unfused route, V (by head, without its bias) comes from the same product.
     ``start``: where X and bo are to be added up for the last product, or None.
     """
     from_x, want_h = route.order.from_x, route.order.through_h
@@ -155,7 +155,7 @@ def _gathered_bias(bias, lse, g):
 
 
 def _distribute(x, v, bias, d, start, w, o, through_h):
-    """The output on the split route, from V (by head) and its bias, or None."""
+    """The output on the unfused route, from V (by head) and its bias, or None."""
     if not through_h:
         z = core_distribute.distribute_forward(d, v, o.scale, o.softmax_v, o.logit_scale_v, bias)
         z = z.flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The block's operators at PyTorch's boundary, on the fused and on the split route."""
+"""The block's operators at PyTorch's boundary, on the fused and on the unfused route."""
 
 import itertools
 from collections import Counter
@@ -18,10 +18,10 @@ from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
 C, C_M, C_N, LENGTH = 12, 8, 6, 20
 ROUTES = {
     "fused": Route(XH, "fused", "fused", "fused", XH, 2),
-    "split": Route(AZ, "split", "split", "split", AZ, 2),
+    "unfused": Route(AZ, "unfused", "unfused", "unfused", AZ, 2),
 }
 each_route = pytest.mark.parametrize("route", ROUTES)
-in_float64 = ["split"] if AS_ON_A_GPU else [*ROUTES]  # of fused kernels, no tile is that wide
+in_float64 = ["unfused"] if AS_ON_A_GPU else [*ROUTES]  # of fused kernels, no tile is that wide
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 
 
@@ -133,7 +133,7 @@ def test_some_inputs_that_need_no_gradient(route, taking):
         ("fused", ("x",), ["outer_product_kernel", "weight_gradients_kernel"]),
         ("fused", ("v", "out"), ["block_bwd_gather_kernel"]),
         ("fused", ("a", "b", "v", "out"), []),
-        ("split", ("out",), ["delta_kernel", "gather_backward_kernel"]),
+        ("unfused", ("out",), ["delta_kernel", "gather_backward_kernel"]),
     ],
 )
 def test_what_frozen_weights_spare(route, wanted, spared, taking):
@@ -161,9 +161,9 @@ def test_what_frozen_weights_spare(route, wanted, spared, taking):
 
 @pytest.mark.parametrize(("wanted", "spared"), [("x", 4), ("b", 2), ("a", 2)])
 def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
-    """On the split route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
+    """On the unfused route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
     (x, *tensors, _), (heads, *scalars) = arguments()
-    w, route = kernels.Weights(*tensors), ROUTES["split"]
+    w, route = kernels.Weights(*tensors), ROUTES["unfused"]
     o = kernels.Options(heads, *scalars[:-1])
     _, lse, g, _ = kernels.forward(x, w, None, o, route, False)
 
@@ -178,7 +178,7 @@ def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize(
-    ("route", "reconstruct"), [("fused", True), ("split", True), ("split", False)]
+    ("route", "reconstruct"), [("fused", True), ("unfused", True), ("unfused", False)]
 )
 def test_without_biases_and_without_reconstruction(route, biases, reconstruct, taking):
     taking(route)

@@ -56,10 +56,12 @@ def routes(width):
     limits = kernel_limits(s, channels, tiles.architecture(torch.device(DEVICE)), 132)
     found = {}
     for option in planner.routes(s, limits):
-        route = option.route._replace(backward="split", backward_order=option.route.order, chunk=1)
+        route = option.route._replace(
+            backward="unfused", backward_order=option.route.order, chunk=1
+        )
         found[f"{route.order}-{route.gather}-{route.distribute}"] = route
     if limits.backward:
-        found["XH-backward"] = Route(XH, "split", "split", "fused", XH, 2)
+        found["XH-backward"] = Route(XH, "unfused", "unfused", "fused", XH, 2)
     return found
 
 

@@ -43,7 +43,7 @@ RUNS = [
     for case in CASES
     if route not in MIXED
     if case != "no_tile"
-    if case != "many_maps" or route.startswith("split") or not AS_ON_A_GPU  # no tile of 256 maps
+    if case != "many_maps" or route.startswith("unfused") or not AS_ON_A_GPU  # no tile of 256 maps
 ]
 
 
@@ -74,7 +74,7 @@ def test_more_maps_than_a_program_holds(route, channels_last):
         for route in ROUTES
         for dtype in (torch.float64, *HALVES)
         if route not in MIXED
-        if dtype in HALVES or route.startswith("split") or not AS_ON_A_GPU
+        if dtype in HALVES or route.startswith("unfused") or not AS_ON_A_GPU
     ],
 )
 def test_dtypes(route, case, channels_last, dtype):
