@@ -28,15 +28,15 @@ def block_bwd_distribute_kernel(
     v_ptr,  # (N, maps, L): V as forward kept it; read if not PROJECT
     h_ptr,  # (N, C_OUT, maps), contiguous
     dv_ptr,  # (N, maps, L)
-    dh_ptr,  # (N, SPLITS, maps, C_OUT) float32/64: parts of dH
+    dh_ptr,  # (N, NUM_SPLITS, maps, C_OUT) float32/64: parts of dH
     logit_scale: "fp64",
     HEADS,
     C,
     C_N,
     C_OUT,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_x_n,
     stride_x_c,
     stride_x_l,
@@ -69,8 +69,8 @@ def block_bwd_distribute_kernel(
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    n = (pid // SPLITS).to(tl.int64)
+    split = pid % NUM_SPLITS
+    n = (pid // NUM_SPLITS).to(tl.int64)
     maps = HEADS * C_N
     lanes = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
     rows_n = rows_of_lanes(lanes, HEADS, C_N, PACKED, BLOCK_N)
@@ -91,8 +91,8 @@ def block_bwd_distribute_kernel(
         dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
     else:
         dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         if PROJECT:
             x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
@@ -120,7 +120,7 @@ def block_bwd_distribute_kernel(
         else:
             dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
 
-    partials = dh_ptr + ((n * SPLITS + split) * maps + rows_n) * C_OUT
+    partials = dh_ptr + ((n * NUM_SPLITS + split) * maps + rows_n) * C_OUT
     inside_n, inside_c = rows_n < maps, rows_c < C_OUT
     if CHANNELS_FIRST:
         ptrs = partials[None, :] + rows_c[:, None]
@@ -147,8 +147,8 @@ def block_bwd_gather_kernel(
     C,
     MAPS,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_x_n,
     stride_x_c,
     stride_x_l,
@@ -181,8 +181,8 @@ def block_bwd_gather_kernel(
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    n = (pid // SPLITS).to(tl.int64)
+    split = pid % NUM_SPLITS
+    n = (pid // NUM_SPLITS).to(tl.int64)
     rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
     inside_n = rows_n < MAPS
     x_base = x_ptr + n * stride_x_n * ALIGN
@@ -196,8 +196,8 @@ def block_bwd_gather_kernel(
 
     lse = tl.load(lse_ptr + n * MAPS + rows_n, mask=inside_n, other=float("inf"))
     delta = tl.load(delta_ptr + n * MAPS + rows_n, mask=inside_n, other=0.0)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         z = tl.zeros((BLOCK_L, BLOCK_N), ACC)
         dp = tl.zeros((BLOCK_L, BLOCK_N), ACC)
@@ -243,7 +243,7 @@ def block_bwd_gather_kernel(
 
 @guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
-    """Writes dV and returns the parts of dH, ``(N, splits, maps, C')``."""
+    """Writes dV and returns the parts of dH, ``(N, num_splits, maps, C')``."""
     ready = launch.prepared(_distribute_side, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax)
     (partials,) = ready.empty()
     ready(
@@ -270,7 +270,7 @@ def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
         HAS_BIAS=v is None and bias_v is not None,
         CHANNELS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_N=block_n,
     )  # fmt: skip
-    return ready.allocating(accumulator(x.dtype), (batch, ready.splits, maps, c_out))
+    return ready.allocating(accumulator(x.dtype), (batch, ready.num_splits, maps, c_out))
 
 
 @guard.proved(

@@ -262,15 +262,15 @@ def grad_g_kernel(
     y_ptr,  # (N, heads, C_M, L)
     x_ptr,  # (N, heads, C_N, L)
     lse_ptr,  # (N·heads, L); read if SOFTMAX
-    dw_ptr,  # (N·heads, SPLITS, C_M, C_N) float32/64: partial sums
+    dw_ptr,  # (N·heads, NUM_SPLITS, C_M, C_N) float32/64: partial sums
     scale_out: "fp64",
     logit_scale: "fp64",
     HEADS,
     C_M,
     C_N,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_y_n,
     stride_y_h,
     stride_y_c,
@@ -293,8 +293,8 @@ def grad_g_kernel(
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
     tile = pid % tiles
-    split = (pid // tiles) % SPLITS
-    nh = (pid // (tiles * SPLITS)).to(tl.int64)
+    split = (pid // tiles) % NUM_SPLITS
+    nh = (pid // (tiles * NUM_SPLITS)).to(tl.int64)
     n, h = nh // HEADS, nh % HEADS
     rows_m = ((tile % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     rows_n = ((tile // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -304,8 +304,8 @@ def grad_g_kernel(
     scale_x = scalar(logit_scale, ACC)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
         e = _weights(
@@ -316,7 +316,7 @@ def grad_g_kernel(
 
     offs = rows_m[None, :] * C_N + rows_n[:, None]
     inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
-    partial = (nh * SPLITS + split) * C_M * C_N
+    partial = (nh * NUM_SPLITS + split) * C_M * C_N
     tl.store(dw_ptr + partial + offs, acc * scalar(scale_out, ACC), mask=inside)
 
 
@@ -401,7 +401,7 @@ def _grad_logits(x, w, y, dx, lse, correction, mask, per_map):
 
 
 def grad_g(y, x, scale, logit_scale, lse):
-    """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, splits, C_M, C_N)`` in float32 or float64."""
+    """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, num_splits, C_M, C_N)`` in float32 or float64."""
     ready = launch.prepared(_descriptor_gradient, (x, y, lse))
     (partial,) = ready.empty()
     ready((y, x, x if lse is None else lse, partial), (scale, logit_scale))
@@ -417,5 +417,5 @@ def _descriptor_gradient(x, y, lse):
         grad_g_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
     )  # fmt: skip
-    shape = batch * heads, ready.splits, c_m, c_n
+    shape = batch * heads, ready.num_splits, c_m, c_n
     return ready.allocating(accumulator(x.dtype), shape)

@@ -30,8 +30,8 @@ def distribute_kernel(
     C_M,
     C_N,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_g_n,
     stride_g_h,
     stride_g_m,
@@ -55,8 +55,8 @@ def distribute_kernel(
     """One program: a chunk of positions of one head of one sample, all maps and features."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    nh = (pid // SPLITS).to(tl.int64)
+    split = pid % NUM_SPLITS
+    nh = (pid // NUM_SPLITS).to(tl.int64)
     n, h = nh // HEADS, nh % HEADS
     rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
     rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -68,8 +68,8 @@ def distribute_kernel(
     dtype: tl.constexpr = v_ptr.dtype.element_ty
 
     g = load_matrix(g_base, rows_m, rows_n, C_M, C_N, stride_g_m, stride_g_k, dtype)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         v = load_map(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
         q = v.to(ACC) * scale_v
@@ -85,15 +85,15 @@ def distribute_backward_kernel(
     g_ptr,  # (N, heads, C_M, C_N), any strides
     v_ptr,  # (N, heads, C_N, L)
     dv_ptr,  # (N, heads, C_N, L); written if NEED_V
-    dg_ptr,  # (N·heads, SPLITS, C_M, C_N) float32/64: partial sums of dG; written if NEED_G
+    dg_ptr,  # (N·heads, NUM_SPLITS, C_M, C_N) float32/64: partial sums of dG; written if NEED_G
     scale_z: "fp64",
     logit_scale: "fp64",
     HEADS,
     C_M,
     C_N,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_dz_n,
     stride_dz_h,
     stride_dz_c,
@@ -123,8 +123,8 @@ def distribute_backward_kernel(
     """One program: a chunk of positions of one head of one sample, all maps and features."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    nh = (pid // SPLITS).to(tl.int64)
+    split = pid % NUM_SPLITS
+    nh = (pid // NUM_SPLITS).to(tl.int64)
     n, h = nh // HEADS, nh % HEADS
     rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
     rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -139,8 +139,8 @@ def distribute_backward_kernel(
     if NEED_V:
         g = load_matrix(g_base, rows_n, rows_m, C_N, C_M, stride_g_k, stride_g_m, dtype)
     dg = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         v = load_map(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
         dz = load_map(dz_base, rows_m, cols, C_M, L, stride_dz_c * ALIGN, stride_dz_l)
@@ -157,7 +157,7 @@ def distribute_backward_kernel(
     if NEED_G:
         offs = rows_m[None, :] * C_N + rows_n[:, None]
         inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
-        partial = (nh * SPLITS + split) * C_M * C_N
+        partial = (nh * NUM_SPLITS + split) * C_M * C_N
         tl.store(dg_ptr + partial + offs, dg * scale, mask=inside)
 
 
@@ -264,7 +264,7 @@ def _backward(v, dz, g, dv, softmax, need_g):
         maps={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, NEED_G=need_g, NEED_V=dv is not None,
     )  # fmt: skip
-    return ready.allocating(accumulator(v.dtype), (batch * heads, ready.splits, c_m, c_n))
+    return ready.allocating(accumulator(v.dtype), (batch * heads, ready.num_splits, c_m, c_n))
 
 
 def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):

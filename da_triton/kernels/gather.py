@@ -82,8 +82,8 @@ def gather_kernel(
     C_M,
     C_N,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     PARTIAL,
     NUM_PARTIALS,
     stride_a_n,
@@ -113,8 +113,8 @@ def gather_kernel(
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
     tile = pid % tiles
-    split = (pid // tiles) % SPLITS
-    nh = (pid // (tiles * SPLITS)).to(tl.int64)
+    split = (pid // tiles) % NUM_SPLITS
+    nh = (pid // (tiles * NUM_SPLITS)).to(tl.int64)
     n, h = nh // HEADS, nh % HEADS
 
     rows_m = ((tile % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -126,8 +126,8 @@ def gather_kernel(
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         taking_part = cols < L
         b = load_map(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
@@ -220,8 +220,8 @@ def gather_backward_kernel(
     C_M,
     C_N,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_dg_n,
     stride_dg_h,
     stride_dg_m,
@@ -261,8 +261,8 @@ def gather_backward_kernel(
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    nh = (pid // SPLITS).to(tl.int64)
+    split = pid % NUM_SPLITS
+    nh = (pid // NUM_SPLITS).to(tl.int64)
     n, h = nh // HEADS, nh % HEADS
     rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
     rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -277,8 +277,8 @@ def gather_backward_kernel(
     dg = load_matrix(dg_base, rows_n, rows_m, C_N, C_M, stride_dg_k, stride_dg_m, dtype)
     lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=rows_n < C_N, other=float("inf"))
     delta = tl.load(delta_ptr + nh * C_N + rows_n, mask=rows_n < C_N, other=0.0)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         b = load_map(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
         p = exp_minus(b.to(ACC) * scale, lse[:, None])
@@ -302,7 +302,7 @@ def gather_backward_kernel(
 @guard.proved(
     {"sources": SOURCE, "rounded": "N---", "g": "N---", "lse": "N"},
     writes=("rounded", "g", "lse"),
-    splits=lambda sources, **_: min(2, sum(splits for _, splits in _chunks(sources))),
+    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _chunks(sources))),
 )
 def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the map itself, extra tokens).
@@ -361,7 +361,7 @@ def _partials(sources, logit_scale):
 
 def _num_partials(sources):
     """How many programs share the positions of all sources."""
-    return sum(splits for _, splits in _chunks(sources))
+    return sum(num_splits for _, num_splits in _chunks(sources))
 
 
 def _chunks(sources):
@@ -379,7 +379,7 @@ def _split(*maps):
 
 def _gather(sources, logit_scale, results, bias, rounded, final):
     chunks = _chunks(sources)
-    partial, num_partials = 0, sum(splits for _, splits in chunks)
+    partial, num_partials = 0, sum(num_splits for _, num_splits in chunks)
     for (a, b, mask), chunk in zip(sources, chunks, strict=True):
         ready = launch.prepared(
             _gathering, (a, b, mask, *results, bias, rounded), *chunk, partial, num_partials, final
@@ -390,16 +390,16 @@ def _gather(sources, logit_scale, results, bias, rounded, final):
 
 
 def _gathering(
-    a, b, mask, acc, mx, total, bias, rounded, chunk, splits, partial, num_partials, final
+    a, b, mask, acc, mx, total, bias, rounded, chunk, num_splits, partial, num_partials, final
 ):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather", a, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     return launch.Launch(
-        gather_kernel, a, tile, batch * heads * splits * blocks,
+        gather_kernel, a, tile, batch * heads * num_splits * blocks,
         maps={"a": a, "b": b}, strided={"mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, CHUNK_BLOCKS=chunk, SPLITS=splits, PARTIAL=partial, NUM_PARTIALS=num_partials,
+        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=chunk, NUM_SPLITS=num_splits, PARTIAL=partial, NUM_PARTIALS=num_partials,
         HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
         ROUNDED=rounded is not None,
     )  # fmt: skip

@@ -59,8 +59,8 @@ def project_distribute_kernel(
     C_N,
     C_OUT,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_x_n,
     stride_x_c,
     stride_x_l,
@@ -91,8 +91,8 @@ def project_distribute_kernel(
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    n = (pid // SPLITS).to(tl.int64)
+    split = pid % NUM_SPLITS
+    n = (pid // NUM_SPLITS).to(tl.int64)
     maps = HEADS * C_N
     lanes = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
     rows_n = rows_of_lanes(lanes, HEADS, C_N, PACKED, BLOCK_N)
@@ -109,8 +109,8 @@ def project_distribute_kernel(
     if WHOLE:
         w = load_matrix(w_ptr, rows_c, rows_n, C, maps, 1, C, dtype)
         h = load_matrix(h_base, rows_n, rows_c, maps, C_OUT, 1, maps, dtype)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         z = tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC)
         if WHOLE:

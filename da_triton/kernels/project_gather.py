@@ -10,8 +10,8 @@ maps. From A, a loop over channels projects the tiles of B and of A, so C has no
 result is m × n.
 
 Both write partial results of a chunk of positions, which ``combine`` merges:
-``acc = Σ y·exp(z − mx)`` as ``(N, SPLITS, maps, features)``, ``mx`` and ``sum`` as
-``(N, SPLITS, maps)``. X is ``(N, C, L)`` in any strides.
+``acc = Σ y·exp(z − mx)`` as ``(N, NUM_SPLITS, maps, features)``, ``mx`` and ``sum`` as
+``(N, NUM_SPLITS, maps)``. X is ``(N, C, L)`` in any strides.
 """
 
 import triton
@@ -29,15 +29,15 @@ def gather_from_x_kernel(
     x_ptr,  # (N, C, L)
     w_ptr,  # (MAPS, C), contiguous: Wb
     mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    acc_ptr,  # (N, SPLITS, MAPS, C) float32/64
-    max_ptr,  # (N, SPLITS, MAPS)
-    sum_ptr,  # (N, SPLITS, MAPS)
+    acc_ptr,  # (N, NUM_SPLITS, MAPS, C) float32/64
+    max_ptr,  # (N, NUM_SPLITS, MAPS)
+    sum_ptr,  # (N, NUM_SPLITS, MAPS)
     logit_scale: "fp64",
     C,
     MAPS,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_x_n,
     stride_x_c,
     stride_x_l,
@@ -55,8 +55,8 @@ def gather_from_x_kernel(
     L = L_UNITS * ALIGN
     blocks_n = tl.cdiv(MAPS, BLOCK_N)
     pid = tl.program_id(0)
-    split = (pid // blocks_n) % SPLITS
-    n = (pid // (blocks_n * SPLITS)).to(tl.int64)
+    split = (pid // blocks_n) % NUM_SPLITS
+    n = (pid // (blocks_n * NUM_SPLITS)).to(tl.int64)
     rows_n = ((pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
     x_base = x_ptr + n * stride_x_n * ALIGN
@@ -66,8 +66,8 @@ def gather_from_x_kernel(
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         taking_part = cols < L
         x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
@@ -79,7 +79,7 @@ def gather_from_x_kernel(
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(x.dtype), tl.trans(x), acc * rescale[:, None], PRECISION)
 
-    partial = (n * SPLITS + split) * MAPS
+    partial = (n * NUM_SPLITS + split) * MAPS
     inside_n = rows_n < MAPS
     tl.store(max_ptr + partial + rows_n, mx, mask=inside_n)
     tl.store(sum_ptr + partial + rows_n, total, mask=inside_n)
@@ -93,17 +93,17 @@ def gather_from_a_kernel(
     wa_ptr,  # (HEADS·C_M, C), contiguous
     wb_ptr,  # (HEADS·C_N, C), contiguous
     mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    acc_ptr,  # (N, SPLITS, HEADS·C_N, C_M) float32/64
-    max_ptr,  # (N, SPLITS, HEADS·C_N)
-    sum_ptr,  # (N, SPLITS, HEADS·C_N)
+    acc_ptr,  # (N, NUM_SPLITS, HEADS·C_N, C_M) float32/64
+    max_ptr,  # (N, NUM_SPLITS, HEADS·C_N)
+    sum_ptr,  # (N, NUM_SPLITS, HEADS·C_N)
     logit_scale: "fp64",
     HEADS,
     C,
     C_M,
     C_N,
     L_UNITS,
-    CHUNK_BLOCKS,
-    SPLITS,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     stride_x_n,
     stride_x_c,
     stride_x_l,
@@ -127,8 +127,8 @@ def gather_from_a_kernel(
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     head = pid % HEADS
-    split = pid // HEADS % SPLITS
-    n = (pid // (HEADS * SPLITS)).to(tl.int64)
+    split = pid // HEADS % NUM_SPLITS
+    n = (pid // (HEADS * NUM_SPLITS)).to(tl.int64)
     rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
     rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
     x_base = x_ptr + n * stride_x_n * ALIGN
@@ -140,8 +140,8 @@ def gather_from_a_kernel(
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    start = split * CHUNK_BLOCKS * BLOCK_L
-    for l0 in range(start, tl.minimum(start + CHUNK_BLOCKS * BLOCK_L, L), BLOCK_L):
+    start = split * BLOCKS_PER_SPLIT * BLOCK_L
+    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         taking_part = cols < L
         if HAS_MASK:
@@ -170,7 +170,7 @@ def gather_from_a_kernel(
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(dtype), a.to(dtype), acc * rescale[:, None], PRECISION)
 
-    partial = (n * SPLITS + split) * HEADS * C_N + head * C_N
+    partial = (n * NUM_SPLITS + split) * HEADS * C_N + head * C_N
     inside_n = rows_n < C_N
     tl.store(max_ptr + partial + rows_n, mx, mask=inside_n)
     tl.store(sum_ptr + partial + rows_n, total, mask=inside_n)
@@ -221,5 +221,5 @@ def _gather_from_a(x, weight_a, weight_b, mask, heads):
 
 
 def _allocating(ready, x, maps, features):
-    statistics = x.shape[0], ready.splits, maps
+    statistics = x.shape[0], ready.num_splits, maps
     return ready.allocating(accumulator(x.dtype), (*statistics, features), statistics, statistics)

@@ -22,7 +22,7 @@ from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_map, load_matrix, s
 LEAST_BLOCKS = 4  # of positions in a chunk
 
 
-@triton.jit(do_not_specialize=["N", "CHUNK_BLOCKS"])
+@triton.jit(do_not_specialize=["N", "BLOCKS_PER_SPLIT"])
 def outer_product_kernel(
     t_ptr,  # (N, ROWS, L): dV and dB
     x_ptr,  # (N, C, L)
@@ -32,7 +32,7 @@ def outer_product_kernel(
     ROWS,
     C,
     L_UNITS,
-    CHUNK_BLOCKS,
+    BLOCKS_PER_SPLIT,
     stride_t_n,
     stride_t_c,
     stride_t_l,
@@ -57,8 +57,8 @@ def outer_product_kernel(
     blocks = tl.cdiv(L, BLOCK_L)
     acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
-    start = chunk * CHUNK_BLOCKS
-    for block in range(start, tl.minimum(start + CHUNK_BLOCKS, N.to(tl.int64) * blocks)):
+    start = chunk * BLOCKS_PER_SPLIT
+    for block in range(start, tl.minimum(start + BLOCKS_PER_SPLIT, N.to(tl.int64) * blocks)):
         n = block // blocks
         cols = block % blocks * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)
         t_base, x_base = t_ptr + n * stride_t_n * ALIGN, x_ptr + n * stride_x_n * ALIGN
@@ -281,7 +281,7 @@ def _outer(t, x):
     chunks = -(-(padded * batch // tile.block_l) // chunk)
     ready = launch.Launch(
         outer_product_kernel, x, tile, blocks * chunks, maps={"x": x, "t": t},
-        N=batch, ROWS=rows, C=channels, CHUNK_BLOCKS=chunk,
+        N=batch, ROWS=rows, C=channels, BLOCKS_PER_SPLIT=chunk,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (chunks, rows, channels), (chunks, rows))
 

@@ -52,17 +52,17 @@ def order_cost(
 
 
 def gather_steps(
-    s: Shape, order: Order, block_l: int, splits: int, blocks: int = 1, with_v: bool = False
+    s: Shape, order: Order, block_l: int, num_splits: int, blocks: int = 1, with_v: bool = False
 ) -> list[Step]:  # fmt: skip
     """Forward, up to G, or to H in an order that goes through it.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``splits``: parts
+    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``num_splits``: parts
     of a sample's sums. ``blocks``: of maps, in a gather from X. ``with_v``: on the unfused route, V
     comes from the same product.
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
     features = c if order.from_x else s.c_m // s.heads
-    parts = 2 * splits * s.c_n * features
+    parts = 2 * num_splits * s.c_n * features
     products = small * (order.from_x + order.through_h)
     descriptors = Step("combine", False, products, 0, parts + s.c_n * features)
     if block_l and order.from_x:
@@ -78,7 +78,7 @@ def gather_steps(
         steps.insert(0, _operands(s, rows))
     values = c * s.heads if order.from_x else s.c_m
     blocks_of_g = -(-features // BLOCK) * -(-s.c_n // s.heads // BLOCK)
-    core_splits = max(1, min(splits // (s.heads * blocks_of_g), -(-length // POSITIONS)))
+    core_splits = max(1, min(num_splits // (s.heads * blocks_of_g), -(-length // POSITIONS)))
     parts = 0 if core_splits == 1 else 2 * core_splits * s.c_n * features
     combined = core_splits > 1 and not (order.through_h or order.from_x)
     core = Step(
@@ -130,7 +130,7 @@ def distribute_steps(
 
 
 def fused_backward_steps(
-    s: Shape, splits: int, block_l: int, blocks: int = 1, saved_v: bool = False
+    s: Shape, num_splits: int, block_l: int, blocks: int = 1, saved_v: bool = False
 ) -> list[Step]:
     """In order XH: pass 1 again, then two passes over X and dO, then the weights.
 
@@ -139,7 +139,7 @@ def fused_backward_steps(
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
     small = c * s.c_m * k // s.heads
-    parts = 2 * splits * k * c
+    parts = 2 * num_splits * k * c
     return [
         Step("gather from X", False, 2 * length * c * k, c * length, 0, 1, blocks * c * length),
         Step("combine", False, 2 * small, 0, parts + 2 * k * c),

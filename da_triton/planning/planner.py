@@ -165,11 +165,11 @@ def routes(
         pass_2 = limits.project_distribute if o.through_h else 0
         for one, two in itertools.product({pass_1, 0}, {pass_2, 0}):
             chunk = _chunk(s) if one and two else max(1, s.batch)
-            splits = max(1, limits.processors // max(1, min(s.batch, chunk)))
+            num_splits = max(1, limits.processors // max(1, min(s.batch, chunk)))
             cached = chunk * _bytes(s) <= CACHE
             both = not one and not two
             steps = (
-                *gather_steps(s, o, one, splits, limits.map_blocks, both),
+                *gather_steps(s, o, one, num_splits, limits.map_blocks, both),
                 *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
             )
             gather, distribute = ("fused" if way else "unfused" for way in (one, two))
@@ -183,13 +183,13 @@ def _backward(
     s: Shape, limits: Limits, saved_v: bool
 ) -> tuple[str, Order, tuple[Step, ...], float]:
     """The backward pass with the least modelled time, whatever the forward pass was."""
-    splits = max(1, limits.processors // max(1, s.batch))
+    num_splits = max(1, limits.processors // max(1, s.batch))
     candidates = [
         ("unfused", o, tuple(unfused_backward_steps(s, o, limits.core, saved_v)))
         for o in orders(s.reconstruct)
     ]
     if limits.backward:
-        sizes = splits, limits.backward, limits.map_blocks, saved_v
+        sizes = num_splits, limits.backward, limits.map_blocks, saved_v
         candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])

@@ -52,19 +52,19 @@ _verdicts: dict[str, Verdict] = {}  # a case -> what was found in this process
 _attempts: Counter[str] = Counter()  # at proving a case
 
 
-def proved(axes: dict[str, Any], *, writes=(), roles=None, splits=lambda **_: 2):
+def proved(axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_: 2):
     """Decorates a launcher that has a stand-in of the same name, or of ``backward`` of a module.
 
     ``axes``: of tensors with a batch (N), positions (L) or partial results (S), a letter per axis,
     "-" for others, which may be left out at the end; a tuple for tensors in tuples. ``writes``:
     arguments that are results. ``roles``: "positive" for tensors with positive elements.
-    ``splits``: how many programs share the positions, where the code depends on that.
+    ``num_splits``: how many programs share the positions, where the code depends on that.
     """
 
     def decorate(launcher):
         name = launcher.__name__
         name = f"{launcher.__module__.rsplit('.', 1)[1]}_backward" if name == "backward" else name
-        spec = LAUNCHERS[name] = _Spec(name, launcher, axes, writes, roles or {}, splits)
+        spec = LAUNCHERS[name] = _Spec(name, launcher, axes, writes, roles or {}, num_splits)
 
         @functools.wraps(launcher)
         def call(*args, **kwargs):
@@ -82,9 +82,9 @@ def proved(axes: dict[str, Any], *, writes=(), roles=None, splits=lambda **_: 2)
 class _Spec:
     """A launcher and how to make small arguments for it."""
 
-    def __init__(self, name, launcher, axes, writes, roles, splits):
+    def __init__(self, name, launcher, axes, writes, roles, num_splits):
         self.name, self.launcher, self.axes = name, launcher, axes
-        self.writes, self.roles, self.splits = writes, roles, splits
+        self.writes, self.roles, self.num_splits = writes, roles, num_splits
         self.stand_in = getattr(stand_ins, name)
         self.signature = inspect.signature(launcher)
 
@@ -96,7 +96,7 @@ class _Spec:
     def case(self, given):
         """Channels, dtypes, layouts and flags: what the generated code depends on."""
         found = {name: words(value, self.axes.get(name)) for name, value in given.items()}
-        found["splits"] = str(self.splits(**given))
+        found["num_splits"] = str(self.num_splits(**given))
         if _dtype(given) == torch.float32:
             found["precision"] = "tf32" if verdicts.allows_tf32() else "ieee"
         return " ".join(f"{name}={word}" for name, word in found.items() if word)
@@ -219,7 +219,7 @@ def _prove(spec, given, case):
                 truth = _run(spec, spec.stand_in, wide)
             except Exception as failure:
                 raise _UnprovedError from failure
-            with launch.trial(spec.splits(**given), tiles):
+            with launch.trial(spec.num_splits(**given), tiles):
                 runs = [_run(spec, spec.launcher, small) for _ in range(_state.repetitions)]
             error = max(map(_error, runs[0], truth))
             if not error <= allowed:

@@ -35,7 +35,7 @@ INTERPRETED_PROCESSORS = 4
 INTERPRETER = threading.RLock()
 
 # Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
-COUNTS = ["HEADS", "CHUNK_BLOCKS", "SPLITS"]
+COUNTS = ["HEADS", "BLOCKS_PER_SPLIT", "NUM_SPLITS"]
 
 
 def strides(x, align):
@@ -71,7 +71,9 @@ def processors(device):
 
 
 class _Thread(threading.local):
-    splits = None  # programs that share the positions, instead of as many as the GPU has room for
+    num_splits = (
+        None  # programs that share the positions, instead of as many as the GPU has room for
+    )
     tiles = None  # what launches take is noted here
     recorder = None  # is given every launch
 
@@ -100,15 +102,15 @@ def leave_unrecorded():
 
 
 @contextlib.contextmanager
-def trial(splits, tiles):
-    """Splits positions of this thread's launches over ``splits`` programs, blocks permitting, and
+def trial(num_splits, tiles):
+    """Splits positions of this thread's launches over ``num_splits`` programs, blocks permitting, and
     adds the tile of every launch to the list ``tiles``, in words."""
-    before = _thread.splits, _thread.tiles
-    _thread.splits, _thread.tiles = splits, tiles
+    before = _thread.num_splits, _thread.tiles
+    _thread.num_splits, _thread.tiles = num_splits, tiles
     try:
         yield
     finally:
-        _thread.splits, _thread.tiles = before
+        _thread.num_splits, _thread.tiles = before
 
 
 def chunks(programs, length, tile, device):
@@ -117,9 +119,9 @@ def chunks(programs, length, tile, device):
     ``programs``: how many programs there are without splitting positions.
     """
     blocks = -(-length // tile.block_l)
-    wanted = _thread.splits or max(1, processors(device) * tile.per_processor // programs)
-    blocks_per_chunk = -(-blocks // min(wanted, blocks))
-    return blocks_per_chunk, -(-blocks // blocks_per_chunk)
+    wanted = _thread.num_splits or max(1, processors(device) * tile.per_processor // programs)
+    blocks_per_split = -(-blocks // min(wanted, blocks))
+    return blocks_per_split, -(-blocks // blocks_per_split)
 
 
 def empty_map_like(x, channels=None):
@@ -148,7 +150,7 @@ def is_channels_last(x):
 
 
 def add_partials(partials, shape):
-    """Partial sums ``(N·heads, splits, …)`` added in a fixed order."""
+    """Partial sums ``(N·heads, num_splits, …)`` added in a fixed order."""
     return (partials[:, 0] if partials.shape[1] == 1 else partials.sum(1)).view(shape)
 
 
@@ -213,7 +215,7 @@ class Launch:
     ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
     without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
     in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
-    CHUNK_BLOCKS and SPLITS, which multiply ``programs``.
+    BLOCKS_PER_SPLIT and NUM_SPLITS, which multiply ``programs``.
 
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
     FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
@@ -246,15 +248,15 @@ class Launch:
             found["ALIGN"], found["L_UNITS"] = align, length // align
             for name, x in maps.items():
                 found.update(zip(steps[name], strides(x, align), strict=True))
-            if "SPLITS" in sizes and "SPLITS" not in values:
-                found["CHUNK_BLOCKS"], splits = chunks(programs, length, tile, like.device)
-                found["SPLITS"] = splits
-                programs *= splits
+            if "NUM_SPLITS" in sizes and "NUM_SPLITS" not in values:
+                found["BLOCKS_PER_SPLIT"], num_splits = chunks(programs, length, tile, like.device)
+                found["NUM_SPLITS"] = num_splits
+                programs *= num_splits
         for name, x in (strided or {}).items():
             found.update(zip(steps[name], (0, 0) if x is None else x.stride(), strict=True))
         found |= values
         self.kernel, self.device, self.grid = kernel, like.device, (programs, 1, 1)
-        self.splits = found.get("SPLITS")
+        self.num_splits = found.get("NUM_SPLITS")
         self.sizes = tuple([found[n] for n in sizes])
         self.constants = {n: found[n] for n in constants}
         self.rest = (*self.sizes, *self.constants.values())
