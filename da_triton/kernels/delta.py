@@ -15,14 +15,14 @@ from .primitives import into_float16, load_matrix
 
 @triton.jit
 def _round(
-    dg_base, g_base, bias_base, rounded_base, rows_n, lse, factor, NUM_PARTIALS, C_M, C_N,
+    dg_base, g_base, bias_base, lowp_base, rows_n, lse, factor, NUM_PARTIALS, C_M, C_N,
     stride_s, stride_m, stride_k,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Writes a block of dG, in float16 times ``factor``; returns δ of it, and its largest ``|dG|``
     of every map, which is known in float16 only."""
     acc: tl.constexpr = g_base.dtype.element_ty
-    dtype: tl.constexpr = rounded_base.dtype.element_ty
+    dtype: tl.constexpr = lowp_base.dtype.element_ty
     delta = tl.zeros(rows_n.shape, acc)
     largest = tl.zeros(rows_n.shape, acc)
     for m0 in range(0, C_M, BLOCK_M):
@@ -40,7 +40,7 @@ def _round(
         dg = dg.to(dtype)
         inside = (rows_m < C_M)[:, None] & (rows_n < C_N)[None, :]
         offs = rows_m[:, None] * C_N + rows_n[None, :]
-        tl.store(rounded_base + offs, dg, mask=inside)
+        tl.store(lowp_base + offs, dg, mask=inside)
         g = tl.load(g_base + offs, mask=inside, other=0.0)
         if HAS_BIAS:
             bias = tl.load(bias_base + rows_m, mask=rows_m < C_M, other=0.0)
@@ -56,9 +56,9 @@ def delta_kernel(
     bias_ptr,  # (heads·C_M,): ba; read if HAS_BIAS
     lse_ptr,  # (N·heads, C_N): +inf where a map has no position; read if HAS_MASK, and in float16
     dlse_ptr,  # (N·heads, C_N), taken from δ; read if HAS_DLSE
-    rounded_ptr,  # (N·heads, C_M, C_N): dG in the dtype of the maps
+    lowp_ptr,  # (N·heads, C_M, C_N): dG in the dtype of the maps
     delta_ptr,  # (N·heads, C_N)
-    shifted_ptr,  # (N·heads, C_N): lse of the weights that go with ``rounded``; float16 only
+    shifted_ptr,  # (N·heads, C_N): lse of the weights that go with ``lowp``; float16 only
     HEADS,
     NUM_PARTIALS,
     C_M,
@@ -90,13 +90,13 @@ def delta_kernel(
     base = nh * C_M * C_N
     maps = nh * C_N + rows_n
     acc: tl.constexpr = g_ptr.dtype.element_ty
-    half: tl.constexpr = rounded_ptr.dtype.element_ty == tl.float16
+    half: tl.constexpr = lowp_ptr.dtype.element_ty == tl.float16
     factor = tl.full((BLOCK_N,), 1.0, acc)
     lse = factor  # not read
     if HAS_MASK or half:
         lse = tl.load(lse_ptr + maps, mask=inside_n, other=0.0)
     delta, largest = _round(
-        dg_base, g_ptr + base, bias_ptr + h * C_M, rounded_ptr + base, rows_n, lse, factor,
+        dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
         NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half, BLOCK_M,
     )  # fmt: skip
     if half:
@@ -105,7 +105,7 @@ def delta_kernel(
         if tl.min(factor) < 1.0:  # few calls read dG twice
             tl.debug_barrier()  # between stores to the same addresses
             delta, largest = _round(
-                dg_base, g_ptr + base, bias_ptr + h * C_M, rounded_ptr + base, rows_n, lse, factor,
+                dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
                 NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True, BLOCK_M,
             )  # fmt: skip
     if HAS_DLSE:
@@ -114,7 +114,7 @@ def delta_kernel(
     tl.store(delta_ptr + maps, delta, mask=inside_n)
 
 
-def rounded_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None):
+def lowp_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None):
     """dG in ``dtype``, ``(N, heads, m, n)``, δ, ``(N, heads, n)`` in the dtype of G, and lse.
 
     ``partials``: ``(N, heads, num_partials, m, n)`` in any strides, added in order. ``g``, ``(N, heads, m,
@@ -125,9 +125,9 @@ def rounded_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=No
     shifted = torch.empty_like(lse) if POLICIES[dtype].extended else lse
     dlse_ = lse if dlse is None else dlse.contiguous()
     ready = launch.prepared(_delta, (partials, g, bias, lse, dlse), dtype, mask)
-    delta, rounded = ready.empty()
-    ready((partials, g, g if bias is None else bias, lse, dlse_, rounded, delta, shifted))
-    return rounded, delta, shifted
+    delta, lowp = ready.empty()
+    ready((partials, g, g if bias is None else bias, lse, dlse_, lowp, delta, shifted))
+    return lowp, delta, shifted
 
 
 def _delta(partials, g, bias, lse, dlse, dtype, mask):

@@ -42,8 +42,8 @@ SOURCE = ("N--L", "N--L", "NL")
 
 @triton.jit
 def _store_descriptors(
-    acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N, g_ptr, rounded_ptr, lse_ptr, bias_ptr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDED: tl.constexpr,
+    acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N, g_ptr, lowp_ptr, lse_ptr, bias_ptr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LOWP: tl.constexpr,
 ):  # fmt: skip
     """Writes lse, and G of a block from ``acc [BLOCK_N, BLOCK_M]`` over ``total`` with A's bias.
 
@@ -63,8 +63,8 @@ def _store_descriptors(
     offs = nh * C_M * C_N + rows_m[None, :] * C_N + rows_n[:, None]
     inside = inside_n[:, None] & (rows_m < C_M)[None, :]
     tl.store(g_ptr + offs, acc, mask=inside)
-    if ROUNDED:
-        tl.store(rounded_ptr + offs, acc.to(rounded_ptr.dtype.element_ty), mask=inside)
+    if LOWP:
+        tl.store(lowp_ptr + offs, acc.to(lowp_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*launch.COUNTS, "PARTIAL", "NUM_PARTIALS"])
@@ -76,7 +76,7 @@ def gather_kernel(
     max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima; not touched if FINAL
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums, or lse if FINAL
     bias_ptr,  # (heads·C_M,): of A, added to G; read if FINAL and HAS_BIAS
-    rounded_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if FINAL and ROUNDED
+    lowp_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if FINAL and LOWP
     logit_scale: "fp64",
     HEADS,
     C_M,
@@ -99,7 +99,7 @@ def gather_kernel(
     HAS_MASK: tl.constexpr,
     FINAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    LOWP: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -142,7 +142,7 @@ def gather_kernel(
     if FINAL:
         _store_descriptors(
             acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
-            acc_ptr, rounded_ptr, sum_ptr, bias_ptr, HAS_MASK, HAS_BIAS, ROUNDED,
+            acc_ptr, lowp_ptr, sum_ptr, bias_ptr, HAS_MASK, HAS_BIAS, LOWP,
         )  # fmt: skip
     else:
         maps = ((n * NUM_PARTIALS + PARTIAL + split) * HEADS + h) * C_N + rows_n
@@ -160,7 +160,7 @@ def gather_combine_kernel(
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums of exponentials
     bias_ptr,  # (heads·C_M,): of A; read if HAS_BIAS
     g_ptr,  # (N·heads, C_M, C_N): G
-    rounded_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if ROUNDED
+    lowp_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if LOWP
     lse_ptr,  # (N·heads, C_N)
     HEADS,
     C_M,
@@ -168,7 +168,7 @@ def gather_combine_kernel(
     NUM_PARTIALS,
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    LOWP: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -201,7 +201,7 @@ def gather_combine_kernel(
         mx = new_mx
     _store_descriptors(
         acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
-        g_ptr, rounded_ptr, lse_ptr, bias_ptr, HAS_MASK, HAS_BIAS, ROUNDED,
+        g_ptr, lowp_ptr, lse_ptr, bias_ptr, HAS_MASK, HAS_BIAS, LOWP,
     )  # fmt: skip
 
 
@@ -300,17 +300,17 @@ def gather_backward_kernel(
 
 
 @guard.proved(
-    {"sources": SOURCE, "rounded": "N---", "g": "N---", "lse": "N"},
-    writes=("rounded", "g", "lse"),
+    {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
+    writes=("lowp", "g", "lse"),
     num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _chunks(sources))),
 )
-def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
+def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the map itself, extra tokens).
 
     ``sources``: list of ``(a, b, mask)``: ``(N, heads, m, L)``, ``(N, heads, n, L)``, ``(N, L)``
     uint8 or None. ``bias``: of A, ``(heads·m,)``, where a has none. Returns ``G (N, heads, m, n)``
     in float32 (float64 for float64 maps) and ``lse (N, heads, n)`` in float32 (float64 for float32
-    and float64 maps), contiguous, in ``g`` and ``lse`` if they are given. ``rounded``: G in the
+    and float64 maps), contiguous, in ``g`` and ``lse`` if they are given. ``lowp``: G in the
     dtype of the maps is written there.
     """
     a, b, mask = sources[0]
@@ -323,15 +323,15 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
     if batch == 0:
         return g, lse
     if _num_partials(sources) == 1:
-        _gather(sources, logit_scale, (g, lse, lse), bias, rounded, final=True)
+        _gather(sources, logit_scale, (g, lse, lse), bias, lowp, final=True)
         return g, lse
     partials = _partials(sources, logit_scale)
-    ready = launch.prepared(_combine, (a, b, *partials, bias, g, rounded, lse), mask is not None)
-    ready((*partials, g if bias is None else bias, g, g if rounded is None else rounded, lse))
+    ready = launch.prepared(_combine, (a, b, *partials, bias, g, lowp, lse), mask is not None)
+    ready((*partials, g if bias is None else bias, g, g if lowp is None else lowp, lse))
     return g, lse
 
 
-def _combine(a, b, acc, mx, total, bias, g, rounded, lse, masked):
+def _combine(a, b, acc, mx, total, bias, g, lowp, lse, masked):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather_combine", a, c_m, c_n)
@@ -339,7 +339,7 @@ def _combine(a, b, acc, mx, total, bias, g, rounded, lse, masked):
     return launch.Launch(
         gather_combine_kernel, a, tile, batch * heads * blocks, HEADS=heads, C_M=c_m, C_N=c_n,
         NUM_PARTIALS=acc.shape[1], HAS_MASK=masked, HAS_BIAS=bias is not None,
-        ROUNDED=rounded is not None,
+        LOWP=lowp is not None,
     )  # fmt: skip
 
 
@@ -377,20 +377,20 @@ def _split(*maps):
     return [launch.chunks(programs, s.shape[-1], tile, a.device) for s in maps[::2]]
 
 
-def _gather(sources, logit_scale, results, bias, rounded, final):
+def _gather(sources, logit_scale, results, bias, lowp, final):
     chunks = _chunks(sources)
     partial, num_partials = 0, sum(num_splits for _, num_splits in chunks)
     for (a, b, mask), chunk in zip(sources, chunks, strict=True):
         ready = launch.prepared(
-            _gathering, (a, b, mask, *results, bias, rounded), *chunk, partial, num_partials, final
+            _gathering, (a, b, mask, *results, bias, lowp), *chunk, partial, num_partials, final
         )
-        tensors = a, b, mask, *results, bias, rounded
+        tensors = a, b, mask, *results, bias, lowp
         ready([a if t is None else t for t in tensors], (logit_scale,))
         partial += chunk[1]
 
 
 def _gathering(
-    a, b, mask, acc, mx, total, bias, rounded, chunk, num_splits, partial, num_partials, final
+    a, b, mask, acc, mx, total, bias, lowp, chunk, num_splits, partial, num_partials, final
 ):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
@@ -401,7 +401,7 @@ def _gathering(
         maps={"a": a, "b": b}, strided={"mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=chunk, NUM_SPLITS=num_splits, PARTIAL=partial, NUM_PARTIALS=num_partials,
         HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
-        ROUNDED=rounded is not None,
+        LOWP=lowp is not None,
     )  # fmt: skip
 
 
@@ -410,7 +410,7 @@ def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     da = launch.empty_map_like(a) if need_a else None
     db = launch.empty_map_like(b) if need_b else None
     if a.shape[0] and (need_a or need_b):
-        dg, correction, lse = delta.rounded_and_delta(dg[:, :, None], g, a.dtype, lse, dlse=dlse)
+        dg, correction, lse = delta.lowp_and_delta(dg[:, :, None], g, a.dtype, lse, dlse=dlse)
         backward(dg, correction, a, b, mask, lse, da, db, logit_scale)
     return da, db
 

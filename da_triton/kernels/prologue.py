@@ -30,7 +30,7 @@ def operands_kernel(
     w2_ptr,  # SIZE_2
     stacked_ptr,  # SIZE_0 + SIZE_1 + SIZE_2: one behind the other
     g_ptr,  # SIZE_G
-    rounded_ptr,  # SIZE_G, another dtype
+    lowp_ptr,  # SIZE_G, another dtype
     x_ptr,  # (N, C, L); read if START
     bias_ptr,  # (C,); read if START and HAS_BIAS
     start_ptr,  # (N, C, L): x + bias
@@ -68,7 +68,7 @@ def operands_kernel(
     elif pid < end_2:
         _copy(w2_ptr, stacked_ptr + SIZE_0 + SIZE_1, pid - end_1, SIZE_2, BLOCK)
     elif pid < end_g:
-        _copy(g_ptr, rounded_ptr, pid - end_2, SIZE_G, BLOCK)
+        _copy(g_ptr, lowp_ptr, pid - end_2, SIZE_G, BLOCK)
     elif START:
         L = L_UNITS * ALIGN
         pid -= end_g
@@ -87,7 +87,7 @@ def operands_kernel(
 
 
 def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
-    """``(matrices, rounded)``, and x + bias in ``start`` where that is given.
+    """``(matrices, lowp)``, and x + bias in ``start`` where that is given.
 
     ``like``: X, ``(N, C, L)``. ``weights``: up to three contiguous ``(rows, C)``. The matrices are
     all of them stacked, or, where maps of X would lie askew side by side, the weights themselves.
@@ -97,20 +97,20 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     w = weights[0]
     together = len(weights) > 1 and _side_by_side(like, [len(weight) for weight in weights])
     stacked = w.new_empty((sum(map(len, weights)), w.shape[1])) if together else w
-    rounded = g if g is None or g.dtype == w.dtype else g.new_empty(g.shape, dtype=w.dtype)
+    lowp = g if g is None or g.dtype == w.dtype else g.new_empty(g.shape, dtype=w.dtype)
     x_ = (like if start is None else start) if x is None else x
     copied = weights if together else []
     ready = launch.prepared(
-        _operands, (w, like if start is None else start, x_, None if rounded is g else g, bias),
+        _operands, (w, like if start is None else start, x_, None if lowp is g else g, bias),
         tuple(map(len, copied)), start is not None, x is not None,
     )  # fmt: skip
     if ready is not None:
         first, second, third = (*weights, w, w)[:3]
         ready((
-            first, second, third, stacked, *((w, w) if rounded is g else (g, rounded)), x_,
+            first, second, third, stacked, *((w, w) if lowp is g else (g, lowp)), x_,
             w if bias is None else bias, like if start is None else start,
         ))  # fmt: skip
-    return [stacked] if together else weights, rounded
+    return [stacked] if together else weights, lowp
 
 
 def _operands(w, map_, x, g, bias, rows, start, has_x):

@@ -23,7 +23,7 @@ def _project(x, weight, bias):
     return y if bias is None else y + bias.to(y.dtype)[:, None]
 
 
-def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=None):
+def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     a, b, mask = sources[0]
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
@@ -40,8 +40,8 @@ def gather_forward(sources, logit_scale, bias=None, rounded=None, g=None, lse=No
         reached = ~nothing.view(batch, heads, 1, c_n)
         found = found + bias.to(found.dtype).view(heads, c_m, 1) * reached
     g.copy_(found)
-    if rounded is not None:
-        rounded.copy_(found)
+    if lowp is not None:
+        lowp.copy_(found)
     return g, lse
 
 

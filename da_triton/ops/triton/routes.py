@@ -120,8 +120,8 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
         partials = core_gather.gather_partials([source], o.logit_scale)
         _, h = combine.merge_partials(partials, w, lse, g, **small)
         return h if want_h else g.to(x.dtype), v
-    rounded = _gather_maps(source, w, lse, g, o, from_x)
-    return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else rounded, v
+    lowp = _gather_maps(source, w, lse, g, o, from_x)
+    return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else lowp, v
 
 
 def _project(x, w, mask, o, from_x, with_v, adding):
@@ -137,15 +137,15 @@ def _project(x, w, mask, o, from_x, with_v, adding):
 def _gather_maps(source, w, lse, g, o, from_x):
     """Writes lse and G with the core's kernel; returns G in the dtype of the maps."""
     results = g, lse.unflatten(1, (o.heads, -1))
-    rounded = torch.empty_like(g, dtype=source[0].dtype)
+    lowp = torch.empty_like(g, dtype=source[0].dtype)
     if not from_x:
-        core_gather.gather_forward([source], o.logit_scale, w.bias_a, rounded, *results)
-        return rounded
+        core_gather.gather_forward([source], o.logit_scale, w.bias_a, lowp, *results)
+        return lowp
     m, _ = core_gather.gather_forward([source], o.logit_scale, lse=results[1])
     g.copy_(w.a.unflatten(0, (o.heads, -1)).to(g.dtype) @ m)
     if w.bias_a is not None:
         g += _gathered_bias(w.bias_a, results[1], g)
-    return rounded.copy_(g)
+    return lowp.copy_(g)
 
 
 def _gathered_bias(bias, lse, g):

@@ -29,7 +29,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     from_x, through_h = order.from_x, order.through_h
     weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
     rows = [len(weight) for weight in weights]
-    matrices, rounded = prologue.prepare(x, weights, g=g)
+    matrices, lowp = prologue.prepare(x, weights, g=g)
     if v is None:
         *a, b, v = gemms.project_maps(x, matrices, rows, o.heads)
         bias_v = w.bias_v
@@ -43,7 +43,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
 
     # dV, and in the place of dB, until that is made, Q.
     through = _through_h if through_h else _through_z
-    partials, dwo, dbo = through(dout, w, g, rounded, v, bias_v, dv, db, o, needs)
+    partials, dwo, dbo = through(dout, w, g, lowp, v, bias_v, dv, db, o, needs)
 
     dx = dout if o.residual and needs.x else None
     needs_a, needs_b = needs.a or needs.bias_a, needs.x or needs.b
@@ -56,7 +56,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
             # Pass 1 took B before rounding; P of this B needs an lse and a G of its own.
             g, lse = core_gather.gather_forward([(a, b, mask)], o.logit_scale)
             bias_a = None
-        dg, correction, lse = delta.rounded_and_delta(
+        dg, correction, lse = delta.lowp_and_delta(
             partials, g, x.dtype, lse, bias=bias_a, mask=mask is not None
         )
         grad_a = grad_a if needs.x or needs_a else None
@@ -65,7 +65,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
-    del matrices, rounded, a, b, v, partials  # before the parts of the weights' gradients
+    del matrices, lowp, a, b, v, partials  # before the parts of the weights' gradients
     wanted = [needs.b, needs.v or needs.bias_v]
     wanted = wanted if from_x else [needs_a, *wanted]
     if len(runs) == 1:
@@ -79,14 +79,14 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     return dx, dwa, dba, dwb, dwv, dbv, dwo, dbo
 
 
-def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
+def _through_z(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
     """Parts of dG, dWo and dbo; writes dV, and Q where it can be had."""
     dz, z = dout, None
     if w.out is not None:
         dz = project(dout, w.out.t(), None)
         z = launch.empty_rows_like(dz, len(w.a)) if needs.out or needs.bias_out else None
     partials = core_distribute.backward_partials(
-        by_head(dz, o.heads), rounded, v, bias_v, dv, None if z is None else by_head(z, o.heads), q,
+        by_head(dz, o.heads), lowp, v, bias_v, dv, None if z is None else by_head(z, o.heads), q,
         scale=o.scale, softmax=o.softmax_v, logit_scale=o.logit_scale_v,
     )  # fmt: skip
     if z is None:
@@ -95,7 +95,7 @@ def _through_z(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
     return partials, dwo, dbo
 
 
-def _through_h(dout, w, g, rounded, v, bias_v, dv, q, o, needs):
+def _through_h(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
     """The same, without Z; dG from dH in one part."""
     h = gemms.reconstructing(g, w, o.heads, o.scale)
     h = h.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
@@ -125,7 +125,7 @@ def _into_x(partials, x, b, mask, lse, w, db, o, dx, needs):
     if not (needs.x or needs.b):
         return None, dwa, dba
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
-    dm, correction, lse = delta.rounded_and_delta(dm[:, :, None], m, x.dtype, lse)
+    dm, correction, lse = delta.lowp_and_delta(dm[:, :, None], m, x.dtype, lse)
     through_m = launch.empty_map_like(copies) if needs.x else None
     core_gather.backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
     if through_m is not None:

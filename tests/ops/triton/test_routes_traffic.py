@@ -146,20 +146,20 @@ def test_operations(work, channels_last, counted, monkeypatch):
     count = counted(work, channels_last, monkeypatch)
     s, route = count.shape, count.route
     n = s.c_n // s.heads
-    rounded = s._replace(
+    lowp = s._replace(
         length=-(-s.length // 128) * 128, c_n=s.heads * tiles._power(n, 16 if s.heads == 1 else 1)
     )
     if s.c_n < 32:
-        rounded = rounded._replace(c_n=32)
+        lowp = lowp._replace(c_n=32)
     small = {"combine", "combine, backward", "other weights"}
     steps = [
-        *gather_steps(rounded, route.order, 64, 1),
-        *distribute_steps(rounded, route.order, 64, CoreLimits(128, 64, 64), True),
+        *gather_steps(lowp, route.order, 64, 1),
+        *distribute_steps(lowp, route.order, 64, CoreLimits(128, 64, 64), True),
     ]
     partials = {"other weights": 3}
     for steps_, kernels in (
         (steps, count.forward),
-        (fused_backward_steps(rounded, 1, 64), count.backward),
+        (fused_backward_steps(lowp, 1, 64), count.backward),
     ):
         if kernels:
             model = sum(
