@@ -42,7 +42,7 @@ COMPLETE = 3
 GRACE = 10.0  # seconds that the tests have to say which ones failed, when their time is up
 TUNED = 3  # workloads, those with the smallest shares of their floors
 MEMORY_CHECKED = (
-    "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "one_tile or fused",
+    "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "g_fits_one_tile or fused",
     "tests/kernels/test_sanitize.py",
 )  # fmt: skip
 

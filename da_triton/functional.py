@@ -118,7 +118,7 @@ def distribute(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Each position's mixture ``Z = scale · G softmax_maps(logit_scale · V)`` (A²-Nets, eq. 4).
+    r"""Each position's mixture ``Z = scale · G softmax_n(logit_scale · V)`` (A²-Nets, eq. 4).
 
     Args:
         g: descriptors, ``(N, heads, m, n)``, of v's dtype, or float32 beside lower precision.

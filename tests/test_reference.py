@@ -7,28 +7,28 @@ import torch
 
 from da_triton import reference
 
-N, M, MAPS, L = 2, 3, 4, 7
+N, M, TOTAL_N, L = 2, 3, 4, 7
 
 
 def loops(a, b, v):
     """Equations 2 to 5, one number at a time."""
     z = torch.zeros(N, M, L, dtype=torch.float64)
     for s in range(N):
-        g = [[0.0] * MAPS for _ in range(M)]
-        for k in range(MAPS):
+        g = [[0.0] * TOTAL_N for _ in range(M)]
+        for k in range(TOTAL_N):
             weight = [math.exp(b[s, k, i]) for i in range(L)]
             for f in range(M):
                 g[f][k] = sum(a[s, f, i].item() * w for i, w in enumerate(weight)) / sum(weight)
         for i in range(L):
-            share = [math.exp(v[s, k, i]) for k in range(MAPS)]
+            share = [math.exp(v[s, k, i]) for k in range(TOTAL_N)]
             for f in range(M):
-                z[s, f, i] = sum(g[f][k] * share[k] for k in range(MAPS)) / sum(share)
+                z[s, f, i] = sum(g[f][k] * share[k] for k in range(TOTAL_N)) / sum(share)
     return z
 
 
 @pytest.fixture
 def maps():
-    return [torch.randn(N, c, L, dtype=torch.float64) for c in (M, MAPS, MAPS)]
+    return [torch.randn(N, c, L, dtype=torch.float64) for c in (M, TOTAL_N, TOTAL_N)]
 
 
 def test_core_is_the_paper(maps):
@@ -47,8 +47,11 @@ def test_axes_are_not_interchangeable(maps):
 
 def test_block_is_three_convolutions_the_core_and_one_more(maps):
     x = torch.randn(N, 5, L, dtype=torch.float64)
-    w = [torch.randn(o, i, dtype=torch.float64) for o, i in ((M, 5), (MAPS, 5), (MAPS, 5), (5, M))]
-    c = [torch.randn(o, dtype=torch.float64) for o in (M, MAPS, MAPS, 5)]
+    w = [
+        torch.randn(o, i, dtype=torch.float64)
+        for o, i in ((M, 5), (TOTAL_N, 5), (TOTAL_N, 5), (5, M))
+    ]
+    c = [torch.randn(o, dtype=torch.float64) for o in (M, TOTAL_N, TOTAL_N, 5)]
     out = reference.block(
         x, w[0], c[0], w[1], c[1], w[2], c[2], w[3], c[3],
         heads=1, logit_scale=1.0, logit_scale_v=1.0, scale=1.0, softmax_v=True, residual=x,
@@ -73,7 +76,7 @@ def test_mask_is_leaving_positions_out(maps):
     torch.testing.assert_close(
         reference.gather(a, b, mask=mask), reference.gather(a[..., :4], b[..., :4])
     )
-    extra = torch.randn(N, 1, M, 2, dtype=a.dtype), torch.randn(N, 1, MAPS, 2, dtype=a.dtype)
+    extra = torch.randn(N, 1, M, 2, dtype=a.dtype), torch.randn(N, 1, TOTAL_N, 2, dtype=a.dtype)
     joined = [torch.cat([x[..., :4], e], -1) for x, e in zip((a, b), extra, strict=True)]
     torch.testing.assert_close(
         reference.gather(a, b, mask=mask, extra=extra), reference.gather(*joined)
@@ -81,7 +84,7 @@ def test_mask_is_leaving_positions_out(maps):
 
 
 def test_heads_are_blocks_of_channels(maps):
-    a, b, v = (torch.randn(N, 2, c, L, dtype=torch.float64) for c in (M, MAPS, MAPS))
+    a, b, v = (torch.randn(N, 2, c, L, dtype=torch.float64) for c in (M, TOTAL_N, TOTAL_N))
     both = reference.distribute(reference.gather(a, b), v)
     for h in range(2):
         torch.testing.assert_close(both[:, h], loops(a[:, h], b[:, h], v[:, h]))

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from ..precision import POLICIES, accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import dot, exp_minus, load_map, load_mask, load_matrix, scalar
-from .project_distribute import rows_of_lanes, softmax_heads
+from .primitives import dot, exp_minus, load_mask, load_matrix, load_tile, scalar
+from .project_distribute import rows_of_packed_cols, softmax_heads
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -72,8 +72,8 @@ def block_bwd_distribute_kernel(
     split = pid % NUM_SPLITS
     n = (pid // NUM_SPLITS).to(tl.int64)
     maps = HEADS * C_N
-    lanes = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
-    rows_n = rows_of_lanes(lanes, HEADS, C_N, PACKED, BLOCK_N)
+    packed_cols = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
+    rows_n = rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED, BLOCK_N)
     rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
     x_base = x_ptr + n * stride_x_n * ALIGN
     do_base = do_ptr + n * stride_do_n * ALIGN
@@ -95,16 +95,16 @@ def block_bwd_distribute_kernel(
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         if PROJECT:
-            x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
             z = dot(x, w, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
             if HAS_BIAS:
                 z += bias[None, :]
         else:
-            z = load_map(v_base, cols, rows_n, L, maps, stride_v_l, stride_v_c * ALIGN).to(ACC)
+            z = load_tile(v_base, cols, rows_n, L, maps, stride_v_l, stride_v_c * ALIGN).to(ACC)
         q = z * scale
         if SOFTMAX:
             q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
-        do = load_map(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
+        do = load_tile(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
         dq = dot(do, h, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION) * scale
         if SOFTMAX:
             if HEAD_BLOCK == 1:
@@ -134,18 +134,18 @@ def block_bwd_distribute_kernel(
 def block_bwd_gather_kernel(
     x_ptr,  # (N, C, L)
     do_ptr,  # (N, C, L); read if RESIDUAL
-    wb_ptr,  # (MAPS, C), contiguous
-    wv_ptr,  # (MAPS, C), contiguous
-    dm_ptr,  # (N, C, MAPS), contiguous
-    lse_ptr,  # (N, MAPS)
-    delta_ptr,  # (N, MAPS)
+    wb_ptr,  # (TOTAL_N, C), contiguous
+    wv_ptr,  # (TOTAL_N, C), contiguous
+    dm_ptr,  # (N, C, TOTAL_N), contiguous
+    lse_ptr,  # (N, TOTAL_N)
+    delta_ptr,  # (N, TOTAL_N)
     mask_ptr,  # (N, L) uint8; read if HAS_MASK
-    dv_ptr,  # (N, MAPS, L)
-    db_ptr,  # (N, MAPS, L), strides of dV
+    dv_ptr,  # (N, TOTAL_N, L)
+    db_ptr,  # (N, TOTAL_N, L), strides of dV
     dx_ptr,  # (N, C, L); written if WRITE_X
     logit_scale: "fp64",
     C,
-    MAPS,
+    TOTAL_N,
     L_UNITS,
     BLOCKS_PER_SPLIT,
     NUM_SPLITS,
@@ -177,25 +177,25 @@ def block_bwd_gather_kernel(
 ):
     """One program: a chunk of positions of a sample, all maps; channels in blocks.
 
-    BLOCK_N ≥ MAPS.
+    BLOCK_N ≥ TOTAL_N.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
     n = (pid // NUM_SPLITS).to(tl.int64)
     rows_n = tl.arange(0, BLOCK_N).to(tl.int64)
-    inside_n = rows_n < MAPS
+    inside_n = rows_n < TOTAL_N
     x_base = x_ptr + n * stride_x_n * ALIGN
     do_base = do_ptr + n * stride_do_n * ALIGN
     dv_base = dv_ptr + n * stride_dv_n * ALIGN
     db_base = db_ptr + n * stride_dv_n * ALIGN
     dx_base = dx_ptr + n * stride_dx_n * ALIGN
-    dm_base = dm_ptr + n * C * MAPS
+    dm_base = dm_ptr + n * C * TOTAL_N
     scale = scalar(logit_scale, ACC)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    lse = tl.load(lse_ptr + n * MAPS + rows_n, mask=inside_n, other=float("inf"))
-    delta = tl.load(delta_ptr + n * MAPS + rows_n, mask=inside_n, other=0.0)
+    lse = tl.load(lse_ptr + n * TOTAL_N + rows_n, mask=inside_n, other=float("inf"))
+    delta = tl.load(delta_ptr + n * TOTAL_N + rows_n, mask=inside_n, other=0.0)
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
@@ -203,9 +203,9 @@ def block_bwd_gather_kernel(
         dp = tl.zeros((BLOCK_L, BLOCK_N), ACC)
         for c0 in range(0, C, BLOCK_C):
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
-            x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
-            wb = load_matrix(wb_ptr, rows_c, rows_n, C, MAPS, 1, C, dtype)
-            dm = load_matrix(dm_base, rows_c, rows_n, C, MAPS, MAPS, 1, dtype)
+            x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            wb = load_matrix(wb_ptr, rows_c, rows_n, C, TOTAL_N, 1, C, dtype)
+            dm = load_matrix(dm_base, rows_c, rows_n, C, TOTAL_N, TOTAL_N, 1, dtype)
             z = dot(x, wb, z, PRECISION)
             dp = dot(x, dm, dp, PRECISION)
         p = exp_minus(z * scale, lse[None, :])
@@ -223,9 +223,9 @@ def block_bwd_gather_kernel(
             p = (p * P_SCALE).to(dtype)
             for c0 in range(0, C, BLOCK_C):
                 rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
-                dm = load_matrix(dm_base, rows_n, rows_c, MAPS, C, 1, MAPS, dtype)
-                wb = load_matrix(wb_ptr, rows_n, rows_c, MAPS, C, C, 1, dtype)
-                wv = load_matrix(wv_ptr, rows_n, rows_c, MAPS, C, C, 1, dtype)
+                dm = load_matrix(dm_base, rows_n, rows_c, TOTAL_N, C, 1, TOTAL_N, dtype)
+                wb = load_matrix(wb_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
+                wv = load_matrix(wv_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
                 inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
                 dx = dot(p, dm, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION) / P_SCALE
                 if CHAINED:
@@ -235,7 +235,7 @@ def block_bwd_gather_kernel(
                     dx += tl.where(inside_x, dot(db, wb, zero, PRECISION), 0.0)
                     dx += tl.where(inside_x, dot(dv, wv, zero, PRECISION), 0.0)
                 if RESIDUAL:
-                    do = load_map(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
+                    do = load_tile(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
                     dx += do.to(ACC)
                 x_offs = cols[:, None] * stride_dx_l + rows_c[None, :] * stride_dx_c * ALIGN
                 tl.store(dx_base + x_offs, dx.to(dtype), mask=inside_x)
@@ -259,7 +259,7 @@ def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_sc
 def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
-    head_block, block_n = tiles.lanes(heads, maps // heads)
+    head_block, block_n = tiles.packed_cols(heads, maps // heads)
     sizes = max(channels, c_out), head_block * block_n
     tile = tiles.tile("block_bwd_distribute", x, *sizes, tiles.PLAIN if v is None else "v")
     ready = launch.Launch(
@@ -313,7 +313,7 @@ def _gather_side(x, dout, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta, 
     )
     return launch.Launch(
         block_bwd_gather_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
-        strided={"mask": mask}, again=True, C=channels, MAPS=maps, HAS_MASK=mask is not None,
+        strided={"mask": mask}, again=True, C=channels, TOTAL_N=maps, HAS_MASK=mask is not None,
         RESIDUAL=residual, WRITE_X=need_x, CHAINED=tiles.chains_products(x.device),
         P_SCALE=POLICIES[x.dtype].p_scale,
     )  # fmt: skip

@@ -4,7 +4,7 @@ r"""The small products between the passes over positions, with the parts of a pa
     backward    dH from parts          dG = scale · Woᵀ dH   dM = Waᵀ dG      δ = Σ_C dM∘M
 
 One launch each, on the matrix unit, with descriptors in two parts where the weights have half
-precision (``dot_wide``). A program owns a block of maps of one head of one sample, with all
+precision (``dot_2xhalf``). A program owns a block of maps of one head of one sample, with all
 features. The number of positions does not enter.
 
 M, H, dH and dM are ``(N, C, maps)``, G and dG are ``(N, heads, C_M, C_N)``, with
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
-from .primitives import GRADIENT_RANGE, dot_wide, exp, into_float16, load_matrix, log_sum, scalar
+from .primitives import GRADIENT_RANGE, dot_2xhalf, exp, into_float16, load_matrix, log_sum, scalar
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def combine_kernel(
                 m_ptrs = m_ptr + (n * C + rows_c)[:, None] * maps + (first + cols)[None, :]
                 tl.store(m_ptrs, m, mask=(rows_c < C)[:, None] & inside_n[None, :])
             wa = load_matrix(wa_ptr + head * C_M * C, rows_m, rows_c, C_M, C, C, 1, dtype)
-            g = dot_wide(wa, m, g, PRECISION)
+            g = dot_2xhalf(wa, m, g, PRECISION)
     else:
         g = _merged(
             acc_base, max_base, rows_m, cols, C_M, C_N, NUM_PARTIALS, pivot, inverse,
@@ -148,7 +148,7 @@ def combine_kernel(
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
             wo_base = wo_ptr + head * C_M
             wo = load_matrix(wo_base, rows_c, rows_m, C_OUT, C_M, HEADS * C_M, 1, dtype)
-            h = dot_wide(wo, g, tl.zeros((BLOCK_C, BLOCK_N), ACC), PRECISION) * scale
+            h = dot_2xhalf(wo, g, tl.zeros((BLOCK_C, BLOCK_N), ACC), PRECISION) * scale
             h_ptrs = h_ptr + (n * C_OUT + rows_c)[:, None] * maps + (first + cols)[None, :]
             tl.store(h_ptrs, h.to(dtype), mask=(rows_c < C_OUT)[:, None] & inside_n[None, :])
 
@@ -207,7 +207,7 @@ def combine_backward_kernel(
         wo = load_matrix(wo_base, rows_m, rows_c, C_M, C_OUT, 1, HEADS * C_M, dtype)
         if half:
             dh = dh * (1.0 / GRADIENT_RANGE)
-        dg = dot_wide(wo, dh, dg, PRECISION)
+        dg = dot_2xhalf(wo, dh, dg, PRECISION)
     if half:
         dg = dg * GRADIENT_RANGE
     lse = tl.load(lse_ptr + n * maps + first + cols, mask=inside_n, other=0.0)
@@ -225,7 +225,7 @@ def combine_backward_kernel(
         inside = (rows_c < C)[:, None] & inside_n[None, :]
         offs = (n * C + rows_c)[:, None] * maps + (first + cols)[None, :]
         wa = load_matrix(wa_ptr + head * C_M * C, rows_c, rows_m, C, C_M, 1, C, dtype)
-        dm = dot_wide(wa, dg, tl.zeros((BLOCK_C, BLOCK_N), ACC), PRECISION).to(dtype)
+        dm = dot_2xhalf(wa, dg, tl.zeros((BLOCK_C, BLOCK_N), ACC), PRECISION).to(dtype)
         tl.store(dm_ptr + offs, dm, mask=inside)
         delta += tl.sum(dm.to(ACC) * tl.load(m_ptr + offs, mask=inside, other=0.0), 0)
     tl.store(delta_ptr + n * maps + first + cols, delta, mask=inside_n)

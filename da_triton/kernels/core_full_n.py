@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..precision import POLICIES
 from ..runtime import launch, tiles
-from .primitives import dot, exp, exp_minus, load_map, load_mask, load_matrix, scalar, store_map
+from .primitives import dot, exp, exp_minus, load_mask, load_matrix, load_tile, scalar, store_tile
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _logits(
     x_base, bias_ptr, rows, cols, C_N, L, stride_c, stride_l, scale, HAS_BIAS: tl.constexpr
 ):
     """``s·(x + bias)`` of a tile, ``[BLOCK_N, BLOCK_L]``; 0 outside the map."""
-    x = load_map(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype)
+    x = load_tile(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype)
     if HAS_BIAS:
         x += tl.load(bias_ptr + rows, mask=rows < C_N, other=0.0).to(scale.dtype)[:, None]
     return x * scale
@@ -37,8 +37,8 @@ def full_n_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     bias_ptr,  # (heads·C_N,), contiguous; read if HAS_BIAS
-    lse_ptr,  # (N·heads, C_N); read if PER_MAP
-    delta_ptr,  # (N·heads, C_N): c; read if PER_MAP and GRADIENT
+    lse_ptr,  # (N·heads, C_N); read if LSE_PER_N
+    delta_ptr,  # (N·heads, C_N): c; read if LSE_PER_N and GRADIENT
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L); read if GRADIENT
     out_ptr,  # (N, heads, C_M, L); written if WRITE_OUT
@@ -77,7 +77,7 @@ def full_n_kernel(
     stride_dx_c,
     stride_dx_l,
     SOFTMAX: tl.constexpr,
-    PER_MAP: tl.constexpr,
+    LSE_PER_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WRITE_OUT: tl.constexpr,
@@ -114,7 +114,7 @@ def full_n_kernel(
     )  # fmt: skip
     if HAS_MASK:
         mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
-    if PER_MAP:
+    if LSE_PER_N:
         lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=inside_n, other=float("inf"))
         e = exp_minus(e, lse[:, None])
     elif SOFTMAX:
@@ -128,7 +128,7 @@ def full_n_kernel(
     operand = (e * E_SCALE).to(dtype)
     if WRITE_E:
         e_base = e_ptr + (n * stride_e_n + h * stride_e_h) * ALIGN
-        store_map(e_base, rows_n, cols, C_N, L, stride_e_c * ALIGN, stride_e_l, operand)
+        store_tile(e_base, rows_n, cols, C_N, L, stride_e_c * ALIGN, stride_e_l, operand)
 
     grad = tl.zeros((BLOCK_N, BLOCK_L), ACC)
     for m0 in range(0, C_M, BLOCK_M):
@@ -137,19 +137,19 @@ def full_n_kernel(
         if WRITE_OUT:
             out = dot(w, operand, tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION)
             out = out * (scale / E_SCALE)
-            store_map(out_base, rows_m, cols, C_M, L, stride_out_c * ALIGN, stride_out_l, out)
+            store_tile(out_base, rows_m, cols, C_M, L, stride_out_c * ALIGN, stride_out_l, out)
         if GRADIENT:
-            y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+            y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
             grad = dot(tl.trans(w), y, grad, PRECISION)
 
     if GRADIENT:
         grad = grad * scale
-        if PER_MAP or SOFTMAX:
+        if LSE_PER_N or SOFTMAX:
             e = _logits(
                 x_base, bias_ptr + h * C_N, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l,
                 scale_x, HAS_BIAS,
             )  # fmt: skip
-            if PER_MAP:
+            if LSE_PER_N:
                 delta = tl.load(delta_ptr + nh * C_N + rows_n, mask=inside_n, other=0.0)
                 grad = exp_minus(e, lse[:, None]) * (grad - delta[:, None])
             else:
@@ -160,7 +160,7 @@ def full_n_kernel(
             grad = tl.where(mask[None, :], grad, 0.0)  # 0 · NaN, where y holds anything
         dx_base = dx_ptr + (n * stride_dx_n + h * stride_dx_h) * ALIGN
         grad = grad * scale_x
-        store_map(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, grad)
+        store_tile(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, grad)
 
 
 def fits(x, c_n):
@@ -180,8 +180,8 @@ def distribute_backward(dz, g, v, bias, dv, z, q, *, scale, logit_scale, softmax
 
 def gather_backward(dg, a, b, delta, da, db, *, mask, lse, logit_scale):
     """Writes dA and dB where they are given. ``dg``: in the dtype of the maps."""
-    per_map = {"lse": lse, "delta": delta, "mask": mask}
-    _launch(dg, b, None, 1.0, logit_scale, y=a, out=da, dx=db, **per_map)
+    lse_per_n = {"lse": lse, "delta": delta, "mask": mask}
+    _launch(dg, b, None, 1.0, logit_scale, y=a, out=da, dx=db, **lse_per_n)
 
 
 def _launch(
@@ -205,7 +205,7 @@ def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
     return launch.Launch(
         full_n_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
         maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "mask": mask},
-        HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, PER_MAP=lse is not None,
+        HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse is not None,
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,
         E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale,

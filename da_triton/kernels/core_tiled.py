@@ -23,12 +23,12 @@ from .primitives import (
     dot,
     exp,
     exp_minus,
-    load_map,
     load_mask,
     load_matrix,
+    load_tile,
     log_sum,
     scalar,
-    store_map,
+    store_tile,
 )
 
 
@@ -62,7 +62,7 @@ def position_lse_kernel(
     total = tl.zeros((BLOCK_L,), ACC)
     for n0 in range(0, C_N, BLOCK_N):
         rows = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
-        x = load_map(x_base, rows, cols, C_N, L, stride_x_c * ALIGN, stride_x_l).to(ACC) * scale
+        x = load_tile(x_base, rows, cols, C_N, L, stride_x_c * ALIGN, stride_x_l).to(ACC) * scale
         x = tl.where((rows < C_N)[:, None], x, -float("inf"))
         new_mx = tl.maximum(mx, tl.max(x, 0))
         pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)  # −inf − (−inf) would be NaN
@@ -75,18 +75,18 @@ def position_lse_kernel(
 @triton.jit
 def _weights(
     x_base, rows, cols, C_N, L, stride_c, stride_l, lse_base, scale,
-    SOFTMAX: tl.constexpr, PER_MAP: tl.constexpr,
+    SOFTMAX: tl.constexpr, LSE_PER_N: tl.constexpr,
 ):  # fmt: skip
     """``E`` of a tile, ``[BLOCK_N, BLOCK_L]`` in the dtype of ``scale``; 0 outside the map."""
-    e = load_map(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype) * scale
+    e = load_tile(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype) * scale
     if SOFTMAX:
-        if PER_MAP:
+        if LSE_PER_N:
             lse = tl.load(lse_base + rows, mask=rows < C_N, other=float("inf"))[:, None]
         else:
             lse = tl.load(lse_base + cols, mask=cols < L, other=float("inf"))[None, :]
         e = exp_minus(e, lse)
         if (
-            not PER_MAP
+            not LSE_PER_N
         ):  # beyond the last map, exp(0 − lse) overflows where all logits are far below
             e = tl.where((rows < C_N)[:, None], e, 0.0)
     return e
@@ -96,7 +96,7 @@ def _weights(
 def apply_weights_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
-    lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
+    lse_ptr,  # (N·heads, C_N) if LSE_PER_N, else (N·heads, L); read if SOFTMAX
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L): read if PRODUCT, else written: out
     r_ptr,  # (N·heads, blocks of features, L): parts of r, written if PRODUCT
@@ -121,7 +121,7 @@ def apply_weights_kernel(
     stride_y_c,
     stride_y_l,
     SOFTMAX: tl.constexpr,
-    PER_MAP: tl.constexpr,
+    LSE_PER_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRODUCT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -145,7 +145,7 @@ def apply_weights_kernel(
     w_base = w_ptr + n * stride_w_n + h * stride_w_h
     x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
     y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
-    lse_base = lse_ptr + nh * (C_N if PER_MAP else L)
+    lse_base = lse_ptr + nh * (C_N if LSE_PER_N else L)
     scale_x = scalar(logit_scale, ACC)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
@@ -155,7 +155,7 @@ def apply_weights_kernel(
         w = load_matrix(w_base, rows_m, rows_n, C_M, C_N, stride_w_m, stride_w_k, dtype)
         e = _weights(
             x_base, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, lse_base, scale_x,
-            SOFTMAX, PER_MAP,
+            SOFTMAX, LSE_PER_N,
         )  # fmt: skip
         acc = dot(w, (e * E_SCALE).to(dtype), acc, PRECISION)
     if HAS_MASK:
@@ -163,11 +163,11 @@ def apply_weights_kernel(
         acc = tl.where(mask[None, :], acc, 0.0)
     acc = acc * (scalar(scale_out, ACC) / E_SCALE)
     if PRODUCT:
-        y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+        y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
         r = tl.sum(acc * y.to(ACC), 0)
         tl.store(r_ptr + (nh * blocks_m + block_m) * L + cols, r, mask=cols < L)
     else:
-        store_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
+        store_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
 
 
 @triton.jit(do_not_specialize=["HEADS", "PARTS"])
@@ -175,8 +175,8 @@ def grad_logits_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     y_ptr,  # (N, heads, C_M, L)
-    lse_ptr,  # (N·heads, C_N) if PER_MAP, else (N·heads, L); read if SOFTMAX
-    c_ptr,  # (N·heads, C_N) if PER_MAP, else parts (N·heads, PARTS, L); read if SOFTMAX
+    lse_ptr,  # (N·heads, C_N) if LSE_PER_N, else (N·heads, L); read if SOFTMAX
+    c_ptr,  # (N·heads, C_N) if LSE_PER_N, else parts (N·heads, PARTS, L); read if SOFTMAX
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     dx_ptr,  # (N, heads, C_N, L)
     scale_out: "fp64",
@@ -205,7 +205,7 @@ def grad_logits_kernel(
     stride_dx_c,
     stride_dx_l,
     SOFTMAX: tl.constexpr,
-    PER_MAP: tl.constexpr,
+    LSE_PER_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
@@ -227,7 +227,7 @@ def grad_logits_kernel(
     x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
     y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
     dx_base = dx_ptr + (n * stride_dx_n + h * stride_dx_h) * ALIGN
-    lse_base = lse_ptr + nh * (C_N if PER_MAP else L)
+    lse_base = lse_ptr + nh * (C_N if LSE_PER_N else L)
     scale_x = scalar(logit_scale, ACC)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
@@ -235,15 +235,15 @@ def grad_logits_kernel(
     for m0 in range(0, C_M, BLOCK_M):
         rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         w = load_matrix(w_base, rows_n, rows_m, C_N, C_M, stride_w_k, stride_w_m, dtype)
-        y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+        y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
         acc = dot(w, y, acc, PRECISION)
     acc = acc * scalar(scale_out, ACC)
     if SOFTMAX:
         e = _weights(
             x_base, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, lse_base, scale_x,
-            SOFTMAX, PER_MAP,
+            SOFTMAX, LSE_PER_N,
         )  # fmt: skip
-        if PER_MAP:
+        if LSE_PER_N:
             c = tl.load(c_ptr + nh * C_N + rows_n, mask=rows_n < C_N, other=0.0)[:, None]
         else:
             c = tl.zeros((BLOCK_L,), ACC)
@@ -254,7 +254,7 @@ def grad_logits_kernel(
     if HAS_MASK:
         mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
         acc = tl.where(mask[None, :], acc, 0.0)
-    store_map(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, acc * scale_x)
+    store_tile(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, acc * scale_x)
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -307,7 +307,7 @@ def grad_g_kernel(
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-        y = load_map(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
+        y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
         e = _weights(
             x_base, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, lse_base, scale_x,
             SOFTMAX, False,
@@ -338,9 +338,9 @@ def _position_lse(x):
     return ready.allocating(lse_dtype(x.dtype), (batch * heads, length))
 
 
-def apply_weights(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, per_map=False, mask=None):
-    """Writes ``out = scale · W E``; lse of maps (``per_map``), of positions, or no softmax."""
-    _mix(w, x, out, None, scale, logit_scale, lse, per_map, mask)
+def apply_weights(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, lse_per_n=False, mask=None):
+    """Writes ``out = scale · W E``; lse of maps (``lse_per_n``), of positions, or no softmax."""
+    _mix(w, x, out, None, scale, logit_scale, lse, lse_per_n, mask)
 
 
 def mix_product(w, x, y, *, scale, logit_scale, lse):
@@ -353,13 +353,13 @@ def mix_product(w, x, y, *, scale, logit_scale, lse):
     return r
 
 
-def _mix(w, x, y, r, scale, logit_scale, lse, per_map, mask):
-    ready = launch.prepared(_mixing, (x, w, y, r, lse, mask), per_map)
+def _mix(w, x, y, r, scale, logit_scale, lse, lse_per_n, mask):
+    ready = launch.prepared(_mixing, (x, w, y, r, lse, mask), lse_per_n)
     lse, mask, r = (x if t is None else t for t in (lse, mask, r))
     ready((w, x, lse, mask, y, r), (scale, logit_scale))
 
 
-def _mixing(x, w, y, r, lse, mask, per_map):
+def _mixing(x, w, y, r, lse, mask, lse_per_n):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("apply_weights", x, c_m, c_n)
@@ -367,26 +367,36 @@ def _mixing(x, w, y, r, lse, mask, per_map):
     return launch.Launch(
         apply_weights_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"x": x, "y": y}, strided={"w": w, "mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, PER_MAP=per_map,
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, LSE_PER_N=lse_per_n,
         HAS_MASK=mask is not None, PRODUCT=r is not None,
-        E_SCALE=POLICIES[x.dtype].p_scale if per_map else 1.0,
+        E_SCALE=POLICIES[x.dtype].p_scale if lse_per_n else 1.0,
     )  # fmt: skip
 
 
 def grad_logits(
-    w, x, y, dx, *, scale=1.0, logit_scale=1.0, lse=None, correction=None, per_map=False, mask=None
+    w,
+    x,
+    y,
+    dx,
+    *,
+    scale=1.0,
+    logit_scale=1.0,
+    lse=None,
+    correction=None,
+    lse_per_n=False,
+    mask=None,
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
 
     ``correction``: δ of the maps, or the parts of r that ``mix_product`` made.
     """
     correction = None if lse is None else correction
-    ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), per_map)
+    ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), lse_per_n)
     lse, correction, mask = (x if t is None else t for t in (lse, correction, mask))
     ready((w, x, y, lse, correction, mask, dx), (scale, logit_scale))
 
 
-def _grad_logits(x, w, y, dx, lse, correction, mask, per_map):
+def _grad_logits(x, w, y, dx, lse, correction, mask, lse_per_n):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("grad_logits", x, c_m, c_n)
@@ -395,8 +405,8 @@ def _grad_logits(x, w, y, dx, lse, correction, mask, per_map):
     return launch.Launch(
         grad_logits_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, PER_MAP=per_map,
-        PARTS=correction.shape[1] if softmax and not per_map else 1, HAS_MASK=mask is not None,
+        HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse_per_n,
+        PARTS=correction.shape[1] if softmax and not lse_per_n else 1, HAS_MASK=mask is not None,
     )  # fmt: skip
 
 

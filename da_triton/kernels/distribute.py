@@ -16,7 +16,7 @@ import triton.language as tl
 from ..precision import accumulator
 from ..runtime import guard, launch, tiles
 from . import core_full_n, core_tiled
-from .primitives import dot, load_map, load_matrix, scalar, softmax_maps, store_map
+from .primitives import dot, load_matrix, load_tile, scalar, softmax_n, store_tile
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -71,12 +71,12 @@ def distribute_kernel(
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-        v = load_map(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
+        v = load_tile(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
         q = v.to(ACC) * scale_v
         if SOFTMAX:
-            q = softmax_maps(q, rows_n, C_N)
+            q = softmax_n(q, rows_n, C_N)
         z = dot(g, q.to(dtype), tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION) * scale
-        store_map(z_base, rows_m, cols, C_M, L, stride_z_c * ALIGN, stride_z_l, z)
+        store_tile(z_base, rows_m, cols, C_M, L, stride_z_c * ALIGN, stride_z_l, z)
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -142,18 +142,18 @@ def distribute_backward_kernel(
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-        v = load_map(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
-        dz = load_map(dz_base, rows_m, cols, C_M, L, stride_dz_c * ALIGN, stride_dz_l)
+        v = load_tile(v_base, rows_n, cols, C_N, L, stride_v_c * ALIGN, stride_v_l)
+        dz = load_tile(dz_base, rows_m, cols, C_M, L, stride_dz_c * ALIGN, stride_dz_l)
         q = v.to(ACC) * scale_v
         if SOFTMAX:
-            q = softmax_maps(q, rows_n, C_N)
+            q = softmax_n(q, rows_n, C_N)
         if NEED_G:
             dg = dot(q.to(dtype), tl.trans(dz), dg, PRECISION)
         if NEED_V:
             dv = dot(g, dz, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION) * (scale * scale_v)
             if SOFTMAX:
                 dv = q * (dv - tl.sum(q * dv, 0)[None, :])
-            store_map(dv_base, rows_n, cols, C_N, L, stride_dv_c * ALIGN, stride_dv_l, dv)
+            store_tile(dv_base, rows_n, cols, C_N, L, stride_dv_c * ALIGN, stride_dv_l, dv)
     if NEED_G:
         offs = rows_m[None, :] * C_N + rows_n[:, None]
         inside = (rows_n < C_N)[:, None] & (rows_m < C_M)[None, :]
@@ -168,11 +168,11 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     ``bias``: ``(heads·n,)``, to be added to v, or None.
     """
     c_m, c_n = g.shape[2], v.shape[2]
-    z = launch.empty_map_like(v, c_m)
+    z = launch.empty_activations_like(v, c_m)
     if v.shape[0] == 0:
         return z
     scalars = {"scale": scale, "logit_scale": logit_scale}
-    in_one = tiles.one_tile(v, c_m, c_n)
+    in_one = tiles.g_fits_one_tile(v, c_m, c_n)
     if (bias is not None or not in_one) and core_full_n.fits(v, c_n):
         core_full_n.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
         return z
@@ -200,17 +200,17 @@ def _forward(v, g, z, softmax):
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     """dG (float32, float64 for float64 maps) and dV (None where not needed)."""
     batch, heads, c_n, _ = v.shape
-    dv = launch.empty_map_like(v) if need_v else None
+    dv = launch.empty_activations_like(v) if need_v else None
     if batch == 0 or not (need_g or need_v):
         shape = batch, heads, g.shape[2], c_n
         return g.new_zeros(shape, dtype=accumulator(v.dtype)) if need_g else None, dv
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
-    if tiles.one_tile(v, g.shape[2], c_n):
+    if tiles.g_fits_one_tile(v, g.shape[2], c_n):
         partials = _backward_in_one(dz, g, v, dv, need_g, **scalars)
     elif core_full_n.fits(v, c_n):
-        q = launch.empty_map_like(v) if need_g else None
+        q = launch.empty_activations_like(v) if need_g else None
         # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
-        made = launch.empty_map_like(v) if dv is None else dv
+        made = launch.empty_activations_like(v) if dv is None else dv
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
         partials = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
     else:
@@ -236,7 +236,7 @@ def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
         v = with_bias(v, bias)
         if z is not None:
             z.copy_(distribute_forward(g, v, scale, softmax, logit_scale))
-        in_one = tiles.one_tile(v, *g.shape[2:])
+        in_one = tiles.g_fits_one_tile(v, *g.shape[2:])
         backward = _backward_in_one if in_one else _backward_in_blocks
         partials = backward(dz, g, v, dv, True, **scalars)
     return partials.unflatten(0, v.shape[:2])

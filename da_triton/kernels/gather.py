@@ -28,13 +28,13 @@ from .primitives import (
     dot,
     exp,
     exp_minus,
-    load_map,
     load_mask,
     load_matrix,
+    load_tile,
     log_sum,
     online_softmax,
     scalar,
-    store_map,
+    store_tile,
 )
 
 SOURCE = ("N--L", "N--L", "NL")
@@ -130,8 +130,8 @@ def gather_kernel(
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         taking_part = cols < L
-        b = load_map(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
-        a = load_map(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
+        b = load_tile(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
+        a = load_tile(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
         if HAS_MASK:
             taking_part = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
             a = tl.where(taking_part[None, :], a, 0.0)  # a masked position may hold NaN
@@ -280,7 +280,7 @@ def gather_backward_kernel(
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-        b = load_map(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
+        b = load_tile(b_base, rows_n, cols, C_N, L, stride_b_c * ALIGN, stride_b_l)
         p = exp_minus(b.to(ACC) * scale, lse[:, None])
         if HAS_MASK:
             mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
@@ -289,14 +289,14 @@ def gather_backward_kernel(
             p_operand = (p * P_SCALE).to(dtype)
             da = dot(tl.trans(dg), p_operand, tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION)
             da = da / P_SCALE
-            store_map(da_base, rows_m, cols, C_M, L, stride_da_c * ALIGN, stride_da_l, da)
+            store_tile(da_base, rows_m, cols, C_M, L, stride_da_c * ALIGN, stride_da_l, da)
         if NEED_B:
-            a = load_map(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
+            a = load_tile(a_base, rows_m, cols, C_M, L, stride_a_c * ALIGN, stride_a_l)
             dp = dot(dg, a, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION)
             db = scale * p * (dp - delta[:, None])
             if HAS_MASK:
                 db = tl.where(mask[None, :], db, 0.0)  # 0 · NaN, where A holds anything
-            store_map(db_base, rows_n, cols, C_N, L, stride_db_c * ALIGN, stride_db_l, db)
+            store_tile(db_base, rows_n, cols, C_N, L, stride_db_c * ALIGN, stride_db_l, db)
 
 
 @guard.proved(
@@ -407,8 +407,8 @@ def _gathering(
 
 def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     """dA and dB (None where not needed) from dG and dlse (or None), the inputs, G and lse."""
-    da = launch.empty_map_like(a) if need_a else None
-    db = launch.empty_map_like(b) if need_b else None
+    da = launch.empty_activations_like(a) if need_a else None
+    db = launch.empty_activations_like(b) if need_b else None
     if a.shape[0] and (need_a or need_b):
         dg, correction, lse = delta.lowp_and_delta(dg[:, :, None], g, a.dtype, lse, dlse=dlse)
         backward(dg, correction, a, b, mask, lse, da, db, logit_scale)
@@ -431,16 +431,18 @@ def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
 def backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
     """Writes dA and dB, unless None, from dG in the dtype of the maps, δ and lse (``delta``)."""
     c_m, c_n = a.shape[2], b.shape[2]
-    if not tiles.one_tile(a, c_m, c_n):
+    if not tiles.g_fits_one_tile(a, c_m, c_n):
         maps = {"logit_scale": logit_scale, "lse": lse, "mask": mask}
         if core_full_n.fits(b, c_n):
-            db = launch.empty_map_like(b) if db is None else db  # the same bits, needed or not
+            db = (
+                launch.empty_activations_like(b) if db is None else db
+            )  # the same bits, needed or not
             core_full_n.gather_backward(dg, a, b, correction, da, db, **maps)
             return
         if da is not None:
-            core_tiled.apply_weights(dg, b, da, per_map=True, **maps)
+            core_tiled.apply_weights(dg, b, da, lse_per_n=True, **maps)
         if db is not None:
-            core_tiled.grad_logits(dg, b, a, db, correction=correction, per_map=True, **maps)
+            core_tiled.grad_logits(dg, b, a, db, correction=correction, lse_per_n=True, **maps)
         return
     ready = launch.prepared(_backward, (a, b, dg, da, db, mask, lse, correction))
     tensors = dg, a, b, mask, lse, correction, da, db

@@ -27,7 +27,7 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_wide(w, x, acc, PRECISION: tl.constexpr):
+def dot_2xhalf(w, x, acc, PRECISION: tl.constexpr):
     """``acc + w @ x`` for x in the accumulator's dtype.
 
     Where w has half precision, x goes to the matrix unit in two parts, which together hold twice
@@ -119,14 +119,14 @@ def offsets(base, rows, cols, stride_c, stride_l):
 
 
 @triton.jit
-def load_map(base, rows, cols, C, L, stride_c, stride_l):
+def load_tile(base, rows, cols, C, L, stride_c, stride_l):
     """A tile of a feature map, zero outside it."""
     inside = (rows < C)[:, None] & (cols < L)[None, :]
     return tl.load(offsets(base, rows, cols, stride_c, stride_l), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_map(base, rows, cols, C, L, stride_c, stride_l, value):
+def store_tile(base, rows, cols, C, L, stride_c, stride_l, value):
     """Writes a tile of a feature map, rounded once to the tensor's dtype."""
     inside = (rows < C)[:, None] & (cols < L)[None, :]
     ptrs = offsets(base, rows, cols, stride_c, stride_l)
@@ -154,7 +154,7 @@ def load_mask(base, cols, L, stride_l):
 
 
 @triton.jit
-def softmax_maps(v, rows_n, C_N):
+def softmax_n(v, rows_n, C_N):
     """Softmax over all maps of every position, ``[BLOCK_N, BLOCK_L]``; rows beyond C_N give 0."""
     v = tl.where((rows_n < C_N)[:, None], v, -float("inf"))
     q = exp(v - tl.max(v, 0)[None, :])

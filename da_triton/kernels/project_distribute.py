@@ -1,4 +1,4 @@
-r"""Pass 2 of the fused block: ``out = H softmax_maps(s (Wv X + bv)) + bo (+ X)``, X read once more.
+r"""Pass 2 of the fused block: ``out = H softmax_n(s (Wv X + bv)) + bo (+ X)``, X read once more.
 
 A program holds positions with all maps of all heads: it projects V, takes the softmax
 over the maps of each head, multiplies with H, adds bias and X, and writes each element of the
@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 
 from ..runtime import guard, launch, tiles
-from .primitives import dot, exp, load_map, load_matrix, scalar
+from .primitives import dot, exp, load_matrix, load_tile, scalar
 
 
 @triton.jit
-def rows_of_lanes(lanes, HEADS, C_N, PACKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """The map of each lane, head-major; beyond the last map where the lane stands for none.
 
     PACKED: lanes are maps, which the compiler must see to load several at once.
     """
     if PACKED:
-        rows = lanes
+        rows = packed_cols
     else:
-        head, within = lanes // BLOCK_N, lanes % BLOCK_N
+        head, within = packed_cols // BLOCK_N, packed_cols % BLOCK_N
         rows = tl.where((head < HEADS) & (within < C_N), head * C_N + within, HEADS * C_N)
     return rows
 
@@ -94,8 +94,8 @@ def project_distribute_kernel(
     split = pid % NUM_SPLITS
     n = (pid // NUM_SPLITS).to(tl.int64)
     maps = HEADS * C_N
-    lanes = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
-    rows_n = rows_of_lanes(lanes, HEADS, C_N, PACKED, BLOCK_N)
+    packed_cols = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
+    rows_n = rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED, BLOCK_N)
     x_base = x_ptr + n * stride_x_n * ALIGN
     v_base = v_ptr + n * stride_v_n * ALIGN
     out_base = out_ptr + n * stride_out_n * ALIGN
@@ -114,12 +114,12 @@ def project_distribute_kernel(
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         z = tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC)
         if WHOLE:
-            x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
             z = dot(x, w, z, PRECISION)
         else:
             for c0 in range(0, C, BLOCK_C):
                 rows = c0 + rows_c
-                xc = load_map(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
+                xc = load_tile(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
                 wc = load_matrix(w_ptr, rows, rows_n, C, maps, 1, C, dtype)
                 z = dot(xc, wc, z, PRECISION)
         if HAS_BIAS:
@@ -150,7 +150,7 @@ def project_distribute_kernel(
                     bo = tl.load(bias_out_ptr + rows, mask=rows < C_OUT, other=0.0)
                     y += bo.to(ACC)[None, :]
                 if RESIDUAL:
-                    xc = load_map(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
+                    xc = load_tile(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
                     y += xc.to(ACC)
                 ptrs = out_base + cols[:, None] * stride_out_l
                 ptrs += rows[None, :] * stride_out_c * ALIGN
@@ -177,9 +177,9 @@ def project_distribute(
 def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax, residual):
     batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
-    head_block, block_n = tiles.lanes(heads, maps // heads)
+    head_block, block_n = tiles.packed_cols(heads, maps // heads)
     sizes = max(channels, c_out), head_block * block_n
-    whole = tiles.holds_all(*sizes)
+    whole = tiles.channels_fit(*sizes)
     kernel = "project_distribute" if whole else "project_distribute_blocks"
     tile = tiles.tile(kernel, x, *sizes, tiles.PLAIN if v is None else "v")
     return launch.Launch(

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..precision import accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import dot, load_map, load_mask, load_matrix, online_softmax, scalar
+from .primitives import dot, load_mask, load_matrix, load_tile, online_softmax, scalar
 
 BLOCK_C = 64  # channels in a step of gather_from_a
 
@@ -27,14 +27,14 @@ BLOCK_C = 64  # channels in a step of gather_from_a
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_from_x_kernel(
     x_ptr,  # (N, C, L)
-    w_ptr,  # (MAPS, C), contiguous: Wb
+    w_ptr,  # (TOTAL_N, C), contiguous: Wb
     mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    acc_ptr,  # (N, NUM_SPLITS, MAPS, C) float32/64
-    max_ptr,  # (N, NUM_SPLITS, MAPS)
-    sum_ptr,  # (N, NUM_SPLITS, MAPS)
+    acc_ptr,  # (N, NUM_SPLITS, TOTAL_N, C) float32/64
+    max_ptr,  # (N, NUM_SPLITS, TOTAL_N)
+    sum_ptr,  # (N, NUM_SPLITS, TOTAL_N)
     logit_scale: "fp64",
     C,
-    MAPS,
+    TOTAL_N,
     L_UNITS,
     BLOCKS_PER_SPLIT,
     NUM_SPLITS,
@@ -53,7 +53,7 @@ def gather_from_x_kernel(
 ):
     """One program: a block of maps, a chunk of positions, a sample. BLOCK_C ≥ C."""
     L = L_UNITS * ALIGN
-    blocks_n = tl.cdiv(MAPS, BLOCK_N)
+    blocks_n = tl.cdiv(TOTAL_N, BLOCK_N)
     pid = tl.program_id(0)
     split = (pid // blocks_n) % NUM_SPLITS
     n = (pid // (blocks_n * NUM_SPLITS)).to(tl.int64)
@@ -62,7 +62,7 @@ def gather_from_x_kernel(
     x_base = x_ptr + n * stride_x_n * ALIGN
     scale = scalar(logit_scale, ACC)
 
-    w = load_matrix(w_ptr, rows_n, rows_c, MAPS, C, C, 1, w_ptr.dtype.element_ty)
+    w = load_matrix(w_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, w_ptr.dtype.element_ty)
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
@@ -70,7 +70,7 @@ def gather_from_x_kernel(
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         taking_part = cols < L
-        x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
+        x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
         if HAS_MASK:
             taking_part = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
             x = tl.where(taking_part[None, :], x, 0.0)  # it may hold anything, even NaN
@@ -79,8 +79,8 @@ def gather_from_x_kernel(
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(x.dtype), tl.trans(x), acc * rescale[:, None], PRECISION)
 
-    partial = (n * NUM_SPLITS + split) * MAPS
-    inside_n = rows_n < MAPS
+    partial = (n * NUM_SPLITS + split) * TOTAL_N
+    inside_n = rows_n < TOTAL_N
     tl.store(max_ptr + partial + rows_n, mx, mask=inside_n)
     tl.store(sum_ptr + partial + rows_n, total, mask=inside_n)
     ptrs = acc_ptr + (partial + rows_n)[:, None] * C + rows_c[None, :]
@@ -153,7 +153,7 @@ def gather_from_a_kernel(
             a = tl.zeros((BLOCK_M, BLOCK_L), ACC)
         for c0 in range(0, C, BLOCK_C):
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
-            x = load_map(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
+            x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
             wb = load_matrix(wb_base, rows_n, rows_c, C_N, C, C, 1, dtype)
             wa = load_matrix(wa_base, rows_m, rows_c, C_M, C, C, 1, dtype)
             z = dot(wb, x, z, PRECISION)
@@ -194,7 +194,7 @@ def _gather_from_x(x, weight_b, mask):
     tile = tiles.tile("gather_from_x", x, channels, maps, variant)
     ready = launch.Launch(
         gather_from_x_kernel, x, tile, batch * -(-maps // tile.block_n),
-        maps={"x": x}, strided={"mask": mask}, C=channels, MAPS=maps, HAS_MASK=mask is not None,
+        maps={"x": x}, strided={"mask": mask}, C=channels, TOTAL_N=maps, HAS_MASK=mask is not None,
     )  # fmt: skip
     return _allocating(ready, x, maps, channels)
 

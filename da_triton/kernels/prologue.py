@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..projection import channels_last
 from ..runtime import launch
-from .primitives import load_map, store_map
+from .primitives import load_tile, store_tile
 
 BLOCK = 4096
 BLOCK_C, BLOCK_L = 32, 128
@@ -79,11 +79,11 @@ def operands_kernel(
         y = tl.zeros((BLOCK_C, BLOCK_L), ACC)
         if HAS_X:
             x_base = x_ptr + n * stride_x_n * ALIGN
-            y += load_map(x_base, rows, cols, C, L, stride_x_c * ALIGN, stride_x_l).to(ACC)
+            y += load_tile(x_base, rows, cols, C, L, stride_x_c * ALIGN, stride_x_l).to(ACC)
         if HAS_BIAS:
             y += tl.load(bias_ptr + rows, mask=rows < C, other=0.0).to(ACC)[:, None]
         start_base = start_ptr + n * stride_start_n * ALIGN
-        store_map(start_base, rows, cols, C, L, stride_start_c * ALIGN, stride_start_l, y)
+        store_tile(start_base, rows, cols, C, L, stride_start_c * ALIGN, stride_start_l, y)
 
 
 def prepare(like, weights, *, g=None, x=None, bias=None, start=None):

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..precision import accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_map, load_matrix, scalar, split
+from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_matrix, load_tile, scalar, split
 
 LEAST_BLOCKS = 4  # of positions in a chunk
 
@@ -62,8 +62,8 @@ def outer_product_kernel(
         n = block // blocks
         cols = block % blocks * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)
         t_base, x_base = t_ptr + n * stride_t_n * ALIGN, x_ptr + n * stride_x_n * ALIGN
-        t = load_map(t_base, rows_n, cols, ROWS, L, stride_t_c * ALIGN, stride_t_l)
-        x = load_map(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+        t = load_tile(t_base, rows_n, cols, ROWS, L, stride_t_c * ALIGN, stride_t_l)
+        x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
         acc = dot(t, x, acc, PRECISION)
         total += tl.sum(t.to(ACC), 1)
     offs = (chunk * ROWS + rows_n)[:, None] * C + rows_c[None, :]

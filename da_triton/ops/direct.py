@@ -30,13 +30,13 @@ class Call:
         self.wants_gradient = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *weights)
         )
-        self.maps_shape: Any = (*x.shape[:2], x.shape[2:].numel())
+        self.x_shape: Any = (*x.shape[:2], x.shape[2:].numel())
         # Tuples of ints: ``view`` parses them faster than a torch.Size.
         self.shapes: Any = [None if w is None else tuple(w.shape[:2]) for w in weights]
         last = weights[0] if weights[6] is None else weights[6]
         self.out_shape = (x.shape[0], last.shape[0], *x.shape[2:])
-        self.mask_shape = (x.shape[0], self.maps_shape[2])
-        self.grad_shape: Any = (x.shape[0], last.shape[0], self.maps_shape[2])
+        self.mask_shape = (x.shape[0], self.x_shape[2])
+        self.grad_shape: Any = (x.shape[0], last.shape[0], self.x_shape[2])
         self.channels_last = channels_last(x)
 
     @classmethod
@@ -67,7 +67,7 @@ class Call:
             None if out is None else see(out, *shape_out), bias_out,
         )  # fmt: skip
         mask = None if mask is None else see(mask, *self.mask_shape)
-        return see(x, *self.maps_shape), w, mask
+        return see(x, *self.x_shape), w, mask
 
     def forward(self, x: Tensor, w: Weights, mask: Any) -> tuple[Tensor, Any]:
         """The result ``(N, C', L)``, and tensors (or None) for ``backward``."""

@@ -169,7 +169,7 @@ def routes(
             cached = chunk * _bytes(s) <= CACHE
             both = not one and not two
             steps = (
-                *gather_steps(s, o, one, num_splits, limits.map_blocks, both),
+                *gather_steps(s, o, one, num_splits, limits.blocks_of_n, both),
                 *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
             )
             gather, distribute = ("fused" if way else "unfused" for way in (one, two))
@@ -189,7 +189,7 @@ def _backward(
         for o in orders(s.reconstruct)
     ]
     if limits.backward:
-        sizes = num_splits, limits.backward, limits.map_blocks, saved_v
+        sizes = num_splits, limits.backward, limits.blocks_of_n, saved_v
         candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])

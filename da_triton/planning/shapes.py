@@ -106,6 +106,6 @@ class Limits(NamedTuple):
     gather_from_a: int
     project_distribute: int
     backward: int  # of the pass that writes dX
-    map_blocks: int  # of gather_from_x
+    blocks_of_n: int  # of gather_from_x
     whole: bool  # project_distribute keeps all channels of a tile at hand
     core: CoreLimits

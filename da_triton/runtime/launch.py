@@ -124,7 +124,7 @@ def chunks(programs, length, tile, device):
     return blocks_per_split, -(-blocks // blocks_per_split)
 
 
-def empty_map_like(x, channels=None):
+def empty_activations_like(x, channels=None):
     """Uninitialised ``(N, heads, channels, positions)`` in the memory format of x.
 
     Channels-last memory is ``(N, positions, heads, channels)``, as a convolution's output has it.

@@ -101,13 +101,13 @@ def gather_backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
 
 
 def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
-    z = launch.empty_map_like(v, g.shape[2])
+    z = launch.empty_activations_like(v, g.shape[2])
     q = _weights(v, bias, softmax, logit_scale).to(v.dtype)
     return z.copy_(scale * _dot(g.to(v.dtype), q))
 
 
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
-    dv = launch.empty_map_like(v) if need_v else None
+    dv = launch.empty_activations_like(v) if need_v else None
     found = _distribute_gradients(dz, g, v, None, dv, scale, softmax, logit_scale)
     return found if need_g else None, dv
 

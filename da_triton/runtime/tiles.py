@@ -165,7 +165,7 @@ def chains_products(device):
 
 # The largest G that one program holds whole, in both directions, by class of dtype; and the
 # smallest block of a kernel of the core.
-ONE_TILE = {"half": 128, "float32": 32, "float64": 32}
+LARGEST_G_TILE = {"half": 128, "float32": 32, "float64": 32}
 SMALLEST = {"half": 32, "float32": 32, "float64": 16}
 ANY = 1 << 30
 
@@ -221,7 +221,7 @@ def blocks(kernel: str, tile_class: str, features: int, maps: int) -> tuple[int,
     block_m = min(_power(features, max(m[0], least)), m[1])
     block_n = min(_power(maps, max(n[0], least)), n[1])
     if kernel == "gather_from_x":
-        block_n = min(block_n, max(32, ONE_TILE["half"] ** 2 // block_m))
+        block_n = min(block_n, max(32, LARGEST_G_TILE["half"] ** 2 // block_m))
     return block_m, block_n
 
 
@@ -245,17 +245,17 @@ def _power(size, least):
     return max(least, 1 << (size - 1).bit_length())
 
 
-def one_tile(x, c_m, c_n):
+def g_fits_one_tile(x, c_m, c_n):
     """Whether one program can hold all of G."""
-    return max(c_m, c_n) <= ONE_TILE[POLICIES[x.dtype].tile_class]
+    return max(c_m, c_n) <= LARGEST_G_TILE[POLICIES[x.dtype].tile_class]
 
 
-def holds_all(features, maps):
+def channels_fit(features, maps):
     """Whether ``project_distribute`` keeps a tile of X, with all its channels, between products."""
-    return _power(features, 64) * _power(maps, 32) <= ONE_TILE["half"] ** 2
+    return _power(features, 64) * _power(maps, 32) <= LARGEST_G_TILE["half"] ** 2
 
 
-def lanes(heads, c_n):
+def packed_cols(heads, c_n):
     """(heads, maps of a head) in a tile with all maps of all heads: powers of two."""
     head_block = _power(heads, 1)
     return head_block, max(_power(c_n, 1), 32 // head_block)

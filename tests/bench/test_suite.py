@@ -122,7 +122,7 @@ def test_meta_tensors_are_launched_as_real_ones_are(recorded):
     def keys(launches):
         return {str({k: x for k, x in each.items() if k != "test"}) for each in launches}
 
-    names = ("one_tile-nchw", "many_features-nhwc")
+    names = ("g_fits_one_tile-nchw", "many_features-nhwc")
     tests = [f"{SAMPLE}::test_fakes_have_the_true_strides[{name}]" for name in names]
     real = suite.record(tests, interpret=True)
     assert not any(test["ended"] for test in real.tests)

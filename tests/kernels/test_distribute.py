@@ -8,7 +8,7 @@ import torch
 from da_triton import reference
 from da_triton.ops.triton import core
 from support.cases import CASES, LARGEST, each_case
-from support.cases import ONE_TILE as CASE
+from support.cases import LARGEST_G_TILE as CASE
 from support.compare import check_against_reference, step
 from support.numerics import DEVICE, DTYPES, TOLERANCE, peaky, relative_rms
 

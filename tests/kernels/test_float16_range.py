@@ -12,7 +12,7 @@ from support.block import NAMES, ROUTES, definition, run
 from support.block import Case as Sizes
 from support.block import inputs as block_inputs
 from support.cases import CASES, Case
-from support.cases import ONE_TILE as CASE
+from support.cases import LARGEST_G_TILE as CASE
 from support.numerics import DEVICE, check, peaky
 
 DTYPE = torch.float16

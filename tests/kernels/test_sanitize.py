@@ -57,7 +57,7 @@ def block(sizes, way, order, backward):
 
 SMALL, BY_CHANNELS = (20, 6, 4), (130, 6, 68)
 GROUPS = {
-    "core-one_tile": lambda: core(2, 5, 9),
+    "core-g_fits_one_tile": lambda: core(2, 5, 9),
     "core-positions_in_chunks": lambda: core(1, 5, 3, 3001),
     "core-full_n": lambda: core(2, 130, 9),
     "core-blocks": lambda: core(1, 5, 514),
@@ -69,7 +69,7 @@ GROUPS = {
 }
 
 
-INTERPRETED = ("core-one_tile", "block-fused")  # the others take long without a GPU
+INTERPRETED = ("core-g_fits_one_tile", "block-fused")  # the others take long without a GPU
 
 
 @pytest.mark.sanitize

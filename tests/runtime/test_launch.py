@@ -49,9 +49,9 @@ def test_memory_formats():
     nchw, nhwc = torch.empty(2, 3, 4, 5), torch.empty(2, 5, 3, 4).permute(0, 2, 3, 1)
     assert not launch.is_channels_last(nchw)
     assert launch.is_channels_last(nhwc)
-    assert launch.empty_map_like(nchw, 7).stride() == (105, 35, 5, 1)
-    assert launch.empty_map_like(nhwc, 7).stride() == (105, 7, 1, 21)
-    assert launch.empty_map_like(nhwc).stride() == nhwc.stride()
+    assert launch.empty_activations_like(nchw, 7).stride() == (105, 35, 5, 1)
+    assert launch.empty_activations_like(nhwc, 7).stride() == (105, 7, 1, 21)
+    assert launch.empty_activations_like(nhwc).stride() == nhwc.stride()
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_variants_have_a_plain_entry_which_is_another(arch):
 @each_architecture
 def test_kernels_of_the_core_have_a_tile_for_any_size_and_dtype(arch):
     for policy in POLICIES.values():
-        largest = tiles.ONE_TILE[policy.tile_class]
+        largest = tiles.LARGEST_G_TILE[policy.tile_class]
         for kernel in tiles.CORE:
             most = 2048 if BLOCKS[kernel].walks else largest
             for sizes in ((1, 1), (1, most), (most, 1), (most, most), (19, 24)):

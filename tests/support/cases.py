@@ -22,14 +22,14 @@ class Case:
 
 
 CASES = [
-    Case("one_tile", heads=2, m=24, n=19, length=150),
+    Case("g_fits_one_tile", heads=2, m=24, n=19, length=150),
     Case("one_map", heads=1, m=33, n=1, length=98),
     Case("full_tile", heads=1, m=128, n=128, length=196, batch=1),
     Case("many_features", heads=1, m=200, n=20, length=98),
     Case("many_maps", heads=2, m=20, n=150, length=98, batch=1),
     Case("many_of_both", heads=1, m=130, n=130, length=196, batch=1),
 ]
-ONE_TILE = CASES[0]
+LARGEST_G_TILE = CASES[0]
 LARGEST = Case("largest", heads=1, m=2048, n=512, length=49, batch=1)
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

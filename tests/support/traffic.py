@@ -41,7 +41,7 @@ def count():
     loaded: list[np.ndarray] = []  # sectors, by operation
     stored: list[np.ndarray] = []
 
-    def lanes(pointers, mask):
+    def packed_cols(pointers, mask):
         mask = np.broadcast_to(getattr(mask, "data", mask), pointers.data.shape)
         return pointers.data[mask], pointers.get_element_ty().primitive_bitwidth // 8
 
@@ -51,13 +51,13 @@ def count():
         return sectors.size
 
     def load(original, self, pointers, mask, *args, **kwargs):
-        addresses, size = lanes(pointers, mask)
+        addresses, size = packed_cols(pointers, mask)
         current.load_bytes += addresses.size * size
         current.load_sectors += touch(loaded, addresses)
         return original(self, pointers, mask, *args, **kwargs)
 
     def store(original, self, pointers, value, mask, *args, **kwargs):
-        addresses, size = lanes(pointers, mask)
+        addresses, size = packed_cols(pointers, mask)
         current.store_bytes += addresses.size * size
         touch(stored, addresses)
         return original(self, pointers, value, mask, *args, **kwargs)

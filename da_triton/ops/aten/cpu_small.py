@@ -54,7 +54,7 @@ class Call(direct.Call):
         self.batch, self.heads = batch, o.heads
         self.one = batch == 1
         if self.one:
-            self.maps_shape, self.grad_shape = self.maps_shape[1:], self.grad_shape[1:]
+            self.x_shape, self.grad_shape = self.x_shape[1:], self.grad_shape[1:]
         few = length * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
         self.short = few and order == AZ
         self.mm: Any = torch.mm if self.one else torch.bmm

@@ -161,8 +161,8 @@ def gather_backward_op(
 
 @gather_backward_op.register_fake
 def _(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
-    da = launch.empty_map_like(a) if need_a else None
-    db = launch.empty_map_like(b) if need_b else None
+    da = launch.empty_activations_like(a) if need_a else None
+    db = launch.empty_activations_like(b) if need_b else None
     return or_empty(da, a), or_empty(db, b)
 
 
@@ -247,7 +247,7 @@ def distribute_op(g: Tensor, v: Tensor, scale: float, softmax: bool, logit_scale
 
 @distribute_op.register_fake
 def _(g, v, scale, softmax, logit_scale):
-    return launch.empty_map_like(v, g.shape[2])
+    return launch.empty_activations_like(v, g.shape[2])
 
 
 @torch.library.custom_op("da_triton::distribute_backward", mutates_args=())
@@ -271,7 +271,7 @@ def distribute_backward_op(
 @distribute_backward_op.register_fake
 def _(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     dg = g.new_empty(g.shape, dtype=accumulator(v.dtype)) if need_g else None
-    dv = launch.empty_map_like(v) if need_v else None
+    dv = launch.empty_activations_like(v) if need_v else None
     return or_empty(dg, g), or_empty(dv, v)
 
 

@@ -5,7 +5,7 @@ from ...projection import project
 from ...runtime import tiles
 
 
-def project_maps(x, matrices, rows, heads):
+def project_abv(x, matrices, rows, heads):
     """Maps of so many ``rows``, each by head and without bias, from what ``operands`` prepared."""
     if len(matrices) == 1:
         maps = project(x, matrices[0][: sum(rows)], None).split(rows, 1)

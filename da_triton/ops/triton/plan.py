@@ -23,8 +23,8 @@ def kernel_limits(shape, c_out, arch, processors):
     """What the planner needs to know of the kernels on a GPU."""
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
-    widest, full_n = max(channels, c_out), math.prod(tiles.lanes(shape.heads, n))
-    whole = tiles.holds_all(widest, full_n)
+    widest, full_n = max(channels, c_out), math.prod(tiles.packed_cols(shape.heads, n))
+    whole = tiles.channels_fit(widest, full_n)
     pass_2 = "project_distribute" if whole else "project_distribute_blocks"
 
     def positions_of(kernel, features, maps, variant=tiles.PLAIN):
@@ -52,10 +52,10 @@ def kernel_limits(shape, c_out, arch, processors):
         gather_from_a=positions(("gather_from_a", m, n), small),
         project_distribute=positions((pass_2, widest, full_n), small),
         backward=positions(*backward) if shape.reconstruct else 0,
-        map_blocks=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
+        blocks_of_n=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
         whole=whole,
         core=CoreLimits(
-            tiles.ONE_TILE[tile_class],
+            tiles.LARGEST_G_TILE[tile_class],
             *(positions_of("full_n", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
         ),
     )

@@ -120,7 +120,7 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
         partials = core_gather.gather_partials([source], o.logit_scale)
         _, h = combine.merge_partials(partials, w, lse, g, **small)
         return h if want_h else g.to(x.dtype), v
-    lowp = _gather_maps(source, w, lse, g, o, from_x)
+    lowp = _gather_unfused(source, w, lse, g, o, from_x)
     return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else lowp, v
 
 
@@ -129,12 +129,12 @@ def _project(x, w, mask, o, from_x, with_v, adding):
     weights = [] if from_x else [w.a]
     weights += [w.b, w.v] if with_v else [w.b]
     matrices, _ = prologue.prepare(x, weights, **adding)
-    maps = gemms.project_maps(x, matrices, [len(weight) for weight in weights], o.heads)
+    maps = gemms.project_abv(x, matrices, [len(weight) for weight in weights], o.heads)
     v = maps.pop() if with_v else None
     return (shared(x, o.heads) if from_x else maps[0], maps[-1], mask), v
 
 
-def _gather_maps(source, w, lse, g, o, from_x):
+def _gather_unfused(source, w, lse, g, o, from_x):
     """Writes lse and G with the core's kernel; returns G in the dtype of the maps."""
     results = g, lse.unflatten(1, (o.heads, -1))
     lowp = torch.empty_like(g, dtype=source[0].dtype)

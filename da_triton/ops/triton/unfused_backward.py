@@ -31,10 +31,10 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     rows = [len(weight) for weight in weights]
     matrices, lowp = prologue.prepare(x, weights, g=g)
     if v is None:
-        *a, b, v = gemms.project_maps(x, matrices, rows, o.heads)
+        *a, b, v = gemms.project_abv(x, matrices, rows, o.heads)
         bias_v = w.bias_v
     else:
-        *a, b = gemms.project_maps(x, matrices, rows[:-1], o.heads)
+        *a, b = gemms.project_abv(x, matrices, rows[:-1], o.heads)
         v, bias_v = by_head(v, o.heads), None
     runs = [rows] if len(matrices) == 1 else [[r] for r in rows]
     grads = [launch.empty_rows_like(x, sum(run)) for run in runs]
@@ -126,7 +126,7 @@ def _into_x(partials, x, b, mask, lse, w, db, o, dx, needs):
         return None, dwa, dba
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
     dm, correction, lse = delta.lowp_and_delta(dm[:, :, None], m, x.dtype, lse)
-    through_m = launch.empty_map_like(copies) if needs.x else None
+    through_m = launch.empty_activations_like(copies) if needs.x else None
     core_gather.backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
     if through_m is not None:
         through_m = through_m.squeeze(1) if o.heads == 1 else through_m.sum(1)

@@ -5,7 +5,7 @@ import torch
 
 from da_triton import reference
 from da_triton.ops.aten import core as aten
-from support.cases import ONE_TILE, each_case
+from support.cases import LARGEST_G_TILE, each_case
 from support.compare import check_against_reference
 from support.numerics import DEVICE, DTYPES, check, peaky, relative_rms
 
@@ -48,7 +48,7 @@ def test_matches_the_definition(case, dtype, masked, softmax, channels_last):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_extra_tokens(masked):
-    case = ONE_TILE
+    case = LARGEST_G_TILE
     a, b, _ = operands(case, torch.float32)
     mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.4 if masked else None
     extra = (peaky(2, 2, c, 4, dtype=torch.float32) for c in (24, 19))
@@ -75,8 +75,8 @@ def test_twice_differentiable():
 
 
 def test_all_masked_maps_have_zero_gradients():
-    a, b, _ = operands(ONE_TILE, torch.float32)
-    mask = torch.zeros(ONE_TILE.batch, ONE_TILE.length, dtype=torch.bool, device=DEVICE)
+    a, b, _ = operands(LARGEST_G_TILE, torch.float32)
+    mask = torch.zeros(LARGEST_G_TILE.batch, LARGEST_G_TILE.length, dtype=torch.bool, device=DEVICE)
     g = aten.gather(a, b, mask=mask)
     g.sum().backward()
     assert not g.any()
@@ -85,7 +85,7 @@ def test_all_masked_maps_have_zero_gradients():
 
 
 def test_a_wrong_reference_is_rejected():
-    a, b, v = operands(ONE_TILE, torch.float32)
+    a, b, v = operands(LARGEST_G_TILE, torch.float32)
     right = aten.distribute(aten.gather(a, b), v)
     wrong = a @ b.softmax(-1).mT @ v.softmax(-1)
     with pytest.raises(AssertionError):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from da_triton import ops, reference
 from da_triton.ops.triton import core
 from da_triton.runtime import launch
-from support.cases import CASES, ONE_TILE, each_case
+from support.cases import CASES, LARGEST_G_TILE, each_case
 from support.numerics import DEVICE, check, peaky
 
 LAYOUTS = [False, True]
@@ -24,8 +24,12 @@ def operands(case, dtype=torch.float32, channels_last=False):
 @pytest.mark.parametrize("channels_last", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck_gather(masked, channels_last):
-    a, b, _ = operands(ONE_TILE, channels_last=channels_last)
-    mask = torch.rand(ONE_TILE.batch, ONE_TILE.length, device=DEVICE) > 0.5 if masked else None
+    a, b, _ = operands(LARGEST_G_TILE, channels_last=channels_last)
+    mask = (
+        torch.rand(LARGEST_G_TILE.batch, LARGEST_G_TILE.length, device=DEVICE) > 0.5
+        if masked
+        else None
+    )
     extra = [peaky(2, 2, c, 4, dtype=a.dtype) for c in (24, 19)] if masked else [None, None]
     for need in (False, True):
         args = (a.requires_grad_(need), b.requires_grad_(need), mask, *extra, 0.7)
@@ -41,12 +45,20 @@ def test_opcheck_gather(masked, channels_last):
 @pytest.mark.parametrize("channels_last", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("softmax", [False, True])
 def test_opcheck_distribute(softmax, channels_last):
-    _, _, v = operands(ONE_TILE, channels_last=channels_last)
-    g = peaky(ONE_TILE.batch, ONE_TILE.heads, ONE_TILE.m, ONE_TILE.n, dtype=v.dtype)
+    _, _, v = operands(LARGEST_G_TILE, channels_last=channels_last)
+    g = peaky(
+        LARGEST_G_TILE.batch,
+        LARGEST_G_TILE.heads,
+        LARGEST_G_TILE.m,
+        LARGEST_G_TILE.n,
+        dtype=v.dtype,
+    )
     for need in (False, True):
         args = (g.requires_grad_(need), v.requires_grad_(need), 1.3, softmax, 0.7)
         torch.library.opcheck(core.distribute_op, args)
-    dz = torch.ones((), device=DEVICE).expand(2, ONE_TILE.heads, ONE_TILE.m, ONE_TILE.length)
+    dz = torch.ones((), device=DEVICE).expand(
+        2, LARGEST_G_TILE.heads, LARGEST_G_TILE.m, LARGEST_G_TILE.length
+    )
     for needs in ((True, True), (True, False), (False, True)):
         args = (dz, g.detach(), v.detach(), 1.3, softmax, 0.7, *needs)
         torch.library.opcheck(core.distribute_backward_op, args)
@@ -75,11 +87,11 @@ def test_fakes_have_the_true_strides(case, channels_last):
 
 
 def test_empty_batch():
-    a, b, v = (x[:0].requires_grad_() for x in operands(ONE_TILE))
+    a, b, v = (x[:0].requires_grad_() for x in operands(LARGEST_G_TILE))
     g = core.gather(a, b)
     z = core.distribute(g, v)
     z.sum().backward()
-    assert z.shape == (0, ONE_TILE.heads, ONE_TILE.m, ONE_TILE.length)
+    assert z.shape == (0, LARGEST_G_TILE.heads, LARGEST_G_TILE.m, LARGEST_G_TILE.length)
     assert all(x.grad.shape == x.shape for x in (a, b, v))
 
 
@@ -93,7 +105,7 @@ def test_the_gradient_of_a_sum_over_an_empty_batch_is_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_autograd_keeps(dtype):
     """a, b, v and the descriptors; nothing of the size of an attention map."""
-    a, b, v = (x.requires_grad_() for x in operands(ONE_TILE, dtype))
+    a, b, v = (x.requires_grad_() for x in operands(LARGEST_G_TILE, dtype))
     kept = []
 
     def pack(x):
@@ -104,14 +116,14 @@ def test_what_autograd_keeps(dtype):
         core.distribute(core.gather(a, b), v)
     inputs = {x.data_ptr() for x in (a, b, v)}
     small = {x.data_ptr(): x for x in kept if x.data_ptr() not in inputs}
-    case = ONE_TILE
+    case = LARGEST_G_TILE
     descriptors = case.batch * case.heads * case.m * case.n
     assert sorted(x.numel() for x in small.values()) == [descriptors // case.m, descriptors]
     assert next(x.dtype for x in small.values() if x.numel() == descriptors) == torch.float32
 
 
 def test_flop_formulas():
-    case = ONE_TILE
+    case = LARGEST_G_TILE
     a, b, v = (x.requires_grad_() for x in operands(case))
     product = 2 * case.batch * case.heads * case.m * case.n * case.length
     with FlopCounterMode(display=False) as forward:
@@ -128,7 +140,7 @@ def test_flop_formulas():
 
 def test_torch_func_gradients():
     """Of single functions and through the whole core."""
-    a, b, v = operands(ONE_TILE)
+    a, b, v = operands(LARGEST_G_TILE)
 
     def loss(core, a, b, v):
         return core.distribute(core.gather(a, b), v).square().mean()
@@ -143,7 +155,7 @@ def test_torch_func_gradients():
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives(masked):
     """Of a gradient penalty, through the ``torch`` backend, against the definition."""
-    case = ONE_TILE
+    case = LARGEST_G_TILE
     mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3 if masked else None
     grads = []
     for implementation, dtype in ((core, torch.float32), (reference, torch.float64)):
@@ -177,8 +189,14 @@ def test_gradients_of_inputs_that_depend_on_each_other():
 
 
 def test_the_backward_operators_refuse_to_be_differentiated():
-    _, _, v = operands(ONE_TILE)
-    g = peaky(ONE_TILE.batch, ONE_TILE.heads, ONE_TILE.m, ONE_TILE.n, dtype=v.dtype)
+    _, _, v = operands(LARGEST_G_TILE)
+    g = peaky(
+        LARGEST_G_TILE.batch,
+        LARGEST_G_TILE.heads,
+        LARGEST_G_TILE.m,
+        LARGEST_G_TILE.n,
+        dtype=v.dtype,
+    )
     dz = core.distribute_op(g, v, 1.0, True, 1.0).requires_grad_()
     dg, _ = core.distribute_backward_op(dz, g, v, 1.0, True, 1.0, True, True)
     with pytest.raises(RuntimeError, match="autograd"):
@@ -186,13 +204,13 @@ def test_the_backward_operators_refuse_to_be_differentiated():
 
 
 def test_lse_is_not_differentiable():
-    a, b, _ = (x.requires_grad_() for x in operands(ONE_TILE))
+    a, b, _ = (x.requires_grad_() for x in operands(LARGEST_G_TILE))
     _, lse = core.gather_op(a, b, None, None, None, 1.0)
     assert not lse.requires_grad
 
 
 def test_inputs_changed_in_place_are_caught():
-    a, b, _ = operands(ONE_TILE)
+    a, b, _ = operands(LARGEST_G_TILE)
     b = b.requires_grad_() + 1
     g = core.gather(a, b)
     with torch.no_grad():
@@ -203,7 +221,7 @@ def test_inputs_changed_in_place_are_caught():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device_than_the_current_one():
-    a, b, v = (x.to("cuda:1") for x in operands(ONE_TILE))
+    a, b, v = (x.to("cuda:1") for x in operands(LARGEST_G_TILE))
     z = core.distribute(core.gather(a, b), v)
     assert z.device == a.device
     check(z, reference.distribute(reference.gather(a.double(), b.double()), v.double()), a.dtype)
@@ -244,4 +262,4 @@ def test_cases_reach_both_kinds_of_kernel():
     from da_triton.runtime import tiles
 
     x = torch.empty(1, dtype=torch.bfloat16)
-    assert {tiles.one_tile(x, c.m, c.n) for c in CASES} == {True, False}
+    assert {tiles.g_fits_one_tile(x, c.m, c.n) for c in CASES} == {True, False}

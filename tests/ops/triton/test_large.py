@@ -49,13 +49,13 @@ class Far:
     def copy(self, x):
         return self.empty(*x.shape).copy_(x)
 
-    def empty_map_like(self, x, channels=None):
-        """In the place of ``launch.empty_map_like``: what kernels write is as far away."""
+    def empty_activations_like(self, x, channels=None):
+        """In the place of ``launch.empty_activations_like``: what kernels write is as far away."""
         batch, heads, c, length = x.shape
         return self.empty(batch, heads, c if channels is None else channels, length)
 
     def empty_rows_like(self, x, channels):
-        return self.empty_map_like(x[:, None], channels)[:, 0]
+        return self.empty_activations_like(x[:, None], channels)[:, 0]
 
     def free(self):
         """Gives a GPU's memory back, whoever still holds views of it."""
@@ -145,7 +145,7 @@ def beside(run, case, channels_last):
 def both(run, case, far, monkeypatch):
     """Results with maps beside each other and apart; what kernels write lies as far away."""
     near = beside(run, case, far.axis == "positions")
-    monkeypatch.setattr(launch, "empty_map_like", far.empty_map_like)
+    monkeypatch.setattr(launch, "empty_activations_like", far.empty_activations_like)
     monkeypatch.setattr(launch, "empty_rows_like", far.empty_rows_like)
     return zip(near, run(far.copy, case), strict=True)
 
