@@ -41,7 +41,7 @@ def useful_flop(work: Workload, batch: int, mode: str) -> int:
     costs = [
         order_cost(o, work.c, work.c_m, work.c_n, work.heads, work.length) for o in ORDERS.values()
     ]
-    forward = 2 * batch * min(c.multiply_adds + c.small_multiply_adds for c in costs)
+    forward = 2 * batch * min(c.macs + c.small_macs for c in costs)
     return forward * {FORWARD: 1, BACKWARD: 2, STEP: 3}[mode]
 
 

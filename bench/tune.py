@@ -135,7 +135,7 @@ def _problem(work, device):
     w = routes.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
     options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     s = Shape(batch, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
-    gpu = tiles.architecture(device), launch.processors(device)
+    gpu = tiles.architecture(device), launch.num_sms(device)
     return x, w, options, kernel_routes(s, work.c, *gpu)[0].route
 
 

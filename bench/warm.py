@@ -36,7 +36,7 @@ class Target(NamedTuple):
     """What compilation and planning need to know of a GPU."""
 
     capability: int
-    processors: int  # SMs, which decide how positions are split
+    num_sms: int  # SMs, which decide how positions are split
 
 
 TARGETS = {
@@ -210,7 +210,7 @@ def on_absent(arch: str) -> Iterator[None]:
     with (
         launch.forgetting(),
         mock.patch.object(tiles, "architecture", always(arch)),
-        mock.patch.object(launch, "processors", always(target.processors)),
+        mock.patch.object(launch, "num_sms", always(target.num_sms)),
     ):
         yield
 

@@ -25,7 +25,7 @@ def in_format(x: Tensor, last: bool) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
-    """Pointwise convolution ``W x + bias (+ add)`` in x's memory format, one library product.
+    """Pointwise convolution ``W x + bias (+ add)`` in x's memory format, one vendor GEMM.
 
     Shapes: x ``(N, in, L)``, weight ``(out, in)``, bias ``(out,)``, add ``(N, out, L)``.
     """

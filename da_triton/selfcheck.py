@@ -233,8 +233,8 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     s = Shape(
         2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
     )
-    arch, processors = tiles.architecture(x.device), launch.processors(x.device)
-    limits = kernel_limits(s, case.channels, arch, processors)
+    arch, num_sms = tiles.architecture(x.device), launch.num_sms(x.device)
+    limits = kernel_limits(s, case.channels, arch, num_sms)
     fused = ("fused", XH)
     found = [planned.route for planned in planner.routes(s, limits)]
     if not every:

@@ -120,7 +120,7 @@ def on(arch: str) -> Iterator[None]:
     with (
         launch.forgetting(),
         mock.patch.object(tiles, "architecture", return_value=arch),
-        mock.patch.object(launch, "processors", return_value=PROCESSORS),
+        mock.patch.object(launch, "num_sms", return_value=PROCESSORS),
     ):
         yield
 

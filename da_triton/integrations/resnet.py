@@ -146,7 +146,7 @@ class InsertedDoubleAttention(ResidualDoubleAttention):
 
 
 def a2_resnet50(**options: Any) -> nn.Module:
-    """torchvision's ResNet-50 with the paper's five blocks: 32.9M parameters, 6.7G multiply-adds.
+    """torchvision's ResNet-50 with the paper's five blocks: 32.9M parameters, 6.7G MACs.
 
     ``options``: those of :func:`insert_double_attention` (``c_m``, ``c_n``, ``norm``,
     ``zero_init``, ``backend``, …), and of ``torchvision.models.resnet50`` (``weights``,

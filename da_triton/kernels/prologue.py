@@ -1,4 +1,4 @@
-r"""What library products of the unfused route find in memory, made in one launch.
+r"""What vendor GEMMs of the unfused route find in memory, made in one launch.
 
 stacked    the weights of several projections, one below the other: one product for all maps
 start      X + bo, to which the last product adds: its result is written once

@@ -104,7 +104,7 @@ def or_empty(gradient, like):
     return like.new_empty(0) if gradient is None else gradient
 
 
-def unviewed(x):
+def as_owned_tensor(x):
     """``x`` as a tensor of its own: autograd forbids changing a view in place that a Function made.
 
     What follows a layer often does: ``nn.ReLU(inplace=True)``, ``y += shortcut``. For results that

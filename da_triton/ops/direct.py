@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tracing
 from ..arguments import Options, Weights
 from ..projection import channels_last, in_format
-from .custom_op import differentiable, unviewed, wants_graph
+from .custom_op import as_owned_tensor, differentiable, wants_graph
 
 
 class Call:
@@ -100,7 +100,7 @@ class Call:
     def run(self, x: Tensor, mask: Tensor | None, *weights: Any) -> Any:
         """The result as x is given, and what is kept for ``gradients``."""
         out, kept = self.forward(*self.as_matrices(x, weights, mask))
-        return self.as_given(out), *kept
+        return self.restore_layout(out), *kept
 
     def gradients(self, needs: Any, grad: Tensor, *tensors: Any) -> Any:
         """Gradients of x and of the weights, without bias_b.
@@ -124,7 +124,7 @@ class Call:
             dbias_out if need_bias_out else None,
         )
 
-    def as_given(self, out: Tensor) -> Tensor:
+    def restore_layout(self, out: Tensor) -> Tensor:
         """``(N, C', L)`` with the positions and the memory format of x."""
         out = out.view(*self.out_shape)
         made_so = self.channels_last and out.stride(1) == 1
@@ -139,7 +139,7 @@ class Block(torch.autograd.Function):
         out, *kept = call.run(*tensors)
         ctx.call = call
         ctx.save_for_backward(*tensors, *kept)
-        return unviewed(out) if out._is_view() else out
+        return as_owned_tensor(out) if out._is_view() else out
 
     @staticmethod
     def backward(ctx, grad):

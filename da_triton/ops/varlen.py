@@ -262,7 +262,7 @@ for _op in (gather_op, gather_backward_op, distribute_op, distribute_backward_op
     [torch.ops.da_triton.gather_packed, torch.ops.da_triton.gather_packed_of_tensors]
 )
 def gather_flops(a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels, **_):
-    """Multiply-adds of ``A Pᵀ`` counted twice; those of padding are not counted."""
+    """MACs of ``A Pᵀ`` counted twice; those of padding are not counted."""
     tokens = 0 if extra_a is None else extra_a[0] * extra_a[3]
     return 2 * a[1] * a[2] * b[2] * (a[3] + tokens)
 

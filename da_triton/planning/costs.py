@@ -1,6 +1,6 @@
 """What a block costs, by association order and route: operations, bytes and launches, from shapes.
 
-One sample, multiply-adds as in the table of the derivation:
+One sample, MACs as in the table of the derivation:
 
     AZ  gather from A, distribute to Z    L(C·c_m + 2C·c_n + 2c_m·c_n/h + c_m·C)
     XZ  gather from X, then G = Wa·M      L(3C·c_n + c_m·c_n/h + c_m·C) + c_m·C·c_n/h
@@ -9,7 +9,7 @@ One sample, multiply-adds as in the table of the derivation:
 
 A step is a launch, or a few that belong together. ``elements`` are the tensors with positions that
 it moves to and from memory, once each; what a step reads again while it is still in the
-second-level cache is not counted twice. ``requested`` is what its programs ask of that cache: a
+L2 cache is not counted twice. ``requested`` is what its programs ask of that cache: a
 tile of positions asks for all weights that it is multiplied with, so short tiles ask for much.
 """
 
@@ -92,7 +92,7 @@ def distribute_steps(
     s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, whole: bool = True,
     v_is_there: bool = False,
 ) -> list[Step]:  # fmt: skip
-    """Forward, from G or H to the output. ``cached``: X is still in the second-level cache.
+    """Forward, from G or H to the output. ``cached``: X is still in the L2 cache.
 
     ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``whole``: that
     kernel keeps all channels at hand. ``v_is_there``: the gather's product made V too.
@@ -175,7 +175,7 @@ def fused_backward_steps(
 def unfused_backward_steps(
     s: Shape, order: Order, core: CoreLimits, saved_v: bool = False
 ) -> list[Step]:
-    """Library products around the core's backward kernels.
+    """Vendor GEMMs around the core's backward kernels.
 
     Where a program holds neither all of G nor all maps of its positions, blocks of maps read the
     features again and blocks of features the maps, and r is a product of its own.

@@ -28,22 +28,18 @@ from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Ste
 
 # Rates of an H200 with measured or data-sheet ceilings; only their proportions matter here, and
 # only to rank the orders.
-MATRIX_RATE = 395e12  # multiply-adds a second in half precision
-FLOAT32_RATE = 25e12  # multiply-adds a second in float32
+MATRIX_RATE = 395e12  # MACs a second in half precision
+FLOAT32_RATE = 25e12  # MACs a second in float32
 BANDWIDTH = 4.3e12  # bytes a second
-CPU_RATE = 1e11  # multiply-adds a second of two cores
+CPU_RATE = 1e11  # MACs a second of two cores
 
 
 def seconds(cost: Cost, itemsize: int, cpu: bool = False) -> float:
     """Modelled time of one sample; a ranking, not a prediction."""
     if cpu:  # one rate for every product, and maps stay in the cache between them
-        return (cost.multiply_adds + cost.small_multiply_adds) / CPU_RATE
+        return (cost.macs + cost.small_macs) / CPU_RATE
     rate = MATRIX_RATE if itemsize == 2 else FLOAT32_RATE
-    return (
-        cost.multiply_adds / rate
-        + cost.small_multiply_adds / FLOAT32_RATE
-        + cost.elements * itemsize / BANDWIDTH
-    )
+    return cost.macs / rate + cost.small_macs / FLOAT32_RATE + cost.elements * itemsize / BANDWIDTH
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,12 +103,12 @@ def choose_order(
 
 # --- kernels --------------------------------------------------------------------------------------
 
-# Shares of the matrix rate that library products and our kernels are taken to reach, time of a
-# launch in a CUDA graph, second-level cache: assumptions to rank routes with, none measured.
+# Shares of the matrix rate that vendor GEMMs and our kernels are taken to reach, time of a
+# launch in a CUDA graph, L2 cache: assumptions to rank routes with, none measured.
 LIBRARY_SHARE, KERNEL_SHARE = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
 LAUNCH = 2.0e-6  # seconds, start and tail included
-CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the second-level cache
+CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the L2 cache
 CACHE = 32 * 2**20  # bytes of X that stay at hand between two passes
 
 
@@ -123,9 +119,9 @@ def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:
     for step in steps:
         share = LIBRARY_SHARE if step.library else KERNEL_SHARE
         narrow = 1.0 if step.library or s.wide else NARROW_SHARE
-        moved = step.elements * s.itemsize + step.wide_elements * max(4, s.itemsize)
+        moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
         asked = step.requested * s.itemsize / CACHE_BANDWIDTH
-        busy = max(step.multiply_adds / (rate * share), moved / BANDWIDTH, asked) / narrow
+        busy = max(step.macs / (rate * share), moved / BANDWIDTH, asked) / narrow
         total += busy * s.batch + step.launches * chunks * LAUNCH
     return total
 
@@ -146,7 +142,7 @@ def floor(s: Shape) -> float:
         order_cost(o, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct)
         for o in orders(s.reconstruct)
     ]
-    cheapest = min(c.multiply_adds + c.small_multiply_adds for c in costs)
+    cheapest = min(c.macs + c.small_macs for c in costs)
     return s.batch * max(moved / BANDWIDTH, cheapest / rate)
 
 
@@ -165,7 +161,7 @@ def routes(
         pass_2 = limits.project_distribute if o.through_h else 0
         for one, two in itertools.product({pass_1, 0}, {pass_2, 0}):
             chunk = _chunk(s) if one and two else max(1, s.batch)
-            num_splits = max(1, limits.processors // max(1, min(s.batch, chunk)))
+            num_splits = max(1, limits.num_sms // max(1, min(s.batch, chunk)))
             cached = chunk * _bytes(s) <= CACHE
             both = not one and not two
             steps = (
@@ -183,7 +179,7 @@ def _backward(
     s: Shape, limits: Limits, saved_v: bool
 ) -> tuple[str, Order, tuple[Step, ...], float]:
     """The backward pass with the least modelled time, whatever the forward pass was."""
-    num_splits = max(1, limits.processors // max(1, s.batch))
+    num_splits = max(1, limits.num_sms // max(1, s.batch))
     candidates = [
         ("unfused", o, tuple(unfused_backward_steps(s, o, limits.core, saved_v)))
         for o in orders(s.reconstruct)
@@ -210,7 +206,7 @@ def _chunk(s: Shape) -> int:
 def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
     """Whether forward keeps V for backward. "auto": if projecting it again is a tenth of a step.
 
-    In multiply-adds of a position, in the paper's order: forward, backward (twice as much), and
+    In MACs of a position, in the paper's order: forward, backward (twice as much), and
     what backward projects again. Where bytes decide, it costs less still: X is read anyway.
     """
     if isinstance(recompute, bool):

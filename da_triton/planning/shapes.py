@@ -50,9 +50,9 @@ class Step(NamedTuple):
 
     name: str
     library: bool  # a library's matrix product, or a kernel of ours
-    multiply_adds: int
+    macs: int
     elements: int = 0  # of maps with positions, in the input's dtype
-    wide_elements: int = 0  # float32
+    fp32_elements: int = 0  # float32
     launches: int = 1
     requested: int = 0  # elements, of kernels that ask for more than ``elements``
 
@@ -60,8 +60,8 @@ class Step(NamedTuple):
 class Cost(NamedTuple):
     """One sample's, forward, on the unfused route with ATen operations."""
 
-    multiply_adds: int  # in products that run over positions
-    small_multiply_adds: int  # in products of small matrices, float32
+    macs: int  # in products that run over positions
+    small_macs: int  # in products of small matrices, float32
     elements: int  # of feature maps read and written
 
 
@@ -101,7 +101,7 @@ class CoreLimits(NamedTuple):
 class Limits(NamedTuple):
     """What the kernels can do for a shape on a GPU; ``ops.triton.plan`` finds it."""
 
-    processors: int
+    num_sms: int
     gather_from_x: int  # positions in a tile; 0 where the kernel does not fit
     gather_from_a: int
     project_distribute: int

@@ -63,7 +63,7 @@ def alignment(*maps):
 
 
 @functools.cache
-def processors(device):
+def num_sms(device):
     """Multiprocessors of the GPU; a small fixed number for interpreted kernels."""
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
@@ -119,7 +119,7 @@ def chunks(programs, length, tile, device):
     ``programs``: how many programs there are without splitting positions.
     """
     blocks = -(-length // tile.block_l)
-    wanted = _thread.num_splits or max(1, processors(device) * tile.per_processor // programs)
+    wanted = _thread.num_splits or max(1, num_sms(device) * tile.ctas_per_sm // programs)
     blocks_per_split = -(-blocks // min(wanted, blocks))
     return blocks_per_split, -(-blocks // blocks_per_split)
 

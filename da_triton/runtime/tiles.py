@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     block_l: int
     num_warps: int
     num_stages: int
-    per_processor: int  # programs that a multiprocessor should hold at once
+    ctas_per_sm: int  # programs that a SM should hold at once
     impl: str = "pointers"  # which version of the kernel: see ``launch.Launch``
 
 
@@ -206,7 +206,7 @@ BLOCKS = {
     "outer_product": Blocks((64, 128), (64, 128)),
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
-CORE = list(BLOCKS)[:7]  # those of which a multiprocessor should hold two, if they are small
+CORE = list(BLOCKS)[:7]  # those of which a SM should hold two, if they are small
 # Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
 # and in tests.
 STATISTICS = {

@@ -19,7 +19,7 @@ from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.shapes import Shape
 
 CPU = torch.device("cpu")
-# Fused, and library products around the core, with an odd number of positions.
+# Fused, and vendor GEMMs around the core, with an odd number of positions.
 NAMES = ("small_16_8x8", "small_512_7x7")
 CORE = ("gather", "distribute", "double_attention")
 LAYERS = ("layer", "functional", "recorded", "operator", "launchers", "launches")

@@ -340,7 +340,7 @@ def test_missing_library_says_what_to_install(monkeypatch):
 
 IMAGE, CLIP = (3, 224, 224), (3, 8, 224, 224)
 C3, C4, L3, L4 = 512, 1024, 28 * 28, 14 * 14
-# Millions of parameters and billions of multiply-adds with the products in the paper's order.
+# Millions of parameters and billions of MACs with the products in the paper's order.
 # ECA-Net (Wang et al., CVPR 2020, table 3) quotes 33.00 and 6.50 for the A²-ResNet-50.
 SIZES = [
     (torchvision.models.resnet50, IMAGE, 25.56, 4.09),
@@ -354,7 +354,7 @@ SIZES = [
 
 
 def count(make, shape):
-    """Parameters, and multiply-adds of one input in evaluation mode."""
+    """Parameters, and MACs of one input in evaluation mode."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = make().eval()
         model(torch.empty(1, *shape))
@@ -363,21 +363,21 @@ def count(make, shape):
 
 def of_blocks(share, frames=1):
     """The same of the paper's five blocks by hand: two on conv3, three on conv4."""
-    parameters = multiply_adds = 0
+    parameters = macs = 0
     for blocks, c, positions in ((2, C3, L3), (3, C4, L4)):
         k = c // share
         # A, B, V and the reconstruction with their biases, and the normalisation's two factors
         parameters += blocks * (3 * (c * k + k) + (k * c + c) + 2 * c)
         # A, B and V; the gather; the distribution; the reconstruction
-        multiply_adds += blocks * frames * positions * (4 * c * k + 2 * k * k)
-    return parameters, multiply_adds
+        macs += blocks * frames * positions * (4 * c * k + 2 * k * k)
+    return parameters, macs
 
 
 @pytest.mark.parametrize(("make", "shape", "millions", "billions"), SIZES)
 def test_parameters_and_multiply_adds(make, shape, millions, billions):
     options = {"order": "AZ"} if make.__module__.startswith("da_triton") else {}
-    parameters, multiply_adds = count(lambda: make(**options), shape)
-    assert (round(parameters / 1e6, 2), round(multiply_adds / 1e9, 2)) == (millions, billions)
+    parameters, macs = count(lambda: make(**options), shape)
+    assert (round(parameters / 1e6, 2), round(macs / 1e9, 2)) == (millions, billions)
 
 
 @pytest.mark.parametrize("share", [2, 4])

@@ -1,7 +1,7 @@
 """Bytes, sectors, operations and launches of the core, counted on interpreted kernels.
 
 The batch is reduced to one sample, with the tiles and splits that the full batch would have on a
-GPU with 132 multiprocessors. Operations between the kernels (δ, sums of parts) are counted too.
+GPU with 132 SMs. Operations between the kernels (δ, sums of parts) are counted too.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def _measure(work, monkeypatch):
     from support import traffic
 
     launch.forget()
-    monkeypatch.setattr(launch, "processors", lambda device: 132 // work.batch)
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132 // work.batch)
 
     def maps(channels):
         x = torch.randn(1, work.heads, channels, work.length, dtype=torch.float32).bfloat16()
@@ -137,7 +137,7 @@ def test_splits_are_those_of_the_full_batch(monkeypatch):
         x = torch.empty(1, dtype=torch.bfloat16)
         for kernel in ("gather", "distribute", "distribute_backward", "gather_backward"):
             tile = tiles.tile(kernel, x, work.m, work.n)
-            monkeypatch.setattr(launch, "processors", lambda device: 132)
+            monkeypatch.setattr(launch, "num_sms", lambda device: 132)
             full = launch.chunks(work.batch, work.length, tile, x.device)
-            monkeypatch.setattr(launch, "processors", lambda device, n=work.batch: 132 // n)
+            monkeypatch.setattr(launch, "num_sms", lambda device, n=work.batch: 132 // n)
             assert launch.chunks(1, work.length, tile, x.device) == full

@@ -37,7 +37,7 @@ def test_strides_of_axes_of_one_element_are_zero():
 @pytest.mark.parametrize("programs", [1, 3, 16, 64, 132, 1000])
 @pytest.mark.parametrize("length", [1, 49, 784, 6400, 2**21])
 def test_chunks_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132)
     tile = tiles.Tile(64, 64, 64, 4, 2, 1)
     blocks, chunks = launch.chunks(programs, length, tile, None)
     assert blocks * chunks * 64 >= length

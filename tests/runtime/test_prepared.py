@@ -364,6 +364,6 @@ def test_what_is_replaced_inside_forgetting_is_seen_there_alone():
         return gather.gather_partials([(a, a, None)], 0.5)[0].shape[1]
 
     before = num_partials()
-    with launch.forgetting(), mock.patch.object(launch, "processors", return_value=1):
+    with launch.forgetting(), mock.patch.object(launch, "num_sms", return_value=1):
         assert num_partials() == 2 != before
     assert num_partials() == before

@@ -140,7 +140,7 @@ def _as_on_a_gpu(recorder):
     for kind in (cpu_small.Call, cpu_block.Call):
         kind.plan = spied(kind.plan)
     ops.select = lambda name, x: select("triton" if name == "auto" else name, x)
-    launch.processors = lambda device: PROCESSORS
+    launch.num_sms = lambda device: PROCESSORS
 
 
 def _without_numbers():

@@ -1,4 +1,4 @@
-r"""The block of the ``torch`` backend: library products around its gather and distribute.
+r"""The block of the ``torch`` backend: vendor GEMMs around its gather and distribute.
 
     order AZ    A, B, V = W X      G = A Pᵀ             Z = scale·G Q      Y = Wo Z + bo
           X-    M = X Pᵀ           G = Wa M + ba·1ᵀ      (A never exists)

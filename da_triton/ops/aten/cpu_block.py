@@ -36,13 +36,14 @@ from .core import sum_over_positions
 from .cpu_products import (
     accumulate,
     add_product,
-    as_given,
     empty_as,
+    few_descriptors,
     gathered_rows,
     join,
-    lying_as,
+    match_layout,
     position_major,
     project,
+    restore_layout,
     samples,
     softmax_,
     softmax_and_mass,
@@ -50,7 +51,6 @@ from .cpu_products import (
     split,
     split_positions,
     times,
-    too_narrow,
 )
 
 
@@ -58,7 +58,7 @@ class Call(direct.Call):
     """For whatever is not small, and for masks."""
 
     def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
-        if too_narrow(x, len(w.b)):
+        if few_descriptors(x, len(w.b)):
             return False
         self.order = order = aten_block.order_of(x, w, o)
         self.o = o._replace(residual=residual)
@@ -76,7 +76,7 @@ class Call(direct.Call):
 
     def backward(self, grad, x, w, mask, kept, needs):
         tokens, w = position_major(x), self._scaled(w)
-        grad = lying_as(grad.transpose(1, 2), tokens)
+        grad = match_layout(grad.transpose(1, 2), tokens)
         dx = empty_as(tokens, x.shape[1]) if needs[0] else None
         dw = Weights(
             *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
@@ -87,7 +87,7 @@ class Call(direct.Call):
             if self.o.recompute is True:
                 kept = iter(_forward(*here, None, keeping=True))
             _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
-        return None if dx is None else as_given(dx, x), *self._scaled(dw)
+        return None if dx is None else restore_layout(dx, x), *self._scaled(dw)
 
     def _scaled(self, w: Weights) -> Weights:
         """Scales are part of the weights, and of their gradients."""
@@ -106,7 +106,7 @@ def _block(x, w, mask, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
     for n in samples(tokens):
         here = None if mask is None else mask[n]
         kept += _forward(tokens[n], here, w, call, out[n], keeping)
-    return as_given(out, x), kept
+    return restore_layout(out, x), kept
 
 
 def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:

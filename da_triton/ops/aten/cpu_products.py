@@ -47,7 +47,7 @@ def position_major(x: Tensor) -> Tensor:
     return tokens if x.stride(1) == 1 or _long_rows(x) else dense(tokens)
 
 
-def too_narrow(x: Tensor, maps: int) -> bool:
+def few_descriptors(x: Tensor, maps: int) -> bool:
     """Whether few maps of ``x (N, C, L)`` would be adjacent in memory."""
     return maps <= FEW_MAPS and not (_long_rows(x) and x.stride(1) != 1)
 
@@ -56,7 +56,7 @@ def _long_rows(x: Tensor) -> bool:
     return x.shape[2] >= FEW_POSITIONS and x.stride(2) == 1
 
 
-def as_given(y: Tensor, x: Tensor) -> Tensor:
+def restore_layout(y: Tensor, x: Tensor) -> Tensor:
     """``y (N, L, c)`` as ``(N, c, L)`` in the memory format of x."""
     y = y.transpose(1, 2)
     return y if channels_last(x) else dense(y)
@@ -72,7 +72,7 @@ def dense(x: Tensor) -> Tensor:
     return y
 
 
-def lying_as(x: Tensor, other: Tensor) -> Tensor:
+def match_layout(x: Tensor, other: Tensor) -> Tensor:
     """``x (g, l, c)`` with the memory order of ``other``."""
     return dense(x) if other.stride(-1) == 1 else dense(x.mT).mT
 
@@ -182,7 +182,7 @@ def softmax_(maps: Tensor, heads: int) -> None:
 def softmax_backward(grad: Tensor, maps: Tensor, heads: int) -> Tensor:
     """The gradient of what ``softmax_`` was given; ``maps`` is what it made of that."""
     apart, dim = _per_head(maps, heads)
-    grad = lying_as(grad, maps)  # a single map lies in both orders: maps decide
+    grad = match_layout(grad, maps)  # a single map lies in both orders: maps decide
     grad = grad.unflatten(-1, (heads, -1)) if dim == 3 else grad.mT.unflatten(1, (heads, -1))
     found = torch._softmax_backward_data(grad, apart, dim, maps.dtype)
     return found.flatten(-2) if dim == 3 else found.flatten(1, 2).mT

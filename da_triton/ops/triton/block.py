@@ -27,11 +27,11 @@ from .. import direct
 from ..aten import block as aten_block
 from ..custom_op import (
     apply,
+    as_owned_tensor,
     differentiable,
     of_tensors,
     run,
     scalars,
-    unviewed,
     vectorise,
     wants_graph,
 )
@@ -137,7 +137,7 @@ def block_op(
         return _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v)
     route = _route(x, weights, heads, order, save_v)
     out, lse, g, v = kernels.forward(x, weights, _bytes(mask), options, route, save_v)
-    out = unviewed(_in_format_of(x, out))
+    out = as_owned_tensor(_in_format_of(x, out))
     return out, lse, g, x.new_empty(0) if v is None else _in_format_of(x, v)
 
 
@@ -292,7 +292,7 @@ def _route(x, weights, heads, order, saved_v):
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
         x.element_size(), weights.out is not None, planner.wide(x),
     )  # fmt: skip
-    device = tiles.architecture(x.device), launch.processors(x.device)
+    device = tiles.architecture(x.device), launch.num_sms(x.device)
     return kernel_routes(shape, c_out, *device, ORDERS.get(order), saved_v)[0].route
 
 
@@ -320,4 +320,4 @@ def block_backward_flops(
 def _multiply_adds(x, weight_a, weight_b, weight_out, heads, order):
     sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
     cost = order_cost(ORDERS.get(order, AZ), *sizes, weight_out is not None)
-    return x[0] * (cost.multiply_adds + cost.small_multiply_adds)
+    return x[0] * (cost.macs + cost.small_macs)

@@ -27,12 +27,12 @@ from ...tracing import constant
 from ..aten import core as aten
 from ..custom_op import (
     apply,
+    as_owned_tensor,
     differentiable,
     of_tensors,
     or_empty,
     run,
     scalars,
-    unviewed,
     vectorise,
     wants_graph,
 )
@@ -242,7 +242,7 @@ class GatherLse(Gather):
 @torch.library.custom_op("da_triton::distribute", mutates_args=())
 def distribute_op(g: Tensor, v: Tensor, scale: float, softmax: bool, logit_scale: float) -> Tensor:
     """Z; see ``kernels.distribute``."""
-    return unviewed(distribute_kernels.distribute_forward(g, v, scale, softmax, logit_scale))
+    return as_owned_tensor(distribute_kernels.distribute_forward(g, v, scale, softmax, logit_scale))
 
 
 @distribute_op.register_fake
@@ -323,7 +323,7 @@ def _elements(*shape):
 
 @register_flop_formula([torch.ops.da_triton.gather, torch.ops.da_triton.gather_of_tensors])
 def gather_flops(a, b, mask, extra_a, extra_b, logit_scale, **_):
-    """Multiply-adds of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
+    """MACs of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
     extra = 0 if extra_a is None else extra_a[-1]
     return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
 

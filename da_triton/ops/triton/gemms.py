@@ -1,4 +1,4 @@
-"""Library products and small matrices around the core, and how maps are seen by head."""
+"""Vendor GEMMs and small matrices around the core, and how maps are seen by head."""
 
 from ...kernels import combine
 from ...projection import project

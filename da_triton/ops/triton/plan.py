@@ -19,7 +19,7 @@ from ...runtime import tiles
 TILE_CLASSES = {dtype.itemsize: policy.tile_class for dtype, policy in POLICIES.items()}
 
 
-def kernel_limits(shape, c_out, arch, processors):
+def kernel_limits(shape, c_out, arch, num_sms):
     """What the planner needs to know of the kernels on a GPU."""
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
@@ -47,7 +47,7 @@ def kernel_limits(shape, c_out, arch, processors):
         ("weight_gradients", m, n),
     )
     return Limits(
-        processors=processors,
+        num_sms=num_sms,
         gather_from_x=positions(pass_1, small),
         gather_from_a=positions(("gather_from_a", m, n), small),
         project_distribute=positions((pass_2, widest, full_n), small),
@@ -62,9 +62,9 @@ def kernel_limits(shape, c_out, arch, processors):
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_routes(shape, c_out, arch, processors, order=None, saved_v=False):
+def kernel_routes(shape, c_out, arch, num_sms, order=None, saved_v=False):
     """``planner.routes`` on a GPU."""
-    return planner.routes(shape, kernel_limits(shape, c_out, arch, processors), order, saved_v)
+    return planner.routes(shape, kernel_limits(shape, c_out, arch, num_sms), order, saved_v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Plan:
 
     def _line(self, step: Step) -> str:
         s = self.shape
-        moved = step.elements * s.itemsize + step.wide_elements * max(4, s.itemsize)
-        flop = 2 * step.multiply_adds * s.batch / 1e9
+        moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
+        flop = 2 * step.macs * s.batch / 1e9
         return f"    {step.name:<24}{flop:>9.2f}{moved * s.batch / 1e6:>9.2f}{step.launches:>10}"
 
 
@@ -180,10 +180,10 @@ def plan(
         batch, channels, c_m, c_n, heads, length, dtype.itemsize, reconstruct,
         rows * dtype.itemsize % 8 == 0,
     )  # fmt: skip
-    name, arch, processors = "an H200 (no GPU here)", "sm_90", 132
+    name, arch, num_sms = "an H200 (no GPU here)", "sm_90", 132
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
-        arch, processors = tiles.architecture(device), launch.processors(device)
+        arch, num_sms = tiles.architecture(device), launch.num_sms(device)
     mask = planner.saves_v(channels, c_m, c_n, heads, recompute)
-    chosen, *others = kernel_routes(s, s.out_channels, arch, processors, ORDERS.get(order), mask)
+    chosen, *others = kernel_routes(s, s.out_channels, arch, num_sms, ORDERS.get(order), mask)
     return Plan(s, name, chosen, tuple(others), mask, planner.floor(s))

@@ -1,9 +1,9 @@
-r"""The block on a GPU: which launches and library products make it, forward and backward.
+r"""The block on a GPU: which launches and vendor GEMMs make it, forward and backward.
 
     gather        fused   pass 1 from X or from A, then ``combine``
-                  split   library products for B (and A), then the core's gather
+                  split   vendor GEMMs for B (and A), then the core's gather
     distribute    fused   pass 2, with H
-                  split   library products for V and the last convolution around the core
+                  split   vendor GEMMs for V and the last convolution around the core
 
 Any pair is a route; the planner chooses. Forward leaves lse and G (and V, if asked to) for
 backward, which is fused in order XH or split in any order.

@@ -1,4 +1,4 @@
-r"""The block's backward pass in library products around the core's kernels, in any order.
+r"""The block's backward pass in vendor GEMMs around the core's kernels, in any order.
 
     maps      [A;] B, V = W X              one product, of stacked weights
     distribution    Z-   dZ = Woᵀ dO, then dV, Q, Z and dG = dZ Qᵀ        dWo = dO Zᵀ

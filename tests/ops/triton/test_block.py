@@ -229,7 +229,7 @@ def test_flop_formulas(order):
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     cost = order_cost(ORDERS.get(order, AZ), C, C_M, C_N, 2, LENGTH)
-    expected = 2 * 2 * (cost.multiply_adds + cost.small_multiply_adds)
+    expected = 2 * 2 * (cost.macs + cost.small_macs)
     assert forward.get_total_flops() == expected
     assert backward.get_total_flops() == 2 * expected
 

@@ -138,7 +138,7 @@ each_run = pytest.mark.parametrize(("run", "case"), RUNS, ids=[case for _, case 
 
 @functools.cache
 def beside(run, case, channels_last):
-    """The run with contiguous maps, in the order in which library products find those apart."""
+    """The run with contiguous maps, in the order in which vendor GEMMs find those apart."""
     return run(lambda x: x.mT.contiguous().mT if channels_last else x, case)
 
 
@@ -153,7 +153,7 @@ def both(run, case, far, monkeypatch):
 @each_run
 def test_offsets_beyond_int32(run, case, far, monkeypatch):
     for here, there in both(run, case, far, monkeypatch):
-        # Library products take another way where memory does, and round in between.
+        # Vendor GEMMs take another way where memory does, and round in between.
         assert relative_rms(there, here) < 2 * TOLERANCE[HALF]
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU,
 
 @pytest.fixture(autouse=True)
 def on_132_processors(monkeypatch):
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132)
 
 
 def counted(work, channels_last, masked):

@@ -1,7 +1,7 @@
 """Bytes, sectors, operations and launches of the planned block, counted on interpreted kernels.
 
 For each named workload whose route is fused: the route, tiles and splits of the full batch on a GPU
-with 132 multiprocessors, run on one sample, and of long ones on a part, by programs that work as
+with 132 SMs, run on one sample, and of long ones on a part, by programs that work as
 many positions each as they would on the whole.
 """
 
@@ -37,7 +37,7 @@ FUSED = [w for w in WORKLOADS if planned(w)[1].gather == planned(w)[1].distribut
 # write at least once. Two passes over X and one over the result are 1.5 of it (1 where X is too
 # large for the cache); the rest are partial sums and, from A, the weights that every tile of
 # positions asks for again, as in any product of matrices. What is asked for twice comes from the
-# second-level cache. Of one sample; weights are the whole batch's.
+# L2 cache. Of one sample; weights are the whole batch's.
 LIMITS = {
     "yolo_p3": (2.3, 1.65),
     "ddpm_64": (2.5, 2.15),
@@ -75,9 +75,9 @@ def _measure(work, channels_last, monkeypatch):
 
     s, route = planned(work)
     length = min(s.length, LONGEST)
-    processors = max(1, 132 * length // s.length // min(s.batch, route.chunk))
+    num_sms = max(1, 132 * length // s.length // min(s.batch, route.chunk))
     launch.forget()
-    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    monkeypatch.setattr(launch, "num_sms", lambda device: num_sms)
     s = s._replace(batch=1, length=length)
 
     def normal(*shape):
@@ -163,7 +163,7 @@ def test_operations(work, channels_last, counted, monkeypatch):
     ):
         if kernels:
             model = sum(
-                2 * step.multiply_adds * (partials.get(step.name, 2) if step.name in small else 1)
+                2 * step.macs * (partials.get(step.name, 2) if step.name in small else 1)
                 for step in steps_
             )
             assert sum(k.dot_flop for k in kernels) <= 1.05 * model
