@@ -26,7 +26,7 @@ LAST_OF_ATTENTION = ("to_out", "proj")
 DROPOUTS = ("dropout", "proj_drop")
 
 
-class Family:
+class Pattern:
     """``name``: how it is called. ``arguments``: how many ``forward`` takes after the module.
 
     All methods are static: a family has no state.
@@ -46,7 +46,7 @@ class Family:
         yield {}
 
     @staticmethod
-    def other_meanings(module: nn.Module) -> dict[str, Any]:
+    def known_wrong_variants(module: nn.Module) -> dict[str, Any]:
         """What else such a layer may compute: in words, and as a function of the module, its input
         and the options."""
         return {}
@@ -67,7 +67,7 @@ class Family:
         raise NotImplementedError
 
 
-class DoubleAttentionCopies(Family):
+class DoubleAttentionCopies(Pattern):
     name = "double attention (A²-Nets)"
 
     @staticmethod
@@ -81,7 +81,7 @@ class DoubleAttentionCopies(Family):
             yield {"last": last, "residual": residual}
 
     @staticmethod
-    def other_meanings(module):
+    def known_wrong_variants(module):
         def wrong(axis_b, axis_v):
             def forward(module, x, *, last, residual):
                 a, b, v = (getattr(module, n)(x).flatten(2) for n in ("convA", "convB", "convV"))
@@ -113,7 +113,7 @@ class DoubleAttentionCopies(Family):
         return attend(x, module.convA, module.convB, module.convV, final, None, options)
 
 
-class EfficientAttention(Family):
+class EfficientAttention(Pattern):
     name = "Efficient Attention (Shen et al.)"
 
     @staticmethod
@@ -137,7 +137,7 @@ class EfficientAttention(Family):
         return attend(x, *convolutions, None, options)
 
 
-class LinearAttention(Family):
+class LinearAttention(Pattern):
     """On feature maps ``(N, C, *positions)``, with pointwise convolutions."""
 
     name = "linear attention (diffusion U-Nets, latent diffusion, Grad-TTS)"
@@ -161,7 +161,7 @@ class LinearAttention(Family):
             }  # fmt: skip
 
     @staticmethod
-    def other_meanings(module):
+    def known_wrong_variants(module):
         def quadratic(module, x, *, norm, drop, residual, scale_power, **_):
             q, k, v = _by_head(module, x, norm)
             if (tokens := getattr(module, "mem_kv", None)) is not None:
@@ -226,7 +226,7 @@ class TokenAttention(LinearAttention):
         return (_random(2, sum(positions), _projections(module)[0].in_features),)
 
 
-class FactorAttention(Family):
+class FactorAttention(Pattern):
     name = "factor attention (CoaT)"
     arguments = 2
 
@@ -263,7 +263,7 @@ class FactorAttention(Family):
         return out if drop is None else drop(out)
 
 
-class GlobalContext(Family):
+class GlobalContext(Pattern):
     name = "global context (GCNet)"
     LOGITS = ("conv_attn", "conv_mask")
     FACTOR = ("mlp_scale", "channel_mul_conv")
@@ -289,7 +289,7 @@ class GlobalContext(Family):
         return out if term is None else out + term(context)
 
 
-class SpatialGather(Family):
+class SpatialGather(Pattern):
     """A module without children or parameters, known by its class's name."""
 
     name = "spatial gather (OCR)"
@@ -329,7 +329,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "(N, K, C)": lambda g: g.mT.contiguous(),
 }
 
-FAMILIES: dict[str, type[Family]] = {
+PATTERNS: dict[str, type[Pattern]] = {
     family.__name__: family
     for family in (
         DoubleAttentionCopies, EfficientAttention, LinearAttention, FactorAttention, GlobalContext,

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .patterns import FAMILIES, Options
+from .patterns import PATTERNS, Options
 
 CLASSES: dict[type[nn.Module], type] = {}
 
 
 @dataclass(frozen=True)
-class Choice:
+class Match:
     """A formula that a layer may compute.
 
     ``frames``: the axis of x over which it runs frame by frame; None for all at once.
@@ -27,7 +27,7 @@ class Choice:
 
     def __call__(self, module: Any, x: Tensor, *args: Any) -> Tensor:
         forward = functools.partial(
-            FAMILIES[self.family].forward, backend=self.backend, **self.options
+            PATTERNS[self.family].forward, backend=self.backend, **self.options
         )
         if self.frames is None:
             return forward(module, x, *args)
@@ -40,7 +40,7 @@ class Accelerated:
     """First base of a replaced layer's class; ``forward`` is made for each class."""
 
     _original: type[nn.Module]
-    _accelerated: Choice
+    _accelerated: Match
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and has no address to be imported from: name its parts instead.
@@ -56,7 +56,7 @@ def is_overridden(module: Any) -> bool:
     return forward is not None and not (own and forward.__self__ is module)
 
 
-def replace(module: Any, choice: Choice) -> None:
+def replace(module: Any, choice: Match) -> None:
     module.__dict__.pop("forward", None)
     module.__class__ = accelerated(type(module))
     module._accelerated = choice
@@ -69,7 +69,7 @@ def accelerated(original: type[nn.Module]) -> Any:
         @functools.wraps(original.forward)  # whose signature exporters read
         def forward(self, *args, **kwargs):
             choice = self._accelerated
-            count = FAMILIES[choice.family].arguments
+            count = PATTERNS[choice.family].arguments
             if kwargs or len(args) != count:
                 taken, others = split(original.forward, count, args, kwargs)
                 if others:

@@ -22,8 +22,8 @@ from torch import nn
 from ... import checks
 from ...modules import DoubleAttention
 from .examples import calls_in
-from .patterns import FAMILIES, Family
-from .replacement import CLASSES, Accelerated, Choice, is_overridden, replace, split
+from .patterns import PATTERNS, Pattern
+from .replacement import CLASSES, Accelerated, Match, is_overridden, replace, split
 from .verify import EXACT, Call, Reference, UnprovableError, device_of, dtype_of, randomised, seeded
 
 SHAPES = ((5, 6), (7, 9))
@@ -33,7 +33,7 @@ HOOKED = "remove_hook_from_submodules(model) of accelerate.hooks"
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Result:
     """One layer: its name in the model, its class, the family that it resembles.
 
     ``error``: the largest relative error in float64 of the proof, or of the nearest formula; NaN
@@ -52,8 +52,8 @@ class Finding:
 class Report:
     """What :func:`accelerate` did. Printable."""
 
-    replaced: list[Finding] = dataclasses.field(default_factory=list)
-    refused: list[Finding] = dataclasses.field(default_factory=list)
+    replaced: list[Result] = dataclasses.field(default_factory=list)
+    refused: list[Result] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
@@ -69,7 +69,7 @@ def accelerate(
     example_input: Any = None,
     *,
     backend: str = "auto",
-    progress: bool | Callable[[int, int, Finding], Any] = False,
+    progress: bool | Callable[[int, int, Result], Any] = False,
 ) -> Report:
     """Replaces, in place, the layers of a model that compute what da_triton computes.
 
@@ -109,7 +109,7 @@ def accelerate(
     provable = [c[1] for c, obstacle in zip(candidates, obstacles, strict=True) if not obstacle]
     calls = calls_in(model, provable, example_input)
     report = Report()
-    known: dict[type[nn.Module], Choice | str] = {}
+    known: dict[type[nn.Module], Match | str] = {}
     for (name, module, family), obstacle in zip(candidates, obstacles, strict=True):
         kind = type(module)
         given = calls.pop(module, [])
@@ -120,7 +120,7 @@ def accelerate(
         known[kind] = choice or note
         if choice is not None and example_input is not None and not given:
             note += "; the example does not reach it"
-        finding = Finding(name, kind.__name__, family.name, error, note)
+        finding = Result(name, kind.__name__, family.name, error, note)
         if choice is None:
             report.refused.append(finding)
         else:
@@ -169,17 +169,17 @@ def restore(model: nn.Module) -> list[str]:
     return names
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Family]]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Pattern]]]:
     for name, module in model.named_modules():
         if isinstance(module, (Accelerated, DoubleAttention)):
             continue
-        for family in FAMILIES.values():
+        for family in PATTERNS.values():
             if family.resembles(module):
                 yield name, module, family
                 break
 
 
-def _tell(progress: Any, done: int, count: int, finding: Finding) -> None:
+def _tell(progress: Any, done: int, count: int, finding: Result) -> None:
     if callable(progress):
         progress(done, count, finding)
     elif progress:
@@ -207,11 +207,11 @@ def _obstacle(module: nn.Module) -> str:
 
 def _judge(
     module: nn.Module,
-    family: type[Family],
+    family: type[Pattern],
     given: list[Call],
     backend: str,
-    known: Choice | str | None,
-) -> tuple[Choice | None, float, str]:
+    known: Match | str | None,
+) -> tuple[Match | None, float, str]:
     """The proved formula or None, its error or that of the nearest one, and a sentence.
 
     ``known``: the formula of the layer of this class before it, or why that layer has none. It is
@@ -248,7 +248,9 @@ def _judge(
     return choice, error, f"proved{frames} on {where}, relative error {error:.0e}"
 
 
-def _random_references(twin: nn.Module, family: type[Family], given: list[Call]) -> list[Reference]:
+def _random_references(
+    twin: nn.Module, family: type[Pattern], given: list[Call]
+) -> list[Reference]:
     """The twin on random inputs of two shapes: the family's, or, where the layer takes others,
     shapes like those of the first given call."""
     device = device_of(twin, *given)
@@ -273,7 +275,7 @@ def _random_references(twin: nn.Module, family: type[Family], given: list[Call])
     return references or [Reference(twin, given[0].random(None))]
 
 
-def _own_reference(module: nn.Module, family: type[Family], call: Call) -> Reference:
+def _own_reference(module: nn.Module, family: type[Pattern], call: Call) -> Reference:
     """The module on a given call: a batch of two, or all where it does not take two."""
     _check_arguments(module, family, call)
     with contextlib.suppress(Exception):
@@ -289,19 +291,19 @@ def _takes(module: nn.Module, args: tuple[Any, ...]) -> bool:
     return False
 
 
-def _choices(reference: Reference, family: type[Family], backend: str) -> Iterator[Choice]:
+def _choices(reference: Reference, family: type[Pattern], backend: str) -> Iterator[Match]:
     """Formulas that the module may compute, also on frames if its input has an axis more."""
     usual = Call(family.inputs(reference.module, SHAPES[0]), {}).axes
     axes = (2, 1, None) if reference.call.axes == usual + 1 else (None,)
     for frames, options in itertools.product(axes, family.choices(reference.module)):
-        yield Choice(family.__name__, options, backend, frames)
+        yield Match(family.__name__, options, backend, frames)
 
 
 def _nearest(
-    reference: Reference, family: type[Family], backend: str, known: Choice | str | None
-) -> tuple[float, Choice]:
+    reference: Reference, family: type[Pattern], backend: str, known: Match | str | None
+) -> tuple[float, Match]:
     """The formula whose output is nearest, and its error; ``known`` is tried first."""
-    best = math.inf, Choice(family.__name__, {}, backend)
+    best = math.inf, Match(family.__name__, {}, backend)
     for choice in sorted(_choices(reference, family, backend), key=lambda c: c != known):
         change = functools.partial(replace, choice=dataclasses.replace(choice, backend="eager"))
         with contextlib.suppress(*MISFIT):
@@ -313,9 +315,9 @@ def _nearest(
     return best
 
 
-def _means(reference: Reference, family: type[Family], meaning: str) -> bool:
-    """Whether the layer computes what ``other_meanings`` of the family has under these words."""
-    forward = family.other_meanings(reference.module).get(meaning)
+def _means(reference: Reference, family: type[Pattern], meaning: str) -> bool:
+    """Whether the layer computes what ``known_wrong_variants`` of the family has under these words."""
+    forward = family.known_wrong_variants(reference.module).get(meaning)
     if forward is None:
         return False
     names = inspect.signature(forward).parameters
@@ -335,9 +337,9 @@ def _means(reference: Reference, family: type[Family], meaning: str) -> bool:
     return False
 
 
-def _explained(reference: Reference, family: type[Family], error: float) -> str:
+def _explained(reference: Reference, family: type[Pattern], error: float) -> str:
     """Why no formula is the layer's: a known other meaning, or how far the nearest one is."""
-    for meaning in family.other_meanings(reference.module):
+    for meaning in family.known_wrong_variants(reference.module):
         if _means(reference, family, meaning):
             return meaning
     if error == math.inf:
@@ -348,14 +350,14 @@ def _explained(reference: Reference, family: type[Family], error: float) -> str:
     )
 
 
-def _check_arguments(module: nn.Module, family: type[Family], call: Call) -> None:
+def _check_arguments(module: nn.Module, family: type[Pattern], call: Call) -> None:
     """With an example: the formula takes the arguments that the layer gets in the model."""
     _, others = split(type(module).forward, family.arguments, call.args, call.kwargs)
     if others:
         raise TypeError(f"in the model it gets {', '.join(others)}, which the formula lacks")
 
 
-def _check_parameters(module: nn.Module, family: type[Family]) -> None:
+def _check_parameters(module: nn.Module, family: type[Pattern]) -> None:
     """Without an example: the formula has every parameter that the layer's forward has."""
     theirs = list(inspect.signature(type(module).forward).parameters)[1:]
     if others := theirs[family.arguments :]:
