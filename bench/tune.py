@@ -108,9 +108,9 @@ def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
     unfused = planned._replace(
         order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
     )
-    for route, mask in ((planned, None), (unfused, None), (planned, mask)):
+    for route, masking in ((planned, None), (unfused, None), (planned, mask)):
         for backward in (False, True):
-            yield functools.partial(_step, x, w, options, route, mask, backward)
+            yield functools.partial(_step, x, w, options, route, masking, backward)
 
 
 def _step(x, w, options, route, mask, backward):

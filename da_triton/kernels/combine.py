@@ -276,8 +276,8 @@ def _descriptors(
 ):  # fmt: skip
     a, out = weights.a, weights.out
     ready = launch.prepared(
-        _forward, (a, weights.b, bias, out, acc, mx, total, lse, g), num_partials, strides, heads, mask,
-        from_x, merge, want_m, want_h,
+        _forward, (a, weights.b, bias, out, acc, mx, total, lse, g), num_partials, strides, heads,
+        mask, from_x, merge, want_m, want_h,
     )  # fmt: skip
     results = ready.empty()
     m = results[0] if want_m else None
@@ -293,8 +293,8 @@ def _descriptors(
 
 
 def _forward(
-    a, b, bias, out, acc, mx, total, lse, g, num_partials, strides, heads, mask, from_x, merge, want_m,
-    want_h,
+    a, b, bias, out, acc, mx, total, lse, g, num_partials, strides, heads, mask, from_x, merge,
+    want_m, want_h,
 ):  # fmt: skip
     batch, channels, maps = acc.shape[0], a.shape[1], b.shape[0]
     c_m, c_n = a.shape[0] // heads, maps // heads
@@ -332,7 +332,8 @@ def _backward(a, out, partials, lse, m, heads):
     tile = tiles.tile("combine_backward", a, c_m, c_n)
     ready = launch.Launch(
         combine_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
-        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials, BLOCK_C=tile.block_l,
+        HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials,
+        BLOCK_C=tile.block_l,
     )  # fmt: skip
     ready.allocating(partials.dtype, (batch, c_out, maps), (batch, heads, c_m, c_n), (batch, maps))
     return ready.allocating(a.dtype, (batch, channels, maps))

@@ -97,7 +97,8 @@ def delta_kernel(
         lse = tl.load(lse_ptr + maps, mask=inside_n, other=0.0)
     delta, largest = _round(
         dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
-        NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half, BLOCK_M,
+        NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half,
+        BLOCK_M,
     )  # fmt: skip
     if half:
         shifted, factor = into_float16(largest, lse)
@@ -106,7 +107,8 @@ def delta_kernel(
             tl.debug_barrier()  # between stores to the same addresses
             delta, largest = _round(
                 dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
-                NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True, BLOCK_M,
+                NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True,
+                BLOCK_M,
             )  # fmt: skip
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + maps, mask=inside_n, other=0.0).to(acc)
@@ -117,8 +119,8 @@ def delta_kernel(
 def lowp_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None):
     """dG in ``dtype``, ``(N, heads, m, n)``, δ, ``(N, heads, n)`` in the dtype of G, and lse.
 
-    ``partials``: ``(N, heads, num_partials, m, n)`` in any strides, added in order. ``g``, ``(N, heads, m,
-    n)``, and ``lse``, of all maps, are contiguous. A map's P is the gradient of its lse: ``dlse``
+    ``partials``: ``(N, heads, num_partials, m, n)`` in any strides, added in order. ``g``,
+    ``(N, heads, m, n)``, and ``lse``, of all maps, are contiguous. A map's P is the gradient of its lse: ``dlse``
     is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
     is returned (see ``into_float16``).
     """
@@ -135,8 +137,8 @@ def _delta(partials, g, bias, lse, dlse, dtype, mask):
     tile = tiles.tile("delta", g, c_m, c_n)
     ready = launch.Launch(
         delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": partials},
-        HEADS=heads, NUM_PARTIALS=num_partials, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=mask,
-        HAS_DLSE=dlse is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        HEADS=heads, NUM_PARTIALS=num_partials, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None,
+        HAS_MASK=mask, HAS_DLSE=dlse is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
     )  # fmt: skip
     ready.allocating(g.dtype, (batch, heads, c_n))

@@ -72,7 +72,8 @@ def gather_kernel(
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
     mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    acc_ptr,  # (N, NUM_PARTIALS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
+    # (N, NUM_PARTIALS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
+    acc_ptr,
     max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima; not touched if FINAL
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums, or lse if FINAL
     bias_ptr,  # (heads·C_M,): of A, added to G; read if FINAL and HAS_BIAS
@@ -345,7 +346,7 @@ def _combine(a, b, acc, mx, total, bias, g, lowp, lse, masked):
 
 @guard.proved({"sources": SOURCE})
 def gather_partials(sources, logit_scale):
-    """Partial ``(acc, max, sum)``: ``(N, num_partials, heads·n, m)``, ``(N, num_partials, heads·n)`` twice."""
+    """Partial ``(acc, max, sum)``: acc ``(N, num_partials, heads·n, m)``, others without the m."""
     return _partials(sources, logit_scale)
 
 
@@ -399,7 +400,8 @@ def _gathering(
     return launch.Launch(
         gather_kernel, a, tile, batch * heads * num_splits * blocks,
         maps={"a": a, "b": b}, strided={"mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=chunk, NUM_SPLITS=num_splits, PARTIAL=partial, NUM_PARTIALS=num_partials,
+        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=chunk, NUM_SPLITS=num_splits,
+        PARTIAL=partial, NUM_PARTIALS=num_partials,
         HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
         LOWP=lowp is not None,
     )  # fmt: skip

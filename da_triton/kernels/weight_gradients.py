@@ -334,7 +334,8 @@ def products(t, x, *rows):
     results = [Gradient(*pair) for pair in zip(made[::2], made[1::2], strict=True)]
     first, second, third = (*results, results[0], results[0])[:3]
     ready((
-        partials, sums, first.weight, second.weight, third.weight, first.bias, second.bias, third.bias,
+        partials, sums, first.weight, second.weight, third.weight, first.bias, second.bias,
+        third.bias,
     ))  # fmt: skip
     return results
 

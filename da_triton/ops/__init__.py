@@ -22,8 +22,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 class Backend(NamedTuple):
     """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
 
-    Of positions that are not all there are, ``gather_partial`` (see ``eager``) is for other frames to
-    join; ``gather_lse`` and ``gather_backward`` (see ``aten``) for those of other ranks. ``direct``
+    ``gather_partial`` (see ``reference``) gathers one frame, for others to join; ``gather_lse`` and
+    ``gather_backward`` (see ``aten``) gather the positions of one rank. ``direct``
     is the block where only autograd sees it.
     """
 

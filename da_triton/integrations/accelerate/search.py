@@ -316,7 +316,7 @@ def _nearest(
 
 
 def _means(reference: Reference, family: type[Pattern], meaning: str) -> bool:
-    """Whether the layer computes what ``known_wrong_variants`` of the family has under these words."""
+    """Whether the layer computes what the pattern's ``known_wrong_variants`` has by this name."""
     forward = family.known_wrong_variants(reference.module).get(meaning)
     if forward is None:
         return False

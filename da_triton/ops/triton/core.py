@@ -79,7 +79,7 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """As ``eager.gather_partial``. The pivot is lse as the dtype of sums has it, and the sum the rest:
+    """As ``reference.gather_partial``. The pivot is lse in the dtype of sums, and the sum the rest:
     together they have all digits of lse."""
     g, lse = gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
     if mask is None:
