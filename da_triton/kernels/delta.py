@@ -120,9 +120,9 @@ def lowp_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None)
     """dG in ``dtype``, ``(N, heads, m, n)``, δ, ``(N, heads, n)`` in the dtype of G, and lse.
 
     ``partials``: ``(N, heads, num_partials, m, n)`` in any strides, added in order. ``g``,
-    ``(N, heads, m, n)``, and ``lse``, of all maps, are contiguous. A map's P is the gradient of its lse: ``dlse``
-    is subtracted from δ. In float16, the weights that go with dG and δ are those of the lse that
-    is returned (see ``into_float16``).
+    ``(N, heads, m, n)``, and ``lse``, of all maps, are contiguous. P is the gradient of lse:
+    ``dlse`` is subtracted from δ. In float16, the weights that go with dG and δ are those of the
+    lse that is returned (see ``into_float16``).
     """
     shifted = torch.empty_like(lse) if POLICIES[dtype].extended else lse
     dlse_ = lse if dlse is None else dlse.contiguous()

@@ -25,17 +25,9 @@ from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
 from . import core_full_n, core_tiled, delta
 from .primitives import (
-    dot,
-    exp,
-    exp_minus,
-    load_mask,
-    load_matrix,
-    load_tile,
-    log_sum,
-    online_softmax,
-    scalar,
+    dot, exp, exp_minus, load_mask, load_matrix, load_tile, log_sum, online_softmax, scalar,
     store_tile,
-)
+)  # fmt: skip
 
 SOURCE = ("N--L", "N--L", "NL")
 
@@ -72,8 +64,7 @@ def gather_kernel(
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
     mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
-    # (N, NUM_PARTIALS, heads·C_N, C_M) float32/64: partial sums; (N·heads, C_M, C_N): G if FINAL
-    acc_ptr,
+    acc_ptr,  # (N, NUM_PARTIALS, heads·C_N, C_M): partial sums; (N·heads, C_M, C_N): G if FINAL
     max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima; not touched if FINAL
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums, or lse if FINAL
     bias_ptr,  # (heads·C_M,): of A, added to G; read if FINAL and HAS_BIAS

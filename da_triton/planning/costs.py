@@ -57,8 +57,8 @@ def gather_steps(
     """Forward, up to G, or to H in an order that goes through it.
 
     ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``num_splits``:
-    partial sums per sample. ``blocks``: of maps, in a gather from X. ``with_v``: on the unfused route, V
-    comes from the same product.
+    partial sums per sample. ``blocks``: of n, in a gather from X. ``with_v``: on the unfused route,
+    V comes from the same product.
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
     features = c if order.from_x else s.c_m // s.heads

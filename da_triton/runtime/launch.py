@@ -103,8 +103,8 @@ def leave_unrecorded():
 
 @contextlib.contextmanager
 def trial(num_splits, tiles):
-    """Splits positions of this thread's launches over ``num_splits`` programs, if blocks permit, and
-    adds the tile of every launch to the list ``tiles``, in words."""
+    """Splits positions of this thread's launches over ``num_splits`` programs, if blocks permit,
+    and adds the tile of every launch to the list ``tiles``, in words."""
     before = _thread.num_splits, _thread.tiles
     _thread.num_splits, _thread.tiles = num_splits, tiles
     try:

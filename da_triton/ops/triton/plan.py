@@ -43,7 +43,7 @@ def kernel_limits(shape, c_out, arch, num_sms):
         pass_1,
         ("combine_backward", m, n),
         ("block_bwd_distribute", widest, full_n),
-        ("outer", channels, 2 * shape.c_n),
+        ("outer_product", channels, 2 * shape.c_n),
         ("weight_gradients", m, n),
     )
     return Limits(
