@@ -25,7 +25,15 @@ from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
 from . import core_full_n, core_tiled, delta
 from .primitives import (
-    dot, exp, exp_minus, load_mask, load_matrix, load_tile, log_sum, online_softmax, scalar,
+    dot,
+    exp,
+    exp_minus,
+    load_mask,
+    load_matrix,
+    load_tile,
+    log_sum,
+    online_softmax,
+    scalar,
     store_tile,
 )  # fmt: skip
 
