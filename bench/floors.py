@@ -1,17 +1,12 @@
-"""What a block has to move and compute at least, and how long that takes at given ceilings.
+"""How long a block takes at least at given ceilings: ``planning.costs`` has the bytes and MACs.
 
-Compulsory bytes: X read and the output written once; X twice where one sample does not fit the
-cache of the card between the two passes. Backward: X and the output's gradient read (X likewise),
-X's gradient written. Weights are small beside maps, but count. Useful operations: those of the
-cheapest association order; backward has two products for each of forward's.
-
-Ceilings are measured in the same run.
+Backward has two products for each of forward's. Ceilings are measured in the same run.
 """
 
 from dataclasses import dataclass
 
-from da_triton.planning.costs import order_cost
-from da_triton.planning.shapes import ORDERS
+from da_triton.planning import costs
+from da_triton.planning.shapes import Shape
 
 from .problems import BACKWARD, FORWARD, STEP
 from .workloads import Workload
@@ -21,27 +16,25 @@ from .workloads import Workload
 class Ceilings:
     bandwidth: float  # bytes a second, read and written together
     matrix_rate: float  # operations a second in the dtype at hand
-    cache: float = 50e6  # bytes of the last cache; half of it is taken to hold X
+    cache: float = costs.L2  # bytes; half of it is taken to hold X
+
+
+def _shape(work: Workload, batch: int, itemsize: int) -> Shape:
+    return Shape(batch, work.c, work.c_m, work.c_n, work.heads, work.length, itemsize, True)
 
 
 def compulsory_bytes(
     work: Workload, batch: int, mode: str, itemsize: int, cache: float = Ceilings.cache
 ) -> int:
-    """Of the whole batch."""
-    one = work.c * work.length * itemsize
-    reads = 1 if one <= cache / 2 else 2
-    weights = itemsize * work.c * (2 * work.c_m + 2 * work.c_n)
-    forward = batch * one * (reads + 1) + weights
-    backward = batch * one * (reads + 2) + 2 * weights
-    return {FORWARD: forward, BACKWARD: backward, STEP: forward + backward}[mode]
+    """``costs.compulsory_bytes`` of the passes of a mode."""
+    passes = {FORWARD: (False,), BACKWARD: (True,), STEP: (False, True)}[mode]
+    s = _shape(work, batch, itemsize)
+    return sum(costs.compulsory_bytes(s, cache, backward) for backward in passes)
 
 
 def useful_flop(work: Workload, batch: int, mode: str) -> int:
     """Multiplications and additions of the cheapest association order, of the whole batch."""
-    costs = [
-        order_cost(o, work.c, work.c_m, work.c_n, work.heads, work.length) for o in ORDERS.values()
-    ]
-    forward = 2 * batch * min(c.macs + c.small_macs for c in costs)
+    forward = 2 * costs.least_macs(_shape(work, batch, 1))
     return forward * {FORWARD: 1, BACKWARD: 2, STEP: 3}[mode]
 
 

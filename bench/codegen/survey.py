@@ -217,7 +217,7 @@ def variants(kernel: str, special: bool) -> list[Variant]:
     flags = special_flags(kernel) if special else {}
     wide, narrow, last = (Variant(*layout, **flags) for layout in LAYOUTS)
     found = [narrow, last, wide, dataclasses.replace(narrow, dtype=torch.float16)]
-    if kernel.startswith(("project", "distribute")) and not special:
+    if "distribute" in kernel and not special:
         found.append(dataclasses.replace(narrow, heads=4))
     if kernel.startswith("combine"):
         found.insert(0, dataclasses.replace(narrow, masked=True))
@@ -233,14 +233,14 @@ def odd_variants(kernel: str, special: bool) -> list[Variant]:
 
 def variant_name(kernel: str) -> str:
     """Of the tile that a special launch may have of its own."""
-    return "mask" if kernel.startswith("gather") else "v"
+    return "mask" if "gather" in kernel else "v"
 
 
 def special_flags(kernel: str) -> dict[str, Any]:
     """What makes a launch special, and lets it have a tile of its own; none: nothing does."""
-    if kernel.startswith("gather"):
+    if "gather" in kernel:
         return {"masked": True}
-    return {"save_v": True} if kernel.startswith(("project", "distribute")) else {}
+    return {"save_v": True} if "distribute" in kernel else {}
 
 
 # --- everything that ships ------------------------------------------------------------------------

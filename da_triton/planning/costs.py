@@ -13,9 +13,10 @@ L2 cache is not counted twice. ``requested`` is what its programs ask of that ca
 tile of positions asks for all weights that it is multiplied with, so short tiles ask for much.
 """
 
-from .shapes import CoreLimits, Cost, Order, Shape, Step
+from .shapes import CoreLimits, Cost, Order, Shape, Step, orders
 
 BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
+L2 = 50e6  # bytes, of an H200; half of it is taken to hold X
 POSITIONS = 64  # in a block of the core's gather, with most of its tiles
 
 
@@ -49,6 +50,31 @@ def order_cost(
         per_position += core + (channels * c_m if reconstruct else 0)
         elements += c_m + (c_m + channels if reconstruct else 0)
     return Cost(per_position * length, small_total, elements * length)
+
+
+def least_macs(s: Shape) -> int:
+    """MACs of the cheapest order for the whole batch, forward."""
+    costs = (
+        order_cost(o, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct)
+        for o in orders(s.reconstruct)
+    )
+    return s.batch * min(cost.macs + cost.small_macs for cost in costs)
+
+
+def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int:
+    """Bytes that a pass over the whole batch has to move.
+
+    Forward reads X and writes the output; backward reads X and the output's gradient, and writes
+    X's gradient. Both read X twice where a sample does not fit half the cache between two passes.
+    Weights are small beside activations, but count; backward writes their gradients, too.
+    """
+    x, out = s.channels * s.length * s.itemsize, s.out_channels * s.length * s.itemsize
+    reads = 1 if x <= cache / 2 else 2
+    c_out = s.channels if s.reconstruct else 0
+    weights = s.itemsize * (s.channels * (s.c_m + 2 * s.c_n) + c_out * s.c_m)
+    if backward:
+        return s.batch * ((reads + 1) * x + out) + 2 * weights
+    return s.batch * (reads * x + out) + weights
 
 
 def gather_steps(

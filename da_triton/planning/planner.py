@@ -18,9 +18,11 @@ import torch
 
 from ..tracing import constant
 from .costs import (
+    compulsory_bytes,
     distribute_steps,
     fused_backward_steps,
     gather_steps,
+    least_macs,
     order_cost,
     unfused_backward_steps,
 )
@@ -133,17 +135,9 @@ def wide(x) -> bool:
 
 
 def floor(s: Shape) -> float:
-    """Seconds that no implementation can beat: two passes over X, or the cheapest order."""
+    """Seconds that no forward pass can beat: the compulsory bytes, or the cheapest order's MACs."""
     rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
-    per_sample = s.channels * s.length * s.itemsize
-    reads = 1 if per_sample <= 25e6 else 2
-    moved = per_sample * reads + s.out_channels * s.length * s.itemsize
-    costs = [
-        order_cost(o, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct)
-        for o in orders(s.reconstruct)
-    ]
-    cheapest = min(c.macs + c.small_macs for c in costs)
-    return s.batch * max(moved / BANDWIDTH, cheapest / rate)
+    return max(compulsory_bytes(s) / BANDWIDTH, least_macs(s) / rate)
 
 
 def routes(

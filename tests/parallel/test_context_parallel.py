@@ -16,8 +16,8 @@ from da_triton.integrations import ResidualDoubleAttention
 from da_triton.ops.aten import core as aten
 from da_triton.parallel.context_parallel import WireBytes, wire_bytes
 from support import ranks
-from support.num_splits import CUTS, LENGTH, block, image, leaves, maps, own, trained
 from support.numerics import check, relative_rms
+from support.splits import CUTS, LENGTH, block, image, leaves, maps, own, trained
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"

@@ -13,8 +13,8 @@ import da_triton
 from da_triton import reference
 from da_triton.parallel.dtensor import register_dtensor
 from support import ranks
-from support.num_splits import LENGTH, block, image, maps, trained
 from support.numerics import check
+from support.splits import LENGTH, block, image, maps, trained
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"

@@ -5,8 +5,8 @@ import torch
 from torch import distributed
 
 from support import ranks
-from support.num_splits import LENGTH, block, image, own, trained
 from support.numerics import check
+from support.splits import LENGTH, block, image, own, trained
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and distributed.is_nccl_available()), reason="needs a GPU: NCCL"

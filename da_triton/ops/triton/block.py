@@ -65,9 +65,7 @@ class Call(direct.Call):
         if x.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in w):
             return False
         self.save_v, self.order = _keeps_v(w, o), o.order
-        self.options = kernels.Options(
-            o.heads, o.logit_scale, o.logit_scale_v, o.scale, o.softmax_v, residual
-        )
+        self.options = o._replace(residual=residual)
         self.route = _route(x, w, o.heads, o.order, self.save_v)
         self.run = Recorded(super().run)  # type: ignore[method-assign, assignment]
         self.recorded_gradients: dict[Any, Recorded] = {}
@@ -87,7 +85,7 @@ class Call(direct.Call):
 
     def forward(self, x, w, mask):
         if tracing.named():
-            options = *self.options, self.order, self.save_v
+            options = *self.options[:6], self.order, self.save_v
             out, lse, g, v = block_op(x, *w, mask, *options)
             return out, (lse, g, v if self.save_v else None)
         out, lse, g, v = kernels.forward(x, w, _bytes(mask), self.options, self.route, self.save_v)
@@ -98,7 +96,7 @@ class Call(direct.Call):
         unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
         if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
-            options = *self.options, self.order, list(needs)
+            options = *self.options[:6], self.order, list(needs)
             return run(block_backward_op, grad, x, *w, mask, lse, g, v, *options)
         needs = kernels.Gradients(*needs)
         found = kernels.backward(
@@ -132,7 +130,7 @@ def block_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The block's result, lse, G, and V (empty if not kept)."""
     weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
-    options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
+    options = Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     if x.shape[0] == 0:
         return _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v)
     route = _route(x, weights, heads, order, save_v)
@@ -189,7 +187,7 @@ def block_backward_op(
     if x.shape[0] == 0:
         inputs: Any = zip((x, *weights), needs, strict=True)
         return [torch.zeros_like(t) if need else x.new_empty(0) for t, need in inputs]
-    options = kernels.Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
+    options = Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     v_ = v if v.dim() == 3 else None
     route = _route(x, weights, heads, order, v_ is not None)
     wanted = kernels.Gradients(*needs)
@@ -235,14 +233,14 @@ def _gradients(ctx, dout, *_):
 
 
 def _composition(ctx, mask):
-    o = kernels.Options(ctx.heads, *ctx.scalars)
+    o = Options(ctx.heads, *ctx.scalars)
     return lambda x, *weights: _compose(x, weights, mask, o)
 
 
 def _compose(x, w, mask, o):
     """The same in differentiable operations."""
     residual = x if o.residual else None
-    return aten_block.compose(x, Weights(*w), mask, residual, Options(*o), AZ)
+    return aten_block.compose(x, Weights(*w), mask, residual, o, AZ)
 
 
 vectorise(block_op, shared=WEIGHTS)

@@ -184,6 +184,6 @@ def plan(
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
         arch, num_sms = tiles.architecture(device), launch.num_sms(device)
-    mask = planner.saves_v(channels, c_m, c_n, heads, recompute)
-    chosen, *others = kernel_routes(s, s.out_channels, arch, num_sms, ORDERS.get(order), mask)
-    return Plan(s, name, chosen, tuple(others), mask, planner.floor(s))
+    save_v = planner.saves_v(channels, c_m, c_n, heads, recompute)
+    chosen, *others = kernel_routes(s, s.out_channels, arch, num_sms, ORDERS.get(order), save_v)
+    return Plan(s, name, chosen, tuple(others), save_v, planner.floor(s))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...arguments import Options as Options
 from ...arguments import Weights as Weights
 from ...kernels import (
     block_backward,
@@ -31,17 +32,6 @@ from ...projection import add_project, project
 from ...runtime import launch
 from . import gemms, unfused_backward
 from .gemms import by_head, shared
-
-
-class Options(NamedTuple):
-    """What the block computes."""
-
-    heads: int
-    logit_scale: float
-    logit_scale_v: float
-    scale: float
-    softmax_v: bool
-    residual: bool
 
 
 class Gradients(NamedTuple):
