@@ -92,7 +92,7 @@ def gather_partial(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :mod:`da_triton.streaming` keeps of a frame: see ``eager.gather_partial``.
+    """What :mod:`da_triton.streaming` keeps of a frame: see ``reference.gather_partial``.
 
     Arguments and errors as :func:`gather`.
     """

@@ -8,7 +8,7 @@ lse of the map (gather's backward: W is dG, x is B), one pass over positions mak
 
 feature block by feature block, and leaves E itself where a later product needs it. Each block of W
 serves both products; y is read once and x twice (again at the end: E of all maps would not fit the
-registers beside its gradient). Half precision up to 512 maps, see ``fits``; elsewhere ``tiled``.
+registers beside its gradient). Half precision, up to n = 512; see ``core_tiled`` for more.
 
 W is ``(N, heads, C_M, C_N)``, maps are ``(N, heads, channels, positions)``, both in any strides.
 """

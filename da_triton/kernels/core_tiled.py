@@ -2,7 +2,7 @@ r"""Products with softmax weights for any number of maps and features, tile by t
 
 With ``E[n, l] = exp(s·x[n, l] − lse)``, lse of the map or of the position (or ``E = s·x`` without a
 softmax), these four kernels are what gather's backward and distribute are made of when G does not
-fit one tile, nor its maps ``full_n`` (dG, ``grad_g``, also where they do):
+fit one tile, nor all n ``core_full_n`` (dG, ``grad_g``, also where they do):
 
     mix                   out[m, l] = scale · Σ_n W[m, n] E[n, l]            Z, dA
     mix_product           r[l] = Σ_m y[m, l] · out[m, l]                     r = Σ_m dZ∘Z = Σ_n Q∘dQ

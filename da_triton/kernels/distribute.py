@@ -4,8 +4,8 @@ r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, for
 
 Q is recomputed from V. Where G fits one tile, a program owns positions with all maps and features:
 each element of V, Z, dZ and dV is read or written once, and the program's part of dG is summed in
-registers, then added to the others' in a fixed order. Elsewhere see ``full_n`` (backward then
-writes Q once, for dG), and for more maps than that holds ``tiled``.
+registers, then added to the others' in a fixed order. Elsewhere see ``core_full_n`` (backward then
+writes Q once, for dG), and for more than that holds ``core_tiled``.
 
 Tensors are ``(N, heads, channels, positions)`` in any strides.
 """

@@ -1,21 +1,18 @@
-r"""Gather: ``G = A softmax_L(s B)ᵀ``, forward and backward.
+r"""Gather: ``G = A softmax_L(s B)ᵀ``, forward and backward, on ``(N, heads, channels, L)``.
 
-Forward, online over positions. A chunk of positions holds, for every map, its largest logit ``mx``,
-``sum = Σ exp(x − mx)`` and ``acc = Σ a·exp(x − mx)``; two chunks merge by rescaling to the larger
-``mx``. Chunks are worked by separate programs and merged in a fixed order, so the result is
-bitwise repeatable. ``lse = mx + log(sum)``. A map whose positions are all masked has ``lse = +inf``
-and G = 0; without a mask, logits of ``-inf`` alone give NaN, as ``torch.softmax`` does.
+Forward, online over positions. A split of the positions holds, per row n of B, its largest logit
+``mx``, ``sum = Σ exp(x − mx)`` and ``acc = Σ a·exp(x − mx)``; two splits merge by rescaling to the
+larger ``mx``, in a fixed order: results are bitwise repeatable. ``lse = mx + log(sum)``. A row whose
+positions are all masked has ``lse = +inf`` and G = 0; without a mask, logits of ``-inf``
+alone give NaN, as ``torch.softmax`` does.
 
-Backward, with ``P = exp(s B − lse)`` recomputed and ``δ = Σ_m dG∘G`` (which equals ``Σ_L P∘dP``, so
-the softmax's correction needs no pass over positions):
+Backward, with ``P = exp(s B − lse)`` recomputed and ``δ = Σ_m dG∘G`` (= ``Σ_L P∘dP``: no pass over
+positions for the softmax's correction), has no sum over positions:
 
     dA = dG P            dB = s · P∘(dGᵀ A − δ)
 
-Neither has a sum over positions. Where dG fits one tile a program owns positions with all maps and
-features, and reads and writes each element of A, B, dA and dB once; elsewhere see ``full_n``, and
-for more maps than that holds ``tiled``.
-
-Tensors are ``(N, heads, channels, positions)`` in any strides.
+Where dG fits one tile, a program holds all m and n; elsewhere see ``core_full_n`` and
+``core_tiled``.
 """
 
 import triton
@@ -35,7 +32,7 @@ from .primitives import (
     online_softmax,
     scalar,
     store_tile,
-)  # fmt: skip
+)
 
 SOURCE = ("N--L", "N--L", "NL")
 

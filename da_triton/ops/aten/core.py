@@ -1,7 +1,7 @@
 """The core in ATen operations: any device, differentiable twice, exportable.
 
-``gather`` and ``distribute`` have the arguments and results of ``eager``; the differences are those
-that save time or digits: A is not copied for extra tokens, scales are folded into the small matrix
+``gather`` and ``distribute`` have the arguments and results of ``reference``; the differences are
+those that save time or digits: A is not copied for extra tokens, scales are folded into the small matrix
 G, products are laid out so that the result already has v's memory format, logits are scaled in the
 dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
 products: that of the maps, but float32 for many positions of float16.
@@ -65,7 +65,7 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """``eager.gather_partial``; nothing is rounded to the maps' dtype on the way."""
+    """``reference.gather_partial``; nothing is rounded to the maps' dtype on the way."""
     if extra is not None:
         a, b, mask = join_extra(a, b, mask, extra)
     logits = scaled_logits(b, mask, logit_scale)
