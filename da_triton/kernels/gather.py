@@ -2,7 +2,7 @@ r"""Gather: ``G = A softmax_L(s B)ᵀ``, forward and backward, on ``(N, heads, c
 
 Forward, online over positions. A split of the positions holds, per row n of B, its largest logit
 ``mx``, ``sum = Σ exp(x − mx)`` and ``acc = Σ a·exp(x − mx)``; two splits merge by rescaling to the
-larger ``mx``, in a fixed order: results are bitwise repeatable. ``lse = mx + log(sum)``. A row whose
+larger ``mx``, in a fixed order: results repeat bit for bit. ``lse = mx + log(sum)``. A row whose
 positions are all masked has ``lse = +inf`` and G = 0; without a mask, logits of ``-inf``
 alone give NaN, as ``torch.softmax`` does.
 
@@ -11,8 +11,7 @@ positions for the softmax's correction), has no sum over positions:
 
     dA = dG P            dB = s · P∘(dGᵀ A − δ)
 
-Where dG fits one tile, a program holds all m and n; elsewhere see ``core_full_n`` and
-``core_tiled``.
+Where dG does not fit one tile of m and n, see ``core_full_n`` and ``core_tiled``.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """The core in ATen operations: any device, differentiable twice, exportable.
 
 ``gather`` and ``distribute`` have the arguments and results of ``reference``; the differences are
-those that save time or digits: A is not copied for extra tokens, scales are folded into the small matrix
+those that save time or digits: A is not copied for extra tokens, scales are folded into the matrix
 G, products are laid out so that the result already has v's memory format, logits are scaled in the
 dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
 products: that of the maps, but float32 for many positions of float16.

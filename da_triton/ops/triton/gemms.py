@@ -6,7 +6,7 @@ from ...runtime import tiles
 
 
 def project_abv(x, matrices, rows, heads):
-    """A, B or V for each of ``rows``, by head and without bias: ``matrices`` as ``prologue`` packs."""
+    """A, B or V for each of ``rows``, by head, without bias: ``matrices`` as ``prologue`` packs."""
     if len(matrices) == 1:
         maps = project(x, matrices[0][: sum(rows)], None).split(rows, 1)
     else:
