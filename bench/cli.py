@@ -37,6 +37,7 @@ CPU_NOTE = (
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Eager PyTorch against da_triton. Without a command: `report`.",
 )  # fmt: skip
 
@@ -44,7 +45,7 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 2 for arguments that make no sense."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or (argv[0].startswith("-") and argv[0] != "--help"):
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv.insert(0, "report")
     try:
         app(argv, prog_name="python -m bench")
@@ -86,8 +87,9 @@ def command(name: str, *examples: str, help: str | None = None) -> Callable:
     return app.command(name, help=help, epilog=f"\b\nexamples:\n{lines}")
 
 
-Workloads = Annotated[Any, names("workload", lambda: [w.name for w in workloads.WORKLOADS])]
-Providers = Annotated[Any, names("provider", lambda: [p.name for p in providers.catalogue()])]
+ALL = "without it, those of the command; a wrong name lists all"
+Workloads = Annotated[Any, names("workload", lambda: [w.name for w in workloads.WORKLOADS], ALL)]
+Providers = Annotated[Any, names("provider", lambda: [p.name for p in providers.catalogue()], ALL)]
 Modes = Annotated[Any, names("mode", MODES)]
 Dtypes = Annotated[Any, names("dtype", DTYPES, "without it, bf16 on a GPU and fp32 on a CPU")]
 Layouts = Annotated[Any, names("layout", LAYOUTS)]
@@ -96,6 +98,7 @@ Metrics = Annotated[Any, names("metric", list(METRICS))]
 Out = Annotated[Path, option("folder for results")]
 Seconds = Annotated[float, option("seconds for everything", "--budget")]
 Arch = Annotated[str, option("the GPU to compile for")]
+KEPT = typer.Option(help="a CSV file, kept in order", show_default="bench/results/codegen.csv")
 STAGE = names("stage", [s.name for s in STAGES], "repeatable")
 RESULTS = Path("bench/out")
 SHOWN = ",".join(DEFAULT_METRICS)
@@ -125,9 +128,6 @@ def _finished(report: Report) -> None:
     raise typer.Exit(report.status)
 
 
-# --- commands that measure ------------------------------------------------------------------------
-
-
 @command("report", "--quick", "--workload yolo_p3,r50_conv3 --out /tmp/bench")
 def report(
     workload: Workloads = "",
@@ -136,6 +136,8 @@ def report(
     out: Out = RESULTS,
 ) -> None:
     """Eager PyTorch against da_triton, on the GPU if there is one."""
+    if quick and everything:
+        raise UsageError("--quick and --all exclude each other: give one of them.")
     chosen = select(workload, "quick" if quick else "all" if everything else "default")
     device, timer = here()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -334,9 +336,6 @@ def tune(
     print(f"{len(choices)} tiles measured, {replaced} replaced.{written}")
 
 
-# --- commands that measure nothing ----------------------------------------------------------------
-
-
 @command("plan", "yolo_p3", "--shape 16,256,80,80 --c-m 64 --c-n 64 --heads 4 --dtype fp16")
 def plan(
     workload: Annotated[list[str] | None, typer.Argument(help="names")] = None,
@@ -344,7 +343,7 @@ def plan(
     c_m: int | None = None,
     c_n: int | None = None,
     heads: int = 1,
-    dtype: Dtypes = "bf16",
+    dtype: Annotated[Any, names("dtype", DTYPES)] = "bf16",
     layout: Layouts = "nchw",
 ) -> None:
     """What the block would run on a GPU for a shape, and why. Times are a model's."""
@@ -393,7 +392,7 @@ def fill_cache(
     arch: Arch = "sm_90",
     out: Annotated[Path | None, typer.Option(envvar="TRITON_CACHE_DIR", help="a folder")] = None,
     workload: Workloads = "",
-    verify: Annotated[bool, option("exit 1 if it is of other kernels", "--check")] = False,
+    verify: Annotated[bool, option("exit 1 if --out is of other kernels", "--check")] = False,
     smoke: Annotated[bool, option("the many kernels of the smoke check, too", "--smoke")] = False,
 ) -> None:  # fmt: skip
     """Fills Triton's compile cache with what the block launches on a GPU that is not there."""
@@ -427,7 +426,7 @@ def fill_cache(
 @command("codegen", "--arch sm_90", "--arch gfx942 --out /tmp/codegen.csv")
 def codegen(
     arch: Annotated[list[str] | None, option("repeatable; without it, all")] = None,
-    out: Annotated[Path, option("a CSV file, kept in order")] = table.KEPT,
+    out: Annotated[Path, KEPT] = table.KEPT,
 ) -> None:
     """Registers, spills, shared memory and loads of every kernel with its tiles, without a GPU.
 
@@ -441,7 +440,9 @@ def codegen(
 
 @command("suite", "--arch sm_80 tests/test_block.py", "--interpret tests/ops")
 def on_meta_tensors(
-    tests: Annotated[list[str] | None, typer.Argument(help="as for pytest; else all")] = None,
+    tests: Annotated[
+        list[str] | None, typer.Argument(help="files or node ids, as for pytest; else all")
+    ] = None,
     arch: Arch = "sm_90",
     jobs: Annotated[int, option("processes that compile")] = 2,
     interpret: Annotated[bool, option("run the kernels: an hour", "--interpret")] = False,

@@ -81,7 +81,7 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> Compa
             f"the files are of different machines, {named}: their times differ for other reasons "
             "than the code. --across compares them all the same."
         )
-    old, new = (frame.drop_duplicates(KEY, mask="last") for frame in (old, new))
+    old, new = (frame.drop_duplicates(KEY, keep="last") for frame in (old, new))
     both = old.merge(new, on=KEY, suffixes=("_old", "_new"))
     if both.empty:
         raise UsageError("the files have no measurement in common.")

@@ -10,7 +10,6 @@ replaces the present tile only where its 80th percentile is below the present on
 
 import contextlib
 import functools
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -283,7 +282,9 @@ def candidates_of(site: Site) -> Sequence[Entry]:
 
 def write(path: Path, card: str, choices: Sequence[Choice]) -> None:
     """The table, with what was measured of each entry."""
-    header = {"gpu": card, "triton": importlib.metadata.version("triton")}
+    import triton
+
+    header = {"gpu": card, "triton": triton.__version__}
     table = {}
     for c in choices:
         note = f"{c.best_us:.2f} us on {c.workload}; {c.present} took {c.present_us:.2f} us"

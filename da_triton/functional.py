@@ -78,7 +78,7 @@ def gather(
     a, b = autocast(dtype, a, b)
     with autocast_off(a.device.type, dtype):
         g = core.gather(
-            _by_head(a, heads), _by_head(b, heads), mask=_keep(mask), logit_scale=logit_scale
+            _by_head(a, heads), _by_head(b, heads), mask=_flat(mask), logit_scale=logit_scale
         )
     return g.to(a.dtype)
 
@@ -104,7 +104,7 @@ def gather_partial(
     core = ops.select(backend, b)
     with autocast_off(a.device.type, dtype):
         return core.gather_partial(
-            _by_head(a, heads), _by_head(b, heads), mask=_keep(mask), logit_scale=logit_scale
+            _by_head(a, heads), _by_head(b, heads), mask=_flat(mask), logit_scale=logit_scale
         )
 
 
@@ -228,7 +228,7 @@ def double_attention(
         g = core.gather(
             _by_head(a, heads, n),
             _by_head(b, heads, n),
-            mask=_keep(mask),
+            mask=_flat(mask),
             extra=tokens or None,
             logit_scale=logit_scale,
         )
@@ -355,6 +355,6 @@ def _by_head(x: Tensor, heads: int, batch: int | None = None) -> Tensor:
     return split_heads(x.flatten(2), heads)
 
 
-def _keep(mask: Tensor | None) -> Tensor | None:
+def _flat(mask: Tensor | None) -> Tensor | None:
     """The mask as ``(N, L)``."""
     return None if mask is None else mask.flatten(1)

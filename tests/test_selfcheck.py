@@ -63,7 +63,7 @@ def test_right_kernels(small, capsys):
     assert str(found) in text
     assert f"All {len(found.verdicts)} cases are right." in text
     assert torch.__version__ in text
-    masked = [v for v in found.verdicts if "keep=uint8" in v.case]
+    masked = [v for v in found.verdicts if "mask=uint8" in v.case]
     assert masked
     assert len(masked) < len(found.verdicts)
 

@@ -134,7 +134,7 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
         return _empty(v, batch, v.length, 1, channels).permute(0, 2, 3, 1)
 
     a, b, logits, dz = maps(m), maps(n), maps(n), maps(m)
-    mask = _keep(v, batch)
+    mask = _mask(v, batch)
     sources = [(a, b, mask)]
     if v.extra:
         sources.append((a[..., :4], b[..., :4], None))
@@ -157,7 +157,7 @@ def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list
         _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
     )  # fmt: skip
     options = routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
-    mask = _keep(v, batch)
+    mask = _mask(v, batch)
     with compile.record() as made:
         _, lse, g, kept = routes.forward(x, w, mask, options, route, v.save_v)
         routes.backward(torch.empty_like(x), x, w, mask, lse, g, kept, options, route)
@@ -168,7 +168,7 @@ def _empty(v, *shape):
     return torch.empty(shape, dtype=v.dtype, device="meta")
 
 
-def _keep(v, batch):
+def _mask(v, batch):
     shape = (batch, v.length)
     return torch.empty(shape, dtype=torch.uint8, device="meta") if v.masked else None
 

@@ -244,7 +244,9 @@ def block_bwd_gather_kernel(
 @guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the parts of dH, ``(N, num_splits, maps, C')``."""
-    ready = launch.prepared(_distribute_side, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax)
+    ready = launch.prepared(
+        _block_bwd_distribute, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax
+    )
     (partials,) = ready.empty()
     ready(
         (
@@ -256,7 +258,7 @@ def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_sc
     return partials
 
 
-def _distribute_side(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
+def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     batch, channels, _ = x.shape
     c_out, maps = h.shape[1:]
     head_block, block_n = tiles.packed_cols(heads, maps // heads)
@@ -293,8 +295,8 @@ def block_bwd_gather(
     dx = launch.empty_rows_like(x, x.shape[1]) if need_x else x
     dout_ = dout if residual else x
     ready = launch.prepared(
-        _gather_side, (x, dout_, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta), residual,
-        need_x,
+        _block_bwd_gather, (x, dout_, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta),
+        residual, need_x,
     )  # fmt: skip
     ready(
         (
@@ -305,7 +307,9 @@ def block_bwd_gather(
     return dx if need_x else None
 
 
-def _gather_side(x, dout, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta, residual, need_x):
+def _block_bwd_gather(
+    x, dout, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta, residual, need_x
+):
     batch, channels, _ = x.shape
     maps = weight_b.shape[0]
     tile = tiles.tile(

@@ -4,10 +4,10 @@ With ``E[n, l] = exp(s·x[n, l] − lse)``, lse of the map or of the position (o
 softmax), these four kernels are what gather's backward and distribute are made of when G does not
 fit one tile, nor all n ``core_full_n`` (dG, ``grad_g``, also where they do):
 
-    mix                   out[m, l] = scale · Σ_n W[m, n] E[n, l]            Z, dA
-    mix_product           r[l] = Σ_m y[m, l] · out[m, l]                     r = Σ_m dZ∘Z = Σ_n Q∘dQ
-    grad_logits          dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c) dV (c = r), dB (c = δ)
-    grad_g   dW[m, n] = scale · Σ_l y[m, l] E[n, l]             dG
+    apply_weights   out[m, l] = scale · Σ_n W[m, n] E[n, l]                  Z, dA
+    row_dot         r[l] = Σ_m y[m, l] · out[m, l]                           r = Σ_m dZ∘Z = Σ_n Q∘dQ
+    grad_logits     dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c)       dV (c = r), dB (c = δ)
+    grad_g          dW[m, n] = scale · Σ_l y[m, l] E[n, l]                   dG
 
 E is made in registers from x, tile by tile, and never written. W is ``(N, heads, C_M, C_N)``, maps
 are ``(N, heads, channels, positions)``, both in any strides. Each product has its sum in the
@@ -170,13 +170,13 @@ def apply_weights_kernel(
         store_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
 
 
-@triton.jit(do_not_specialize=["HEADS", "PARTS"])
+@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def grad_logits_kernel(
     w_ptr,  # (N, heads, C_M, C_N)
     x_ptr,  # (N, heads, C_N, L)
     y_ptr,  # (N, heads, C_M, L)
     lse_ptr,  # (N·heads, C_N) if LSE_PER_N, else (N·heads, L); read if SOFTMAX
-    c_ptr,  # (N·heads, C_N) if LSE_PER_N, else parts (N·heads, PARTS, L); read if SOFTMAX
+    c_ptr,  # (N·heads, C_N) if LSE_PER_N, else partials (N·heads, NUM_PARTIALS, L); read if SOFTMAX
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     dx_ptr,  # (N, heads, C_N, L)
     scale_out: "fp64",
@@ -185,7 +185,7 @@ def grad_logits_kernel(
     C_M,
     C_N,
     L_UNITS,
-    PARTS,
+    NUM_PARTIALS,
     stride_w_n,
     stride_w_h,
     stride_w_m,
@@ -247,8 +247,10 @@ def grad_logits_kernel(
             c = tl.load(c_ptr + nh * C_N + rows_n, mask=rows_n < C_N, other=0.0)[:, None]
         else:
             c = tl.zeros((BLOCK_L,), ACC)
-            for part in range(0, PARTS):
-                c += tl.load(c_ptr + (nh * PARTS + part) * L + cols, mask=cols < L, other=0.0)
+            for partial in range(0, NUM_PARTIALS):
+                c += tl.load(
+                    c_ptr + (nh * NUM_PARTIALS + partial) * L + cols, mask=cols < L, other=0.0
+                )
             c = c[None, :]
         acc = e * (acc - c)
     if HAS_MASK:
@@ -340,26 +342,26 @@ def _position_lse(x):
 
 def apply_weights(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, lse_per_n=False, mask=None):
     """Writes ``out = scale · W E``; lse of maps (``lse_per_n``), of positions, or no softmax."""
-    _mix(w, x, out, None, scale, logit_scale, lse, lse_per_n, mask)
+    _apply_weights(w, x, out, None, scale, logit_scale, lse, lse_per_n, mask)
 
 
-def mix_product(w, x, y, *, scale, logit_scale, lse):
+def row_dot(w, x, y, *, scale, logit_scale, lse):
     """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
     tile = tiles.tile("apply_weights", x, w.shape[2], c_n)
     blocks = -(-w.shape[2] // tile.block_m)
     r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
-    _mix(w, x, y, r, scale, logit_scale, lse, False, None)
+    _apply_weights(w, x, y, r, scale, logit_scale, lse, False, None)
     return r
 
 
-def _mix(w, x, y, r, scale, logit_scale, lse, lse_per_n, mask):
-    ready = launch.prepared(_mixing, (x, w, y, r, lse, mask), lse_per_n)
+def _apply_weights(w, x, y, r, scale, logit_scale, lse, lse_per_n, mask):
+    ready = launch.prepared(_applying, (x, w, y, r, lse, mask), lse_per_n)
     lse, mask, r = (x if t is None else t for t in (lse, mask, r))
     ready((w, x, lse, mask, y, r), (scale, logit_scale))
 
 
-def _mixing(x, w, y, r, lse, mask, lse_per_n):
+def _applying(x, w, y, r, lse, mask, lse_per_n):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("apply_weights", x, c_m, c_n)
@@ -388,7 +390,7 @@ def grad_logits(
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
 
-    ``correction``: δ of the maps, or the parts of r that ``mix_product`` made.
+    ``correction``: δ of the maps, or the parts of r that ``row_dot`` made.
     """
     correction = None if lse is None else correction
     ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), lse_per_n)
@@ -406,19 +408,20 @@ def _grad_logits(x, w, y, dx, lse, correction, mask, lse_per_n):
         grad_logits_kernel, x, tile, batch * heads * blocks, again=True,
         maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse_per_n,
-        PARTS=correction.shape[1] if softmax and not lse_per_n else 1, HAS_MASK=mask is not None,
+        NUM_PARTIALS=correction.shape[1] if softmax and not lse_per_n else 1,
+        HAS_MASK=mask is not None,
     )  # fmt: skip
 
 
 def grad_g(y, x, scale, logit_scale, lse):
     """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, num_splits, C_M, C_N)`` in float32 or float64."""
-    ready = launch.prepared(_descriptor_gradient, (x, y, lse))
+    ready = launch.prepared(_grad_g, (x, y, lse))
     (partial,) = ready.empty()
     ready((y, x, x if lse is None else lse, partial), (scale, logit_scale))
     return partial
 
 
-def _descriptor_gradient(x, y, lse):
+def _grad_g(x, y, lse):
     batch, heads, c_n, _ = x.shape
     c_m = y.shape[2]
     tile = tiles.tile("grad_g", x, c_m, c_n)

@@ -272,6 +272,6 @@ def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     scalars = {"scale": scale, "logit_scale": logit_scale}
     lse = core_tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:
-        r = core_tiled.mix_product(g, v, dz, lse=lse, **scalars) if softmax else None
+        r = core_tiled.row_dot(g, v, dz, lse=lse, **scalars) if softmax else None
         core_tiled.grad_logits(g, v, dz, dv, lse=lse, correction=r, **scalars)
     return core_tiled.grad_g(dz, v, scale, logit_scale, lse) if need_g else None

@@ -2,7 +2,7 @@ r"""What vendor GEMMs of the unfused route find in memory, made in one launch.
 
 stacked    the weights of several projections, one below the other: one product for all maps
 start      X + bo, to which the last product adds: its result is written once
-rounded    G in the dtype of the maps
+lowp       G in the input dtype
 """
 
 import triton

@@ -2,9 +2,9 @@
 
 ``torch.ops.da_triton.gather_packed``, ``gather_packed_backward``, ``distribute_packed`` and
 ``distribute_packed_backward`` run either backend on maps ``(1, heads, channels, total)``: the
-kernels on batches of sequences (see ``buckets``), ATen operations on one after another (see
-``aten_packed``). They are opaque to the compiler, so a compiled model is not compiled again for
-other lengths, nor for another number of sequences.
+kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one after another
+(see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not compiled
+again for other lengths, nor for another number of sequences.
 
 Second derivatives are taken through the ``torch`` backend, one run of equal lengths after another.
 """

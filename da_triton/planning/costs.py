@@ -266,5 +266,5 @@ def _whole(s: Shape, features: int, tile: int) -> bool:
 
 def _asked(s: Shape, features: int, tile: int) -> int:
     """Elements that a product of G with maps asks for in tiles: each block asks for the other's."""
-    lse_per_n, per_feature = -(-features // tile), -(-s.c_n // s.heads // tile)
-    return s.length * s.heads * (s.c_n // s.heads * lse_per_n + features * (per_feature + 1))
+    per_n, per_feature = -(-features // tile), -(-s.c_n // s.heads // tile)
+    return s.length * s.heads * (s.c_n // s.heads * per_n + features * (per_feature + 1))

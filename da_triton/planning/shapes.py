@@ -72,7 +72,7 @@ class Route(NamedTuple):
     gather: str  # "fused" or "unfused"
     distribute: str
     backward: str
-    backward_order: Order  # of a unfused backward pass; XH of a fused one
+    backward_order: Order  # of an unfused backward pass; XH of a fused one
     chunk: int  # samples that go through both passes before the next ones start
 
     def __str__(self) -> str:

@@ -29,9 +29,9 @@ from . import tiles
 INTERPRETED = triton.knobs.runtime.interpret
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # of sums
-# Without a GPU (interpreted kernels) the split over positions is made for this many processors: few
+# Without a GPU (interpreted kernels) the split over positions is made for this many SMs: few
 # enough to keep interpreted launches short, enough to exercise the combination of chunks.
-INTERPRETED_PROCESSORS = 4
+INTERPRETED_SMS = 4
 INTERPRETER = threading.RLock()
 
 # Launch arguments whose value changes no generated code: no recompilation when they are 1 or 16.
@@ -66,7 +66,7 @@ def alignment(*maps):
 def num_sms(device):
     """Multiprocessors of the GPU; a small fixed number for interpreted kernels."""
     if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
+        return INTERPRETED_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -16,8 +16,10 @@ Tuned tables are written by ``python -m bench tune``, one for each GPU by its na
 that DA_TRITON_TILES names (``tiles`` in the cache without). Some may ship: ``kernels/tiles/tuned``.
 """
 
+import contextlib
 import functools
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,7 +42,7 @@ class Tile(NamedTuple):
     block_l: int
     num_warps: int
     num_stages: int
-    ctas_per_sm: int  # programs that a SM should hold at once
+    ctas_per_sm: int  # programs that an SM should hold at once
     impl: str = "pointers"  # which version of the kernel: see ``launch.Launch``
 
 
@@ -206,7 +208,8 @@ BLOCKS = {
     "outer_product": Blocks((64, 128), (64, 128)),
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
-CORE = list(BLOCKS)[:7]  # those of which a SM should hold two, if they are small
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # of kernels with others than "pointers"
+CORE = list(BLOCKS)[:7]  # those of which an SM should hold two, if they are small
 # Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
 # and in tests.
 STATISTICS = {
@@ -350,10 +353,10 @@ def tuned(card: str) -> Table:
     A table that cannot be read, is of another version of Triton, or has an entry that no kernel
     could take is left out; that is warned of once.
     """
-    import triton  # nothing else here needs it
-
     found: dict[Key, Entry] = {}
     for path in tuned_files(card):
+        import triton  # nothing else here needs it
+
         try:
             table = _read(path)
             for name, own in (("gpu", card), ("triton", triton.__version__)):
@@ -371,8 +374,12 @@ def tuned(card: str) -> Table:
 
 def tuned_files(card: str) -> list[Path]:
     """The tables of a GPU that there are; a later one counts more."""
-    paths = SHIPPED / "tuned" / file_name(card), folders.tiles() / file_name(card)
-    return [path for path in paths if card and path.exists()]
+    if not card:
+        return []
+    paths = [SHIPPED / "tuned" / file_name(card)]
+    with contextlib.suppress(RuntimeError):  # nobody's home folder can be found
+        paths.append(folders.tiles() / file_name(card))
+    return [path for path in paths if os.path.exists(path)]
 
 
 def file_name(card: str) -> str:
@@ -404,6 +411,7 @@ def entries(table: Mapping[str, Any]) -> dict[Key, Entry]:
         sizes = key.block_m, key.block_n, entry.block_l
         powers = all(type(s) is int and s >= 16 and s & (s - 1) == 0 for s in sizes)
         options = entry.num_warps in (1, 2, 4, 8, 16) and entry.num_stages in range(1, 9)
+        options &= entry.impl in IMPLEMENTATIONS.get(key.kernel, ("pointers",))
         if key.kernel not in BLOCKS or not powers or not options or key in found:
             raise ValueError(f"no kernel could take its entry {row}, or it occurs twice")
         found[key] = entry

@@ -374,7 +374,7 @@ def of_blocks(share, frames=1):
 
 
 @pytest.mark.parametrize(("make", "shape", "millions", "billions"), SIZES)
-def test_parameters_and_multiply_adds(make, shape, millions, billions):
+def test_parameters_and_macs(make, shape, millions, billions):
     options = {"order": "AZ"} if make.__module__.startswith("da_triton") else {}
     parameters, macs = count(lambda: make(**options), shape)
     assert (round(parameters / 1e6, 2), round(macs / 1e9, 2)) == (millions, billions)

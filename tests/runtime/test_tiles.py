@@ -289,3 +289,20 @@ def test_rdna_has_no_table(on_gpu, kind, monkeypatch):
 
 def test_interpreted_kernels_take_the_tiles_of_an_h200():
     assert tiles.architecture(torch.device("cpu")) == "sm_90"
+
+
+def test_without_a_home_folder_the_shipped_tables_are_used(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DA_TRITON_TILES", raising=False)
+    monkeypatch.delenv("DA_TRITON_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert tiles.tuned_files("") == tiles.tuned_files("NVIDIA H100") == []
+
+
+def test_an_entry_for_an_implementation_that_a_kernel_lacks_is_rejected():
+    row = ["gather", "plain", "half", 64, 64, 64, 4, 2, "tma", ""]
+    with pytest.raises(ValueError, match="no kernel could take"):
+        tiles.entries({"columns": tiles.COLUMNS, "tiles": [row]})

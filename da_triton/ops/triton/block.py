@@ -46,12 +46,12 @@ def block(x, w, mask, residual, o):
     """``(N, C, L)`` to ``(N, C or c_m, L)``; arguments as ``aten_block.block``."""
     fused = residual is not None and residual.dtype == x.dtype
     scales = scalars(o.logit_scale, o.logit_scale_v, o.scale)
-    options = o.heads, *scales, o.softmax_v, fused, o.order, _keeps_v(w, o)
+    options = o.heads, *scales, o.softmax_v, fused, o.order, _saves_v(w, o)
     out = apply(Block, x, *w, mask, *options)[0]
     return out if residual is None or fused else residual + out
 
 
-def _keeps_v(w, o):
+def _saves_v(w, o):
     c_m, channels = w.a.shape
     return planner.saves_v(channels, c_m, w.b.shape[0], o.heads, o.recompute)
 
@@ -64,7 +64,7 @@ class Call(direct.Call):
     def plan(self, x, w, mask, o, residual):
         if x.shape[0] == 0 or not all(t is None or t.is_contiguous() for t in w):
             return False
-        self.save_v, self.order = _keeps_v(w, o), o.order
+        self.save_v, self.order = _saves_v(w, o), o.order
         self.options = o._replace(residual=residual)
         self.route = _route(x, w, o.heads, o.order, self.save_v)
         self.run = Recorded(super().run)  # type: ignore[method-assign, assignment]
@@ -221,7 +221,7 @@ def _setup(ctx, inputs, output):
 def _gradients(ctx, dout, *_):
     *tensors, lse, g, v = ctx.saved_tensors
     needs = ctx.needs_input_grad[:8]
-    nothing = (None,) * 9  # keep and the options
+    nothing = (None,) * 9  # the mask and the options
     if dout is None or not any(needs):
         return (None,) * 8 + nothing
     if wants_graph(dout):
@@ -300,7 +300,7 @@ def block_flops(
     logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v, **_,
 ):  # fmt: skip
     """A multiply-add as two. "auto" counts as the paper's order, whatever the plan is."""
-    return 2 * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+    return 2 * _macs(x, weight_a, weight_b, weight_out, heads, order)
 
 
 @register_flop_formula(
@@ -312,10 +312,10 @@ def block_backward_flops(
 ):  # fmt: skip
     """Once the forward pass for dX, once for the weights; what is computed again is not counted."""
     passes = needs[0] + any(needs[1:])
-    return 2 * passes * _multiply_adds(x, weight_a, weight_b, weight_out, heads, order)
+    return 2 * passes * _macs(x, weight_a, weight_b, weight_out, heads, order)
 
 
-def _multiply_adds(x, weight_a, weight_b, weight_out, heads, order):
+def _macs(x, weight_a, weight_b, weight_out, heads, order):
     sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
     cost = order_cost(ORDERS.get(order, AZ), *sizes, weight_out is not None)
     return x[0] * (cost.macs + cost.small_macs)

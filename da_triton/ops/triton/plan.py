@@ -138,8 +138,8 @@ def plan(
         memory_format: of the input.
 
     Returns:
-        A :class:`Plan`, with the order, the route (which steps are fused kernels and which library
-        products), samples in a chunk, modelled operations, bytes and launches of each step, the
+        A :class:`Plan`, with the order, the route (which steps are fused kernels and which vendor
+        GEMMs), samples in a chunk, modelled operations, bytes and launches of each step, the
         floor, and the runners-up. The times come from a model with stated assumptions, not from
         measurements.
 

@@ -1,12 +1,12 @@
 r"""The block on a GPU: which launches and vendor GEMMs make it, forward and backward.
 
     gather        fused   pass 1 from X or from A, then ``combine``
-                  split   vendor GEMMs for B (and A), then the core's gather
+                  unfused vendor GEMMs for B (and A), then the core's gather
     distribute    fused   pass 2, with H
-                  split   vendor GEMMs for V and the last convolution around the core
+                  unfused vendor GEMMs for V and the last convolution around the core
 
 Any pair is a route; the planner chooses. Forward leaves lse and G (and V, if asked to) for
-backward, which is fused in order XH or split in any order.
+backward, which is fused in order XH or unfused in any order.
 
 X is ``(N, C, L)``. G is ``(N, heads, m, n)`` with ba, lse ``(N, heads·n)``.
 """

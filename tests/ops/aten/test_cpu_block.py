@@ -394,7 +394,7 @@ def test_numpy_integers(calls):
     assert calls
 
 
-def test_auto_takes_the_fewest_multiply_adds():
+def test_auto_takes_the_fewest_macs():
     assert planner.choose_order(512, 128, 128, 1, 400, 4, True, cpu=True) == AZ
     assert planner.choose_order(128, 128, 128, 4, 4096, 4, True, cpu=True) == XH
     assert planner.choose_order(512, 512, 19, 1, 8192, 4, True, cpu=True) == XH
