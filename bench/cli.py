@@ -325,11 +325,11 @@ def tune(
         raise UsageError("`python -m bench tune` measures on a CUDA GPU, and there is none here.")
     from . import tune as tuning
 
-    card = torch.cuda.get_device_name(device)
-    path = out or tuning.path_of(card)
+    gpu_name = torch.cuda.get_device_name(device)
+    path = out or tuning.path_of(gpu_name)
     choices = tuning.tune(
         select(workload, "all"), device, timer, Budget(budget),
-        save=lambda choices: tuning.write(path, card, choices),
+        save=lambda choices: tuning.write(path, gpu_name, choices),
     )  # fmt: skip
     replaced = sum(c.best != c.present for c in choices)
     written = f" Written to {path}." if choices else ""

@@ -15,7 +15,7 @@ from .workloads import Workload
 @dataclass(frozen=True)
 class Ceilings:
     bandwidth: float  # bytes a second, read and written together
-    matrix_rate: float  # operations a second in the dtype at hand
+    matrix_rate: float  # FLOP/s in the dtype measured
     cache: float = costs.L2  # bytes; half of it is taken to hold X
 
 

@@ -4,7 +4,7 @@
                1 and 3 of conv3, 1, 3 and 5 of conv4; c_m = c_n = C/2
     yolov8n    ultralytics', with a block after the backbone's last stage; c_m = c_n = C/2
 
-Each is also timed without the block, so that the block's share of the added time can be told. All
+Each is also timed without the block, which gives the time that the block adds. All
 variants have the same weights, and must give the same answers, before anything is timed.
 """
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: ``results.csv``, ``environment.json``, pictures and ``report.md``.
 
-The CSV and the environment are written anew whenever something is added, so that a run that is cut
+The CSV and the environment are rewritten whenever something is added, so that a run that is cut
 short leaves what it measured.
 """
 
@@ -113,7 +113,7 @@ class Report:
         return frame[frame["status"] == OK]
 
     def finish(self, *, short: bool) -> str:
-        """Writes page and pictures; returns what to print, ``short`` without a line a timing."""
+        """Writes report and plots; returns what to print, ``short`` without a line per timing."""
         timed = self.timed()
         pictures = self._pictures(tables.merged(timed))
         head = "\n".join([self.title, *self.notes])

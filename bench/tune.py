@@ -280,11 +280,11 @@ def candidates_of(site: Site) -> Sequence[Entry]:
     return SMALL if small else CANDIDATES
 
 
-def write(path: Path, card: str, choices: Sequence[Choice]) -> None:
+def write(path: Path, gpu_name: str, choices: Sequence[Choice]) -> None:
     """The table, with what was measured of each entry."""
     import triton
 
-    header = {"gpu": card, "triton": triton.__version__}
+    header = {"gpu": gpu_name, "triton": triton.__version__}
     table = {}
     for c in choices:
         note = f"{c.best_us:.2f} us on {c.workload}; {c.present} took {c.present_us:.2f} us"
@@ -293,6 +293,6 @@ def write(path: Path, card: str, choices: Sequence[Choice]) -> None:
     replace(path, tiles.text(header, table))
 
 
-def path_of(card: str) -> Path:
+def path_of(gpu_name: str) -> Path:
     """Where the package looks for the table of a GPU."""
-    return folders.tiles() / tiles.file_name(card)
+    return folders.tiles() / tiles.file_name(gpu_name)

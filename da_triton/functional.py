@@ -59,7 +59,7 @@ def gather(
 
     Raises:
         ValueError: shapes, heads, offsets, backend name.
-        TypeError: dtypes, or arguments that are no tensors.
+        TypeError: dtypes, or arguments that are not tensors.
         RuntimeError: several devices, or ``backend="triton"`` where it cannot run.
     """
     key, found = None, None

@@ -3,7 +3,7 @@ r"""Pass 2 of the fused block: ``out = H softmax_n(s (Wv X + bv)) + bo (+ X)``, 
 A program holds positions with all maps of all heads: it projects V, takes the softmax
 over the maps of each head, multiplies with H, adds bias and X, and writes each element of the
 result once. V and Q are never written, unless V is asked for. With at most ``WHOLE`` channels the
-tile of X stays at hand between the two products, and the weights between tiles of positions.
+tile of X stays resident between the two products, and the weights between tiles of positions.
 
 X, V and the result are ``(N, channels, L)`` in any strides.
 """

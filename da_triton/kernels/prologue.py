@@ -133,7 +133,7 @@ def _operands(w, map_, x, g, bias, rows, start, has_x):
 
 
 def _side_by_side(x, rows):
-    """Whether maps of so many rows, side by side in one tensor like x, can be loaded as wide.
+    """Whether A, B, V with these rows, stacked in one tensor like x, can be loaded as wide.
 
     An odd number of positions in NCHW is loaded element by element anyway.
     """

@@ -121,7 +121,7 @@ def distribute_steps(
     """Forward, from G or H to the output. ``cached``: X is still in the L2 cache.
 
     ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``whole``: that
-    kernel keeps all channels at hand. ``v_is_there``: the gather's product made V too.
+    kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
     """
     c, length, out = s.channels, s.length, s.out_channels
     x = 0 if cached else c

@@ -111,7 +111,7 @@ LIBRARY_SHARE, KERNEL_SHARE = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
 LAUNCH = 2.0e-6  # seconds, start and tail included
 CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the L2 cache
-CACHE = 32 * 2**20  # bytes of X that stay at hand between two passes
+CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
 
 
 def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:

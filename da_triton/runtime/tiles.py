@@ -273,7 +273,7 @@ def packed(heads, c_n, block_n):
 
 
 def tile(kernel: str, x: torch.Tensor, features: int, maps: int, variant: str = PLAIN) -> Tile:
-    """The tile of a kernel for tensors like x, with so many features or channels, and maps.
+    """The tile of a kernel for tensors like x, with these features (or channels) and n.
 
     Raises:
         KeyError: no tile of the kernel fits (see ``fits``).
@@ -302,11 +302,17 @@ def _of(kernel, x, features, maps, variant):
 
 @functools.lru_cache(maxsize=4096)
 def find(
-    kernel: str, tile_class: str, features: int, maps: int, variant: str, arch: str, card: str = ""
+    kernel: str,
+    tile_class: str,
+    features: int,
+    maps: int,
+    variant: str,
+    arch: str,
+    gpu_name: str = "",
 ) -> Tile | None:
-    """What the tables have: of the GPU ``card``, if it is given, and of its architecture."""
+    """What the tables have: of the GPU ``gpu_name``, if it is given, and of its architecture."""
     sizes = list(_walked(kernel, tile_class, features, maps))
-    tables = tuned(card), shipped(arch)
+    tables = tuned(gpu_name), shipped(arch)
     for wanted in dict.fromkeys((variant, PLAIN)):
         for block in sizes:
             key = Key(kernel, wanted, tile_class, *block)
@@ -347,19 +353,19 @@ def shipped(arch: str) -> Table:
 
 
 @functools.cache
-def tuned(card: str) -> Table:
+def tuned(gpu_name: str) -> Table:
     """What was tuned on a GPU: a table in the user's folder over one that ships.
 
     A table that cannot be read, is of another version of Triton, or has an entry that no kernel
     could take is left out; that is warned of once.
     """
     found: dict[Key, Entry] = {}
-    for path in tuned_files(card):
+    for path in tuned_files(gpu_name):
         import triton  # nothing else here needs it
 
         try:
             table = _read(path)
-            for name, own in (("gpu", card), ("triton", triton.__version__)):
+            for name, own in (("gpu", gpu_name), ("triton", triton.__version__)):
                 if table[name] != own:
                     raise ValueError(f"its {name} is {table[name]!r}, and not {own!r}")
             found |= entries(table)
@@ -372,19 +378,19 @@ def tuned(card: str) -> Table:
     return found
 
 
-def tuned_files(card: str) -> list[Path]:
+def tuned_files(gpu_name: str) -> list[Path]:
     """The tables of a GPU that there are; a later one counts more."""
-    if not card:
+    if not gpu_name:
         return []
-    paths = [SHIPPED / "tuned" / file_name(card)]
+    paths = [SHIPPED / "tuned" / file_name(gpu_name)]
     with contextlib.suppress(RuntimeError):  # nobody's home folder can be found
-        paths.append(folders.tiles() / file_name(card))
+        paths.append(folders.tiles() / file_name(gpu_name))
     return [path for path in paths if os.path.exists(path)]
 
 
-def file_name(card: str) -> str:
+def file_name(gpu_name: str) -> str:
     """Of the table of a GPU."""
-    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json"
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json"
 
 
 @functools.cache

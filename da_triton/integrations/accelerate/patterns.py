@@ -251,7 +251,7 @@ class FactorAttention(Pattern):
 
     @staticmethod
     def forward(module, x, size, *, scale_power, backend):
-        """``(N, 1 + H·W, C)`` tokens, channels of a head beside each other, to the same shape."""
+        """``(N, 1 + H·W, C)`` tokens, channels of a head adjacent, to the same shape."""
         heads = _heads(module)
         q, k, v = module.qkv(x).transpose(1, 2).chunk(3, dim=1)
         scale = (int(q.shape[1]) // heads) ** scale_power

@@ -238,7 +238,7 @@ def threads_for(call: Call) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Generators of the CPU and of these devices begin anew, and go on afterwards as before."""
+    """Reseeds the generators of the CPU and of these devices, and restores them afterwards."""
     devices = list(devices)
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(0)

@@ -22,7 +22,7 @@ NARROW = 32  # maps so few that positions, not maps, are kept adjacent in memory
 
 
 def piece_for(cache: int | None) -> int:
-    """Elements of x in a piece, for a last-level cache of so many bytes: an eighth of it.
+    """Elements of x in a piece, for a last-level cache of this size in bytes: an eighth of it.
 
     The rest is for the maps and what other processes have there. Where it is not known: the least.
     """

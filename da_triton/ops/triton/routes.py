@@ -170,7 +170,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
 
 
 def _fused_backward(dout, x, w, mask, v, o, needs):
-    """Pass 1 again for M, then two passes over X and dO. M makes G and lse anew on its way."""
+    """Pass 1 again for M, then two passes over X and dO. G and lse come again on the way."""
     maps = w.b.shape[0]
     partials = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
     lse, g = combine.empty(x, w, o.heads)
