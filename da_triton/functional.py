@@ -40,7 +40,7 @@ def gather(
         heads: divides the channels of a and b.
         logit_scale: factor on b before the softmax.
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position takes
-            part. A map with no position left gives zeros.
+            part. An attention map with no position left gives zeros.
         cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
             of S concatenated sequences, ``(1, channels, total)``, and sequence s is those from
             ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. On the Triton
@@ -54,7 +54,7 @@ def gather(
             :mod:`da_triton.parallel.context_parallel`. Not with ``backend="eager"``.
 
     Returns:
-        ``(N, heads, m, n)`` in the dtype of the maps (under autocast, the autocast dtype); with
+        ``(N, heads, m, n)`` in the input dtype (under autocast, the autocast dtype); with
         ``cu_seqlens``, ``(S, heads, m, n)``.
 
     Raises:
@@ -121,7 +121,7 @@ def distribute(
     r"""Each position's mixture ``Z = scale · G softmax_n(logit_scale · V)`` (A²-Nets, eq. 4).
 
     Args:
-        g: descriptors, ``(N, heads, m, n)``, of v's dtype, or float32 beside lower precision.
+        g: descriptors, ``(N, heads, m, n)``, same dtype as v, or float32 when v is half precision.
         v: attention vectors, ``(N, heads·n, *positions)``, any strides, positions of its own.
         scale: factor on the result.
         softmax: False distributes with ``logit_scale · V`` itself.
@@ -179,7 +179,7 @@ def double_attention(
     Args:
         a: features, ``(N, heads·m, *positions)``.
         b: attention maps, ``(N, heads·n, *positions)``, softmax over positions.
-        v: attention vectors, ``(N, heads·n, *positions of its own)``, softmax over maps.
+        v: attention vectors, ``(N, heads·n, *positions of its own)``, softmax over n.
         heads: divides all channels; head-major along the channel axis.
         logit_scale, logit_scale_v: factors on b and v before their softmax.
         scale: factor on the result.
@@ -195,7 +195,7 @@ def double_attention(
             ``extra`` is the same on every rank and counts once; all of its gradient is on rank 0.
 
     Returns:
-        ``(N, heads·m, *positions of v)`` in the maps' dtype and v's memory format. Between the two
+        ``(N, heads·m, *positions of v)`` in the input dtype and v's memory format. Between the two
         steps the descriptors stay in float32 on the Triton backend.
 
     Raises:
@@ -278,7 +278,7 @@ def double_attention_block(
         order: association order ``"AZ"`` (the paper's), ``"XZ"``, ``"AH"``, ``"XH"``, or
             ``"auto"``: the cheapest for the shape. All give the same result up to rounding.
         recompute: what backward finds beyond x and the weights. True: lse and G in float32 (with
-            the ``torch`` backend nothing), and the maps are projected again. False: V too (with
+            the ``torch`` backend nothing), and A, B, V are projected again. False: V too (with
             ``torch``, what makes backward fast). ``"auto"``: V is projected again where a model
             says that it costs under a tenth of a training step; with ``torch`` as False. Through
             ``torch`` on anything but a CPU's float32 or float64, a graph made with True can be
@@ -325,13 +325,14 @@ def _check_distribute(b, v, heads, logit_scale_v, scale, softmax_v, may_have_no_
     checks.same_batch("b", b, "v", v)
     if v.shape[1] != b.shape[1]:
         raise ValueError(
-            f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
+            "b and v must have the same number of channels (heads·n), got "
+            f"{b.shape[1]} and {v.shape[1]}."
         )
     checks.number(logit_scale_v=logit_scale_v, scale=scale)
     checks.flag(softmax_v=softmax_v)
 
 
-def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor) -> int | None:
+def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **inputs: Tensor) -> int | None:
     """The number of packed sequences."""
     if cu_seqlens is None:
         return None
@@ -339,7 +340,7 @@ def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor
         raise ValueError(
             "cu_seqlens and process_group cannot be combined. Give each rank sequences of its own."
         )
-    unrecorded(checks.cu_seqlens, cu_seqlens, **maps)
+    unrecorded(checks.cu_seqlens, cu_seqlens, **inputs)
     return sizes(cu_seqlens)[0] - 1
 
 
@@ -347,7 +348,7 @@ def _by_head(x: Tensor, heads: int, batch: int | None = None) -> Tensor:
     """``(N, heads·c, *positions)`` as ``(N, heads, c, L)``.
 
     A view, unless the positions are not evenly spaced in memory (a crop of inner axes). ``batch``:
-    N, which an exported program then reads once for several maps.
+    N, which an exported program then reads once for several tensors.
     """
     if exporting():  # where the batch is never empty, one operation does it
         batch = x.shape[0] if batch is None else batch

@@ -23,7 +23,7 @@ HALF, FLOAT32, TF32 = (torch.bfloat16, torch.float16), "float32", "TF32"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A block: channels, features and maps of all heads, positions, and its memory."""
+    """A block: channels, features and descriptors of all heads, positions, and its memory."""
 
     channels: int
     c_m: int

@@ -68,29 +68,31 @@ def mask_from_sizes(
     return mask
 
 
-def pack(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pack(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Feature maps ``(C, *positions)`` as ``(1, C, total)``, and cu_seqlens (int64, on the CPU).
 
     Raises:
-        TypeError, ValueError, RuntimeError: no maps, or different channels, dtypes or devices.
+        TypeError, ValueError, RuntimeError: no samples, or different channels, dtypes or devices.
 
     Example:
         >>> x, cu_seqlens = pack([torch.ones(8, 3, 4), torch.ones(8, 2, 2)])
         >>> x.shape, cu_seqlens.tolist()
         (torch.Size([1, 8, 16]), [0, 12, 16])
     """
-    if not isinstance(maps, (list, tuple)) or not maps:
-        what = "nothing" if isinstance(maps, (list, tuple)) else type(maps).__name__
-        raise TypeError(f"maps must be a list of one or more tensors (C, *positions), got {what}.")
-    for i, x in enumerate(maps):
-        checks.tensor(f"maps[{i}]", x)
-        if x.dim() < 2 or x.shape[0] != maps[0].shape[0]:
+    if not isinstance(samples, (list, tuple)) or not samples:
+        what = "nothing" if isinstance(samples, (list, tuple)) else type(samples).__name__
+        raise TypeError(
+            f"samples must be a list of one or more tensors (C, *positions), got {what}."
+        )
+    for i, x in enumerate(samples):
+        checks.tensor(f"samples[{i}]", x)
+        if x.dim() < 2 or x.shape[0] != samples[0].shape[0]:
             raise ValueError(
-                f"maps[{i}] must be (C, *positions) with the channels of maps[0], of shape "
-                f"{tuple(maps[0].shape)}; got shape {tuple(x.shape)}."
+                f"samples[{i}] must be (C, *positions) with the channels of samples[0], of shape "
+                f"{tuple(samples[0].shape)}; got shape {tuple(x.shape)}."
             )
-        checks.one_kind(**{"maps[0]": maps[0], f"maps[{i}]": x})
-    rows = [x.flatten(1) for x in maps]
+        checks.one_kind(**{"samples[0]": samples[0], f"samples[{i}]": x})
+    rows = [x.flatten(1) for x in samples]
     offsets = [0, *itertools.accumulate(x.shape[1] for x in rows)]
     return torch.cat(rows, 1)[None], torch.tensor(offsets, device="cpu")
 
@@ -142,10 +144,10 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
 def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
     """Packed positions in calls of ``core``, one for each run of equal lengths."""
 
-    def runs(**maps: Tensor) -> list[tuple[int, int]]:
+    def runs(**activations: Tensor) -> list[tuple[int, int]]:
         """Lengths, and how many neighbours have them."""
         lengths = (
-            end - start for start, end in itertools.pairwise(checks.ends(cu_seqlens, **maps))
+            end - start for start, end in itertools.pairwise(checks.ends(cu_seqlens, **activations))
         )
         return [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
 
@@ -161,12 +163,12 @@ def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         found_runs = runs(a=a)
         nothing = [None] * len(found_runs)
-        keeps = nothing if mask is None else split(mask, found_runs)
+        masks = nothing if mask is None else split(mask, found_runs)
         counts = [count for _, count in found_runs]
         tokens = nothing if extra is None else zip(*(x.split(counts) for x in extra), strict=True)
         found = []
-        maps = zip(split(a, found_runs), split(b, found_runs), keeps, tokens, strict=True)
-        for a_, b_, mask_, extra_ in maps:
+        given = zip(split(a, found_runs), split(b, found_runs), masks, tokens, strict=True)
+        for a_, b_, mask_, extra_ in given:
             if a_.shape[-1]:
                 found.append(core.gather(a_, b_, mask=mask_, extra=extra_, logit_scale=logit_scale))
             else:

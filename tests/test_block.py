@@ -168,7 +168,7 @@ def test_second_derivatives(order):
         penalty = sum(f.square().sum() for f in first)
         grads.append(torch.autograd.grad(penalty, [leaves[i] for i in (0, 1, 3, 5, 7)]))
     for ours, theirs in zip(*grads, strict=True):
-        check(ours, theirs, torch.float64, slack=100)  # fourth powers of the maps
+        check(ours, theirs, torch.float64, slack=100)  # fourth powers of the activations
 
 
 def test_bias_b_has_a_zero_gradient_under_vmap_too():

@@ -2,7 +2,7 @@ r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, for
 
     dQ = scale · Gᵀ dZ      r = Σ_n Q∘dQ      dV = s · Q∘(dQ − r)      dG = scale · dZ Qᵀ
 
-Q is recomputed from V. Where G fits one tile, a program owns positions with all maps and features:
+Q is recomputed from V. Where G fits one tile, a program owns positions with all m and n:
 each element of V, Z, dZ and dV is read or written once, and the program's part of dG is summed in
 registers, then added to the others' in a fixed order. Elsewhere see ``core_full_n`` (backward then
 writes Q once, for dG), and for more than that holds ``core_tiled``.
@@ -52,7 +52,7 @@ def distribute_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all maps and features."""
+    """One program: a chunk of positions of one head of one sample, all m and n."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
@@ -120,7 +120,7 @@ def distribute_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all maps and features."""
+    """One program: a chunk of positions of one head of one sample, all m and n."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
@@ -191,14 +191,14 @@ def _forward(v, g, z, softmax):
     c_m = g.shape[2]
     tile = tiles.tile("distribute", v, c_m, c_n)
     return launch.Launch(
-        distribute_kernel, v, tile, batch * heads, maps={"v": v, "z": z}, strided={"g": g},
+        distribute_kernel, v, tile, batch * heads, activations={"v": v, "z": z}, strided={"g": g},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax,
     )  # fmt: skip
 
 
 @guard.proved({"dz": "N--L", "g": "N---", "v": "N--L"})
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
-    """dG (float32, float64 for float64 maps) and dV (None where not needed)."""
+    """dG (float32, float64 for float64 inputs) and dV (None where not needed)."""
     batch, heads, c_n, _ = v.shape
     dv = launch.empty_activations_like(v) if need_v else None
     if batch == 0 or not (need_g or need_v):
@@ -261,14 +261,14 @@ def _backward(v, dz, g, dv, softmax, need_g):
     tile = tiles.tile("distribute_backward", v, c_m, c_n)
     ready = launch.Launch(
         distribute_backward_kernel, v, tile, batch * heads,
-        maps={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},
+        activations={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, NEED_G=need_g, NEED_V=dv is not None,
     )  # fmt: skip
     return ready.allocating(accumulator(v.dtype), (batch * heads, ready.num_splits, c_m, c_n))
 
 
 def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
-    """The same where no program holds all of G, nor all maps of its positions."""
+    """The same where no program holds all of G, nor the full n of its positions."""
     scalars = {"scale": scale, "logit_scale": logit_scale}
     lse = core_tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:

@@ -1,12 +1,12 @@
 r"""The gradients of the fused block's weights, from what the passes over positions left.
 
     over positions and samples    dWv = Σ dV Xᵀ             dWb = Σ dB Xᵀ       dbv = Σ dV
-    over samples and maps         dWo = scale · Σ dH Gᵀ     dWa = Σ dG Mᵀ       dba = Σ dG
+    over samples and n            dWo = scale · Σ dH Gᵀ     dWa = Σ dG Mᵀ       dba = Σ dG
                                   dbo = Σ dO = Σ dH of one head, since columns of Q sum to 1
 
 The first are sums over all positions of the batch, cut into chunks whose parts the second launch
 adds in a fixed order, beside its own products of descriptors: two launches for all six. On the
-unfused route every gradient is such a sum: two launches for the maps of X, two for Wo.
+unfused route every gradient is such a sum: two launches for the projections of X, two for Wo.
 """
 
 from typing import NamedTuple
@@ -139,13 +139,13 @@ def _product_of_descriptors(
 def weight_gradients_kernel(
     partials_ptr,  # (CHUNKS, ROWS, C): dWv in the first half of the rows, dWb in the second
     sums_ptr,  # (CHUNKS, ROWS)
-    dh_ptr,  # (N, C_OUT, maps)
+    dh_ptr,  # (N, C_OUT, total_n)
     g_ptr,  # (N, HEADS, C_M, C_N)
     dg_ptr,  # (N, HEADS, C_M, C_N)
-    m_ptr,  # (N, C, maps)
-    dwv_ptr,  # (maps, C)
-    dwb_ptr,  # (maps, C)
-    dbv_ptr,  # (maps,)
+    m_ptr,  # (N, C, total_n)
+    dwv_ptr,  # (total_n, C)
+    dwb_ptr,  # (total_n, C)
+    dbv_ptr,  # (total_n,)
     dwo_ptr,  # (C_OUT, HEADS·C_M)
     dbo_ptr,  # (C_OUT,)
     dwa_ptr,  # (HEADS·C_M, C)
@@ -167,9 +167,9 @@ def weight_gradients_kernel(
 ):
     """Programs in this order: sums of dWv, of dWb, of dbv, tiles of dWo, tiles of dWa."""
     pid = tl.program_id(0)
-    maps = HEADS * C_N
-    size = maps * C
-    for_matrix, for_vector = tl.cdiv(size, BLOCK), tl.cdiv(maps, BLOCK)
+    total_n = HEADS * C_N
+    size = total_n * C
+    for_matrix, for_vector = tl.cdiv(size, BLOCK), tl.cdiv(total_n, BLOCK)
     sums = 2 * for_matrix + for_vector
     tiles_o = tl.cdiv(C_OUT, BLOCK_R) * tl.cdiv(C_M, BLOCK_R)
     tiles_a = tl.cdiv(C_M, BLOCK_R) * tl.cdiv(C, BLOCK_R)
@@ -183,14 +183,14 @@ def weight_gradients_kernel(
         _sum_partials(second_half, dwb_ptr, pid, size, ROWS * C, CHUNKS, ACC, BLOCK)
     elif pid < sums:
         pid -= 2 * for_matrix
-        _sum_partials(sums_ptr, dbv_ptr, pid, maps, ROWS, CHUNKS, ACC, BLOCK)
+        _sum_partials(sums_ptr, dbv_ptr, pid, total_n, ROWS, CHUNKS, ACC, BLOCK)
     elif pid < sums + HEADS * tiles_o:
         pid -= sums
         head = (pid // tiles_o).to(tl.int64)
         _product_of_descriptors(
             dh_ptr + head * C_N, g_ptr + head * C_M * C_N, dwo_ptr + head * C_M, dbo_ptr,
             pid % tiles_o, C_OUT, C_N, C_M, N, scale,
-            C_OUT * maps, maps, HEADS * C_M * C_N, C_N, HEADS * C_M, head == 0,
+            C_OUT * total_n, total_n, HEADS * C_M * C_N, C_N, HEADS * C_M, head == 0,
             dtype, PRECISION, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
@@ -199,7 +199,7 @@ def weight_gradients_kernel(
         _product_of_descriptors(
             dg_ptr + head * C_M * C_N, m_ptr + head * C_N, dwa_ptr + head * C_M * C,
             dba_ptr + head * C_M, pid % tiles_a, C_M, C_N, C, N, tl.full((), 1.0, ACC),
-            HEADS * C_M * C_N, C_N, C * maps, maps, C, True,
+            HEADS * C_M * C_N, C_N, C * total_n, total_n, C, True,
             dtype, PRECISION, BLOCK_R, BLOCK_K,
         )  # fmt: skip
 
@@ -280,7 +280,7 @@ def _outer(t, x):
     chunk = max(chunk, LEAST_BLOCKS)
     chunks = -(-(padded * batch // tile.block_l) // chunk)
     ready = launch.Launch(
-        outer_product_kernel, x, tile, blocks * chunks, maps={"x": x, "t": t},
+        outer_product_kernel, x, tile, blocks * chunks, activations={"x": x, "t": t},
         N=batch, ROWS=rows, C=channels, BLOCKS_PER_SPLIT=chunk,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (chunks, rows, channels), (chunks, rows))
@@ -303,11 +303,11 @@ def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
 def _weight_gradients(x, partials, sums, dh, g, dg, m, like):
     batch, channels, _ = x.shape
     heads, c_m, c_n = g.shape[1:]
-    c_out, maps = dh.shape[1], heads * c_n
+    c_out, total_n = dh.shape[1], heads * c_n
     chunks, rows, _ = partials.shape
     tile = tiles.tile("weight_gradients", x, c_m, c_n)
     square, block = tile.block_m, 1024
-    programs = 2 * -(-maps * channels // block) + -(-maps // block)
+    programs = 2 * -(-total_n * channels // block) + -(-total_n // block)
     for wide in (c_out, channels):
         programs += heads * -(-c_m // square) * -(-wide // square)
     ready = launch.Launch(
@@ -316,7 +316,7 @@ def _weight_gradients(x, partials, sums, dh, g, dg, m, like):
         BLOCK_K=tile.block_n, BLOCK=block,
     )  # fmt: skip
     return ready.allocating(
-        like.dtype, *[(maps, channels)] * 2, (maps,), (c_out, heads * c_m), (c_out,),
+        like.dtype, *[(total_n, channels)] * 2, (total_n,), (c_out, heads * c_m), (c_out,),
         (heads * c_m, channels), (heads * c_m,),
     )  # fmt: skip
 

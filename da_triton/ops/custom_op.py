@@ -54,7 +54,7 @@ def run(op, *args):
 def apply(function, *args):
     """``function.apply``, without a node where no gradient is wanted.
 
-    Binding the arguments of a Function that has ``setup_context`` takes longer than a small map
+    Binding the arguments of a Function that has ``setup_context`` takes longer than a small input
     does, and only ``torch.func`` and the compiler need it.
     """
     if torch.compiler.is_compiling() or tracing.transformed():

@@ -1,10 +1,10 @@
 """Packed sequences as operators that read the offsets inside.
 
 ``torch.ops.da_triton.gather_packed``, ``gather_packed_backward``, ``distribute_packed`` and
-``distribute_packed_backward`` run either backend on maps ``(1, heads, channels, total)``: the
-kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one after another
-(see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not compiled
-again for other lengths, nor for another number of sequences.
+``distribute_packed_backward`` run either backend on activations ``(1, heads, channels, total)``:
+the kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one after
+another (see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not
+compiled again for other lengths, nor for another number of sequences.
 
 Second derivatives are taken through the ``torch`` backend, one run of equal lengths after another.
 """
@@ -49,7 +49,7 @@ def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
 
 
 def _implementation(kernels):
-    """The same functions of packed maps and lengths for either backend."""
+    """The same functions of packed activations and lengths for either backend."""
     if not kernels:
         return aten_varlen
     from .triton import varlen as triton_varlen
@@ -57,8 +57,8 @@ def _implementation(kernels):
     return triton_varlen
 
 
-def _lengths(cu_seqlens, **maps):
-    ends = checks.ends(cu_seqlens, **maps)
+def _lengths(cu_seqlens, **activations):
+    ends = checks.ends(cu_seqlens, **activations)
     return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
@@ -83,9 +83,9 @@ def gather_op(
 
 @gather_op.register_fake
 def _(a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
-    sequences, heads, maps = cu_seqlens.shape[0] - 1, a.shape[1], b.shape[2]
-    g = a.new_empty((sequences, heads, a.shape[2], maps), dtype=accumulator(a.dtype))
-    lse = (sequences, heads, maps) if kernels else (0,)
+    sequences, heads, c_n = cu_seqlens.shape[0] - 1, a.shape[1], b.shape[2]
+    g = a.new_empty((sequences, heads, a.shape[2], c_n), dtype=accumulator(a.dtype))
+    lse = (sequences, heads, c_n) if kernels else (0,)
     return g, a.new_empty(lse, dtype=lse_dtype(a.dtype))
 
 
@@ -113,9 +113,9 @@ def gather_backward_op(
 
 @gather_backward_op.register_fake
 def _(dg, a, b, mask, extra_a, extra_b, g, lse, cu_seqlens, logit_scale, kernels, needs):
-    maps = [aten_varlen.empty_like(x, x.shape[2]) for x in (a, b)]
+    grads = [aten_varlen.empty_like(x, x.shape[2]) for x in (a, b)]
     tokens = [x if x is None else torch.empty_like(x) for x in (extra_a, extra_b)]
-    given = zip((*maps, *tokens), needs, strict=True)
+    given = zip((*grads, *tokens), needs, strict=True)
     return [or_empty(x if need else None, a) for x, need in given]
 
 

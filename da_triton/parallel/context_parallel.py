@@ -10,7 +10,7 @@ backward ``dG``, whose size has nothing to do with the number of positions. The 
 the ranks' losses, each over its own positions: dG is summed over the ranks, and with the lse and G
 of the whole the gradients of a slice need no other slice (``kernels.gather``). Both sums are made
 from an all-gather, by every rank, in one order: the result is repeatable, and the same bits
-everywhere. A map without a position left on any rank gives zeros; a slice may be empty.
+everywhere. An attention map without a position left on any rank gives zeros; a slice may be empty.
 
 Called through ``process_group=`` of ``da_triton.gather``, ``double_attention``,
 ``double_attention_block`` and ``DoubleAttention``. Forward and backward are collective: all ranks
@@ -48,7 +48,7 @@ from ..projection import project
 def split(core: ops.Backend, group: Any) -> ops.Backend:
     """The backend ``core`` (not ``"eager"``), with positions split over the ranks of ``group``.
 
-    Its gather gives G in float32 (float64 for float64 maps). Extra tokens are the same on every
+    Its gather gives G in float32 (float64 for float64 inputs). Extra tokens are the same on every
     rank and count once: rank 0 gathers from them and has all of their gradient, the others zeros.
     """
 
@@ -72,7 +72,7 @@ def split(core: ops.Backend, group: Any) -> ops.Backend:
 
 
 def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: Any) -> Tensor:
-    """``P (N, heads, n, L)`` of this rank's positions; over all ranks each map sums to 1.
+    """``P (N, heads, n, L)`` of this rank's positions; over all ranks each attention map sums to 1.
 
     Without a gradient: it is for looking at.
     """
@@ -95,13 +95,13 @@ def wire_bytes(
 ) -> WireBytes:
     """Bytes that each rank receives (and, on a ring, sends) in one gather and in its backward.
 
-    ``heads·m`` features and ``heads·n`` maps of ``dtype``. G and dG travel in float32 (float64 for
-    float64 maps), lse in float64 (float32 for float16 and bfloat16 maps); the number of positions
-    does not matter.
+    ``heads·m`` features and ``heads·n`` descriptors of ``dtype``. G and dG travel in float32
+    (float64 for float64 inputs), lse in float64 (float32 for float16 and bfloat16 inputs); the
+    number of positions does not matter.
     """
     sums, statistics = accumulator(dtype).itemsize, lse_dtype(dtype).itemsize
-    maps = (ranks - 1) * batch * heads * n
-    return WireBytes(maps * (m * sums + statistics), maps * m * sums)
+    rows = (ranks - 1) * batch * heads * n
+    return WireBytes(rows * (m * sums + statistics), rows * m * sums)
 
 
 class _Gather(torch.autograd.Function):
@@ -135,16 +135,16 @@ class _Gather(torch.autograd.Function):
         grads: list[Any] = [None] * 8
         tokens_here = extra_a is not None and ctx.group.rank() == 0
         sources = {0: (a, b, mask, True), 3: (extra_a, extra_b, None, tokens_here)}
-        for i, (features, maps, masking, here) in sources.items():
+        for i, (values, keys, masking, here) in sources.items():
             needs = ctx.needs_input_grad[i : i + 2]
             if not any(needs):
                 continue
-            if here and maps.shape[-1]:
+            if here and keys.shape[-1]:
                 found = ctx.core.gather_backward(
-                    dg, features, maps, masking, g, lse, None, ctx.logit_scale, *needs
+                    dg, values, keys, masking, g, lse, None, ctx.logit_scale, *needs
                 )
             else:
-                found = torch.zeros_like(features), torch.zeros_like(maps)
+                found = torch.zeros_like(values), torch.zeros_like(keys)
             grads[i : i + 2] = (x if need else None for x, need in zip(found, needs, strict=True))
         return tuple(grads)
 

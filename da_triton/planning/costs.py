@@ -15,7 +15,7 @@ tile of positions asks for all weights that it is multiplied with, so short tile
 
 from .shapes import CoreLimits, Cost, Order, Shape, Step, orders
 
-BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
+BLOCK = 128  # features or descriptors in a block of kernels that walk over them, half precision
 L2 = 50e6  # bytes, of an H200; half of it is taken to hold X
 POSITIONS = 64  # in a block of the core's gather, with most of its tiles
 
@@ -160,7 +160,7 @@ def fused_backward_steps(
 ) -> list[Step]:
     """In order XH: pass 1 again, then two passes over X and dO, then the weights.
 
-    ``block_l``: positions in a tile of the second of those passes. ``blocks``: of maps in pass 1.
+    ``block_l``: positions in a tile of the second of those passes. ``blocks``: of n in pass 1.
     ``saved_v``: V is read instead of projected from X.
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
@@ -203,8 +203,8 @@ def unfused_backward_steps(
 ) -> list[Step]:
     """Vendor GEMMs around the core's backward kernels.
 
-    Where a program holds neither all of G nor all maps of its positions, blocks of maps read the
-    features again and blocks of features the maps, and r is a product of its own.
+    Where a program holds neither all of G nor the full n of its positions, tiles of n read the
+    features again and blocks of features read the logits again, and r is a product of its own.
     """
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
     product, small = length * m * k // s.heads, c * m * k // s.heads
@@ -251,7 +251,7 @@ def unfused_backward_steps(
         steps.append(Step("dM, dWa", True, 2 * small, 0, 4 * k * c, 5))
     last = (rows + 2 * c + out) * length
     steps.append(Step("dX", True, length * c * rows, last))
-    steps.append(Step("weights of the maps", False, length * c * rows, (c + rows) * length, 0, 2))
+    steps.append(Step("weights of A, B, V", False, length * c * rows, (c + rows) * length, 0, 2))
     return steps
 
 
@@ -265,6 +265,6 @@ def _whole(s: Shape, features: int, tile: int) -> bool:
 
 
 def _asked(s: Shape, features: int, tile: int) -> int:
-    """Elements that a product of G with maps asks for in tiles: each block asks for the other's."""
+    """Elements that a tiled product of G with activations loads: each tile loads the other's."""
     per_n, per_feature = -(-features // tile), -(-s.c_n // s.heads // tile)
     return s.length * s.heads * (s.c_n // s.heads * per_n + features * (per_feature + 1))

@@ -38,7 +38,7 @@ CPU_RATE = 1e11  # MACs a second of two cores
 
 def seconds(cost: Cost, itemsize: int, cpu: bool = False) -> float:
     """Modelled time of one sample; a ranking, not a prediction."""
-    if cpu:  # one rate for every product, and maps stay in the cache between them
+    if cpu:  # one rate for every product, and tensors stay in the cache between them
         return (cost.macs + cost.small_macs) / CPU_RATE
     rate = MATRIX_RATE if itemsize == 2 else FLOAT32_RATE
     return cost.macs / rate + cost.small_macs / FLOAT32_RATE + cost.elements * itemsize / BANDWIDTH

@@ -51,7 +51,7 @@ class Step(NamedTuple):
     name: str
     library: bool  # a library's matrix product, or a kernel of ours
     macs: int
-    elements: int = 0  # of maps with positions, in the input's dtype
+    elements: int = 0  # of tensors with positions, in the input's dtype
     fp32_elements: int = 0  # float32
     launches: int = 1
     requested: int = 0  # elements, of kernels that ask for more than ``elements``
@@ -94,7 +94,7 @@ class CoreLimits(NamedTuple):
     """What the unfused route's kernels hold of a shape."""
 
     tile: int  # the largest G, in either direction, that one program of the core holds
-    full_n: int  # positions in a tile with all maps of a head; 0 where no program holds them
+    full_n: int  # positions in a tile with the full n of a head; 0 where no program holds them
     full_n_backward: int
 
 

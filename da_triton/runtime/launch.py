@@ -47,14 +47,14 @@ def strides(x, align):
     return tuple(s) if align == 1 else (*[stride // align for stride in s[:-1]], s[-1])
 
 
-def alignment(*maps):
+def alignment(*activations):
     """The unit (8, 4, 2 or 1) in which a launch passes strides and the number of positions.
 
     The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
     row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
     """
-    rows = [maps[0].shape[-1]]
-    for x in maps:
+    rows = [activations[0].shape[-1]]
+    for x in activations:
         if x.stride(-1) != 1:
             return 1  # rows are not contiguous
         rows += strides(x, 1)[:-1]
@@ -213,9 +213,9 @@ class Launch:
     ``kernel``: one, or ``{impl: kernel}`` of which the tile chooses.
 
     ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
-    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
-    in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
-    BLOCKS_PER_SPLIT and NUM_SPLITS, which multiply ``programs``.
+    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``activations``, whose
+    strides are in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0
+    without one; and BLOCKS_PER_SPLIT and NUM_SPLITS, which multiply ``programs``.
 
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
     FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
@@ -223,8 +223,8 @@ class Launch:
     """
 
     def __init__(
-        self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, num_warps=None,
-        **values,
+        self, kernel, like, tile, programs, *, activations=None, strided=None, again=False,
+        num_warps=None, **values,
     ):  # fmt: skip
         kernel = implementation(kernel, tile)
         sizes, constants, steps = _arguments(kernel.fn)
@@ -242,11 +242,11 @@ class Launch:
             if _thread.tiles is not None:
                 blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
                 _thread.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
-        if maps:
-            align = alignment(*maps.values())
-            length = next(iter(maps.values())).shape[-1]
+        if activations:
+            align = alignment(*activations.values())
+            length = next(iter(activations.values())).shape[-1]
             found["ALIGN"], found["L_UNITS"] = align, length // align
-            for name, x in maps.items():
+            for name, x in activations.items():
                 found.update(zip(steps[name], strides(x, align), strict=True))
             if "NUM_SPLITS" in sizes and "NUM_SPLITS" not in values:
                 found["BLOCKS_PER_SPLIT"], num_splits = chunks(programs, length, tile, like.device)

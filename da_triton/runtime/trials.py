@@ -105,7 +105,7 @@ def random(value, axes, role, generator):
     x = like(value, sizes)
     if value.dtype == torch.uint8:
         kept = torch.rand(x.shape, generator=generator, device=x.device) < 0.7
-        kept[..., 0] = True  # a map without positions has no finite log-sum-exp
+        kept[..., 0] = True  # an attention map without positions has no finite log-sum-exp
         return fill(x, kept)
     if role == "written":
         return fill(x, torch.full(x.shape, torch.nan, device=x.device))

@@ -1,4 +1,4 @@
-"""Kernels in float16, whose gradients of descriptors need not fit in it while those of maps do.
+"""Kernels in float16, where gradients of G may overflow it while those of A, B, V do not.
 
 Sums over positions make dG many times larger than what is made of it.
 """
@@ -62,7 +62,7 @@ def test_gradients_of_descriptors_beyond_float16(case, excess):
 
 @pytest.mark.parametrize("excess", [0.4, 0.6, 0.99, 0.45 * RANGE, 0.99 * RANGE])
 def test_the_whole_range_of_gradients_of_descriptors(excess):
-    """Few maps of many positions, of weights that are alike."""
+    """Few descriptors of many positions, of weights that are alike."""
     a = peaky(1, 1, 8, 1500, dtype=DTYPE, deviation=0.3)
     b = peaky(1, 1, 4, 1500, dtype=DTYPE, deviation=0.1)
     compare(a, b, to(excess * LARGEST, torch.randn(1, 1, 8, 4, device=DEVICE)))
@@ -82,8 +82,8 @@ def test_digits_do_not_depend_on_the_size_of_the_gradient(case):
 
 
 @each_case
-def test_maps_of_small_gradients_beside_one_of_large_ones(case):
-    """Each map has its factor: the small ones keep their digits."""
+def test_descriptors_with_small_gradients_beside_one_with_large_ones(case):
+    """Each descriptor has its factor: the small ones keep their digits."""
     a, b, upstream = inputs(case)
     upstream[..., :1] = to(3 * LARGEST, upstream[..., :1])
     found = compare(a, b, upstream)
@@ -92,7 +92,7 @@ def test_maps_of_small_gradients_beside_one_of_large_ones(case):
 
 
 @each_case
-def test_a_map_without_positions(case):
+def test_an_attention_map_without_positions(case):
     """Its dG is ignored, however large."""
     a, b, upstream = inputs(case)
     mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3

@@ -30,7 +30,7 @@ def problem(dtype=torch.float64, *, masked=False, tokens=False, logit_scale=1.0)
 
 
 def definition(a, b, *extra, mask, logit_scale):
-    """In float64; lse is +inf where a map has no position."""
+    """In float64; lse is +inf where an attention map has no position."""
     a, b, *extra = (x.double() for x in (a, b, *extra))
     g = reference.gather(a, b, mask=mask, extra=extra or None, logit_scale=logit_scale)
     if extra:
@@ -83,7 +83,7 @@ def loss(g, lse):
 def test_g_and_lse_and_their_gradients(backend, options, dtype):
     leaves, given = problem(dtype, **options)
     found, expected = part(backend)(*leaves, **given), definition(*leaves, **given)
-    slack = 2 if backend == "eager" else 1  # the definition rounds P to the maps' dtype
+    slack = 2 if backend == "eager" else 1  # the definition rounds P to the input dtype
     check(found[0], expected[0], dtype, slack=slack)
     assert torch.equal(found[1] == torch.inf, expected[1] == torch.inf)
     finite = expected[1] != torch.inf

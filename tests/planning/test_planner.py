@@ -78,8 +78,8 @@ def test_intervals_cover_every_length_once():
         assert end == start
 
 
-def test_short_maps_take_the_papers_order_and_few_maps_the_fused_one():
-    """The two ends that the derivation names: conv4 of a ResNet, and 19 maps for segmentation."""
+def test_few_positions_take_the_papers_order_and_few_descriptors_the_fused_one():
+    """The two ends that the derivation names: conv4 of a ResNet, and n = 19 for segmentation."""
     assert choose_order(1024, 512, 512, 1, 196, 2, True) == AZ
     assert choose_order(512, 512, 19, 1, 8192, 2, True) == XH
 
@@ -190,7 +190,7 @@ def test_wide_dtypes_take_the_split_route(itemsize):
 
 
 def test_no_route_that_spills_is_offered():
-    """Far too many channels and maps for any fused kernel of pass 1 or backward."""
+    """Far too many channels and descriptors for any fused kernel of pass 1 or backward."""
     s = Shape(4, 2048, 512, 512, 1, 784, 2, True)
     limits = limits_of(s)
     assert not limits.gather_from_x

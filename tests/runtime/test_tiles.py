@@ -87,8 +87,8 @@ def test_kernels_of_the_core_have_a_tile_for_any_size_and_dtype(arch):
 
 
 @each_architecture
-def test_tiles_with_all_maps_come_in_pairs_for_every_architecture(arch):
-    """Forward and backward up to 512 maps: where one is missing, the other is never asked for."""
+def test_full_n_tiles_come_in_pairs_for_every_architecture(arch):
+    """Forward and backward up to n = 512: where one is missing, the other is never asked for."""
     keys = [k for k in tiles.shipped(arch) if k[:1] + k[2:3] == ("full_n", "half")]
     expected = {(v, n) for v in (PLAIN, "gradient") for n in (32, 64, 128, 256, 512)}
     assert {(k.variant, k.block_n) for k in keys} == expected
@@ -112,12 +112,12 @@ def test_sizes_are_rounded_up_to_a_block():
     assert found("gather_from_x", sizes=(40, 19)) == found("gather_from_x")
     assert found("gather", sizes=(2000, 33))[:2] == (128, 64)  # it walks over features
     assert found("gather_from_x", sizes=(2000, 33)) is None
-    assert found("gather_from_x", sizes=(256, 512)).block_n == 64  # of all channels, fewer maps
+    assert found("gather_from_x", sizes=(256, 512)).block_n == 64  # of all channels, smaller n
 
 
 def test_fused_kernel_without_an_entry_has_no_tile():
     assert not tiles.fits("gather_from_x", X, 2000, 33)
-    with pytest.raises(KeyError, match="gather_from_x has no tile for 2000 features and 33 maps"):
+    with pytest.raises(KeyError, match="no tile for 2000 features and 33 descriptors"):
         tiles.tile("gather_from_x", X, 2000, 33)
 
 

@@ -44,8 +44,8 @@ CASES = {
     "no_softmax": Case(4, 64, 32, 32, 96, softmax_v=False),
     "wide": Case(1, 160, 48, 20, 80, save_v=True),
     "a_map_a_head": Case(2, 40, 16, 2, 50, masked=True),
-    # too many maps for a tile with all channels; more than any program holds
-    "many_maps": Case(3, 64, 24, 390, 66, masked=True, save_v=True),
+    # n too large for a tile with all channels; more than any program holds
+    "large_n": Case(3, 64, 24, 390, 66, masked=True, save_v=True),
     "no_tile": Case(1, 48, 16, 520, 50, masked=True),
 }
 # What ``definition`` and ``run`` give: the block without its residual, then gradients.

@@ -19,7 +19,7 @@ def leaves(tensors, rank=None, cuts=None):
     return [x.detach().clone().requires_grad_() for x in pieces]
 
 
-def maps(dtype=torch.float64):
+def activations(dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     return [
         (3 * torch.randn(3, c, LENGTH, generator=generator, dtype=torch.float64)).to(dtype)

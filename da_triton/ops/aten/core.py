@@ -4,7 +4,7 @@
 those that save time or digits: A is not copied for extra tokens, scales are folded into the matrix
 G, products are laid out so that the result already has v's memory format, logits are scaled in the
 dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
-products: that of the maps, but float32 for many positions of float16.
+products: that of the inputs, but float32 for many positions of float16.
 
 ``gather_partial``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
 are, and work in the dtype of sums, as the kernels do.
@@ -65,7 +65,7 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """``reference.gather_partial``; nothing is rounded to the maps' dtype on the way."""
+    """``reference.gather_partial``; nothing is rounded to the input dtype on the way."""
     if extra is not None:
         a, b, mask = join_extra(a, b, mask, extra)
     logits = scaled_logits(b, mask, logit_scale)
@@ -114,7 +114,7 @@ def kept_features(a, mask):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The maps' dtype, but that of sums where it has more positions than weights can represent.
+    """The input dtype, but that of sums where it has more positions than weights can represent.
 
     A graph for any number of positions has the product that is right for all of them.
     """

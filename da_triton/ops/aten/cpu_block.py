@@ -3,7 +3,7 @@ r"""The block on a CPU: one function with a gradient of its own, sample by sampl
 Position-major throughout: x is ``(N, L, C)`` and what has c channels is ``(g, l, c)``, for g of the
 samples and a piece of l of their positions, all in the memory order of x, or of a copy where x's
 own makes slow products: only views are transposed. k is ``heads`` where an order keeps heads apart
-(gather: A-, distribute: -Z) and 1 where one product serves all maps (X-, -H).
+(gather: A-, distribute: -Z) and 1 where one product serves all heads (X-, -H).
 
     P = softmax over L of x Wbᵀ       F = x Waᵀ + ba (A-) or x (X-)     T = Fᵀ P  (g, k, m or C, n)
     Q = softmax over n of x Wvᵀ + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G (-H)
@@ -14,13 +14,15 @@ Backward, with dZ = dout Wo (order -Z) or dout (-H):
     dD = dZᵀ Q   dQ = dZ D    dV = Q∘(dQ − Σ_n Q∘dQ)   dx = dV Wv, + dout
     dF = P dTᵀ   δ = Σ dT∘T   dB = P∘(F dT − δ)        dx += dB Wb + (dF Wa (A-) or dF (X-))
 
-Order AZ of few positions and many maps ("short") forms neither T nor dT, but S = Q Pᵀ (g, k, l, l):
+Order AZ of few positions and many descriptors ("short") forms neither T nor dT, but S = Q Pᵀ (g, k,
+l, l):
 
     Z = S F      dF = Sᵀ dZ   dS = dZ Fᵀ   dQ = dS P   dP = dSᵀ Q   dB = P∘(dP − Σ_l P∘dP)
 
 Temporaries of a piece stay in the cache and in memory that the process already has: on a CPU, the
 first touch of a page can cost more than the product that fills it. The P of a piece is its own
-softmax; ``share``, the part of a map's whole mass that a piece has, is a factor on T and on dT.
+softmax; ``share``, the part of the mass of an attention map that a piece has, is a factor on T and
+on dT.
 """
 
 from typing import Any
@@ -183,7 +185,7 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
     heads, k = options.heads, call.distribute_heads
     pieces = split_positions(x)
     t, g, d, share = (next(kept) for _ in range(4))
-    maps = [(next(kept), next(kept)) for _ in pieces]
+    projected = [(next(kept), next(kept)) for _ in pieces]
     short = t is None
 
     dd: Any = None
@@ -196,7 +198,7 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
         if dw.bias_out is not None:
             dw.bias_out.add_(dout.sum((0, 1)))
         if short:
-            p, f = maps[0]
+            p, f = projected[0]
             ds = times(split(dz, k), split(f, k).mT)
             df = join(times(split(dz, k).mT, d).mT)
             dp = join(times(split(q, k).mT, ds).mT)
@@ -234,7 +236,7 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
     k = call.gather_heads
     for i, piece in enumerate(pieces):
         rows = gathered_rows(x[:, piece], None if mask is None else mask[:, piece])
-        p, f = maps[i]
+        p, f = projected[i]
         if short:
             db = dp.sub_((dp * p).sum(1, keepdim=True)).mul_(p)
         else:

@@ -17,14 +17,16 @@ LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more oft
 MOST_POSITIONS = 2**16  # of a piece: the sum in a softmax loses digits with more
 FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
 FEW_ELEMENTS = 2**14  # of a sample: with fewer, copying sample by sample costs more than it saves
-FEW_MAPS = 8  # so few that a softmax over positions is slow where they are adjacent in memory
-NARROW = 32  # maps so few that positions, not maps, are kept adjacent in memory
+FEW_DESCRIPTORS = (
+    8  # so few that a softmax over positions is slow where they are adjacent in memory
+)
+NARROW = 32  # n so small that positions, not channels, are kept adjacent in memory
 
 
 def piece_for(cache: int | None) -> int:
     """Elements of x in a piece, for a last-level cache of this size in bytes: an eighth of it.
 
-    The rest is for the maps and what other processes have there. Where it is not known: the least.
+    The rest is for A, B, V and what other processes have there. Where it is not known: the least.
     """
     return min(max(SMALLEST_PIECE, (cache or 0) // 8 // 4), LARGEST_PIECE)
 
@@ -47,9 +49,9 @@ def position_major(x: Tensor) -> Tensor:
     return tokens if x.stride(1) == 1 or _long_rows(x) else dense(tokens)
 
 
-def few_descriptors(x: Tensor, maps: int) -> bool:
-    """Whether few maps of ``x (N, C, L)`` would be adjacent in memory."""
-    return maps <= FEW_MAPS and not (_long_rows(x) and x.stride(1) != 1)
+def few_descriptors(x: Tensor, c_n: int) -> bool:
+    """Whether too few channels of B or V would be adjacent in memory, as those of x are."""
+    return c_n <= FEW_DESCRIPTORS and not (_long_rows(x) and x.stride(1) != 1)
 
 
 def _long_rows(x: Tensor) -> bool:
@@ -173,26 +175,26 @@ def accumulate(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
         total.addmm_(here[whole:].T, rows[whole:])
 
 
-def softmax_(maps: Tensor, heads: int) -> None:
-    """In place, over the maps of each head of ``(g, l, heads·n)``."""
-    apart, dim = _per_head(maps, heads)
+def softmax_(logits: Tensor, heads: int) -> None:
+    """In place, over n in each head of ``(g, l, heads·n)``."""
+    apart, dim = _per_head(logits, heads)
     torch.softmax(apart, dim, out=apart)
 
 
-def softmax_backward(grad: Tensor, maps: Tensor, heads: int) -> Tensor:
-    """The gradient of what ``softmax_`` was given; ``maps`` is what it made of that."""
-    apart, dim = _per_head(maps, heads)
-    grad = match_layout(grad, maps)  # a single map lies in both orders: maps decide
+def softmax_backward(grad: Tensor, q: Tensor, heads: int) -> Tensor:
+    """The gradient of what ``softmax_`` was given; ``q`` is what it made of that."""
+    apart, dim = _per_head(q, heads)
+    grad = match_layout(grad, q)  # with n = 1 both layouts match; q decides
     grad = grad.unflatten(-1, (heads, -1)) if dim == 3 else grad.mT.unflatten(1, (heads, -1))
-    found = torch._softmax_backward_data(grad, apart, dim, maps.dtype)
+    found = torch._softmax_backward_data(grad, apart, dim, q.dtype)
     return found.flatten(-2) if dim == 3 else found.flatten(1, 2).mT
 
 
-def _per_head(maps: Tensor, heads: int) -> tuple[Tensor, int]:
-    """``(g, l, heads·n)`` as a dense tensor, and the axis of it that counts the maps of a head."""
-    if maps.stride(-1) == 1:
-        return maps.unflatten(-1, (heads, -1)), 3
-    return maps.mT.unflatten(1, (heads, -1)), 2
+def _per_head(x: Tensor, heads: int) -> tuple[Tensor, int]:
+    """``(g, l, heads·n)`` as a dense tensor, and the axis of n in it."""
+    if x.stride(-1) == 1:
+        return x.unflatten(-1, (heads, -1)), 3
+    return x.mT.unflatten(1, (heads, -1)), 2
 
 
 def softmax_and_mass(

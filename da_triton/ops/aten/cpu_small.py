@@ -8,7 +8,7 @@ of x: only the result and dX are made in it, and all that has positions where pr
     Q = softmax over n of Wv x + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G + bo (-H)
     Z = D Q                          out = Wo Z + bo (-Z) or Z (-H), + x
 
-Order AZ of few positions and many maps ("short") forms no T, but S = Pᵀ Q and Z = F S.
+Order AZ of few positions and many descriptors ("short") forms no T, but S = Pᵀ Q and Z = F S.
 """
 
 from typing import Any

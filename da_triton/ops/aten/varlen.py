@@ -1,4 +1,4 @@
-"""Packed sequences in ATen operations, one sequence after another: no padding, no copies of maps.
+"""Packed sequences in ATen operations, one sequence after another: no padding, no copies.
 
 A sequence by itself has its products, written to where they belong, and a softmax over positions.
 All else is one operation for neighbours that together fit the cache: on a CPU, memory that is new
@@ -14,7 +14,7 @@ import torch
 from ...precision import HALF, accumulator, converted, lse_dtype
 from . import core as aten
 
-WORK = 2**16  # values of a map in one operation for several sequences
+WORK = 2**16  # values of a tensor in one operation for several sequences
 # Positions per sequence below which a softmax over adjacent ones is slower than to transpose first.
 FEW = 128
 
@@ -80,8 +80,8 @@ def _with_weights(use, b, mask, extra_b, lengths, logit_scale, dtype):
     """Calls ``use`` for each sequence: its number, the weights ``(heads, L, n)`` of its positions,
     and those of its tokens or None. Nothing holds them, so the next are in the same memory."""
     s = 0
-    for piece, maps, mask_ in _pieces(lengths, b, mask):
-        logits = aten.logits_in(maps, logit_scale, dtype)
+    for piece, b_, mask_ in _pieces(lengths, b, mask):
+        logits = aten.logits_in(b_, logit_scale, dtype)
         if mask_ is not None:
             logits = logits.masked_fill(~mask_, -torch.inf)
         few = logits.shape[-1] < FEW * len(piece)
@@ -120,8 +120,8 @@ def distribute(g, v, lengths, scale, softmax, logit_scale):
     dtype = aten.product_dtype(v)
     z = empty_like(v, g.shape[2], dtype)
     each = iter(converted(g if scale == 1 else scale * g, dtype).unbind())
-    for piece, maps, out in _pieces(lengths, v, z):
-        q = converted(_distribution_weights(maps, softmax, logit_scale, dtype), dtype)
+    for piece, v_, out in _pieces(lengths, v, z):
+        q = converted(_distribution_weights(v_, softmax, logit_scale, dtype), dtype)
         for q_, z_ in zip(q.split(piece, -1), out.split(piece, -1), strict=True):
             torch.bmm(next(each), q_, out=z_)
     return converted(z, v.dtype)
@@ -135,8 +135,8 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
     softmax_backward = functools.partial(torch._softmax_backward_data, input_dtype=dtype)
     each = iter(converted(g if scale == 1 else scale * g, dtype).mT.unbind())
     sums = iter(dg.unbind() if need_g else ())
-    for piece, dz_, maps, out in _pieces(lengths, dz, v, dv):
-        q = _distribution_weights(maps, softmax, logit_scale, dtype)
+    for piece, dz_, v_, out in _pieces(lengths, dz, v, dv):
+        q = _distribution_weights(v_, softmax, logit_scale, dtype)
         dz_, dq = converted(dz_, dtype), torch.empty_like(q) if need_v else q
         parts = zip(*(x.split(piece, -1) for x in (dz_, q, dq)), strict=True)
         for dz_s, q_s, dq_s in parts:
@@ -146,7 +146,7 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
                 torch.bmm(next(each), dz_s, out=dq_s)
         if need_v:
             if softmax:
-                dq = _over_maps(softmax_backward, dq, q)
+                dq = _over_n(softmax_backward, dq, q)
             out.copy_(dq if logit_scale == 1 else logit_scale * dq)
     if need_g and scale != 1:
         dg *= scale
@@ -155,11 +155,11 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
 
 def _distribution_weights(v, softmax, logit_scale, dtype):
     logits = aten.logits_in(v, logit_scale, dtype)
-    return _over_maps(torch.softmax, logits) if softmax else logits
+    return _over_n(torch.softmax, logits) if softmax else logits
 
 
-def _over_maps(function, *tensors):
-    """A softmax over maps, in their memory format: torch.softmax makes contiguous copies."""
+def _over_n(function, *tensors):
+    """A softmax over n in the input's memory format: torch.softmax makes contiguous copies."""
     if tensors[0].stride(-1) == 1:
         return function(*tensors, -2)
     return function(*(x.mT for x in tensors), -1).mT

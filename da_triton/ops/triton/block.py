@@ -148,11 +148,11 @@ def _(
 
 
 def _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v):
-    batch, c_m, maps = x.shape[0], weight_a.shape[0], weight_b.shape[0]
+    batch, c_m, total_n = x.shape[0], weight_a.shape[0], weight_b.shape[0]
     out = launch.empty_rows_like(x, c_m if weight_out is None else weight_out.shape[0])
-    lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
-    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
-    return out, lse, g, launch.empty_rows_like(x, maps) if save_v else x.new_empty(0)
+    lse = x.new_empty((batch, total_n), dtype=lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, total_n // heads), dtype=accumulator(x.dtype))
+    return out, lse, g, launch.empty_rows_like(x, total_n) if save_v else x.new_empty(0)
 
 
 @torch.library.custom_op("da_triton::block_backward", mutates_args=())

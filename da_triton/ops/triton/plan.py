@@ -27,8 +27,8 @@ def kernel_limits(shape, c_out, arch, num_sms):
     whole = tiles.channels_fit(widest, full_n)
     pass_2 = "project_distribute" if whole else "project_distribute_blocks"
 
-    def positions_of(kernel, features, maps, variant=tiles.PLAIN):
-        tile = tiles.find(kernel, tile_class, features, maps, variant, arch)
+    def positions_of(kernel, features, descriptors, variant=tiles.PLAIN):
+        tile = tiles.find(kernel, tile_class, features, descriptors, variant, arch)
         return 0 if tile is None else tile.block_l
 
     def positions(last, *others):

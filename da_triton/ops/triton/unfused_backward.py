@@ -1,6 +1,6 @@
 r"""The block's backward pass in vendor GEMMs around the core's kernels, in any order.
 
-    maps      [A;] B, V = W X              one product, of stacked weights
+    A, B, V   [A;] B, V = W X              one product, of stacked weights
     distribution    Z-   dZ = Woᵀ dO, then dV, Q, Z and dG = dZ Qᵀ        dWo = dO Zᵀ
                     H-   dV, Q and dH = dO Qᵀ, then dG = scale · Woᵀ dH   dWo = scale · dH Gᵀ
     gather          A-   δ, then dA and dB

@@ -41,9 +41,9 @@ class Tokens(nn.Module):
 
     def forward(self, x, mask=None):
         y = self.norm(x) if self.steps.get("norm") else x
-        maps = [getattr(self, name)(y) for name in self.names]
-        maps = maps if len(maps) == 3 else maps[0].chunk(3, -1)
-        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in maps)
+        projected = [getattr(self, name)(y) for name in self.names]
+        projected = projected if len(projected) == 3 else projected[0].chunk(3, -1)
+        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in projected)
         if mask is not None:
             k = k.masked_fill(~mask[:, None, :, None], -torch.inf)
         y = self.core(q, k, v).transpose(1, 2).flatten(2)

@@ -33,13 +33,13 @@ WAYS = {
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
     "pieces": {"FEW_POSITIONS": 1, "PIECE": 12 * C, "LEAST_POSITIONS": 1},
-    "wide maps": {"FEW_POSITIONS": 1, "NARROW": 1},
+    "large n": {"FEW_POSITIONS": 1, "NARROW": 1},
 }
 
 
 @pytest.fixture(autouse=True)
-def _however_few_maps_and_elements(monkeypatch):
-    monkeypatch.setattr(cpu_products, "FEW_MAPS", 0)
+def _however_few_descriptors_and_elements(monkeypatch):
+    monkeypatch.setattr(cpu_products, "FEW_DESCRIPTORS", 0)
     monkeypatch.setattr(cpu_small, "MOST_ELEMENTS", 0)
 
 
@@ -123,7 +123,7 @@ def test_matches_the_definition(order, heads, channels_last, dtype, way, calls):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["one head", "every option"])
-def test_fewer_positions_than_maps(options, channels_last, recompute, way, monkeypatch):
+def test_fewer_positions_than_descriptors(options, channels_last, recompute, way, monkeypatch):
     planned = []
     for kind in (cpu_block.Call, cpu_small.Call):
 
@@ -141,7 +141,7 @@ def test_fewer_positions_than_maps(options, channels_last, recompute, way, monke
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("heads", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 @pytest.mark.parametrize("order", ORDERS)
-def test_one_map_a_head(order, heads, batch, channels_last, way, calls):
+def test_one_descriptor_per_head(order, heads, batch, channels_last, way, calls):
     """It lies in both memory orders at once."""
     given = leaves(torch.float64, batch, channels_last)
     for i in (3, 4, 5, 6):
@@ -311,7 +311,7 @@ def test_saved_tensors_are_not_changed():
 
 
 def test_a_piece_without_mass():
-    """Every logit of a map is -inf in one piece; elsewhere there is something."""
+    """Every logit of an attention map is -inf in one piece; elsewhere there is something."""
     logits = torch.randn(2, 30, 5)
     logits[0, :10, 2] = logits[1, :, 3] = -torch.inf
     parts = [cpu_products.softmax_and_mass(b.clone(), alone=False) for b in logits.split(10, 1)]
@@ -422,22 +422,22 @@ def test_a_piece_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("maps", "length", "channels_last", "ours"),
+    ("c_n", "length", "channels_last", "ours"),
     [
-        (8, 64, False, False),  # short: copied, and then maps are adjacent
+        (8, 64, False, False),  # short: copied, and then channels are adjacent
         (8, 256, True, False),
         (8, 256, False, True),
         (9, 64, False, True),
         (9, 256, True, True),
     ],
 )
-def test_few_maps_that_are_adjacent_take_the_other_path(
-    maps, length, channels_last, ours, monkeypatch, calls
+def test_few_descriptors_that_are_adjacent_take_the_other_path(
+    c_n, length, channels_last, ours, monkeypatch, calls
 ):
-    monkeypatch.setattr(cpu_products, "FEW_MAPS", 8)
+    monkeypatch.setattr(cpu_products, "FEW_DESCRIPTORS", 8)
     x = torch.randn(2, 16, 4, length // 4)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    a, b, v = (torch.randn(c, 16) for c in (12, maps, maps))
+    a, b, v = (torch.randn(c, 16) for c in (12, c_n, c_n))
     given = (x, a, None, b, None, v, None)
     out = double_attention_block(*given, backend="torch")
     assert bool(calls) == ours

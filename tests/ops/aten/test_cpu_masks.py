@@ -19,8 +19,8 @@ SIZES = {"long": (5, 7), "short": (2, 2), "line": (35,), "video": (3, 3, 4)}
 
 
 @pytest.fixture(autouse=True)
-def _however_few_maps(monkeypatch):
-    monkeypatch.setattr(cpu_products, "FEW_MAPS", 0)
+def _however_few_descriptors(monkeypatch):
+    monkeypatch.setattr(cpu_products, "FEW_DESCRIPTORS", 0)
 
 
 @pytest.fixture(params=WAYS)

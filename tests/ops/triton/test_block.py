@@ -161,7 +161,7 @@ def test_what_frozen_weights_spare(route, wanted, spared, taking):
 
 @pytest.mark.parametrize(("wanted", "spared"), [("x", 4), ("b", 2), ("a", 2)])
 def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
-    """On the unfused route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
+    """On the unfused route, of seven: for A, B and V, dZ, dX, dWo, and dWa, dWb, dWv together."""
     (x, *tensors, _), (heads, *scalars) = arguments()
     w, route = kernels.Weights(*tensors), ROUTES["unfused"]
     o = kernels.Options(heads, *scalars[:-1])

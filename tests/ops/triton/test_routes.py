@@ -43,7 +43,7 @@ RUNS = [
     for case in CASES
     if route not in MIXED
     if case != "no_tile"
-    if case != "many_maps" or route.startswith("unfused") or not AS_ON_A_GPU  # no tile of 256 maps
+    if case != "large_n" or route.startswith("unfused") or not AS_ON_A_GPU  # no tile of n = 256
 ]
 
 
@@ -61,7 +61,7 @@ def test_mixed_routes(route, case, channels_last):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("route", ["split_AZ", "split_XH"])
-def test_more_maps_than_a_program_holds(route, channels_last):
+def test_more_descriptors_than_a_program_holds(route, channels_last):
     """In half precision; in float32, that is more than 32."""
     compare(route, "no_tile", channels_last, torch.bfloat16)
 
@@ -88,7 +88,7 @@ def test_a_wrong_definition_is_rejected():
     wrong = definition(CASES["plain"], x, w, mask, upstream, torch.float64, logit_scale=scale)
     found = run(FUSED, CASES["plain"], x, w, mask, upstream)
     for name, ours, other in zip(NAMES, found, wrong, strict=True):
-        if name not in ("bias_a", "bias_out"):  # they do not depend on the maps
+        if name not in ("bias_a", "bias_out"):  # they do not depend on B and V
             with pytest.raises(AssertionError, match="relative RMS"):
                 check(ours, other, dtype, what=name)
 

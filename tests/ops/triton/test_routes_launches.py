@@ -53,6 +53,6 @@ def test_launches_are_few_and_those_of_the_model(work, channels_last, masked):
     assert len(forward) == chunks * sum(step.launches for step in plan.forward), forward
     assert len(backward) == sum(step.launches for step in plan.backward), backward
     fused = plan.route.gather == plan.route.distribute == "fused"
-    merging = "gather_combine_kernel" in forward  # few samples of long maps
+    merging = "gather_combine_kernel" in forward  # few samples of many positions
     assert len(forward) <= (3 * chunks if fused else 5 + merging), forward
     assert len(backward) <= (7 if plan.route.backward == "fused" else 12), backward
