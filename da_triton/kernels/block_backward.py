@@ -4,8 +4,8 @@ r"""The fused block's backward pass over positions, in order XH, where H fits on
     gather         P                dB = s · P∘(dMᵀ X − δ)
                    dX = dO (residual) + Wvᵀ dV + Wbᵀ dB + dM P
 
-A program of either holds a chunk of positions with the full n: X and dO are read once in each, dX
-is written once. dV and dB are the only temporaries with positions, side by side in one ``(N,
+A program of either holds a split of the positions with the full n: X and dO are read once in each,
+dX is written once. dV and dB are the only temporaries with positions, side by side in one ``(N,
 2·total_n, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers, written
 in parts and merged by ``combine``.
 """
@@ -62,7 +62,7 @@ def block_bwd_distribute_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
+    """One program: a split of the positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
 
     CHANNELS_FIRST: dH is summed with channels as rows, so that no accumulator is transposed, which
     Triton before 3.7.1 miscompiles for Hopper.
@@ -175,7 +175,7 @@ def block_bwd_gather_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample, full n; channels in blocks.
+    """One program: a split of the positions of a sample, full n; channels in blocks.
 
     BLOCK_N ≥ TOTAL_N.
     """

@@ -287,7 +287,7 @@ def grad_g_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: tiles of n and m, a chunk of positions, a head of a sample."""
+    """One program: tiles of n and m, a split of the positions, a head of a sample."""
     L = L_UNITS * ALIGN
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)

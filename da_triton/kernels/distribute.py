@@ -52,7 +52,7 @@ def distribute_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all m and n."""
+    """One program: a split of the positions of one head of one sample, all m and n."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
@@ -120,7 +120,7 @@ def distribute_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all m and n."""
+    """One program: a split of the positions of one head of one sample, all m and n."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS

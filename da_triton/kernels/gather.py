@@ -103,7 +103,7 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: tiles of n and m, a chunk of positions, a head of a sample."""
+    """One program: tiles of n and m, a split of the positions, a head of a sample."""
     L = L_UNITS * ALIGN
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
@@ -169,7 +169,7 @@ def gather_combine_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: a tile of n and m of one head of one sample, chunks in order."""
+    """One program: a tile of n and m of one head of one sample, partials in order."""
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
@@ -251,7 +251,7 @@ def gather_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all m and n.
+    """One program: a split of the positions of one head of one sample, all m and n.
 
     BLOCK_M ≥ C_M and BLOCK_N ≥ C_N: dG is read once, A and B once, dA and dB written once.
     """
@@ -298,7 +298,7 @@ def gather_backward_kernel(
 @guard.proved(
     {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
     writes=("lowp", "g", "lse"),
-    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _chunks(sources))),
+    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _splits(sources))),
 )
 def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the input itself, extra tokens).
@@ -357,11 +357,11 @@ def _partials(sources, logit_scale):
 
 def _num_partials(sources):
     """How many programs share the positions of all sources."""
-    return sum(num_splits for _, num_splits in _chunks(sources))
+    return sum(num_splits for _, num_splits in _splits(sources))
 
 
-def _chunks(sources):
-    """(blocks of positions in a chunk, number of chunks) of each source."""
+def _splits(sources):
+    """``(blocks_per_split, num_splits)`` of each source."""
     return launch.prepared(_split, [t for a, b, _ in sources for t in (a, b)])
 
 
@@ -370,24 +370,23 @@ def _split(*inputs):
     tile = tiles.tile("gather", a, a.shape[2], b.shape[2])
     blocks = -(-a.shape[2] // tile.block_m) * -(-b.shape[2] // tile.block_n)
     programs = a.shape[0] * a.shape[1] * blocks
-    return [launch.chunks(programs, s.shape[-1], tile, a.device) for s in inputs[::2]]
+    return [launch.split_positions(programs, s.shape[-1], tile, a.device) for s in inputs[::2]]
 
 
 def _gather(sources, logit_scale, results, bias, lowp, final):
-    chunks = _chunks(sources)
-    partial, num_partials = 0, sum(num_splits for _, num_splits in chunks)
-    for (a, b, mask), chunk in zip(sources, chunks, strict=True):
-        ready = launch.prepared(
-            _gathering, (a, b, mask, *results, bias, lowp), *chunk, partial, num_partials, final
-        )
+    splits = _splits(sources)
+    partial, num_partials = 0, sum(num_splits for _, num_splits in splits)
+    for (a, b, mask), split in zip(sources, splits, strict=True):
         tensors = a, b, mask, *results, bias, lowp
+        ready = launch.prepared(_gathering, tensors, *split, partial, num_partials, final)
         ready([a if t is None else t for t in tensors], (logit_scale,))
-        partial += chunk[1]
+        partial += split[1]
 
 
 def _gathering(
-    a, b, mask, acc, mx, total, bias, lowp, chunk, num_splits, partial, num_partials, final
-):
+    a, b, mask, acc, mx, total, bias, lowp,
+    blocks_per_split, num_splits, partial, num_partials, final,
+):  # fmt: skip
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather", a, c_m, c_n)
@@ -395,7 +394,7 @@ def _gathering(
     return launch.Launch(
         gather_kernel, a, tile, batch * heads * num_splits * blocks,
         activations={"a": a, "b": b}, strided={"mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=chunk, NUM_SPLITS=num_splits,
+        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=blocks_per_split, NUM_SPLITS=num_splits,
         PARTIAL=partial, NUM_PARTIALS=num_partials,
         HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
         LOWP=lowp is not None,

@@ -85,7 +85,7 @@ def project_distribute_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample, all n and channels.
+    """One program: a split of the positions of a sample, all n and channels.
 
     BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); WHOLE: BLOCK_C ≥ C and C_OUT.
     """

@@ -9,7 +9,7 @@ tile of positions holds all channels and serves twice, as keys and as values; he
 n. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the
 result is m × n.
 
-Both write partial results of a chunk of positions, which ``combine`` merges:
+Both write partial results per split, which ``combine`` merges:
 ``acc = Σ y·exp(z − mx)`` as ``(N, NUM_SPLITS, total_n, features)``, ``mx`` and ``sum`` as
 ``(N, NUM_SPLITS, total_n)``. X is ``(N, C, L)`` in any strides.
 """
@@ -51,7 +51,7 @@ def gather_from_x_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a tile of n, a chunk of positions, a sample. BLOCK_C ≥ C."""
+    """One program: a tile of n, a split of the positions, a sample. BLOCK_C ≥ C."""
     L = L_UNITS * ALIGN
     blocks_n = tl.cdiv(TOTAL_N, BLOCK_N)
     pid = tl.program_id(0)
@@ -119,7 +119,7 @@ def gather_from_a_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a head, a chunk of positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N.
+    """One program: a head, a split of the positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N.
 
     POSITIONS_FIRST: A is projected with positions as rows, so that no accumulator is transposed,
     which Triton before 3.7.1 miscompiles for Hopper.

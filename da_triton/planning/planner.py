@@ -114,7 +114,7 @@ CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the L2 cache
 CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
 
 
-def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:
+def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
     """Seconds of a batch: of each step the larger of its operations and its bytes, and launches."""
     rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
     total = 0.0
@@ -124,7 +124,7 @@ def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:
         moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
         asked = step.requested * s.itemsize / CACHE_BANDWIDTH
         busy = max(step.macs / (rate * share), moved / BANDWIDTH, asked) / narrow
-        total += busy * s.batch + step.launches * chunks * LAUNCH
+        total += busy * s.batch + step.launches * batch_chunks * LAUNCH
     return total
 
 
@@ -154,17 +154,17 @@ def routes(
         pass_1 = limits.gather_from_x if o.from_x else limits.gather_from_a
         pass_2 = limits.project_distribute if o.through_h else 0
         for one, two in itertools.product({pass_1, 0}, {pass_2, 0}):
-            chunk = _chunk(s) if one and two else max(1, s.batch)
-            num_splits = max(1, limits.num_sms // max(1, min(s.batch, chunk)))
-            cached = chunk * _bytes(s) <= CACHE
+            batch_chunk = _batch_chunk(s) if one and two else max(1, s.batch)
+            num_splits = max(1, limits.num_sms // max(1, min(s.batch, batch_chunk)))
+            cached = batch_chunk * _bytes(s) <= CACHE
             both = not one and not two
             steps = (
                 *gather_steps(s, o, one, num_splits, limits.blocks_of_n, both),
                 *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
             )
             gather, distribute = ("fused" if way else "unfused" for way in (one, two))
-            route = Route(o, gather, distribute, kind, backward_order, chunk)
-            seconds = modelled(steps, s, math.ceil(s.batch / chunk))
+            route = Route(o, gather, distribute, kind, backward_order, batch_chunk)
+            seconds = modelled(steps, s, math.ceil(s.batch / batch_chunk))
             found.append(PlannedRoute(route, steps, backward_steps, seconds, backward_seconds))
     return tuple(sorted(found, key=lambda planned: planned.seconds))
 
@@ -189,7 +189,7 @@ def _bytes(s: Shape) -> int:
     return s.channels * s.length * s.itemsize
 
 
-def _chunk(s: Shape) -> int:
+def _batch_chunk(s: Shape) -> int:
     """Samples whose X stays in the cache between two passes; all, where not even one does."""
     fitting = CACHE // _bytes(s)
     if fitting == 0 or fitting >= s.batch:

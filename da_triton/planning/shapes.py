@@ -73,7 +73,7 @@ class Route(NamedTuple):
     distribute: str
     backward: str
     backward_order: Order  # of an unfused backward pass; XH of a fused one
-    chunk: int  # samples that go through both passes before the next ones start
+    batch_chunk: int  # samples that go through both passes before the next ones start
 
     def __str__(self) -> str:
         forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"

@@ -1,6 +1,6 @@
-"""What every launcher needs on the host: strides and their alignment, chunks, dtypes, the device.
+"""Host-side launch helpers: strides and alignment, split of positions, dtypes, device guard.
 
-Positions are split into chunks, one program each, so that a launch has about one wave of programs.
+Positions are split over programs so that a launch has about one wave of programs.
 
 Everything about a launch but addresses and scales follows from the shapes, strides, dtypes and
 device of its tensors, the flags, and PyTorch's TF32 switch. It is found once per such signature
@@ -30,7 +30,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # of sums
 # Without a GPU (interpreted kernels) the split over positions is made for this many SMs: few
-# enough to keep interpreted launches short, enough to exercise the combination of chunks.
+# enough to keep interpreted launches short, enough to exercise the merging of partials.
 INTERPRETED_SMS = 4
 INTERPRETER = threading.RLock()
 
@@ -113,8 +113,8 @@ def trial(num_splits, tiles):
         _thread.num_splits, _thread.tiles = before
 
 
-def chunks(programs, length, tile, device):
-    """(blocks of positions in a chunk, number of chunks) that fill the GPU about once.
+def split_positions(programs, length, tile, device):
+    """``(blocks_per_split, num_splits)`` that fill the GPU about once.
 
     ``programs``: how many programs there are without splitting positions.
     """
@@ -249,8 +249,8 @@ class Launch:
             for name, x in activations.items():
                 found.update(zip(steps[name], strides(x, align), strict=True))
             if "NUM_SPLITS" in sizes and "NUM_SPLITS" not in values:
-                found["BLOCKS_PER_SPLIT"], num_splits = chunks(programs, length, tile, like.device)
-                found["NUM_SPLITS"] = num_splits
+                per_split, num_splits = split_positions(programs, length, tile, like.device)
+                found |= {"BLOCKS_PER_SPLIT": per_split, "NUM_SPLITS": num_splits}
                 programs *= num_splits
         for name, x in (strided or {}).items():
             found.update(zip(steps[name], (0, 0) if x is None else x.stride(), strict=True))

@@ -239,7 +239,7 @@ def test_infinite_logits():
     """−inf is weight 0; +inf, or all −inf, gives NaN in that attention map, as in torch.softmax."""
     a, b, _ = inputs(CASE, torch.float32)
     b[0, 0, 2, ::3] = -math.inf
-    b[0, 1, 5, :100] = -math.inf  # a whole chunk of positions and more
+    b[0, 1, 5, :100] = -math.inf  # a whole split of the positions and more
     b[1, 0, 3, 7] = math.inf
     b[1, 1, 4] = -math.inf
     expected = reference.gather(a.double(), b.double())

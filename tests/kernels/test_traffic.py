@@ -132,13 +132,13 @@ def test_launches(work, counted, monkeypatch):
 
 
 def test_splits_are_those_of_the_full_batch(monkeypatch):
-    """The reduced batch of this file's measurements leads to the same chunks."""
+    """The reduced batch of this file's measurements splits positions alike."""
     for work in WORKLOADS:
         x = torch.empty(1, dtype=torch.bfloat16)
         whole = ("distribute", "distribute_backward", "gather_backward")
         for kernel in ("gather", *(whole if tiles.g_fits_one_tile(x, work.m, work.n) else ())):
             tile = tiles.tile(kernel, x, work.m, work.n)
             monkeypatch.setattr(launch, "num_sms", lambda device: 132)
-            full = launch.chunks(work.batch, work.length, tile, x.device)
+            full = launch.split_positions(work.batch, work.length, tile, x.device)
             monkeypatch.setattr(launch, "num_sms", lambda device, n=work.batch: 132 // n)
-            assert launch.chunks(1, work.length, tile, x.device) == full
+            assert launch.split_positions(1, work.length, tile, x.device) == full

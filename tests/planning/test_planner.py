@@ -200,12 +200,12 @@ def test_no_route_that_spills_is_offered():
         assert option.route.backward == "unfused"
 
 
-def test_chunks_keep_x_in_the_cache():
+def test_batch_chunks_keep_x_in_the_cache():
     s = Shape(64, 256, 64, 64, 1, 6400, 2, True)
     route = planner.routes(s, limits_of(s), XH)[0].route
     assert route.gather == route.distribute == "fused"
     per_sample = s.channels * s.length * s.itemsize
-    assert 1 < route.chunk * per_sample <= planner.CACHE < 2 * route.chunk * per_sample
+    assert 1 < route.batch_chunk * per_sample <= planner.CACHE < 2 * route.batch_chunk * per_sample
 
 
 @pytest.mark.parametrize(("value", "expected"), [(True, False), (False, True), ("auto", False)])

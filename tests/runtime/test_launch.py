@@ -1,4 +1,4 @@
-"""Host decisions of a launch: strides and their unit, chunks, memory formats, tiles."""
+"""Host decisions of a launch: strides and their unit, split of positions, memory formats, tiles."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def test_strides_of_axes_of_one_element_are_zero():
 
 @pytest.mark.parametrize("programs", [1, 3, 16, 64, 132, 1000])
 @pytest.mark.parametrize("length", [1, 49, 784, 6400, 2**21])
-def test_chunks_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
+def test_splits_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
     monkeypatch.setattr(launch, "num_sms", lambda device: 132)
     tile = tiles.Tile(64, 64, 64, 4, 2, 1)
-    blocks, chunks = launch.chunks(programs, length, tile, None)
-    assert blocks * chunks * 64 >= length
-    assert blocks * (chunks - 1) * 64 < length, "no empty chunk"
-    assert chunks * programs <= max(132, programs)
+    blocks, splits = launch.split_positions(programs, length, tile, None)
+    assert blocks * splits * 64 >= length
+    assert blocks * (splits - 1) * 64 < length, "no empty split"
+    assert splits * programs <= max(132, programs)
 
 
 def test_memory_formats():

@@ -28,7 +28,7 @@ class Case(NamedTuple):
 FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
 ROUTES = {
     "fused_xh": FUSED,
-    "fused_xh_in_chunks": FUSED._replace(chunk=1),
+    "fused_xh_in_batch_chunks": FUSED._replace(batch_chunk=1),
     "fused_ah": FUSED._replace(order=AH),
     "fused_gather": Route(XZ, "fused", "unfused", "unfused", AH, 2),
     "fused_gather_a": Route(AZ, "fused", "unfused", "unfused", AZ, 2),

@@ -44,6 +44,7 @@ from .cpu_products import (
     join,
     match_layout,
     position_major,
+    position_tiles,
     project,
     restore_layout,
     samples,
@@ -51,7 +52,6 @@ from .cpu_products import (
     softmax_and_mass,
     softmax_backward,
     split,
-    split_positions,
     times,
 )
 
@@ -68,7 +68,7 @@ class Call(direct.Call):
             o.scale, o.scale, o.logit_scale, o.logit_scale_v, o.logit_scale_v, 1, 1
         )
         few = x.shape[2] * (len(w.a) + len(w.b)) * o.heads < 2 * len(w.a) * len(w.b)
-        self.short = few and order == AZ and len(split_positions(x[:1].mT)) == 1
+        self.short = few and order == AZ and len(position_tiles(x[:1].mT)) == 1
         self.gather_heads = 1 if order.from_x else o.heads
         self.distribute_heads = 1 if order.through_h else o.heads
         return True
@@ -116,7 +116,7 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
     options, short = call.o, call.short
     from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.gather_heads
-    pieces = split_positions(x)
+    pieces = position_tiles(x)
     kept: list[Any] = []
     parts: list[Tensor] = []
     masses: list[Any] = []
@@ -183,7 +183,7 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
     options = call.o
     from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.distribute_heads
-    pieces = split_positions(x)
+    pieces = position_tiles(x)
     t, g, d, share = (next(kept) for _ in range(4))
     projected = [(next(kept), next(kept)) for _ in pieces]
     short = t is None

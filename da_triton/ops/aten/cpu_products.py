@@ -107,7 +107,7 @@ def gathered_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x.view(bits) & -mask[..., None].to(bits)).view(x.dtype)
 
 
-def split_positions(x: Tensor) -> list[slice]:
+def position_tiles(x: Tensor) -> list[slice]:
     """Equal pieces of the positions of ``x (g, L, C)``."""
     length = x.shape[1]
     count = max(1, -(-x.numel() // _piece(x)), -(-length // MOST_POSITIONS))

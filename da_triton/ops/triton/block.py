@@ -1,8 +1,8 @@
 """The block in Triton kernels: one operator forward, one backward, and its gradients.
 
 ``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
-chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled again
-for another size, and what the operators return does not depend on the plan. Kept for
+batch chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled
+again for another size, and what the operators return does not depend on the plan. Kept for
 backward: the inputs, lse and G, and V if asked for.
 
 Second derivatives are taken through the operations of the ``torch`` backend.

@@ -92,7 +92,8 @@ class Plan:
             f"double attention block, N={s.batch} C={s.channels} L={s.length} c_m={s.c_m} "
             f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes an element, on {self.device}",
             f"  {self.route}",
-            f"  {math.ceil(s.batch / self.route.chunk)} chunk(s) of {self.route.chunk} samples; "
+            f"  {math.ceil(s.batch / self.route.batch_chunk)} batch chunk(s) of "
+            f"{self.route.batch_chunk} samples; "
             f"backward {'keeps V' if self.saves_v else 'projects V again'}",
             f"  modelled forward {self.chosen.seconds * 1e6:.1f} µs (floor "
             f"{self.floor * 1e6:.1f} µs), backward {self.chosen.backward_seconds * 1e6:.1f} µs",
@@ -139,7 +140,7 @@ def plan(
 
     Returns:
         A :class:`Plan`, with the order, the route (which steps are fused kernels and which vendor
-        GEMMs), samples in a chunk, modelled operations, bytes and launches of each step, the
+        GEMMs), samples per batch chunk, modelled operations, bytes and launches of each step, the
         floor, and the runners-up. The times come from a model with stated assumptions, not from
         measurements.
 

@@ -58,11 +58,11 @@ def forward(x, w, mask, o, route, save_v):
     v = launch.empty_rows_like(x, w.v.shape[0]) if save_v else None
     lse, g = combine.empty(x, w, o.heads)
     batched = x, mask, lse, g, out, v
-    batch, chunk = x.shape[0], route.chunk
-    partials = [batched] if batch <= chunk else [
-        [None if t is None else t[i : i + chunk] for t in batched] for i in range(0, batch, chunk)
+    batch, size = x.shape[0], route.batch_chunk
+    chunks = [batched] if batch <= size else [
+        [None if t is None else t[i : i + size] for t in batched] for i in range(0, batch, size)
     ]  # fmt: skip
-    for x_, mask_, lse_, g_, out_, v_ in partials:
+    for x_, mask_, lse_, g_, out_, v_ in chunks:
         h, _ = _gather(x_, w, mask_, lse_, g_, o, route)
         project_distribute.project_distribute(
             x_, w.v, w.bias_v, h, w.bias_out, out_, v_,

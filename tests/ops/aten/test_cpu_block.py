@@ -322,7 +322,7 @@ def test_a_piece_without_mass():
 
 def test_long_samples_are_cut_into_equal_pieces():
     x = torch.empty(1, 10_001, cpu_products.PIECE // 4000)
-    sizes = [x[:, piece].shape[1] for piece in cpu_products.split_positions(x)]
+    sizes = [x[:, piece].shape[1] for piece in cpu_products.position_tiles(x)]
     assert sizes == [3334, 3334, 3333]
 
 
