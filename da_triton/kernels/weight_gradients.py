@@ -329,7 +329,7 @@ def products(t, x, *rows):
     ``t``: ``(N, rows, L)``, ``x``: ``(N, C, L)``, in any strides. No result shares memory.
     """
     if not tiles.fits("outer_product", t, x.shape[1], t.shape[1]):
-        return [_library_product(piece, x) for piece in t.split(rows, 1)]
+        return [_vendor_gemm(t_, x) for t_ in t.split(rows, 1)]
     partials, sums = outer_product(t, x)
     ready = launch.prepared(_sums, (t, partials, sums), rows)
     made = ready.empty()
@@ -355,7 +355,7 @@ def _sums(t, partials, sums, rows):
     return ready.allocating(t.dtype, *[s for r in rows for s in ((r, channels), (r,))])
 
 
-def _library_product(t, x):
+def _vendor_gemm(t, x):
     """The same without a kernel: in channels-last memory one product of all positions."""
     acc = accumulator(x.dtype)
     if x.stride(1) == t.stride(1) == 1 and x.shape[1] > 1 < t.shape[1]:

@@ -26,7 +26,7 @@ float32, L = 2²⁴ positions. Memory: A, B and V read, Z written, and in backwa
       64          262,144    0.5 ms                           8.3 MB   0.17 ms
      512           32,768    0.06 ms                           67 MB   1.35 ms
 
-An all-gather brings every rank every other rank's share, so the wire grows with the ranks; it is
+An all-gather brings every rank every other rank's partial, so the wire grows with the ranks; it is
 the price of bits that do not depend on the network. Split over as many ranks as the positions need,
 and use the others for other samples.
 """
@@ -171,7 +171,7 @@ def _kept(mask, b):
 
 
 def _merged(part, group):
-    """G ``(N, heads, m, n)`` and lse ``(N, heads, n)`` of all ranks from this rank's share.
+    """G ``(N, heads, m, n)`` and lse ``(N, heads, n)`` of all ranks from this rank's partial.
 
     One message: lse travels as more rows of G, in whose dtype its bits are read.
     """
@@ -185,8 +185,8 @@ def _merged(part, group):
     pivot = most.masked_fill(most == -torch.inf, 0)
     total = (log_weights - pivot).exp().sum(0)
     lse = (pivot + total.log()).masked_fill(total == 0, torch.inf)
-    shares = (log_weights - lse).exp().to(g.dtype)
-    return (shares.unsqueeze(3) * g).sum(0), lse
+    weights = (log_weights - lse).exp().to(g.dtype)
+    return (weights.unsqueeze(3) * g).sum(0), lse
 
 
 def _of_all_ranks(x, group):

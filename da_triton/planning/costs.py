@@ -43,7 +43,7 @@ def order_cost(
         elements += channels + 2 * c_m  # X read, A written and read again
     if order.through_h:
         per_position += channels * c_n
-        # Each head's share of the output is written, then they are added.
+        # Each head's partial output is written, then they are added.
         elements += channels if heads == 1 else channels * (2 * heads + 1)
         small_total += small
     else:

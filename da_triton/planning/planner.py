@@ -107,7 +107,7 @@ def choose_order(
 
 # Shares of the matrix rate that vendor GEMMs and our kernels are taken to reach, time of a
 # launch in a CUDA graph, L2 cache: assumptions to rank routes with, none measured.
-LIBRARY_SHARE, KERNEL_SHARE = 0.85, 0.6
+VENDOR_EFFICIENCY, KERNEL_EFFICIENCY = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
 LAUNCH = 2.0e-6  # seconds, start and tail included
 CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the L2 cache
@@ -119,11 +119,11 @@ def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
     rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
     total = 0.0
     for step in steps:
-        share = LIBRARY_SHARE if step.library else KERNEL_SHARE
+        efficiency = VENDOR_EFFICIENCY if step.library else KERNEL_EFFICIENCY
         narrow = 1.0 if step.library or s.wide else NARROW_SHARE
         moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
         asked = step.requested * s.itemsize / CACHE_BANDWIDTH
-        busy = max(step.macs / (rate * share), moved / BANDWIDTH, asked) / narrow
+        busy = max(step.macs / (rate * efficiency), moved / BANDWIDTH, asked) / narrow
         total += busy * s.batch + step.launches * batch_chunks * LAUNCH
     return total
 

@@ -38,7 +38,7 @@ def tokens(lengths=UNEVEN, dtype=torch.float64):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Runs of 18 positions are views; pieces of 12 positions; sums over 25 are made in parts."""
+    """Runs of 18 positions are views; groups of 12 positions; sums over 25 are made in parts."""
     monkeypatch.setattr(triton_varlen, "LONG", 18)
     monkeypatch.setattr(aten_varlen, "WORK", 12 * HEADS * N)
     monkeypatch.setattr(aten_varlen, "FEW", 20)

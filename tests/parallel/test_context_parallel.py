@@ -118,14 +118,14 @@ def test_weights_far_from_zero_keep_their_digits():
 
 def bits(rank, cuts):
     a, b, _ = activations(torch.float32)
-    pieces = leaves([a, b], rank, cuts)
+    shards = leaves([a, b], rank, cuts)
     found = []
     for backend in ("torch", "triton"):
         for _ in range(2):
             g = da_triton.gather(
-                *pieces, heads=2, backend=backend, process_group=distributed.group.WORLD
+                *shards, heads=2, backend=backend, process_group=distributed.group.WORLD
             )
-            grads = torch.autograd.grad((g * (rank + 1)).sin().sum(), pieces)
+            grads = torch.autograd.grad((g * (rank + 1)).sin().sum(), shards)
             found.append([g.detach(), *grads])
     return found
 
@@ -143,11 +143,11 @@ def infinite(rank, cuts):
     a, b, _ = activations()
     b[:, 0, : cuts[1]] = -torch.inf
     b[:, 1] = -torch.inf
-    pieces = leaves([a, b], rank, cuts)
+    shards = leaves([a, b], rank, cuts)
     found = []
     for backend in ("torch", "triton"):
-        g = da_triton.gather(*pieces, backend=backend, process_group=distributed.group.WORLD)
-        found.append([g.detach(), *torch.autograd.grad(g.square().sum(), pieces)])
+        g = da_triton.gather(*shards, backend=backend, process_group=distributed.group.WORLD)
+        found.append([g.detach(), *torch.autograd.grad(g.square().sum(), shards)])
     return found
 
 
@@ -203,11 +203,11 @@ def two_groups(rank, cuts):
     """Ranks 0 and 1 share the positions of sample 0, ranks 2 and 3 those of sample 1."""
     groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
     sample = rank // 2
-    pieces = [own(x[sample : sample + 1], rank % 2, cuts) for x in activations()]
+    shards = [own(x[sample : sample + 1], rank % 2, cuts) for x in activations()]
     with pytest.raises(TypeError, match="this rank belongs to"):
-        da_triton.double_attention(*pieces, process_group=groups[1 - sample])
+        da_triton.double_attention(*shards, process_group=groups[1 - sample])
     tokens = problems()["tokens"]["extra"]
-    return core(*leaves(pieces), extra=tokens, process_group=groups[sample])
+    return core(*leaves(shards), extra=tokens, process_group=groups[sample])
 
 
 def test_a_group_of_some_of_the_ranks(tmp_path):

@@ -15,8 +15,8 @@ def own(x, rank, cuts):
 
 
 def leaves(tensors, rank=None, cuts=None):
-    pieces = tensors if rank is None else [own(x, rank, cuts) for x in tensors]
-    return [x.detach().clone().requires_grad_() for x in pieces]
+    shards = tensors if rank is None else [own(x, rank, cuts) for x in tensors]
+    return [x.detach().clone().requires_grad_() for x in shards]
 
 
 def activations(dtype=torch.float64):

@@ -1,7 +1,7 @@
-r"""The block on a CPU: one function with a gradient of its own, sample by sample, in pieces.
+r"""The block on a CPU: one function with a gradient of its own, sample by sample, in tiles.
 
 Position-major throughout: x is ``(N, L, C)`` and what has c channels is ``(g, l, c)``, for g of the
-samples and a piece of l of their positions, all in the memory order of x, or of a copy where x's
+samples and a tile of l of their positions, all in the memory order of x, or of a copy where x's
 own makes slow products: only views are transposed. k is ``heads`` where an order keeps heads apart
 (gather: A-, distribute: -Z) and 1 where one product serves all heads (X-, -H).
 
@@ -19,10 +19,9 @@ l, l):
 
     Z = S F      dF = Sᵀ dZ   dS = dZ Fᵀ   dQ = dS P   dP = dSᵀ Q   dB = P∘(dP − Σ_l P∘dP)
 
-Temporaries of a piece stay in the cache and in memory that the process already has: on a CPU, the
-first touch of a page can cost more than the product that fills it. The P of a piece is its own
-softmax; ``share``, the part of the mass of an attention map that a piece has, is a factor on T and
-on dT.
+Temporaries of a tile stay in the cache and in memory that the process already has: on a CPU, the
+first touch of a page can cost more than the product that fills it. The P of a tile is its own
+softmax; ``mass``, the tile's part of an attention map's softmax mass, is a factor on T and on dT.
 """
 
 from typing import Any
@@ -49,7 +48,7 @@ from .cpu_products import (
     restore_layout,
     samples,
     softmax_,
-    softmax_and_mass,
+    softmax_and_lse,
     softmax_backward,
     split,
     times,
@@ -116,27 +115,27 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
     options, short = call.o, call.short
     from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.gather_heads
-    pieces = position_tiles(x)
+    tiles = position_tiles(x)
     kept: list[Any] = []
     parts: list[Tensor] = []
-    masses: list[Any] = []
-    for piece in pieces:
-        here = None if mask is None else mask[:, piece]
-        rows = gathered_rows(x[:, piece], here)
-        p, mass = softmax_and_mass(project(rows, w.b), len(pieces) == 1, here)
+    lses: list[Any] = []
+    for tile in tiles:
+        here = None if mask is None else mask[:, tile]
+        rows = gathered_rows(x[:, tile], here)
+        p, lse = softmax_and_lse(project(rows, w.b), len(tiles) == 1, here)
         f = rows if from_x else project(rows, w.a, w.bias_a)
         if not short:
             parts.append(sum_over_positions(split(f, k).mT, split(p, k).mT))
-        masses.append(mass)
+        lses.append(lse)
         if keeping:
             kept += [p, None if from_x else f]
     t: Any = None
-    share = None
-    if len(pieces) > 1:
-        share = torch.stack(masses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
+    mass = None
+    if len(tiles) > 1:
+        mass = torch.stack(lses).softmax(0).unflatten(-1, (k, -1)).unsqueeze(-2)
         if mask is not None:
-            share.nan_to_num_(0)  # where no piece has any mass
-        t = torch.stack(parts).mul_(share).sum(0)
+            mass.nan_to_num_(0)  # where no tile has any mass
+        t = torch.stack(parts).mul_(mass).sum(0)
     elif not short:
         t = parts[0]
 
@@ -150,8 +149,8 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
     if through_h:
         d = join(w.out.unflatten(1, (heads, -1)).transpose(0, 1) @ g)[:, None]
 
-    for piece in pieces:
-        q = project(x[:, piece], w.v, w.bias_v)
+    for tile in tiles:
+        q = project(x[:, tile], w.v, w.bias_v)
         if options.softmax_v:
             softmax_(q, heads)
         if short:
@@ -163,10 +162,10 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
             kept += [q, z]
         if out is None:
             continue
-        y = out[:, piece]
+        y = out[:, tile]
         bias = 0 if w.bias_out is None else w.bias_out
         if options.residual:
-            torch.add(x[:, piece], bias, out=y)
+            torch.add(x[:, tile], bias, out=y)
         else:
             y[:] = bias
         if z is None:
@@ -175,7 +174,7 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
             y.add_(z)
         else:
             add_product(y, z, w.out.T)
-    return [t, g, d, share, *kept] if keeping else []
+    return [t, g, d, mass, *kept] if keeping else []
 
 
 def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
@@ -183,15 +182,15 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
     options = call.o
     from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.distribute_heads
-    pieces = position_tiles(x)
-    t, g, d, share = (next(kept) for _ in range(4))
-    projected = [(next(kept), next(kept)) for _ in pieces]
+    tiles = position_tiles(x)
+    t, g, d, mass = (next(kept) for _ in range(4))
+    projected = [(next(kept), next(kept)) for _ in tiles]
     short = t is None
 
     dd: Any = None
     df: Any = None
-    for piece in pieces:
-        rows, dout, q, z = x[:, piece], grad[:, piece], next(kept), next(kept)
+    for tile in tiles:
+        rows, dout, q, z = x[:, tile], grad[:, tile], next(kept), next(kept)
         dz = dout if z is None or w.out is None else project(dout, w.out.T)
         if w.out is not None and not through_h:
             accumulate(dw.out, dout, z)
@@ -213,8 +212,8 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
         if dw.bias_v is not None:
             dw.bias_v.add_(dv.sum((0, 1)))
         if dx is not None:
-            dx[:, piece] = dout if options.residual else 0
-            add_product(dx[:, piece], dv, w.v)
+            dx[:, tile] = dout if options.residual else 0
+            add_product(dx[:, tile], dv, w.v)
 
     if not short:
         dg = dd
@@ -234,13 +233,13 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
         delta = (dt * t).sum(2, keepdim=True)
 
     k = call.gather_heads
-    for i, piece in enumerate(pieces):
-        rows = gathered_rows(x[:, piece], None if mask is None else mask[:, piece])
+    for i, tile in enumerate(tiles):
+        rows = gathered_rows(x[:, tile], None if mask is None else mask[:, tile])
         p, f = projected[i]
         if short:
             db = dp.sub_((dp * p).sum(1, keepdim=True)).mul_(p)
         else:
-            dt_, delta_ = (dt, delta) if share is None else (dt * share[i], delta * share[i])
+            dt_, delta_ = (dt, delta) if mass is None else (dt * mass[i], delta * mass[i])
             db = join(times(split(rows if f is None else f, k), dt_)).sub_(join(delta_)).mul_(p)
             df = None if f is None else join(times(split(p, k), dt_.mT))
         accumulate(dw.b, db, rows)
@@ -250,8 +249,8 @@ def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
                 dw.bias_a.add_(df.sum((0, 1)))
         if dx is None:
             continue
-        add_product(dx[:, piece], db, w.b)
+        add_product(dx[:, tile], db, w.b)
         if df is None:
-            add_product(dx[:, piece], p, dt_[:, 0].mT)
+            add_product(dx[:, tile], p, dt_[:, 0].mT)
         else:
-            add_product(dx[:, piece], df, w.a)
+            add_product(dx[:, tile], df, w.a)

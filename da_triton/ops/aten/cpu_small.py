@@ -1,4 +1,4 @@
-r"""The block on a CPU for small inputs: the fewest operations, in one piece.
+r"""The block on a CPU for small inputs: the fewest operations, in one tile.
 
 Channel-major, ``(C, L)`` for one sample and ``(N, C, L)`` for several, whatever the memory format
 of x: only the result and dX are made in it, and all that has positions where products are large
@@ -23,7 +23,7 @@ from . import block as aten_block
 from .core import WIDE_CHUNK
 
 # Measured on one and two threads, forward and training step, (N, C, c, L) from (1, 16, 8, 64) to
-# (4, 2048, 512, 49). Beyond, cpu_block is faster: its pieces stay in the cache, and it multiplies
+# (4, 2048, 512, 49). Beyond, cpu_block is faster: its tiles stay in the cache, and it multiplies
 # weights with the positions of all samples at once.
 MOST_ELEMENTS = 2**18  # of x
 MOST_WEIGHTS = 2**18  # elements of Wa, counted for each sample

@@ -80,13 +80,13 @@ def _with_weights(use, b, mask, extra_b, lengths, logit_scale, dtype):
     """Calls ``use`` for each sequence: its number, the weights ``(heads, L, n)`` of its positions,
     and those of its tokens or None. Nothing holds them, so the next are in the same memory."""
     s = 0
-    for piece, b_, mask_ in _pieces(lengths, b, mask):
+    for group, b_, mask_ in _groups(lengths, b, mask):
         logits = aten.logits_in(b_, logit_scale, dtype)
         if mask_ is not None:
             logits = logits.masked_fill(~mask_, -torch.inf)
-        few = logits.shape[-1] < FEW * len(piece)
+        few = logits.shape[-1] < FEW * len(group)
         rows = logits.mT.contiguous() if few else logits.mT
-        for x in rows.split(piece, -2):
+        for x in rows.split(group, -2):
             tokens = None
             if extra_b is not None and x.shape[-2]:
                 tokens = aten.logits_in(extra_b[s], logit_scale, x.dtype).mT
@@ -120,9 +120,9 @@ def distribute(g, v, lengths, scale, softmax, logit_scale):
     dtype = aten.product_dtype(v)
     z = empty_like(v, g.shape[2], dtype)
     each = iter(converted(g if scale == 1 else scale * g, dtype).unbind())
-    for piece, v_, out in _pieces(lengths, v, z):
+    for group, v_, out in _groups(lengths, v, z):
         q = converted(_distribution_weights(v_, softmax, logit_scale, dtype), dtype)
-        for q_, z_ in zip(q.split(piece, -1), out.split(piece, -1), strict=True):
+        for q_, z_ in zip(q.split(group, -1), out.split(group, -1), strict=True):
             torch.bmm(next(each), q_, out=z_)
     return converted(z, v.dtype)
 
@@ -135,10 +135,10 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
     softmax_backward = functools.partial(torch._softmax_backward_data, input_dtype=dtype)
     each = iter(converted(g if scale == 1 else scale * g, dtype).mT.unbind())
     sums = iter(dg.unbind() if need_g else ())
-    for piece, dz_, v_, out in _pieces(lengths, dz, v, dv):
+    for group, dz_, v_, out in _groups(lengths, dz, v, dv):
         q = _distribution_weights(v_, softmax, logit_scale, dtype)
         dz_, dq = converted(dz_, dtype), torch.empty_like(q) if need_v else q
-        parts = zip(*(x.split(piece, -1) for x in (dz_, q, dq)), strict=True)
+        parts = zip(*(x.split(group, -1) for x in (dz_, q, dq)), strict=True)
         for dz_s, q_s, dq_s in parts:
             if need_g:
                 _product(dz_s, q_s.mT, next(sums))
@@ -173,21 +173,21 @@ def _product(x, rows, out):
         torch.bmm(x, rows, out=out)
 
 
-def _pieces(lengths, x, *others):
+def _groups(lengths, x, *others):
     """Lengths of neighbours that share operations, and views ``(…, positions)`` of each tensor."""
     most = WORK // (x.shape[1] * x.shape[2])
-    pieces: list[list[int]] = [[]]
+    groups: list[list[int]] = [[]]
     total = 0
     for length in lengths:
         total += length
-        if total > most and pieces[-1]:
-            pieces.append([])
+        if total > most and groups[-1]:
+            groups.append([])
             total = length
-        pieces[-1].append(length)
-    sizes = [sum(piece) for piece in pieces]
+        groups[-1].append(length)
+    sizes = [sum(group) for group in groups]
     nothing = [None] * len(sizes)
     views = (nothing if y is None else y[0].split(sizes, -1) for y in (x, *others))
-    return zip(pieces, *views, strict=True)
+    return zip(groups, *views, strict=True)
 
 
 def _split(x, lengths):

@@ -38,8 +38,8 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
         v, bias_v = by_head(v, o.heads), None
     runs = [rows] if len(matrices) == 1 else [[r] for r in rows]
     grads = [launch.empty_rows_like(x, sum(run)) for run in runs]
-    pieces = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
-    *da, db, dv = (by_head(t, o.heads) for t in pieces)
+    parts = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
+    *da, db, dv = (by_head(t, o.heads) for t in parts)
 
     # dV, and in the place of dB, until that is made, Q.
     through = _through_h if through_h else _through_z

@@ -32,7 +32,7 @@ WAYS = {
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
-    "pieces": {"FEW_POSITIONS": 1, "PIECE": 12 * C, "LEAST_POSITIONS": 1},
+    "tiles": {"FEW_POSITIONS": 1, "TILE": 12 * C, "LEAST_POSITIONS": 1},
     "large n": {"FEW_POSITIONS": 1, "NARROW": 1},
 }
 
@@ -56,8 +56,8 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["small", "pieces"])
-def one_piece_or_several(request, monkeypatch):
+@pytest.fixture(params=["small", "tiles"])
+def one_tile_or_several(request, monkeypatch):
     take(request.param, monkeypatch)
 
 
@@ -193,7 +193,7 @@ def test_nothing_is_kept_when_every_position_is_masked(order):
 
 @pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("order", ORDERS)
-def test_one_gradient_alone(order, wanted, one_piece_or_several):
+def test_one_gradient_alone(order, wanted, one_tile_or_several):
     given = leaves(torch.float64)
     options = {"order": order, "heads": 2, "residual": True, "backend": "torch"}
     expected = gradients(given, **options)
@@ -241,7 +241,7 @@ def test_a_nan_stays_in_its_sample(order, way):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_first_and_second_derivatives(order, masked, one_piece_or_several):
+def test_first_and_second_derivatives(order, masked, one_tile_or_several):
     mask = None
     if masked:
         mask = torch.rand(1, 35) > 0.4
@@ -310,19 +310,19 @@ def test_saved_tensors_are_not_changed():
     assert torch.equal(*first, *torch.autograd.grad(out.sum(), given[0]))
 
 
-def test_a_piece_without_mass():
-    """Every logit of an attention map is -inf in one piece; elsewhere there is something."""
+def test_a_tile_without_mass():
+    """Every logit of an attention map is -inf in one tile; elsewhere there is something."""
     logits = torch.randn(2, 30, 5)
     logits[0, :10, 2] = logits[1, :, 3] = -torch.inf
-    parts = [cpu_products.softmax_and_mass(b.clone(), alone=False) for b in logits.split(10, 1)]
-    share = torch.stack([mass for _, mass in parts]).softmax(0)
-    whole = torch.cat([p * s[:, None] for (p, _), s in zip(parts, share, strict=True)], 1)
+    parts = [cpu_products.softmax_and_lse(b.clone(), alone=False) for b in logits.split(10, 1)]
+    mass = torch.stack([lse for _, lse in parts]).softmax(0)
+    whole = torch.cat([p * s[:, None] for (p, _), s in zip(parts, mass, strict=True)], 1)
     torch.testing.assert_close(whole, logits.softmax(1), equal_nan=True)
 
 
-def test_long_samples_are_cut_into_equal_pieces():
-    x = torch.empty(1, 10_001, cpu_products.PIECE // 4000)
-    sizes = [x[:, piece].shape[1] for piece in cpu_products.position_tiles(x)]
+def test_long_samples_are_cut_into_equal_tiles():
+    x = torch.empty(1, 10_001, cpu_products.TILE // 4000)
+    sizes = [x[:, tile].shape[1] for tile in cpu_products.position_tiles(x)]
     assert sizes == [3334, 3334, 3333]
 
 
@@ -408,10 +408,10 @@ def test_a_wrong_reference_is_rejected():
         check(right, wrong.double(), torch.float32)
 
 
-def test_a_piece_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
-    assert cpu_products.piece_for(None) == cpu_products.piece_for(2**20) == 2**20
-    assert cpu_products.piece_for(64 * 2**20) == 2 * 2**20
-    assert cpu_products.piece_for(480 * 2**20) == 2**22
+def test_a_tile_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
+    assert cpu_products.tile_for(None) == cpu_products.tile_for(2**20) == 2**20
+    assert cpu_products.tile_for(64 * 2**20) == 2 * 2**20
+    assert cpu_products.tile_for(480 * 2**20) == 2**22
     assert cpu_products.last_level_cache(tmp_path) is None
     for index, size in enumerate(["48K", "64K", "2048K", "32768K"]):
         (tmp_path / f"index{index}").mkdir()
