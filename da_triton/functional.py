@@ -74,10 +74,10 @@ def gather(
         checks.one_kind(dtype, a=a, b=b)
         found = select(backend, b, process_group, cu_seqlens, dtype), dtype
         _table.add(key, found)
-    core, dtype = found
+    chosen, dtype = found
     a, b = autocast(dtype, a, b)
     with autocast_off(a.device.type, dtype):
-        g = core.gather(
+        g = chosen.gather(
             _by_head(a, heads), _by_head(b, heads), mask=_flat(mask), logit_scale=logit_scale
         )
     return g.to(a.dtype)
@@ -101,9 +101,9 @@ def gather_partial(
     dtype = autocast_dtype(a.device.type)
     a, b = autocast(dtype, a, b)
     checks.one_kind(a=a, b=b)
-    core = ops.select(backend, b)
+    chosen = ops.select(backend, b)
     with autocast_off(a.device.type, dtype):
-        return core.gather_partial(
+        return chosen.gather_partial(
             _by_head(a, heads), _by_head(b, heads), mask=_flat(mask), logit_scale=logit_scale
         )
 
@@ -149,10 +149,10 @@ def distribute(
         unrecorded(checks.descriptors, g, v, sequences, dtype)
         found = select(backend, v, None, cu_seqlens, dtype), dtype
         _table.add(key, found)
-    core, dtype = found
+    chosen, dtype = found
     (v,) = autocast(dtype, v)
     with autocast_off(v.device.type, dtype):
-        z = core.distribute(
+        z = chosen.distribute(
             g, _by_head(v, sizes(g)[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
         )
     return positions_of(z, v, v.shape[0])
@@ -219,20 +219,20 @@ def double_attention(
         checks.one_kind(dtype, a=a, b=b, v=v, **named)
         found = select(backend, b, process_group, cu_seqlens, dtype), dtype
         _table.add(key, found)
-    core, dtype = found
+    chosen, dtype = found
     a, b, v, *tokens = autocast(dtype, a, b, v, *tokens)
     n = a.shape[0]
     batch = n if cu_seqlens is None else sizes(cu_seqlens)[0] - 1
     with autocast_off(a.device.type, dtype):
         tokens = [_by_head(token.expand(batch, -1, -1), heads) for token in tokens]
-        g = core.gather(
+        g = chosen.gather(
             _by_head(a, heads, n),
             _by_head(b, heads, n),
             mask=_flat(mask),
             extra=tokens or None,
             logit_scale=logit_scale,
         )
-        z = core.distribute(
+        z = chosen.distribute(
             g, _by_head(v, heads, n), scale=scale, softmax=softmax_v, logit_scale=logit_scale_v
         )
     return positions_of(z, v, n)

@@ -121,8 +121,8 @@ def unpack(
     return [x.unflatten(1, tuple(p)) for x, p in zip(parts, positions, strict=True)]
 
 
-def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
-    """``core`` with a gather and a distribute that take packed positions.
+def packed_backend(backend: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
+    """``backend`` with a gather and a distribute that take packed positions.
 
     Maps are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens have a
     sample for each sequence. A sequence without positions has G = 0; nothing is distributed to it.
@@ -130,19 +130,19 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
     # A copy: the caller's may be changed before the backward pass reads it.
     cu_seqlens = cu_seqlens.detach().to("cpu", copy=True)
     if (
-        core is EAGER
+        backend is EAGER
         or custom_op.needs_aten()
         or tracing.exporting()
         or is_traceable_wrapper_subclass(x)  # such as a DTensor
     ):
-        return per_sequence(core, cu_seqlens)
+        return per_sequence(backend, cu_seqlens)
     from .ops import varlen as varlen_ops
 
-    return varlen_ops.packed_core(core, cu_seqlens)
+    return varlen_ops.packed_ops(backend, cu_seqlens)
 
 
-def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
-    """Packed positions in calls of ``core``, one for each run of equal lengths."""
+def per_sequence(backend: Backend, cu_seqlens: Tensor) -> Backend:
+    """Packed positions in calls of ``backend``, one for each run of equal lengths."""
 
     def runs(**activations: Tensor) -> list[tuple[int, int]]:
         """Lengths, and how many neighbours have them."""
@@ -170,7 +170,8 @@ def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
         given = zip(split(a, found_runs), split(b, found_runs), masks, tokens, strict=True)
         for a_, b_, mask_, extra_ in given:
             if a_.shape[-1]:
-                found.append(core.gather(a_, b_, mask=mask_, extra=extra_, logit_scale=logit_scale))
+                options = {"mask": mask_, "extra": extra_, "logit_scale": logit_scale}
+                found.append(backend.gather(a_, b_, **options))
             else:
                 found.append(a_ @ b_.mT)  # zeros that still have gradients
         return torch.cat(found)
@@ -180,11 +181,11 @@ def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
         counts = [count for _, count in found_runs]
         parts: list[Tensor] = []
         for g_, v_ in zip(g.split(counts), split(v, found_runs), strict=True):
-            z = core.distribute(g_, v_, **options) if v_.shape[-1] else g_.to(v.dtype) @ v_
+            z = backend.distribute(g_, v_, **options) if v_.shape[-1] else g_.to(v.dtype) @ v_
             parts += (z.squeeze(0),) if len(z) == 1 else z.unbind()
         if v.stride(-1) == 1:
             return torch.cat(parts, -1)[None]
         positions_first = [z.permute(2, 0, 1) for z in parts]  # joined as v's memory has them
         return torch.cat(positions_first).permute(1, 2, 0)[None]
 
-    return core._replace(gather=gather, distribute=distribute)
+    return backend._replace(gather=gather, distribute=distribute)

@@ -32,9 +32,9 @@ from .custom_op import (
 )
 
 
-def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
+def packed_ops(backend: Backend, cu_seqlens: Tensor) -> Backend:
     """As ``varlen.per_sequence``, in these operators."""
-    kernels = core is not TORCH
+    kernels = backend is not TORCH
 
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
@@ -45,7 +45,7 @@ def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
         scale, logit_scale = scalars(scale, logit_scale)
         return apply(Distribute, g, v, cu_seqlens, scale, softmax, logit_scale, kernels)
 
-    return core._replace(gather=gather, distribute=distribute)
+    return backend._replace(gather=gather, distribute=distribute)
 
 
 def _implementation(kernels):
@@ -132,12 +132,12 @@ def _gather_gradients(ctx, dg, _):
     if dg is None:
         return (None,) * 8
     if wants_graph(dg):
-        core = varlen.per_sequence(TORCH, cu_seqlens)
+        backend = varlen.per_sequence(TORCH, cu_seqlens)
 
         def forward(a, b, mask, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
             options = {"mask": mask, "extra": extra, "logit_scale": ctx.logit_scale}
-            return core.gather(a, b, **options).to(dg.dtype)
+            return backend.gather(a, b, **options).to(dg.dtype)
 
         return *differentiable(forward, inputs, needs, dg), None, None, None
     wanted = [*needs[:2], *needs[3:]]
@@ -225,11 +225,11 @@ def _distribute_gradients(ctx, dz):
     g, v, cu_seqlens = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     if wants_graph(dz):
-        core = varlen.per_sequence(TORCH, cu_seqlens)
+        backend = varlen.per_sequence(TORCH, cu_seqlens)
         scale, softmax, logit_scale, _ = ctx.options
 
         def forward(g, v):
-            return core.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
+            return backend.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
 
         return *differentiable(forward, (g, v), needs, dz), *[None] * 5
     dg, dv = run(distribute_backward_op, dz, g, v, cu_seqlens, *ctx.options, *needs)

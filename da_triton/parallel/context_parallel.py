@@ -45,8 +45,8 @@ from ..precision import accumulator, lse_dtype
 from ..projection import project
 
 
-def split(core: ops.Backend, group: Any) -> ops.Backend:
-    """The backend ``core`` (not ``"eager"``), with positions split over the ranks of ``group``.
+def split(backend: ops.Backend, group: Any) -> ops.Backend:
+    """``backend`` (not ``"eager"``), with positions split over the ranks of ``group``.
 
     Its gather gives G in float32 (float64 for float64 inputs). Extra tokens are the same on every
     rank and count once: rank 0 gathers from them and has all of their gradient, the others zeros.
@@ -54,11 +54,11 @@ def split(core: ops.Backend, group: Any) -> ops.Backend:
 
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
-        return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, core)[0]
+        return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, backend)[0]
 
     def distribute(g, v, **options):
         # A product of no positions, which still hands backward's collective a gradient.
-        return (core if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
+        return (backend if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
 
     def block(x, w, mask, residual, o):
         def composed(x, *w):
@@ -68,7 +68,7 @@ def split(core: ops.Backend, group: Any) -> ops.Backend:
             return composed(x, *w)
         return checkpoint(composed, x, *w, use_reentrant=False, preserve_rng_state=False)
 
-    return core._replace(gather=gather, distribute=distribute, block=block, direct=None)
+    return backend._replace(gather=gather, distribute=distribute, block=block, direct=None)
 
 
 def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: Any) -> Tensor:
@@ -108,14 +108,14 @@ class _Gather(torch.autograd.Function):
     """G and lse of all ranks' positions. Keeps a, b, G and lse, as on one device."""
 
     @staticmethod
-    def forward(a, b, mask, extra_a, extra_b, logit_scale, group, core):
+    def forward(a, b, mask, extra_a, extra_b, logit_scale, group, backend):
         if group.rank() != 0:
             extra_a = extra_b = None
-        return _merged(_partial(core, a, b, mask, extra_a, extra_b, logit_scale), group)
+        return _merged(_partial(backend, a, b, mask, extra_a, extra_b, logit_scale), group)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.logit_scale, ctx.group, ctx.core = inputs
+        *tensors, ctx.logit_scale, ctx.group, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
@@ -140,7 +140,7 @@ class _Gather(torch.autograd.Function):
             if not any(needs):
                 continue
             if here and keys.shape[-1]:
-                found = ctx.core.gather_backward(
+                found = ctx.backend.gather_backward(
                     dg, values, keys, masking, g, lse, None, ctx.logit_scale, *needs
                 )
             else:
@@ -149,7 +149,7 @@ class _Gather(torch.autograd.Function):
         return tuple(grads)
 
 
-def _partial(core, a, b, mask, extra_a, extra_b, logit_scale):
+def _partial(backend, a, b, mask, extra_a, extra_b, logit_scale):
     """``(G_r, lse_r)`` of this rank's positions and tokens; 0 and +inf where it has neither."""
     sources = [(a, b, _kept(mask, b))]
     if extra_b is not None:
@@ -160,7 +160,7 @@ def _partial(core, a, b, mask, extra_a, extra_b, logit_scale):
         return a.new_zeros((*a.shape[:3], b.shape[2]), dtype=accumulator(a.dtype)), lse
     (a, b, mask), *tokens = sources
     extra = tokens[0][:2] if tokens else None
-    return core.gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
+    return backend.gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
 
 
 def _kept(mask, b):

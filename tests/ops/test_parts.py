@@ -46,10 +46,10 @@ def definition(a, b, *extra, mask, logit_scale):
 
 def part(backend):
     """G, and lse from the pivot and the sum."""
-    core = ops.select(backend, torch.empty(0, device=DEVICE))
+    backend = ops.select(backend, torch.empty(0, device=DEVICE))
 
     def gather_partial(a, b, *extra, **options):
-        g, pivot, total = core.gather_partial(a, b, extra=extra or None, **options)
+        g, pivot, total = backend.gather_partial(a, b, extra=extra or None, **options)
         assert {g.dtype, pivot.dtype, total.dtype} == {torch.promote_types(a.dtype, torch.float32)}
         nothing = total == 0
         assert torch.equal(pivot == -torch.inf, nothing)
@@ -127,11 +127,11 @@ def test_gradients_of_some_positions_from_the_g_and_lse_of_all(backend):
     g, lse = definition(*leaves, **given)
     dg, dlse = torch.randn_like(g), torch.randn_like(lse)
     expected = torch.autograd.grad((g, lse), leaves, (dg, dlse.masked_fill(lse == torch.inf, 0)))
-    core = ops.select(backend, g)
+    backend = ops.select(backend, g)
     for cut in (slice(0, 11), slice(11, LENGTH)):
         a, b = (x.detach()[..., cut] for x in leaves)
         mask, scale = given["mask"][:, cut], given["logit_scale"]
-        found = core.gather_backward(
+        found = backend.gather_backward(
             dg, a, b, mask, g.detach(), lse.detach(), dlse, scale, True, True
         )
         for ours, truth in zip(found, expected, strict=True):

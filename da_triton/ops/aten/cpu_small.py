@@ -59,18 +59,18 @@ class Call(direct.Call):
         self.short = few and order == AZ
         self.mm: Any = torch.mm if self.one else torch.bmm
         self.addmm: Any = torch.addmm if self.one else torch.baddbmm
-        self.core: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
-        self.t: Any = torch.t if self.core is torch.mm else _transposed
+        self.bmm: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
+        self.t: Any = torch.t if self.bmm is torch.mm else _transposed
         self.softmax: Any = torch.softmax
         self.softmax_backward: Any = torch._softmax_backward_data
         wide = x.dtype == torch.float32 and min(*w.a.shape, length) > NARROW
         large = wide and w.a.numel() * length >= CONVOLVED_MULTIPLICATIONS
         if large:
-            self.mm, self.addmm, self.core = _product, _added_product, _product
+            self.mm, self.addmm, self.bmm = _product, _added_product, _product
         self.project: Any = self.mm
         self.rows = large and self.channels_last and o.heads == 1
         if self.rows:
-            self.project = self.core = _product_in_rows
+            self.project = self.bmm = _product_in_rows
             self.softmax, self.softmax_backward = _softmax_in_rows, _softmax_in_rows_backward
         return True
 
@@ -89,17 +89,17 @@ class Call(direct.Call):
         else:
             kept_f = self._affine(w.a, x, w.bias_a)
             if not self.short:
-                g = self.core(self._split(kept_f), t(self._split(p)))
+                g = self.bmm(self._split(kept_f), t(self._split(p)))
         if not self.short:
             d = g = _scaled(g, o.scale)
         q = self._split(_scaled(self._affine(w.v, x, w.bias_v), o.logit_scale_v))
         if o.softmax_v:
             q = self.softmax(q, -2)
         if self.short:
-            d = _scaled(self.core(t(self._split(p)), q), o.scale)
-            out = kept_z = self._join(self.core(self._split(kept_f), d))
+            d = _scaled(self.bmm(t(self._split(p)), q), o.scale)
+            out = kept_z = self._join(self.bmm(self._split(kept_f), d))
         elif self.to_z:
-            out = kept_z = self._join(self.core(g, q))
+            out = kept_z = self._join(self.bmm(g, q))
         if self.to_z:
             if w.out is not None:
                 out = self._affine(w.out, kept_z, w.bias_out, self.channels_last)
@@ -113,22 +113,22 @@ class Call(direct.Call):
         return out, (p, kept_f, kept_t, kept_g, q, d, kept_z)
 
     def backward(self, grad, x, w, mask, kept, needs):
-        o, mm, core, t, w = self.o, self.mm, self.core, self.t, self._spread(w)
+        o, mm, bmm, t, w = self.o, self.mm, self.bmm, self.t, self._spread(w)
         p, f, kept_t, g, q, d, z = kept or self._forward(x, w)[1]
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
 
         dz = grad if not self.to_z or w.out is None else self.project(t(w.out), grad)
         dz = self._split(dz)
         if self.short:
-            ds = _scaled(core(t(self._split(f)), dz), o.scale)
-            dp, dv = core(q, t(ds)), core(self._split(p), ds)
-            df: Any = core(dz, t(d))
+            ds = _scaled(bmm(t(self._split(f)), dz), o.scale)
+            dp, dv = bmm(q, t(ds)), bmm(self._split(p), ds)
+            df: Any = bmm(dz, t(d))
         else:
-            dd, dv = core(dz, t(q)), core(t(d), dz)
+            dd, dv = bmm(dz, t(q)), bmm(t(d), dz)
             dg = _scaled(dd if self.to_z else mm(t(w.out), dd), o.scale)
             dt = mm(t(w.a), dg) if self.from_x else dg
-            dp = core(t(dt), x if self.from_x else self._split(f))
-            df = None if self.from_x else core(dt, self._split(p))
+            dp = bmm(t(dt), x if self.from_x else self._split(f))
+            df = None if self.from_x else bmm(dt, self._split(p))
         if o.softmax_v:
             dv = self.softmax_backward(dv, q, -2, q.dtype)
         dv = _scaled(self._join(dv), o.logit_scale_v)
