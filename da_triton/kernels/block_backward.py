@@ -1,6 +1,6 @@
 r"""The fused block's backward pass over positions, in order XH, where H fits one program.
 
-    distribution   Q, dQ = Hᵀ dO    r = Σ_n Q∘dQ    dV = s_v · Q∘(dQ − r)    dH = dO Qᵀ
+    distribution   Q, dQ = Hᵀ dO   rowsum_v = Σ_n Q∘dQ   dV = s_v · Q∘(dQ − rowsum_v)   dH = dO Qᵀ
     gather         P                dB = s · P∘(dMᵀ X − δ)
                    dX = dO (residual) + Wvᵀ dV + Wbᵀ dB + dM P
 
@@ -110,9 +110,9 @@ def block_bwd_distribute_kernel(
             if HEAD_BLOCK == 1:
                 dq = q * (dq - tl.sum(q * dq, 1)[:, None])
             else:
-                r = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
-                r = tl.broadcast_to(r[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
-                dq = q * (dq - tl.reshape(r, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
+                rowsum_v = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
+                rowsum_v = tl.broadcast_to(rowsum_v[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
+                dq = q * (dq - tl.reshape(rowsum_v, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
         ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
         tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < total_n)[None, :])
         if CHANNELS_FIRST:

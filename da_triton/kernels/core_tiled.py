@@ -4,10 +4,10 @@ With ``E[n, l] = exp(s·x[n, l] − lse)``, lse per n or per position (or ``E = 
 softmax), these four kernels are what gather's backward and distribute are made of when G does not
 fit one tile, nor all n ``core_full_n`` (dG, ``grad_g``, also where they do):
 
-    apply_weights   out[m, l] = scale · Σ_n W[m, n] E[n, l]                  Z, dA
-    row_dot         r[l] = Σ_m y[m, l] · out[m, l]                           r = Σ_m dZ∘Z = Σ_n Q∘dQ
-    grad_logits     dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c)       dV (c = r), dB (c = δ)
-    grad_g          dW[m, n] = scale · Σ_l y[m, l] E[n, l]                   dG
+    apply_weights   out[m, l] = scale · Σ_n W[m, n] E[n, l]                Z, dA
+    row_dot         rowsum_v[l] = Σ_m y[m, l] · out[m, l]                  Σ_m dZ∘Z = Σ_n Q∘dQ
+    grad_logits     dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c)     dV, dB (c = rowsum_v, δ)
+    grad_g          dW[m, n] = scale · Σ_l y[m, l] E[n, l]                 dG
 
 E is made in registers from x, tile by tile, and never written. W is ``(N, heads, C_M, C_N)``,
 activations are ``(N, heads, channels, positions)``, both in any strides. Each product has its sum
@@ -97,7 +97,7 @@ def apply_weights_kernel(
     lse_ptr,  # (N·heads, C_N) if LSE_PER_N, else (N·heads, L); read if SOFTMAX
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L): read if PRODUCT, else written: out
-    r_ptr,  # (N·heads, blocks of features, L): parts of r, written if PRODUCT
+    rowsum_v_ptr,  # (N·heads, blocks of features, L): partials of rowsum_v, written if PRODUCT
     scale_out: "fp64",
     logit_scale: "fp64",
     HEADS,
@@ -162,8 +162,8 @@ def apply_weights_kernel(
     acc = acc * (scalar(scale_out, ACC) / E_SCALE)
     if PRODUCT:
         y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
-        r = tl.sum(acc * y.to(ACC), 0)
-        tl.store(r_ptr + (nh * blocks_m + block_m) * L + cols, r, mask=cols < L)
+        rowsum_v = tl.sum(acc * y.to(ACC), 0)
+        tl.store(rowsum_v_ptr + (nh * blocks_m + block_m) * L + cols, rowsum_v, mask=cols < L)
     else:
         store_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
 
@@ -344,22 +344,22 @@ def apply_weights(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, lse_per_n=
 
 
 def row_dot(w, x, y, *, scale, logit_scale, lse):
-    """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
+    """Partials of ``rowsum_v = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
     tile = tiles.tile("apply_weights", x, w.shape[2], c_n)
     blocks = -(-w.shape[2] // tile.block_m)
-    r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
-    _apply_weights(w, x, y, r, scale, logit_scale, lse, False, None)
-    return r
+    rowsum_v = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
+    _apply_weights(w, x, y, rowsum_v, scale, logit_scale, lse, False, None)
+    return rowsum_v
 
 
-def _apply_weights(w, x, y, r, scale, logit_scale, lse, lse_per_n, mask):
-    ready = launch.prepared(_applying, (x, w, y, r, lse, mask), lse_per_n)
-    lse, mask, r = (x if t is None else t for t in (lse, mask, r))
-    ready((w, x, lse, mask, y, r), (scale, logit_scale))
+def _apply_weights(w, x, y, rowsum_v, scale, logit_scale, lse, lse_per_n, mask):
+    ready = launch.prepared(_applying, (x, w, y, rowsum_v, lse, mask), lse_per_n)
+    lse, mask, rowsum_v = (x if t is None else t for t in (lse, mask, rowsum_v))
+    ready((w, x, lse, mask, y, rowsum_v), (scale, logit_scale))
 
 
-def _applying(x, w, y, r, lse, mask, lse_per_n):
+def _applying(x, w, y, rowsum_v, lse, mask, lse_per_n):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("apply_weights", x, c_m, c_n)
@@ -368,7 +368,7 @@ def _applying(x, w, y, r, lse, mask, lse_per_n):
         apply_weights_kernel, x, tile, batch * heads * blocks, again=True,
         activations={"x": x, "y": y}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, LSE_PER_N=lse_per_n,
-        HAS_MASK=mask is not None, PRODUCT=r is not None,
+        HAS_MASK=mask is not None, PRODUCT=rowsum_v is not None,
         E_SCALE=POLICIES[x.dtype].p_scale if lse_per_n else 1.0,
     )  # fmt: skip
 
@@ -388,7 +388,7 @@ def grad_logits(
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
 
-    ``correction``: δ, or the parts of r that ``row_dot`` made.
+    ``correction``: δ, or the partials of rowsum_v that ``row_dot`` made.
     """
     correction = None if lse is None else correction
     ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), lse_per_n)

@@ -2,8 +2,8 @@ r"""Pass 2 of the fused block: ``out = H softmax_n(s (Wv X + bv)) + bo (+ X)``, 
 
 A program holds positions with the full n of all heads: it projects V, takes the softmax
 over n in each head, multiplies with H, adds bias and X, and writes each element of the
-result once. V and Q are never written, unless V is asked for. With at most ``WHOLE`` channels the
-tile of X stays resident between the two products, and the weights between tiles of positions.
+result once. V and Q are never written, unless V is asked for. Where all channels fit, the tile of
+X stays resident between the two products, and the weights between tiles of positions.
 
 X, V and the result are ``(N, channels, L)`` in any strides.
 """
@@ -47,7 +47,7 @@ def softmax_heads(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=launch.COUNTS)
 def project_distribute_kernel(
     x_ptr,  # (N, C, L)
-    v_ptr,  # (N, total_n, L): V with bias; written if KEEP
+    v_ptr,  # (N, total_n, L): V with bias; written if SAVE_V
     w_ptr,  # (total_n, C), contiguous: Wv
     bias_ptr,  # (total_n,); read if HAS_BIAS
     h_ptr,  # (N, C_OUT, total_n), contiguous
@@ -72,12 +72,12 @@ def project_distribute_kernel(
     stride_out_l,
     HEAD_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
-    KEEP: tl.constexpr,
+    SAVE_V: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_BIAS_OUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    WHOLE: tl.constexpr,
+    CHANNELS_FIT: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,7 +87,7 @@ def project_distribute_kernel(
 ):
     """One program: a split of the positions of a sample, all n and channels.
 
-    BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); WHOLE: BLOCK_C ≥ C and C_OUT.
+    BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); CHANNELS_FIT: BLOCK_C ≥ C and C_OUT.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
@@ -106,14 +106,14 @@ def project_distribute_kernel(
     rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
-    if WHOLE:
+    if CHANNELS_FIT:
         w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
         h = load_matrix(h_base, rows_n, rows_c, total_n, C_OUT, 1, total_n, dtype)
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         z = tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC)
-        if WHOLE:
+        if CHANNELS_FIT:
             x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
             z = dot(x, w, z, PRECISION)
         else:
@@ -124,7 +124,7 @@ def project_distribute_kernel(
                 z = dot(xc, wc, z, PRECISION)
         if HAS_BIAS:
             z += bias[None, :]
-        if KEEP:
+        if SAVE_V:
             v_ptrs = v_base + cols[:, None] * stride_v_l + rows_n[None, :] * stride_v_c * ALIGN
             inside = (cols < L)[:, None] & (rows_n < total_n)[None, :]
             tl.store(v_ptrs, z.to(dtype), mask=inside)
@@ -132,7 +132,7 @@ def project_distribute_kernel(
         if SOFTMAX:
             q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
         q = q.to(dtype)
-        if WHOLE:
+        if CHANNELS_FIT:
             y = dot(q, h, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
             if HAS_BIAS_OUT:
                 bo = tl.load(bias_out_ptr + rows_c, mask=rows_c < C_OUT, other=0.0)
@@ -179,14 +179,14 @@ def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax
     c_out, total_n = h.shape[1:]
     head_block, block_n = tiles.packed_cols(heads, total_n // heads)
     sizes = max(channels, c_out), head_block * block_n
-    whole = tiles.channels_fit(*sizes)
-    kernel = "project_distribute" if whole else "project_distribute_blocks"
+    channels_fit = tiles.channels_fit(*sizes)
+    kernel = "project_distribute" if channels_fit else "project_distribute_blocks"
     tile = tiles.tile(kernel, x, *sizes, tiles.PLAIN if v is None else "v")
     return launch.Launch(
         project_distribute_kernel, x, tile, batch,
         activations={"x": x, "v": x if v is None else v, "out": out},
         HEADS=heads, C=channels, C_N=total_n // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
-        PACKED=tiles.packed(heads, total_n // heads, block_n), KEEP=v is not None, SOFTMAX=softmax,
-        HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None, RESIDUAL=residual,
-        WHOLE=whole, BLOCK_N=block_n,
+        PACKED=tiles.packed(heads, total_n // heads, block_n), SAVE_V=v is not None,
+        SOFTMAX=softmax, HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None,
+        RESIDUAL=residual, CHANNELS_FIT=channels_fit, BLOCK_N=block_n,
     )  # fmt: skip

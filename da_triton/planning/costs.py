@@ -109,26 +109,26 @@ def gather_steps(
     combined = core_splits > 1 and not (order.through_h or order.from_x)
     core = Step(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
-        1 + combined, 0 if _whole(s, features, BLOCK) else _asked(s, features, BLOCK),
+        1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _asked(s, features, BLOCK),
     )  # fmt: skip
     return [*steps, core, descriptors] if order.through_h or order.from_x else [*steps, core]
 
 
 def distribute_steps(
-    s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, whole: bool = True,
+    s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, channels_fit: bool = True,
     v_is_there: bool = False,
 ) -> list[Step]:  # fmt: skip
     """Forward, from G or H to the output. ``cached``: X is still in the L2 cache.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``whole``: that
-    kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
+    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``channels_fit``:
+    that kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
     """
     c, length, out = s.channels, s.length, s.out_channels
     x = 0 if cached else c
     if block_l:
         macs = length * s.c_n * (c + out)
         asked = (c + out) * length
-        if not whole:
+        if not channels_fit:
             asked += length * (c + s.c_n * (c + out) // block_l)
         return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, asked)]
     features = out * s.heads if order.through_h else s.c_m
@@ -137,7 +137,7 @@ def distribute_steps(
     if core.full_n:
         asked = elements + -(-length // core.full_n) * features * s.c_n // s.heads
         steps = [Step("distribute", False, macs, elements, 0, 1, asked)]
-    elif _whole(s, features // s.heads, core.tile):
+    elif _g_fits_one_tile(s, features // s.heads, core.tile):
         steps = [Step("distribute", False, macs, elements)]
     else:
         asked = s.c_n * length + _asked(s, features // s.heads, core.tile)
@@ -204,7 +204,8 @@ def unfused_backward_steps(
     """Vendor GEMMs around the core's backward kernels.
 
     Where a program holds neither all of G nor the full n of its positions, tiles of n read the
-    features again and blocks of features read the logits again, and r is a product of its own.
+    features again and blocks of features read the logits again, and rowsum_v is a product of its
+    own.
     """
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
     product, small = length * m * k // s.heads, c * m * k // s.heads
@@ -218,7 +219,7 @@ def unfused_backward_steps(
         return elements + -(-length // core.full_n_backward) * features * k // s.heads
 
     if not order.through_h:
-        again = 0 if core.full_n_backward or _whole(s, m // s.heads, core.tile) else 1
+        again = 0 if core.full_n_backward or _g_fits_one_tile(s, m // s.heads, core.tile) else 1
         z = product if s.reconstruct else 0
         if s.reconstruct:
             steps.append(Step("dZ", True, length * c * m, (c + m) * length))
@@ -231,7 +232,7 @@ def unfused_backward_steps(
         if s.reconstruct:
             steps.append(Step("dWo", False, length * c * m, (c + m) * length, 0, 2))
     else:
-        again = 0 if core.full_n_backward or _whole(s, out, core.tile) else 1
+        again = 0 if core.full_n_backward or _g_fits_one_tile(s, out, core.tile) else 1
         elements = (out * s.heads + 3 * k) * length
         steps.append(
             Step("dV", False, (1 + again) * length * out * k, elements, 0, 1 + 2 * again,
@@ -260,7 +261,7 @@ def _operands(s: Shape, rows: int) -> Step:
     return Step("stacked weights", False, 0, 2 * rows * s.channels // max(1, s.batch))
 
 
-def _whole(s: Shape, features: int, tile: int) -> bool:
+def _g_fits_one_tile(s: Shape, features: int, tile: int) -> bool:
     return max(features, s.c_n // s.heads) <= tile
 
 

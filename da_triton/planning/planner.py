@@ -160,7 +160,7 @@ def routes(
             both = not one and not two
             steps = (
                 *gather_steps(s, o, one, num_splits, limits.blocks_of_n, both),
-                *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
+                *distribute_steps(s, o, two, limits.core, cached, limits.channels_fit, both),
             )
             gather, distribute = ("fused" if way else "unfused" for way in (one, two))
             route = Route(o, gather, distribute, kind, backward_order, batch_chunk)

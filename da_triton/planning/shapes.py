@@ -107,5 +107,5 @@ class Limits(NamedTuple):
     project_distribute: int
     backward: int  # of the pass that writes dX
     blocks_of_n: int  # of gather_from_x
-    whole: bool  # project_distribute keeps all channels of a tile resident
+    channels_fit: bool  # project_distribute holds all channels of a tile
     core: CoreLimits

@@ -24,8 +24,8 @@ def kernel_limits(shape, c_out, arch, num_sms):
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
     widest, full_n = max(channels, c_out), math.prod(tiles.packed_cols(shape.heads, n))
-    whole = tiles.channels_fit(widest, full_n)
-    pass_2 = "project_distribute" if whole else "project_distribute_blocks"
+    channels_fit = tiles.channels_fit(widest, full_n)
+    pass_2 = "project_distribute" if channels_fit else "project_distribute_blocks"
 
     def positions_of(kernel, features, descriptors, variant=tiles.PLAIN):
         tile = tiles.find(kernel, tile_class, features, descriptors, variant, arch)
@@ -53,7 +53,7 @@ def kernel_limits(shape, c_out, arch, num_sms):
         project_distribute=positions((pass_2, widest, full_n), small),
         backward=positions(*backward) if shape.reconstruct else 0,
         blocks_of_n=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
-        whole=whole,
+        channels_fit=channels_fit,
         core=CoreLimits(
             tiles.LARGEST_G_TILE[tile_class],
             *(positions_of("full_n", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
