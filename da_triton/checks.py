@@ -315,8 +315,8 @@ def recompute(value: bool | str, backend: str) -> None:
     choice("recompute", value, (True, False, "auto"))
     if value is True and backend == "eager":
         raise ValueError(
-            "recompute=True has no effect on backend='eager', which keeps what PyTorch keeps. "
-            "Use recompute='auto', or backend='torch'."
+            "recompute=True has no effect on backend='eager', where autograd decides what is "
+            "saved. Use recompute='auto', or backend='torch'."
         )
 
 

@@ -282,7 +282,7 @@ def double_attention_block(
             ``torch``, what makes backward fast). ``"auto"``: V is projected again where a model
             says that it costs under a tenth of a training step; with ``torch`` as False. Through
             ``torch`` on anything but a CPU's float32 or float64, a graph made with True can be
-            differentiated once, not twice; inside ``torch.func`` all is kept.
+            differentiated once, not twice; inside ``torch.func`` everything is saved.
         backend: as :func:`gather`.
         process_group: as :func:`gather`: x and mask are this rank's slice of the positions. The
             order is the paper's, and the weights' gradients are this rank's share: see

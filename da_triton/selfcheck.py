@@ -210,8 +210,8 @@ def run(case, dtype, masked, device, every=False):
     )
     mask = None
     if masked:
-        kept = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
-        mask = kept.to(device, torch.uint8)
+        mask = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
+        mask = mask.to(device, torch.uint8)
     options = routes.Options(case.heads, 1.0, 1.0, 1.0, True, True)
     with torch.no_grad(), matmul_precision(precision):
         for route, save_v in _routes(x, case, every):
@@ -220,7 +220,7 @@ def run(case, dtype, masked, device, every=False):
 
 
 def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
-    """Routes of the planner, with each backward pass; V kept or projected again.
+    """Routes of the planner, with each backward pass; V saved or projected again.
 
     ``every``: all orders of unfused passes too, which differ in sizes only.
     """

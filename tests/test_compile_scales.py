@@ -245,8 +245,8 @@ def operands(name):
     given = [a[:, 0], *weights, None]
     if name == "block":
         return [*given, *options, True]
-    out, *kept = triton_block.block_op(*given, *options, True)
-    return [torch.ones_like(out), *given, *kept, *options, [True] * 8]
+    out, *saved = triton_block.block_op(*given, *options, True)
+    return [torch.ones_like(out), *given, *saved, *options, [True] * 8]
 
 
 @pytest.mark.parametrize(

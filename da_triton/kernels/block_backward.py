@@ -25,7 +25,7 @@ def block_bwd_distribute_kernel(
     do_ptr,  # (N, C_OUT, L)
     w_ptr,  # (total_n, C), contiguous: Wv; read if PROJECT
     bias_ptr,  # (total_n,); read if HAS_BIAS
-    v_ptr,  # (N, total_n, L): V as forward kept it; read if not PROJECT
+    v_ptr,  # (N, total_n, L): V as forward saved it; read if not PROJECT
     h_ptr,  # (N, C_OUT, total_n), contiguous
     dv_ptr,  # (N, total_n, L)
     dh_ptr,  # (N, NUM_SPLITS, total_n, C_OUT) float32/64: parts of dH

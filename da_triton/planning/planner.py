@@ -198,7 +198,7 @@ def _batch_chunk(s: Shape) -> int:
 
 
 def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
-    """Whether forward keeps V for backward. "auto": if projecting it again is a tenth of a step.
+    """Whether forward saves V for backward. "auto": if projecting it again is a tenth of a step.
 
     In MACs of a position, in the paper's order: forward, backward (twice as much), and
     what backward projects again. Where bytes decide, it costs less still: X is read anyway.

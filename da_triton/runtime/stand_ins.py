@@ -55,8 +55,8 @@ def gather_partials(sources, logit_scale):
 def _partials(a, z, mask):
     """Of features a and logits z, ``(N, heads, channels, L)``."""
     if mask is not None:
-        kept = mask.bool()[:, None, None]
-        a, z = a.masked_fill(~kept, 0), z.masked_fill(~kept, -torch.inf)
+        masked = ~mask.bool()[:, None, None]
+        a, z = a.masked_fill(masked, 0), z.masked_fill(masked, -torch.inf)
     mx = z.amax(-1)
     p = (z - mx.masked_fill(mx == -torch.inf, 0)[..., None]).exp()
     acc = _dot(p.to(a.dtype), a.mT)

@@ -119,7 +119,7 @@ REFUSALS = [
     (block(order="XH", backend="eager"), ValueError, "Use backend='torch' for another order"),
     (block(recompute="yes"), ValueError, "recompute must be one of True, False, 'auto'"),
     (block(recompute=1), ValueError, "got 1"),
-    (block(recompute=True, backend="eager"), ValueError, "keeps what PyTorch keeps"),
+    (block(recompute=True, backend="eager"), ValueError, "autograd decides what is saved"),
     (block(mask=mask), ValueError, r"\(2, 3, 3\) or \(N, 1, \*positions\) of x"),
     (layer(0), ValueError, "in_channels must be a positive integer, got 0"),
     (layer(4, 2.5), ValueError, "c_m must be a positive integer, got 2.5"),

@@ -1,4 +1,4 @@
-"""What the public block keeps for backward, and holds at most, at every named workload's size."""
+"""Bytes that the public block saves for backward, and its peak, at every named workload's size."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def tensors(work, dtype=torch.bfloat16, grad=True):
     return x, *(t for o, i in sizes for t in (empty(o, i), empty(o)))
 
 
-def kept(work, **options):
+def saved(work, **options):
     """Bytes that autograd holds beyond input and weights. Fake tensors: nothing is computed."""
     with torch._subclasses.FakeTensorMode():
         leaves = tensors(work)
@@ -49,10 +49,10 @@ def descriptors(work):
 
 @each_workload
 @pytest.mark.parametrize("recompute", [True, False, "auto"])
-def test_kept_for_backward(work, recompute):
+def test_saved_for_backward(work, recompute):
     length = torch.Size(work.positions).numel()
-    eager = kept(work, backend="eager")
-    ours = kept(work, backend="triton", recompute=recompute)
+    eager = saved(work, backend="eager")
+    ours = saved(work, backend="triton", recompute=recompute)
     assert eager >= 2 * (2 * work.c_m + 2 * work.c_n) * length
     if recompute is False:
         values_of_v = 2 * work.c_n * length

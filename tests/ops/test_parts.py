@@ -39,8 +39,8 @@ def definition(a, b, *extra, mask, logit_scale):
     if mask is None:
         return g, logits.logsumexp(-1)
     left = mask.any(-1)[:, None, None]
-    kept = mask[:, None, None] | ~left[..., None]  # no logsumexp of nothing: its gradient is NaN
-    lse = logits.masked_fill(~kept, -torch.inf).logsumexp(-1)
+    unmasked = mask[:, None, None] | ~left[..., None]  # all-masked logsumexp: NaN gradient
+    lse = logits.masked_fill(~unmasked, -torch.inf).logsumexp(-1)
     return g, lse.masked_fill(~left, torch.inf)
 
 

@@ -209,11 +209,11 @@ def test_batch_chunks_keep_x_in_the_cache():
 
 
 @pytest.mark.parametrize(("value", "expected"), [(True, False), (False, True), ("auto", False)])
-def test_v_is_kept_only_if_asked_for(value, expected):
+def test_v_is_saved_only_if_requested(value, expected):
     """Projecting it again is under a tenth of a step at every ratio of channels here."""
     for c, m, n in itertools.product((16, 256, 2048), (8, 128, 512), (8, 128, 512)):
-        kept = planner.saves_v(c, m, n, 1, value)
-        assert kept == expected or (value == "auto" and n > m)
+        saved = planner.saves_v(c, m, n, 1, value)
+        assert saved == expected or (value == "auto" and n > m)
 
 
 def test_plan_shows_what_would_run():

@@ -30,7 +30,7 @@ from . import core as aten
 def block(x: Tensor, w: Weights, mask, residual, o: Options) -> Tensor:
     """``(N, C, L)`` to ``(N, C or c_m, L)``; ``mask (N, L)`` and ``residual`` may be None.
 
-    With ``recompute=True``, autograd keeps x and the weights, and projects again in backward.
+    With ``recompute=True``, autograd saves x and the weights, and projects again in backward.
     """
 
     def composed(x, *w):

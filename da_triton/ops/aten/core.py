@@ -25,7 +25,7 @@ WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
 def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)``."""
     dtype = product_dtype(b)
-    a = kept_features(a, mask)
+    a = masked_features(a, mask)
     if extra is not None:
         extra_a, extra_b = extra
         b = torch.cat([b, extra_b], -1)
@@ -70,7 +70,7 @@ def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
         a, b, mask = join_extra(a, b, mask, extra)
     logits = scaled_logits(b, mask, logit_scale)
     pivot, weights, total = exponentials(logits, mask is not None)
-    g = sum_over_positions(kept_features(a, mask), weights)
+    g = sum_over_positions(masked_features(a, mask), weights)
     return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
 
 
@@ -91,7 +91,7 @@ def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     delta = (dg * g).sum(-2)
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
-    db = weights * (dg.mT @ kept_features(a, mask).to(dg.dtype) - delta[..., None])
+    db = weights * (dg.mT @ masked_features(a, mask).to(dg.dtype) - delta[..., None])
     return da, (logit_scale * db).to(b.dtype)
 
 
@@ -108,7 +108,7 @@ def weights_from_lse(logits, lse):
     return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
 
 
-def kept_features(a, mask):
+def masked_features(a, mask):
     """A masked position may hold anything."""
     return a if mask is None else a.masked_fill(~mask[:, None, None, :], 0)
 

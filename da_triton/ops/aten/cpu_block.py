@@ -73,21 +73,21 @@ class Call(direct.Call):
         return True
 
     def forward(self, x, w, mask):
-        return _block(x, self._scaled(w), mask, self, keeping=self.o.recompute is not True)
+        return _block(x, self._scaled(w), mask, self, save=self.o.recompute is not True)
 
-    def backward(self, grad, x, w, mask, kept, needs):
+    def backward(self, grad, x, w, mask, saved, needs):
         tokens, w = position_major(x), self._scaled(w)
         grad = match_layout(grad.transpose(1, 2), tokens)
         dx = empty_as(tokens, x.shape[1]) if needs[0] else None
         dw = Weights(
             *(torch.zeros_like(z) if need else None for z, need in zip(w, needs[1:], strict=True))
         )
-        kept = iter(kept)
+        saved = iter(saved)
         for n in samples(tokens):
             here = tokens[n], None if mask is None else mask[n], w, self
             if self.o.recompute is True:
-                kept = iter(_forward(*here, None, keeping=True))
-            _backward(*here, kept, grad[n], None if dx is None else dx[n], dw)
+                saved = iter(_forward(*here, None, save=True))
+            _backward(*here, saved, grad[n], None if dx is None else dx[n], dw)
         return None if dx is None else restore_layout(dx, x), *self._scaled(dw)
 
     def _scaled(self, w: Weights) -> Weights:
@@ -99,24 +99,24 @@ class Call(direct.Call):
         return aten_block.compose(x, w, mask, x if self.o.residual else None, self.o, self.order)
 
 
-def _block(x, w, mask, call, keeping) -> tuple[Tensor, list[Tensor | None]]:
-    """The output ``(N, C', L)``, and what ``_backward`` reads, if ``keeping``."""
+def _block(x, w, mask, call, save) -> tuple[Tensor, list[Tensor | None]]:
+    """The output ``(N, C', L)``, and what ``_backward`` reads, if ``save``."""
     tokens = position_major(x)
     out = empty_as(tokens, len(w.a if w.out is None else w.out))
-    kept: list[Tensor | None] = []
+    saved: list[Tensor | None] = []
     for n in samples(tokens):
         here = None if mask is None else mask[n]
-        kept += _forward(tokens[n], here, w, call, out[n], keeping)
-    return restore_layout(out, x), kept
+        saved += _forward(tokens[n], here, w, call, out[n], save)
+    return restore_layout(out, x), saved
 
 
-def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
-    """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``keeping``."""
+def _forward(x, mask, w, call, out, save) -> list[Tensor | None]:
+    """Writes ``out (g, L, C')``, unless None; returns what ``_backward`` reads, if ``save``."""
     options, short = call.o, call.short
     from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.gather_heads
     tiles = position_tiles(x)
-    kept: list[Any] = []
+    saved: list[Any] = []
     parts: list[Tensor] = []
     lses: list[Any] = []
     for tile in tiles:
@@ -127,8 +127,8 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
         if not short:
             parts.append(sum_over_positions(split(f, k).mT, split(p, k).mT))
         lses.append(lse)
-        if keeping:
-            kept += [p, None if from_x else f]
+        if save:
+            saved += [p, None if from_x else f]
     t: Any = None
     mass = None
     if len(tiles) > 1:
@@ -158,8 +158,8 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
         z = None
         if not through_h:
             z = join(times(d, split(f, heads)) if short else times(split(q, heads), d.mT))
-        if keeping:
-            kept += [q, z]
+        if save:
+            saved += [q, z]
         if out is None:
             continue
         y = out[:, tile]
@@ -174,23 +174,23 @@ def _forward(x, mask, w, call, out, keeping) -> list[Tensor | None]:
             y.add_(z)
         else:
             add_product(y, z, w.out.T)
-    return [t, g, d, mass, *kept] if keeping else []
+    return [t, g, d, mass, *saved] if save else []
 
 
-def _backward(x, mask, w, call, kept, grad, dx, dw) -> None:
+def _backward(x, mask, w, call, saved, grad, dx, dw) -> None:
     """Writes ``dx (g, L, C)``, unless None, and adds to ``dw``."""
     options = call.o
     from_x, through_h = call.order.from_x, call.order.through_h
     heads, k = options.heads, call.distribute_heads
     tiles = position_tiles(x)
-    t, g, d, mass = (next(kept) for _ in range(4))
-    projected = [(next(kept), next(kept)) for _ in tiles]
+    t, g, d, mass = (next(saved) for _ in range(4))
+    projected = [(next(saved), next(saved)) for _ in tiles]
     short = t is None
 
     dd: Any = None
     df: Any = None
     for tile in tiles:
-        rows, dout, q, z = x[:, tile], grad[:, tile], next(kept), next(kept)
+        rows, dout, q, z = x[:, tile], grad[:, tile], next(saved), next(saved)
         dz = dout if z is None or w.out is None else project(dout, w.out.T)
         if w.out is not None and not through_h:
             accumulate(dw.out, dout, z)

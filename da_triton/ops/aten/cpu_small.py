@@ -75,21 +75,21 @@ class Call(direct.Call):
         return True
 
     def forward(self, x, w, mask):
-        out, kept = self._forward(x, self._spread(w))
-        return out, () if self.o.recompute is True else kept
+        out, saved = self._forward(x, self._spread(w))
+        return out, () if self.o.recompute is True else saved
 
     def _forward(self, x, w):
         o, mm, t = self.o, self.mm, self.t
         g: Any = None
-        kept_f = kept_t = kept_g = kept_z = d = g
+        saved_f = saved_t = saved_g = saved_z = d = g
         p = self.softmax(_scaled(self.project(w.b, x), o.logit_scale), -1)
         if self.from_x:
-            kept_t = t(mm(p, t(x))) if self.channels_last else mm(x, t(p))
-            g = self._affine(w.a, kept_t, w.bias_a)
+            saved_t = t(mm(p, t(x))) if self.channels_last else mm(x, t(p))
+            g = self._affine(w.a, saved_t, w.bias_a)
         else:
-            kept_f = self._affine(w.a, x, w.bias_a)
+            saved_f = self._affine(w.a, x, w.bias_a)
             if not self.short:
-                g = self.bmm(self._split(kept_f), t(self._split(p)))
+                g = self.bmm(self._split(saved_f), t(self._split(p)))
         if not self.short:
             d = g = _scaled(g, o.scale)
         q = self._split(_scaled(self._affine(w.v, x, w.bias_v), o.logit_scale_v))
@@ -97,24 +97,24 @@ class Call(direct.Call):
             q = self.softmax(q, -2)
         if self.short:
             d = _scaled(self.bmm(t(self._split(p)), q), o.scale)
-            out = kept_z = self._join(self.bmm(self._split(kept_f), d))
+            out = saved_z = self._join(self.bmm(self._split(saved_f), d))
         elif self.to_z:
-            out = kept_z = self._join(self.bmm(g, q))
+            out = saved_z = self._join(self.bmm(g, q))
         if self.to_z:
             if w.out is not None:
-                out = self._affine(w.out, kept_z, w.bias_out, self.channels_last)
+                out = self._affine(w.out, saved_z, w.bias_out, self.channels_last)
             if self.residual:
-                out = out + x if out is kept_z else out.add_(x)
+                out = out + x if out is saved_z else out.add_(x)
         else:
-            kept_g, d = g, self._affine(w.out, g, w.bias_out if o.softmax_v else None)
+            saved_g, d = g, self._affine(w.out, g, w.bias_out if o.softmax_v else None)
             out = self._sum(x if self.residual else None, (d, q))
             if not o.softmax_v and w.bias_out is not None:
                 out.add_(w.bias_out.unsqueeze(-1))
-        return out, (p, kept_f, kept_t, kept_g, q, d, kept_z)
+        return out, (p, saved_f, saved_t, saved_g, q, d, saved_z)
 
-    def backward(self, grad, x, w, mask, kept, needs):
+    def backward(self, grad, x, w, mask, saved, needs):
         o, mm, bmm, t, w = self.o, self.mm, self.bmm, self.t, self._spread(w)
-        p, f, kept_t, g, q, d, z = kept or self._forward(x, w)[1]
+        p, f, saved_t, g, q, d, z = saved or self._forward(x, w)[1]
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
 
         dz = grad if not self.to_z or w.out is None else self.project(t(w.out), grad)
@@ -141,7 +141,7 @@ class Call(direct.Call):
             dx = self._sum(grad if self.residual else None, first, (t(w.v), dv), (t(w.b), db))
         xt = t(x)
         if need_a:
-            da = self._summed(mm(dg, t(kept_t)) if self.from_x else mm(df, xt))
+            da = self._summed(mm(dg, t(saved_t)) if self.from_x else mm(df, xt))
         if need_bias_a:
             dbias_a = self._bias(df if self.short else self._join(dg))
         if need_b:

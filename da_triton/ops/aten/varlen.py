@@ -23,7 +23,7 @@ def gather(a, b, mask, extra_a, extra_b, lengths, logit_scale):
     """``G (S, heads, m, n)`` in the dtype of sums, zeros for an empty sequence; and no lse."""
     dtype = aten.product_dtype(b)
     g = a.new_empty((len(lengths), a.shape[1], a.shape[2], b.shape[2]), dtype=dtype)
-    features, each = _split(converted(aten.kept_features(a, mask), dtype), lengths), g.unbind()
+    features, each = _split(converted(aten.masked_features(a, mask), dtype), lengths), g.unbind()
 
     def use(s, p, extra_p):
         _product(features[s], p, each[s])
@@ -50,7 +50,7 @@ def gather_backward(dg, a, b, mask, extra_a, extra_b, g, _lse, lengths, logit_sc
     ]
     scales = {"beta": logit_scale, "alpha": logit_scale}
     each, delta = dg.unbind(), (dg * g).sum(-2, keepdim=True).neg().unbind()
-    features = _split(converted(aten.kept_features(a, mask), dg.dtype), lengths)
+    features = _split(converted(aten.masked_features(a, mask), dg.dtype), lengths)
     of_a, of_b = _split(da, lengths), _split(db, lengths)
 
     def use_source(s, x, p, dx, dy):

@@ -91,8 +91,8 @@ class Call(direct.Call):
         out, lse, g, v = kernels.forward(x, w, _bytes(mask), self.options, self.route, self.save_v)
         return out, (lse, g, v)
 
-    def backward(self, grad, x, w, mask, kept, needs):
-        lse, g, v = kept
+    def backward(self, grad, x, w, mask, saved, needs):
+        lse, g, v = saved
         unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
         if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
@@ -128,7 +128,7 @@ def block_op(
     order: str,
     save_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The block's result, lse, G, and V (empty if not kept)."""
+    """The block's result, lse, G, and V (empty if not saved)."""
     weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
     options = Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     if x.shape[0] == 0:

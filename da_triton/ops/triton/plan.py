@@ -75,7 +75,7 @@ class Plan:
     device: str  # what the plan is for
     chosen: PlannedRoute
     runners_up: tuple[PlannedRoute, ...]
-    saves_v: bool  # V is kept for backward instead of projected again
+    saves_v: bool  # V is saved for backward instead of projected again
     floor: float  # seconds; see ``planner.floor``
 
     @property
@@ -94,7 +94,7 @@ class Plan:
             f"  {self.route}",
             f"  {math.ceil(s.batch / self.route.batch_chunk)} batch chunk(s) of "
             f"{self.route.batch_chunk} samples; "
-            f"backward {'keeps V' if self.saves_v else 'projects V again'}",
+            f"V {'saved' if self.saves_v else 'recomputed'} for backward",
             f"  modelled forward {self.chosen.seconds * 1e6:.1f} µs (floor "
             f"{self.floor * 1e6:.1f} µs), backward {self.chosen.backward_seconds * 1e6:.1f} µs",
             "",

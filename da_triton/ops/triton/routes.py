@@ -73,16 +73,16 @@ def forward(x, w, mask, o, route, save_v):
 
 def _unfused_forward(x, w, mask, o, route, save_v):
     """Distributes from a V in memory: through H, or through Z and the last product."""
-    kept, start = None, None
+    projected_v, start = None, None
     if save_v or route.gather == "fused":
-        kept = project(x, w.v, w.bias_v)
+        projected_v = project(x, w.v, w.bias_v)
     if not route.order.through_h and w.out is not None and (o.residual or w.bias_out is not None):
         start = launch.empty_rows_like(x, w.out.shape[0])
     lse, g = combine.empty(x, w, o.heads)
-    d, v = _gather(x, w, mask, lse, g, o, route, with_v=kept is None, start=start)
-    v, bias = (v, w.bias_v) if kept is None else (by_head(kept, o.heads), None)
+    d, v = _gather(x, w, mask, lse, g, o, route, with_v=projected_v is None, start=start)
+    v, bias = (v, w.bias_v) if projected_v is None else (by_head(projected_v, o.heads), None)
     out = _distribute(x, v, bias, d, start, w, o, route.order.through_h)
-    return out, lse, g, kept if save_v else None
+    return out, lse, g, projected_v if save_v else None
 
 
 def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):

@@ -184,7 +184,7 @@ def test_masked_positions_take_no_part_whatever_they_hold(order, way):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_nothing_is_kept_when_every_position_is_masked(order):
+def test_weights_have_zero_gradients_when_every_position_is_masked(order):
     mask = torch.zeros(3, *POSITIONS, dtype=torch.bool)
     results = gradients(leaves(torch.float32), order=order, mask=mask, backend="torch")
     for name in ("weight_a", "bias_a", "weight_b", "weight_v"):
@@ -274,33 +274,33 @@ def test_second_derivatives_of_inputs_that_depend_on_each_other():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_recomputation_keeps_nothing_and_gives_the_same(order, way):
+def test_recomputation_saves_nothing_and_gives_the_same(order, way):
     given = leaves(torch.float32)
     options = {"order": order, "residual": True, "backend": "torch"}
     results = [gradients(given, recompute=r, **options) for r in (False, True)]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    assert kept_elements(given, recompute=True, **options) == 0
+    assert saved_elements(given, recompute=True, **options) == 0
 
 
-def kept_elements(given, **options):
-    """Elements kept for backward beyond x and the weights."""
-    kept = {}
+def saved_elements(given, **options):
+    """Elements saved for backward beyond x and the weights."""
+    saved = {}
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda z: kept.__setitem__(z.data_ptr(), z.untyped_storage().nbytes() // 4) or z,
+        lambda z: saved.__setitem__(z.data_ptr(), z.untyped_storage().nbytes() // 4) or z,
         lambda z: z,
     ):
         double_attention_block(*given, **options)
-    return sum(kept[p] for p in kept if p not in {z.data_ptr() for z in given if z is not None})
+    return sum(saved[p] for p in saved if p not in {z.data_ptr() for z in given if z is not None})
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_more_is_kept_than_eager_keeps(order):
-    """Eager keeps A, P, Q, Z and G."""
+def test_no_more_is_saved_than_by_eager(order):
+    """Eager saves A, P, Q, Z and G."""
     x = torch.randn(2, 32, 40, 40, requires_grad=True)
     weights = [torch.randn(16, 32), None, torch.randn(16, 32), None, torch.randn(16, 32), None]
-    kept = kept_elements([x, *weights, torch.randn(32, 16), None], order=order, backend="torch")
-    assert kept <= 2 * (4 * 16 * 1600 + 16 * 16)
-    assert kept > 2 * 2 * 16 * 1600
+    saved = saved_elements([x, *weights, torch.randn(32, 16), None], order=order, backend="torch")
+    assert saved <= 2 * (4 * 16 * 1600 + 16 * 16)
+    assert saved > 2 * 2 * 16 * 1600
 
 
 def test_saved_tensors_are_not_changed():

@@ -58,11 +58,11 @@ def test_opcheck(route, channels_last, masked, save_v, taking):
         ]
         torch.library.opcheck(triton_block.block_op, (*leaves, *options, save_v))
     tensors = [None if t is None else t.detach() for t in tensors]
-    out, *kept = triton_block.block_op(*tensors, *options, save_v)
+    out, *saved = triton_block.block_op(*tensors, *options, save_v)
     for needs in (8 * [True], [False] + 7 * [True], [True] + 7 * [False], 4 * [False, True]):
         torch.library.opcheck(
             triton_block.block_backward_op,
-            (torch.randn_like(out), *tensors, *kept, *options, needs),
+            (torch.randn_like(out), *tensors, *saved, *options, needs),
         )
 
 
@@ -237,14 +237,14 @@ def test_flop_formulas(order):
 
 @each_route
 @pytest.mark.parametrize("save_v", [False, True])
-def test_what_autograd_keeps(route, save_v, taking):
+def test_what_autograd_saves(route, save_v, taking):
     """Inputs, lse and G; V if asked for; nothing else."""
     taking(route)
     tensors, options = arguments(torch.bfloat16)
     leaves = [t.requires_grad_() for t in tensors[:-1]]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         block_function(options, save_v)(*leaves)
     given = {t.data_ptr() for t in leaves}
-    sizes = sorted(t.numel() for t in kept if t.data_ptr() not in given and t.numel())
+    sizes = sorted(t.numel() for t in saved if t.data_ptr() not in given and t.numel())
     assert sizes == sorted([2 * C_N, 2 * C_M * C_N // 2] + save_v * [2 * C_N * LENGTH])
