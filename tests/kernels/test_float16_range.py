@@ -21,7 +21,7 @@ RANGE = 32  # by which dG may exceed it
 # One for each of the kernels that read dG.
 TILED = Case("tiled", heads=1, m=40, n=520, length=120, batch=1)
 each_case = pytest.mark.parametrize("case", [CASE, *CASES[4:], TILED], ids=lambda case: case.name)
-SPLIT = [f"split_{order}" for order in ("AZ", "XZ", "AH", "XH")]
+UNFUSED = [f"unfused_{order}" for order in ("AZ", "XZ", "AH", "XH")]
 
 
 def inputs(case):
@@ -152,7 +152,7 @@ def constant(sizes, upstream, gains=()):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("route", ["fused_xh", "fused_gather", *SPLIT])
+@pytest.mark.parametrize("route", ["fused_xh", "fused_gather", *UNFUSED])
 def test_a_block_of_a_constant_gradient(route, masked):
     """dX is of the size of dO, dG and dH of a row's sum of it."""
     sizes = Sizes(1, 32, 16, 4, 300, masked=masked)
@@ -165,7 +165,7 @@ def test_a_block_of_a_constant_gradient(route, masked):
             check(ours, truth, DTYPE, None, name)
 
 
-@pytest.mark.parametrize("route", ["fused_xh", *SPLIT])
+@pytest.mark.parametrize("route", ["fused_xh", *UNFUSED])
 def test_weights_of_a_block_of_a_constant_gradient(route):
     """Products of descriptors: of large gradients and small features."""
     sizes = Sizes(1, 32, 16, 4, 600)

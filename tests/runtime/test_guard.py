@@ -391,7 +391,7 @@ def test_every_launch_of_a_block_can_be_proved(monkeypatch):
     given = inputs(CASES["odd"], DTYPE, False)
     x = given[0]
     with guard.examine(2) as verdicts:
-        for name in ("fused_xh", "fused_ah", "fused_gather_a_h", "split_AZ", "split_XH"):
+        for name in ("fused_xh", "fused_ah", "fused_gather_a_h", "unfused_AZ", "unfused_XH"):
             run(ROUTES[name], CASES["odd"], *given)
         gather.gather_forward([(x[:, None], x[:, None], None)], 1.0)
         g = torch.randn(2, 1, 8, 40, device=DEVICE)

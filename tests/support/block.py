@@ -36,7 +36,7 @@ ROUTES = {
     "fused_gather_h": Route(XH, "fused", "unfused", "unfused", XH, 2),
     "fused_gather_a_h": Route(AH, "fused", "unfused", "unfused", AH, 2),
     "fused_distribute_x": Route(XH, "unfused", "fused", "fused", XH, 2),
-    **{f"split_{o}": Route(o, "unfused", "unfused", "unfused", o, 2) for o in ORDERS.values()},
+    **{f"unfused_{o}": Route(o, "unfused", "unfused", "unfused", o, 2) for o in ORDERS.values()},
 }
 CASES = {
     "plain": Case(1, 64, 32, 32, 196),

@@ -95,8 +95,8 @@ BLOCK = {  # the route; C, c_m, c_n
     "fused": (FUSED, (20, 6, 4)),
     "fused from A": (FUSED._replace(order=AH), (20, 6, 4)),
     "fused by channel blocks": (Route(XH, "fused", "fused", "unfused", AZ, 2), (130, 6, 68)),
-    "split AZ": (Route(AZ, "unfused", "unfused", "unfused", AZ, 2), (20, 6, 4)),
-    "split XH": (Route(XH, "unfused", "unfused", "unfused", XH, 2), (20, 6, 4)),
+    "unfused AZ": (Route(AZ, "unfused", "unfused", "unfused", AZ, 2), (20, 6, 4)),
+    "unfused XH": (Route(XH, "unfused", "unfused", "unfused", XH, 2), (20, 6, 4)),
 }
 # These take descriptors, their parts and weights, which lie in contiguous memory.
 WITHOUT_ACTIVATIONS = {
