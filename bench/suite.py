@@ -31,7 +31,7 @@ LEFT_OUT = (
     "runtime/test_tiles.py", "runtime/test_launch.py", "runtime/test_prepared.py",
     "arguments/test_checks.py", "arguments/test_hints.py", "modules/test_checkpointing.py",
     "modules/test_children.py", "modules/test_copies.py", "modules/test_state_dicts.py",
-    "streaming/test_refusals.py", "test_default_device.py", "test_package.py", "test_reference.py",
+    "streaming/test_errors.py", "test_default_device.py", "test_package.py", "test_reference.py",
     # ahead-of-time compilation, what only the interpreter can count, what ``da_triton.check`` says,
     # which the smoke stage runs, and what runs under compute-sanitizer
     "kernels/test_aot.py", "kernels/test_layouts.py", "kernels/test_sanitize.py",

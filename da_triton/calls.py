@@ -154,7 +154,7 @@ def autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Any:
 
 
 def autocast_off(kind: str, dtype: torch.dtype | None) -> Any:
-    """What follows has the dtypes it is meant to have."""
+    """Autocast off: the operations inside choose their own dtypes."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(kind, enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""Every refusal of the public functions: what was expected, what was given, what to do."""
+"""Input validation. Errors state what was expected, what was received, and how to fix it."""
 
 import itertools
 import numbers
@@ -127,7 +127,7 @@ def mask(mask: Tensor, x: Tensor, name: str) -> None:
     tensor("mask", mask, " of bool")
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"mask must be bool (True where a position takes part), got {mask.dtype}. "
+            f"mask must be bool (True where a position is attended), got {mask.dtype}. "
             "Compare first: mask != 0."
         )
     plain = (x.shape[0], *x.shape[2:])

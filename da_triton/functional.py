@@ -92,7 +92,7 @@ def gather_partial(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :mod:`da_triton.streaming` keeps of a frame: see ``reference.gather_partial``.
+    """Partial gather of one frame (:mod:`da_triton.streaming`); see ``reference.gather_partial``.
 
     Arguments and errors as :func:`gather`.
     """
@@ -185,7 +185,7 @@ def double_attention(
         scale: factor on the result.
         softmax_v: False distributes with ``logit_scale_v · V`` itself.
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)`` of a and b, True where a position
-            takes part in the gather. It does not touch the distribution.
+            is included in the gather. It does not touch the distribution.
         extra: ``(extra_a, extra_b)``, tokens ``(1 or N, channels, K)`` that join the gather and
             are not distributed to.
         cu_seqlens: as in :func:`gather`: v is packed as a and b are, and tokens may be

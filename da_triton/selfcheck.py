@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine: ``check`` and ``python -m da_triton.check``."""
+"""Checks the kernels on this machine: ``check`` and ``python -m da_triton.check``."""
 
 import argparse
 import dataclasses
@@ -49,7 +49,7 @@ THOROUGH = (
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What ``check`` found. ``verdicts``: one per launcher, dtypes, channels and flags, each with
+    """Result of ``check``. ``verdicts``: one per launcher, dtypes, channels and flags, each with
     ``kernel``, ``case``, ``tiles``, ``error``, ``allowed``, ``reason`` and ``right``."""
 
     facts: dict[str, Any]  # of the machine and the compiler

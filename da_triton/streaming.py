@@ -1,4 +1,4 @@
-r"""Descriptors that grow frame by frame: a video longer than memory, or one that has no end.
+r"""Streaming double attention for long or unbounded video.
 
 The softmax over positions is taken over all frames seen so far. Per attention map, ``maximum`` is a
 pivot μ (its largest logit, or its log-sum-exp), ``total = Σ exp(x − μ)`` and ``weighted = Σ a·exp(x
@@ -107,7 +107,7 @@ class Descriptors:
         return self.merge(Descriptors.of(a, b, heads=self.weighted.shape[1], **options))
 
     def merge(self, other: "Descriptors") -> "Descriptors":
-        """Of the positions of both, which must not overlap.
+        """The state of the positions of both, which must not overlap.
 
         Raises:
             TypeError: ``other`` is not a state, or its dtype differs.
@@ -260,7 +260,7 @@ class StreamingDoubleAttention(nn.Module):
         layer: the child whose parameters are used, not copied. Its ``order`` and ``recompute`` are
             not: frames are gathered from A and distributed to Z, as the paper draws it. Hooks of
             its convolutions run; its own do not, as its ``forward`` is not called.
-        window: the number of most recent frames that take part. Default: all.
+        window: the number of most recent frames that are included. Default: all.
         decay: weights of older frames, times this for each frame since (0 < decay ≤ 1).
 
     ``state`` is None before the first frame, then :class:`Descriptors` or :class:`Window`, which
@@ -347,7 +347,7 @@ class StreamingDoubleAttention(nn.Module):
             self.state = (state if self.decay is None else state.forget(self.decay)).merge(new)
 
     def distribute(self, frame: Tensor) -> Tensor:
-        """What the state holds, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
+        """The state's G, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
         self._check(frame)
         if self.state is None:
             raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
@@ -399,17 +399,17 @@ def _check_merge(state: Descriptors, other: Descriptors) -> None:
     x, y = state.weighted, other.weighted
     if x.shape != y.shape:
         raise ValueError(
-            f"The state is of shape (N, heads, m, n) = {tuple(x.shape)}, and what should join it "
+            f"The state is of shape (N, heads, m, n) = {tuple(x.shape)}, and the one being merged "
             f"of {tuple(y.shape)}. Start a new state for another batch, heads, m or n."
         )
     if x.dtype != y.dtype:
         raise TypeError(
-            f"The state is {x.dtype}, and what should join it {y.dtype}. Frames of one video share "
-            f"a dtype; to go on with another, convert the state: state.to({y.dtype})."
+            f"The state is {x.dtype}, and the one being merged {y.dtype}. Frames of one video "
+            f"share a dtype; to go on with another, convert the state: state.to({y.dtype})."
         )
     if x.device != y.device:
         raise RuntimeError(
-            f"The state is on {x.device}, and what should join it on {y.device}. Move one of them "
+            f"The state is on {x.device}, and the one being merged on {y.device}. Move one of them "
             "with .to(device)."
         )
 

@@ -267,7 +267,7 @@ def distribute(g=G, v=V):
     return lambda: da_triton.distribute(g, v, cu_seqlens=GOOD)
 
 
-REFUSALS = [
+ERRORS = [
     (gather([0, 4, 9]), TypeError, r"int32 or int64, got list. Use torch.tensor\(cu_seqlens\)"),
     (gather(GOOD.float()), TypeError, r"got torch.float32. Convert it with cu_seqlens.long\(\)"),
     (gather(GOOD.bool()), TypeError, "got torch.bool"),
@@ -316,13 +316,13 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), REFUSALS)
-def test_refusals(call, error, message):
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS)
+def test_errors(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
 
 
-def test_a_process_group_beside_packed_positions_is_refused(monkeypatch):
+def test_a_process_group_beside_packed_positions_is_rejected(monkeypatch):
     monkeypatch.setattr("da_triton.checks.process_group", lambda *_: None)
     with pytest.raises(ValueError, match="Give each rank sequences of its own"):
         da_triton.gather(A, B, cu_seqlens=GOOD, process_group=object())

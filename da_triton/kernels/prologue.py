@@ -1,4 +1,4 @@
-r"""What vendor GEMMs of the unfused route find in memory, made in one launch.
+r"""Packs the operands of the unfused route's vendor GEMMs in one launch.
 
 stacked    the weights of several projections, one below the other: one product for A, B and V
 start      X + bo, to which the last product adds: its result is written once

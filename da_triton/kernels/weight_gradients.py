@@ -211,7 +211,7 @@ def sums_kernel(
     w0_ptr,  # (ROWS_0, C): the first rows of Σ parts
     w1_ptr,  # (ROWS_1, C): the next
     w2_ptr,  # (ROWS_2, C): the last
-    b0_ptr,  # (ROWS_0,): likewise of Σ sums
+    b0_ptr,  # (ROWS_0,): in the same way, of Σ sums
     b1_ptr,  # (ROWS_1,)
     b2_ptr,  # (ROWS_2,)
     NUM_PARTIALS,
@@ -253,7 +253,7 @@ def sums_kernel(
 
 
 class Gradient(NamedTuple):
-    """Of a weight ``(rows, C)`` and of its bias ``(rows,)``."""
+    """Gradients of a weight ``(rows, C)`` and of its bias ``(rows,)``."""
 
     weight: torch.Tensor
     bias: torch.Tensor

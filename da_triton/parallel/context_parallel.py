@@ -128,7 +128,7 @@ class _Gather(torch.autograd.Function):
         if wants_graph():
             raise RuntimeError(
                 "Positions split over a process group can be differentiated once, by autograd; "
-                "create_graph=True and torch.func ask for more. Gather all positions on one device "
+                "create_graph=True and torch.func need more. Gather all positions on one device "
                 "for that."
             )
         dg = _of_all_ranks(dg, ctx.group).sum(0)

@@ -13,7 +13,7 @@ def register_dtensor() -> None:
     and axis 1 of activations ``(N, heads·c, *positions)`` if the ranks divide the heads; of the
     block the batch alone, its weights replicated and their gradients partial sums. Other placements
     are redistributed first, except heads that the ranks do not divide, which DTensor itself
-    refuses. Positions are never a shard here: give ``process_group`` for that.
+    rejects. Positions are never a shard here: give ``process_group`` for that.
 
     ``torch.distributed.tensor.experimental.register_sharding`` is not enough: it keeps a rule's
     answer without regard to bools, such as whose gradient is needed, and knows no list of results.

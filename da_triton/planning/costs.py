@@ -1,4 +1,4 @@
-"""What a block costs, by association order and route: operations, bytes and launches, from shapes.
+"""Cost of a block by association order and route: operations, bytes and launches, from shapes.
 
 One sample, MACs as in the table of the derivation:
 
@@ -10,7 +10,7 @@ One sample, MACs as in the table of the derivation:
 A step is a launch, or a few that belong together. ``elements`` are the tensors with positions that
 it moves to and from memory, once each; what a step reads again while it is still in the
 L2 cache is not counted twice. ``requested`` is what its programs ask of that cache: a
-tile of positions asks for all weights that it is multiplied with, so short tiles ask for much.
+tile of positions loads all weights that it is multiplied with, so short tiles load more.
 """
 
 from .shapes import CoreLimits, Cost, Order, Shape, Step, orders
@@ -32,7 +32,7 @@ def order_cost(
     """The cost of one sample's forward pass in ``order`` on the unfused route."""
     small = channels * c_m * c_n // heads
     core = c_m * c_n // heads
-    # V: read X, write V, read V again in distribute. B: likewise with gather.
+    # V: read X, write V, read V again in distribute. B: the same with gather.
     per_position, elements, small_total = 2 * channels * c_n, 2 * channels + 4 * c_n, 0
     if order.from_x:
         per_position += channels * c_n

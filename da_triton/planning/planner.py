@@ -1,4 +1,4 @@
-"""What runs, from shapes alone; nothing is measured.
+"""Chooses order and route from shapes with a static cost model; nothing is timed at run time.
 
 For the operations of the ``torch`` backend only the association order is chosen: each order's
 modelled time is a line over the number of positions L, so the best order is a few intervals of L.
@@ -32,8 +32,8 @@ from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Ste
 # only to rank the orders.
 MATRIX_RATE = 395e12  # MACs a second in half precision
 FLOAT32_RATE = 25e12  # MACs a second in float32
-BANDWIDTH = 4.3e12  # bytes a second
-CPU_RATE = 1e11  # MACs a second of two cores
+BANDWIDTH = 4.3e12  # bytes/s
+CPU_RATE = 1e11  # MAC/s of two cores
 
 
 def seconds(cost: Cost, itemsize: int, cpu: bool = False) -> float:
@@ -110,7 +110,7 @@ def choose_order(
 VENDOR_EFFICIENCY, KERNEL_EFFICIENCY = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
 LAUNCH = 2.0e-6  # seconds, start and tail included
-CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the L2 cache
+CACHE_BANDWIDTH = 5.5e12  # bytes/s from the L2 cache
 CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
 
 

@@ -54,7 +54,7 @@ class Step(NamedTuple):
     elements: int = 0  # of tensors with positions, in the input's dtype
     fp32_elements: int = 0  # float32
     launches: int = 1
-    requested: int = 0  # elements, of kernels that ask for more than ``elements``
+    requested: int = 0  # elements, where kernels load more than ``elements``
 
 
 class Cost(NamedTuple):
@@ -91,7 +91,7 @@ class PlannedRoute(NamedTuple):
 
 
 class CoreLimits(NamedTuple):
-    """What the unfused route's kernels hold of a shape."""
+    """Tile limits of the unfused route's kernels for a shape."""
 
     tile: int  # the largest G, in either direction, that one program of the core holds
     full_n: int  # positions in a tile with the full n of a head; 0 where no program holds them
@@ -99,7 +99,7 @@ class CoreLimits(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the kernels can do for a shape on a GPU; ``ops.triton.plan`` finds it."""
+    """Limits of the kernels for a shape on a GPU, from ``ops.triton.plan``."""
 
     num_sms: int
     gather_from_x: int  # positions in a tile; 0 where the kernel does not fit

@@ -96,7 +96,7 @@ def is_recorded():
 
 
 def leave_unrecorded():
-    """What is done now is not to be repeated."""
+    """Marks what is done now as not to be repeated."""
     if _thread.recorder is not None:
         _thread.recorder.complete = False
 
@@ -167,9 +167,9 @@ _prepared = signatures.Table()
 
 
 def prepared(build, tensors, *flags):
-    """What ``build(*tensors, *flags)`` returns, built once per signature.
+    """Returns ``build(*tensors, *flags)``, built once per signature.
 
-    ``build`` reads of the tensors, any of which but the first may be None, their shapes, strides,
+    ``build`` reads of the tensors, all but the first may be None, their shapes, strides,
     dtypes and device alone, and returns nothing that holds them: mostly a ``Launch``.
     """
     if _thread.tiles is not None:
@@ -210,7 +210,7 @@ def tf32(x):
 class Launch:
     """A kernel with its grid and every argument but the tensors and scales, which come first.
 
-    ``kernel``: one, or ``{impl: kernel}`` of which the tile chooses.
+    ``kernel``: one, or ``{impl: kernel}`` from which the tile chooses.
 
     ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
     without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``activations``, whose

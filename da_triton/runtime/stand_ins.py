@@ -53,7 +53,7 @@ def gather_partials(sources, logit_scale):
 
 
 def _partials(a, z, mask):
-    """Of features a and logits z, ``(N, heads, channels, L)``."""
+    """Partial gather of features a and logits z, ``(N, heads, channels, L)``."""
     if mask is not None:
         masked = ~mask.bool()[:, None, None]
         a, z = a.masked_fill(masked, 0), z.masked_fill(masked, -torch.inf)

@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What an entry of a table is found by."""
+    """The key of a table's entry."""
 
     kernel: str
     variant: str  # PLAIN, or what needs a tile of its own: "mask", "v" (V written or given), …
@@ -209,7 +209,7 @@ BLOCKS = {
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # of kernels with others than "pointers"
-CORE = list(BLOCKS)[:7]  # those of which an SM should hold two, if they are small
+CORE = list(BLOCKS)[:7]  # an SM should hold two programs of these, if they are small
 # Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
 # and in tests.
 STATISTICS = {
@@ -314,7 +314,7 @@ def find(
     arch: str,
     gpu_name: str = "",
 ) -> Tile | None:
-    """What the tables have: of the GPU ``gpu_name``, if it is given, and of its architecture."""
+    """The entry tuned on the GPU ``gpu_name``, if given, else the one of its architecture."""
     sizes = list(_walked(kernel, tile_class, features, descriptors))
     tables = tuned(gpu_name), shipped(arch)
     for wanted in dict.fromkeys((variant, PLAIN)):
@@ -358,7 +358,7 @@ def shipped(arch: str) -> Table:
 
 @functools.cache
 def tuned(gpu_name: str) -> Table:
-    """What was tuned on a GPU: a table in the user's folder over one that ships.
+    """Entries tuned on a GPU: a table in the user's folder takes precedence over a shipped one.
 
     A table that cannot be read, is of another version of Triton, or has an entry that no kernel
     could take is left out; that is warned of once.
@@ -393,7 +393,7 @@ def tuned_files(gpu_name: str) -> list[Path]:
 
 
 def file_name(gpu_name: str) -> str:
-    """Of the table of a GPU."""
+    """Name of the file that holds a GPU's table."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json"
 
 

@@ -40,7 +40,7 @@ def layer(*args, **options):
 mask = torch.ones(2, 5, dtype=torch.bool)
 meta = x6.to("meta")
 
-REFUSALS = [
+ERRORS = [
     (gather(a=[1]), TypeError, "a must be a torch.Tensor, got list"),
     (gather(a=torch.zeros(2, 4)), ValueError, r"1, 2 or 3 position axes, got shape \(2, 4\)"),
     (gather(a=torch.zeros(1, 1, 1, 1, 1, 1)), ValueError, "flatten the extra ones"),
@@ -137,7 +137,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), REFUSALS, ids=[r[2][:40] for r in REFUSALS])
-def test_refusal(call, kind, message):
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS, ids=[r[2][:40] for r in ERRORS])
+def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()

@@ -230,7 +230,7 @@ def differentiated_twice(rank):
     return True
 
 
-def test_a_second_derivative_is_refused(tmp_path):
+def test_a_second_derivative_is_rejected(tmp_path):
     assert all(ranks.run(2, differentiated_twice, tmp_path))
 
 
@@ -336,7 +336,8 @@ def test_compiled_without_a_break_and_once_for_all_sizes_and_scales(backend, tmp
     assert all(map(all, ranks.run(2, compiled_on_a_rank, tmp_path, backend)))
 
 
-# --- copies, refusals -----------------------------------------------------------------------------
+# --- copies, errors
+# --------------------------------------------------------------------------------
 
 
 def copied(rank):
@@ -355,13 +356,13 @@ def copied(rank):
     return loaded(image()), copy.deepcopy(loaded).process_group
 
 
-def test_copies_share_the_group_and_pickles_are_refused(tmp_path):
+def test_copies_share_the_group_and_pickles_are_rejected(tmp_path):
     for alone, group in ranks.run(2, copied, tmp_path):
         assert group is None
         check(alone, block()(image()), torch.float64)
 
 
-def refused(rank):
+def rejected(rank):
     a, b, v = activations()
     group = distributed.group.WORLD
     for call, message in (
@@ -375,12 +376,12 @@ def refused(rank):
     return True
 
 
-def test_choices_that_cannot_be_split_are_refused(tmp_path):
-    assert all(ranks.run(1, refused, tmp_path))
+def test_choices_that_cannot_be_split_are_rejected(tmp_path):
+    assert all(ranks.run(1, rejected, tmp_path))
 
 
 @pytest.mark.parametrize("group", ["world", 0, object()])
-def test_something_else_than_a_group_is_refused(group):
+def test_something_else_than_a_group_is_rejected(group):
     a, b, v = activations()
     for call in (
         lambda: da_triton.gather(a, b, process_group=group),

@@ -249,6 +249,6 @@ def test_plan_of_an_order_of_choice():
         (((1, 256, 9), 64, 64), {"device": "cpu"}, RuntimeError, "needs a CUDA device"),
     ],
 )
-def test_plan_refuses(arguments, options, error, message):
+def test_plan_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         da_triton.plan(*arguments, **options)

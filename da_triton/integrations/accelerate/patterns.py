@@ -47,7 +47,7 @@ class Pattern:
 
     @staticmethod
     def known_wrong_variants(module: nn.Module) -> dict[str, Any]:
-        """What else such a layer may compute: in words, and as a function of the module, its input
+        """Other formulas of such layers: in words, and as a function of the module, its input
         and the options."""
         return {}
 
@@ -391,7 +391,7 @@ def _by_head(module: Any, x: Tensor, norm: bool) -> Iterator[Tensor]:
 
 
 def _finished(module: Any, x: Tensor, z: Tensor, *, drop: bool, residual: bool) -> Tensor:
-    """What follows the attention ``(N, channels, *positions)``."""
+    """The layers after the attention ``(N, channels, *positions)``."""
     z = z.transpose(1, 2) if _on_tokens(module) else z
     last = _first(module, LAST_OF_ATTENTION)
     out = z if last is None else last(z)

@@ -87,6 +87,6 @@ def compose(x: Tensor, w: Weights, mask, residual, o: Options, order: Order) -> 
 
 
 def _gathered_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """What ba adds to G: itself, but nothing where a sample's positions are all masked."""
+    """The term that ba adds to G: ba, but 0 where a sample's positions are all masked."""
     bias = bias[:, :, None]
     return bias if mask is None else bias * mask.any(-1)[:, None, None, None]

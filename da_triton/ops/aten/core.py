@@ -125,7 +125,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _any_length(x: Tensor) -> bool:
-    """Whether what is recorded must not ask for the number of positions."""
+    """Whether a program is recorded that must not depend on the number of positions."""
     if torch.compiler.is_dynamo_compiling():
         return exporting()
     return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)

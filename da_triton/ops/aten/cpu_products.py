@@ -43,7 +43,7 @@ TILE = tile_for(last_level_cache())
 
 
 def position_major(x: Tensor) -> Tensor:
-    """``(N, C, L)`` as ``(N, L, C)``, copied where products of x as it lies would be slow."""
+    """``(N, C, L)`` as ``(N, L, C)``, copied where products of x in its layout would be slow."""
     tokens = x.transpose(1, 2)
     return tokens if x.stride(1) == 1 or _long_rows(x) else dense(tokens)
 

@@ -106,7 +106,7 @@ def _weights(rows, tokens, masked, dtype):
 
 
 def _total(p, extra_p):
-    """What the weights of many positions sum to, not exactly 1: see ``aten.gather``."""
+    """Sums of weights over many positions, not exactly 1: see ``aten.gather``."""
     if p.shape[-2] <= aten.WIDE_CHUNK or p.dtype in HALF:
         return None
     total = p.sum(-2, keepdim=True)

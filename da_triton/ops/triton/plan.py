@@ -20,7 +20,7 @@ TILE_CLASSES = {dtype.itemsize: policy.tile_class for dtype, policy in POLICIES.
 
 
 def kernel_limits(shape, c_out, arch, num_sms):
-    """What the planner needs to know of the kernels on a GPU."""
+    """Limits of the kernels on a GPU, for the planner."""
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
     widest, full_n = max(channels, c_out), math.prod(tiles.packed_cols(shape.heads, n))
@@ -69,7 +69,7 @@ def kernel_routes(shape, c_out, arch, num_sms, order=None, saved_v=False):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What would run for a shape, and why. ``print`` shows it; times are modelled, not measured."""
+    """The execution plan for a shape. ``print`` shows it; times are modelled, not measured."""
 
     shape: Shape
     device: str  # what the plan is for
@@ -90,7 +90,7 @@ class Plan:
         s = self.shape
         lines = [
             f"double attention block, N={s.batch} C={s.channels} L={s.length} c_m={s.c_m} "
-            f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes an element, on {self.device}",
+            f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes per element, on {self.device}",
             f"  {self.route}",
             f"  {math.ceil(s.batch / self.route.batch_chunk)} batch chunk(s) of "
             f"{self.route.batch_chunk} samples; "
@@ -129,7 +129,7 @@ def plan(
     order: str = "auto",
     recompute: bool | str = "auto",
 ) -> Plan:
-    """What ``double_attention_block`` would run on a GPU for an input of a shape, and why.
+    """The execution plan of ``double_attention_block`` on a GPU for a given input shape.
 
     Args:
         x_shape: ``(N, C, *positions)``.
@@ -146,7 +146,7 @@ def plan(
 
     Raises:
         ValueError: shape, channels, heads, order, recompute.
-        TypeError: dtype, or ``reconstruct`` that is no bool.
+        TypeError: unsupported dtype, or ``reconstruct`` is not a bool.
         RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
     """
     shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()

@@ -115,7 +115,7 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
 
 
 def _project(x, w, mask, o, from_x, with_v, adding):
-    """What the core gathers from, by head: ``(X or A, B, mask)``; and V, if it is wanted."""
+    """Inputs of the core's gather, by head: ``(X or A, B, mask)``; and V, if wanted."""
     weights = [] if from_x else [w.a]
     weights += [w.b, w.v] if with_v else [w.b]
     matrices, _ = prologue.prepare(x, weights, **adding)
@@ -139,7 +139,7 @@ def _gather_unfused(source, w, lse, g, o, from_x):
 
 
 def _gathered_bias(bias, lse, g):
-    """What ba adds to G: itself, but nothing to an attention map whose positions are all masked."""
+    """The term that ba adds to G: ba, but 0 for an attention map with all positions masked."""
     bias = bias.to(g.dtype).view(1, g.shape[1], -1, 1)
     return torch.where((lse == torch.inf)[:, :, None], 0.0, bias)
 

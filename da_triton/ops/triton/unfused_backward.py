@@ -8,8 +8,8 @@ r"""The block's backward pass in vendor GEMMs around the core's kernels, in any 
     dX = Wᵀ [dA;] dB, dV (+ dO)            one product
     dW = [dA;] dB, dV · Xᵀ                 one kernel and the sums of its parts
 
-dA, dB and dV lie side by side as A, B and V do. A has no bias here: ba is in G, and where it is not
-in dP, it is taken out of δ.
+dA, dB and dV are adjacent in memory as A, B and V are. A has no bias here: ba is in G, and where it
+is not in dP, it is taken out of δ.
 """
 
 import torch

@@ -188,7 +188,7 @@ def test_gradients_of_inputs_that_depend_on_each_other():
         check(torch.func.grad(lambda x, f=function: f(core, x))(x), expected, x.dtype)
 
 
-def test_the_backward_operators_refuse_to_be_differentiated():
+def test_the_backward_operators_cannot_be_differentiated():
     _, _, v = operands(LARGEST_G_TILE)
     g = peaky(
         LARGEST_G_TILE.batch,
@@ -227,7 +227,7 @@ def test_another_device_than_the_current_one():
     check(z, reference.distribute(reference.gather(a.double(), b.double()), v.double()), a.dtype)
 
 
-def test_where_the_kernels_refuse(monkeypatch):
+def test_obstacles_to_the_kernels(monkeypatch):
     x = torch.zeros(1, 1, 2, 3)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"'cpu'.*need a GPU.*TRITON_INTERPRET=1"):
