@@ -61,7 +61,7 @@ class Descriptors:
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ) -> "Descriptors":
-        """No position seen: m features and n descriptors per head and sample.
+        """An empty state: m features and n descriptors per head and sample.
 
         ``dtype``: float32, or float64 for float64 frames.
         """
@@ -145,7 +145,7 @@ class Descriptors:
         return self.weighted / self.total.masked_fill(self.total == 0, 1)[:, :, None]
 
     def emptied(self) -> "Descriptors":
-        """No position seen, in the shapes, dtype and device of this state."""
+        """An empty state with the shapes, dtype and device of this one."""
         batch, heads, m, n = self.weighted.shape
         kind: dict[str, Any] = {"dtype": self.weighted.dtype, "device": self.weighted.device}
         return Descriptors.init(batch, m, n, heads=heads, **kind)
@@ -202,7 +202,7 @@ class Window:
 
     @staticmethod
     def init(size: int, empty: Descriptors) -> "Window":
-        """No frame seen. ``empty``: ``Descriptors.init(…)`` of the frames to come."""
+        """A window without frames. ``empty``: ``Descriptors.init(…)`` of the frames to come."""
         checks.positive(size=size)
         return Window(int(size), (), (), empty.emptied())
 
@@ -366,7 +366,7 @@ class StreamingDoubleAttention(nn.Module):
             self.state = self.state.detach()
 
     def reset(self) -> None:
-        """No frame seen: another video."""
+        """Forgets all frames, for another video."""
         self.state = None
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What an exported program holds: PyTorch operations, as few as the plain block has, and
+"""Contents of an exported program: PyTorch operations, as few as the plain block has, and
 convolutions that quantisers find."""
 
 import collections

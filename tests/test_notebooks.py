@@ -19,7 +19,7 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    """Text of a cell; pictures and values that are objects aside."""
+    """Text of a cell, without images and object values."""
     return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
@@ -98,7 +98,7 @@ def test_maps_lie_over_the_whole_picture(maps):
 
 
 def test_maps_on_axes_of_the_caller_as_points(maps):
-    """Two positions of six take part: a point each at its middle, as large as its weight."""
+    """Two of six positions are masked in: one point each at its centre, sized by its weight."""
     gathered, received = weights(n=2)
     mask = torch.tensor([[False, True, False], [False, False, True]])
     _, axes = maps.plt.subplots(2, 2)

@@ -117,7 +117,7 @@ def compare(function, inputs, upstream_layout, random, dtype, backend, **options
 
 
 def theirs(options):
-    """What the definition is told: it has one order and keeps what PyTorch keeps."""
+    """Options of the reference: it has one order, and autograd decides what is saved."""
     return {k: v for k, v in options.items() if k not in ("order", "recompute")}
 
 

@@ -54,7 +54,7 @@ def definition(function, given, wanted):
 
 
 def used(function, given):
-    """Which inputs the function looks at."""
+    """Inputs that the function reads."""
     leaves = [x.detach().requires_grad_() for x in given]
     function(leaves, "eager").sum().backward()
     return [i for i, x in enumerate(leaves) if x.grad is not None]
@@ -87,8 +87,8 @@ def test_gradients_reach_the_base_of_views(function, backend):
 @each_backend
 @each_function
 def test_changes_in_place_are_noticed(function, backend):
-    """Of an input or the result, before backward: an error if backward looks at it again, and the
-    same gradients if it does not."""
+    """In-place changes before backward: an error if backward reads the tensor, else the same
+    gradients."""
     wanted = used(function, inputs())
     noticed = []
     for place in (*wanted, "result"):

@@ -143,7 +143,7 @@ def load_matrix(base, rows, cols, R, C, stride_r, stride_c, DTYPE: tl.constexpr)
 
 @triton.jit
 def load_mask(base, cols, L, stride_l):
-    """Which positions are included: those inside the tensor that the mask leaves.
+    """Mask of the positions that are included: those inside the tensor that the mask leaves.
 
     The maximum over an axis of size 1 ends what Triton sees behind a masked matrix operand.
     Otherwise it takes the operand for one that was widened from int8, because of this load, and

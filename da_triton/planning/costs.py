@@ -1,6 +1,6 @@
 """Cost of a block by association order and route: operations, bytes and launches, from shapes.
 
-One sample, MACs as in the table of the derivation:
+MACs of one sample:
 
     AZ  gather from A, distribute to Z    L(C·c_m + 2C·c_n + 2c_m·c_n/h + c_m·C)
     XZ  gather from X, then G = Wa·M      L(3C·c_n + c_m·c_n/h + c_m·C) + c_m·C·c_n/h
@@ -9,14 +9,14 @@ One sample, MACs as in the table of the derivation:
 
 A step is a launch, or a few that belong together. ``elements`` are the tensors with positions that
 it moves to and from memory, once each; what a step reads again while it is still in the
-L2 cache is not counted twice. ``requested`` is what its programs ask of that cache: a
+L2 cache is not counted twice. ``requested`` is what its programs load from that cache: a
 tile of positions loads all weights that it is multiplied with, so short tiles load more.
 """
 
 from .shapes import CoreLimits, Cost, Order, Shape, Step, orders
 
 BLOCK = 128  # features or descriptors in a block of kernels that walk over them, half precision
-L2 = 50e6  # bytes, of an H200; half of it is taken to hold X
+L2 = 50e6  # bytes, of an H200; half of it is assumed to hold X
 POSITIONS = 64  # in a block of the core's gather, with most of its tiles
 
 
@@ -66,7 +66,7 @@ def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int
 
     Forward reads X and writes the output; backward reads X and the output's gradient, and writes
     X's gradient. Both read X twice where a sample does not fit half the cache between two passes.
-    Weights are small beside activations, but count; backward writes their gradients, too.
+    Weights are small next to activations, but count; backward also writes their gradients.
     """
     x, out = s.channels * s.length * s.itemsize, s.out_channels * s.length * s.itemsize
     reads = 1 if x <= cache / 2 else 2
@@ -257,7 +257,7 @@ def unfused_backward_steps(
 
 
 def _operands(s: Shape, rows: int) -> Step:
-    """The launch that lays weights of one product below each other."""
+    """The launch that concatenates the weights of one product."""
     return Step("stacked weights", False, 0, 2 * rows * s.channels // max(1, s.batch))
 
 

@@ -28,10 +28,9 @@ from .costs import (
 )
 from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Step, orders
 
-# Rates of an H200 with measured or data-sheet ceilings; only their proportions matter here, and
-# only to rank the orders.
-MATRIX_RATE = 395e12  # MACs a second in half precision
-FLOAT32_RATE = 25e12  # MACs a second in float32
+# H200 peak rates, measured or from data sheets. Only their ratios matter: they rank the orders.
+MATRIX_RATE = 395e12  # MAC/s in half precision
+FLOAT32_RATE = 25e12  # MAC/s in float32
 BANDWIDTH = 4.3e12  # bytes/s
 CPU_RATE = 1e11  # MAC/s of two cores
 
@@ -105,8 +104,8 @@ def choose_order(
 
 # --- kernels --------------------------------------------------------------------------------------
 
-# Shares of the matrix rate that vendor GEMMs and our kernels are taken to reach, time of a
-# launch in a CUDA graph, L2 cache: assumptions to rank routes with, none measured.
+# Assumed fractions of the peak rate for vendor GEMMs and for these kernels, launch latency in a
+# CUDA graph, and L2 size, to rank routes with. None is measured.
 VENDOR_EFFICIENCY, KERNEL_EFFICIENCY = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
 LAUNCH = 2.0e-6  # seconds, start and tail included
@@ -115,7 +114,7 @@ CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
 
 
 def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
-    """Seconds of a batch: of each step the larger of its operations and its bytes, and launches."""
+    """Modelled seconds for a batch: per step max(compute, memory), plus launch latency."""
     rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
     total = 0.0
     for step in steps:
@@ -135,7 +134,7 @@ def wide(x) -> bool:
 
 
 def floor(s: Shape) -> float:
-    """Seconds that no forward pass can beat: the compulsory bytes, or the cheapest order's MACs."""
+    """Roofline bound of forward in seconds: the compulsory bytes or the cheapest order's MACs."""
     rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
     return max(compulsory_bytes(s) / BANDWIDTH, least_macs(s) / rate)
 
@@ -198,7 +197,7 @@ def _batch_chunk(s: Shape) -> int:
 
 
 def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
-    """Whether forward saves V for backward. "auto": if projecting it again is a tenth of a step.
+    """Whether forward saves V for backward. "auto": if recomputing it takes a tenth of a step.
 
     In MACs of a position, in the paper's order: forward, backward (twice as much), and
     what backward projects again. Where bytes decide, it costs less still: X is read anyway.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A block on an input: sizes, and bytes of an element."""
+    """A block on an input: sizes, and bytes per element."""
 
     batch: int
     channels: int
@@ -40,7 +40,7 @@ ORDERS = {order.name: order for order in (AZ, XZ, AH, XH)}  # of equal costs, th
 
 
 def orders(reconstruct: bool) -> tuple[Order, ...]:
-    """Those of a block with a last convolution, or without one."""
+    """The orders of a block with a last convolution, or without one."""
     return tuple(order for order in ORDERS.values() if reconstruct or not order.through_h)
 
 
@@ -49,7 +49,7 @@ class Step(NamedTuple):
     together."""
 
     name: str
-    library: bool  # a library's matrix product, or a kernel of ours
+    library: bool  # a vendor GEMM, or a kernel of this package
     macs: int
     elements: int = 0  # of tensors with positions, in the input's dtype
     fp32_elements: int = 0  # float32
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """One sample's, forward, on the unfused route with ATen operations."""
+    """Per-sample forward cost on the unfused route with ATen operations."""
 
     macs: int  # in products that run over positions
     small_macs: int  # in products of small matrices, float32

@@ -233,7 +233,7 @@ def tensors(given):
 
 
 def cases(name):
-    """What can be spoiled, and how; but bias_b may hold anything, as it never changes a result."""
+    """Arguments to spoil, and how; but bias_b may hold anything, as it never changes a result."""
     _, given = CALLS[name]()
     return [
         (argument, way)

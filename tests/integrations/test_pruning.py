@@ -46,7 +46,7 @@ def images(channels=3):
 
 
 def check_sizes(layer):
-    """What the layer says of itself, and that everything in it runs with these sizes."""
+    """Sizes that the layer reports, and that all its parts run with them."""
     assert layer.in_channels == layer.convA.in_channels == layer.convA.weight.shape[1]
     assert layer.c_m == layer.convA.out_channels == layer.convA.weight.shape[0]
     assert layer.c_n == layer.convB.out_channels == layer.convB.weight.shape[0]

@@ -81,7 +81,7 @@ def test_unknown_model(model):
 
 
 def test_directory_that_looks_like_a_scale(monkeypatch, tmp_path):
-    """What the message says is so, and helps."""
+    """The message is true, and its advice works."""
     from ultralytics import YOLO
 
     register_ultralytics()
@@ -301,7 +301,7 @@ def test_rows_compile_and_export_whole(block):
 
 
 def joined_features(network, x):
-    """What the detector reads, in float64: the outputs of the blocks."""
+    """Inputs of the detector, in float64: the outputs of the blocks."""
     with torch.no_grad():
         return torch.cat([m.double().flatten(1) for m in features(network, x)], 1)
 

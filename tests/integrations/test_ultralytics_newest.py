@@ -1,4 +1,4 @@
-"""What Ultralytics 8.4.140 or newer can do beyond the oldest version that is supported."""
+"""Features of Ultralytics 8.4.140 or newer beyond the oldest supported version."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_what_makes_a_worker_know(tasks, data, tmp_path):
     from ultralytics.utils.patches import torch_load
 
     def state(of):
-        """What a worker reads, once this process has forgotten the names."""
+        """State that a worker reads, once this process has forgotten the names."""
         file = Path(dist.generate_ddp_file(of)).with_suffix(".pt")
         for name in NAMES:
             delattr(tasks, name)

@@ -19,7 +19,7 @@ from da_triton.runtime import tiles
 
 ARCHITECTURES = table.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
-# A few registers that are spilled, once: with rows that are no multiple of 16 bytes, where every
+# A few registers that are spilled, once: with rows that are not a multiple of 16 bytes, where every
 # tile tried spills, and with n = 128, where a tile that does not is half as long.
 ACCEPTED = {
     ("gfx942", "block_bwd_gather", 19): 8,
@@ -68,7 +68,7 @@ def sample(arch):
 
 
 def is_fused(code):
-    """Of the fused block: these have channels."""
+    """Kernels of the fused block: these have channels."""
     return code["C"] > 0
 
 
@@ -155,7 +155,7 @@ def test_main_loops_copy_asynchronously():
 
 @each_compiled
 def test_table_is_of_the_programs_that_launches_compile(arch):
-    """Not one missing, and none that is no longer there."""
+    """None missing, none stale."""
     if {row["triton"] for row in kept(arch)} != {TRITON}:
         warnings.warn(f"{table.KEPT.name} is of another Triton than {TRITON}", stacklevel=1)
         return
@@ -169,7 +169,7 @@ def test_table_is_of_the_programs_that_launches_compile(arch):
 
 @each_compiled
 def test_table_has_the_figures_that_the_compiler_gives(arch):
-    """Of one program of each kernel; of another Triton, that it compiles without a spill."""
+    """One program of each kernel; with another Triton, that it compiles without spills."""
     listed = {row["digest"]: row for row in kept(arch)}
     accepted = ACCEPTED_OF.get(TRITON, {})
     compiled = [row for row in sample(arch) if "registers" in row]

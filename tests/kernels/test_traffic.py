@@ -38,7 +38,7 @@ WORKLOADS = [
 ]
 # Requested over compulsory bytes, forward and backward. Where G fits one tile every element of the
 # activations is asked for once, and the rest is G and its partial sums; elsewhere tiles of n and
-# features ask for them again, as in any matrix product, and caches serve that.
+# m load them again, as in any GEMM, and caches serve that.
 LIMITS = {
     "r50_conv3_q": (1.6, 1.8),
     "r50_conv3_q_nhwc": (1.6, 1.8),
@@ -102,7 +102,7 @@ def test_requested_bytes(work, counted, monkeypatch):
 
 @each_workload
 def test_sectors(work, counted, monkeypatch):
-    """No load touches more memory than it asks for, give or take a tenth."""
+    """No load touches more memory than requested, within 10 %."""
     found = counted(work, monkeypatch)
     for kernel in found["forward"] + found["backward"]:
         if not kernel.load_sectors:  # an operation of PyTorch's

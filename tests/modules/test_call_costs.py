@@ -1,4 +1,4 @@
-"""What a warm call of a layer costs the host: exact counts of operations and Python functions."""
+"""Host cost of a layer's warm call: exact counts of operations and Python functions."""
 
 import sys
 from pathlib import Path

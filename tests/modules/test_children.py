@@ -36,7 +36,7 @@ class Adapter(nn.Module):
 
 
 class Opaque(nn.Module):
-    """No convolution to be found in it, but its number of position axes."""
+    """Contains no convolution, but says how many position axes it takes."""
 
     def __init__(self, conv):
         super().__init__()

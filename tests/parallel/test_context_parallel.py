@@ -72,7 +72,7 @@ def core_on_a_rank(rank, cuts, backend, dtype):
 
 
 def check_core(found, name, options, dtype):
-    """Slices behind each other are the whole; gradients of tokens are sums, all of it rank 0's."""
+    """Concatenated shards equal the unsharded result; token gradients are sums, all on rank 0."""
     expected = core(*leaves([x.double() for x in activations(dtype)]), backend="eager", **options)
     for i, whole in enumerate(expected):
         if i < 4:

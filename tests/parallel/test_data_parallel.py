@@ -204,7 +204,7 @@ def _distance(found, exact):
 
 
 def test_half_a_batch_is_rejected():
-    """What two ranks that do not speak to each other would find."""
+    """Results of two ranks without communication."""
     net = Net("plain", "torch", torch.float64)
     found = train(net, net, *batch(torch.float64, 0, 2), contextlib.nullcontext)
     assert _distance(found, alone("plain", "eager", torch.float64)) > 0.05

@@ -366,7 +366,7 @@ def test_tf32_is_examined_apart(monkeypatch):
 
 
 def test_a_mask_of_few_positions(monkeypatch):
-    """No sample of the trial is hidden whole."""
+    """No sample of the trial is fully masked."""
     a, b = activations(length=1)
     mask = torch.tensor([[True], [True]], device=DEVICE)
     with guard.examine(1) as verdicts:

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def compiled(program):
-    """What a program prints in a process of its own, in which kernels are compiled."""
+    """Output of a program in its own process, where kernels are compiled."""
     env = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PRELUDE + program]

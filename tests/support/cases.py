@@ -1,4 +1,4 @@
-"""What tests run over: orders, backends, position axes, and shapes that reach every path of the
+"""Parameters of tests: orders, backends, position axes, and shapes that reach every path of the
 kernels, small enough to interpret."""
 
 import dataclasses

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class DoubleAttentionCopy(nn.Module):
-    """A²-Nets, equations 3 to 5; the last convolution named as the copy at hand names it."""
+    """A²-Nets, equations 3 to 5; the last convolution has the name given."""
 
     def __init__(self, channels, c_m, c_n, last="conv_reconstruct", residual=False, conv=nn.Conv2d):
         super().__init__()

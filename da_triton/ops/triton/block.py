@@ -1,9 +1,9 @@
 """The block in Triton kernels: one operator forward, one backward, and its gradients.
 
 ``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
-batch chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled
-again for another size, and what the operators return does not depend on the plan. Kept for
-backward: the inputs, lse and G, and V if asked for.
+chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled
+again for another size, and what the operators return does not depend on the plan. Saved for
+backward: the inputs, lse and G, and V if requested.
 
 Second derivatives are taken through the operations of the ``torch`` backend.
 """
@@ -278,7 +278,7 @@ def _bytes(mask):
 
 
 def _in_format_of(x, y):
-    """y in the memory format that the fake implementation promised; a copy only from another."""
+    """y in the memory format of the fake implementation; copied only if it has another."""
     if launch.is_channels_last(x.unsqueeze(1)):
         return y.transpose(1, 2).contiguous().transpose(1, 2)
     return y.contiguous()
@@ -299,7 +299,7 @@ def block_flops(
     x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, heads,
     logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v, **_,
 ):  # fmt: skip
-    """A multiply-add as two. "auto" counts as the paper's order, whatever the plan is."""
+    """A MAC counts as two. "auto" counts as the paper's order, whatever the plan is."""
     return 2 * _macs(x, weight_a, weight_b, weight_out, heads, order)
 
 
@@ -310,7 +310,7 @@ def block_backward_flops(
     dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, lse, g, v,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs, **_,
 ):  # fmt: skip
-    """Once the forward pass for dX, once for the weights; what is computed again is not counted."""
+    """The forward FLOPs once for dX, once for the weights; recomputation is not counted."""
     passes = needs[0] + any(needs[1:])
     return 2 * passes * _macs(x, weight_a, weight_b, weight_out, heads, order)
 

@@ -37,8 +37,8 @@ from ..custom_op import (
     wants_graph,
 )
 
-# Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
-# corrects the interpreter says so here.
+# Triton's interpreter computes bfloat16 on its bit patterns and gives wrong results. A test suite
+# that corrects the interpreter says so here.
 interpreter_has_bfloat16 = False
 
 
@@ -218,7 +218,7 @@ gather_backward_of_tensors = of_tensors(gather_backward_op)
 
 
 class Gather(torch.autograd.Function):
-    """``gather_op`` with its gradient. Keeps a, b, G and lse; neither P nor anything like it."""
+    """``gather_op`` with its gradient. Saves a, b, G and lse, never P."""
 
     generate_vmap_rule = True
 
@@ -231,7 +231,7 @@ class Gather(torch.autograd.Function):
 
 
 class GatherLse(Gather):
-    """The same, whose lse has a gradient too."""
+    """``Gather`` whose lse has a gradient too."""
 
     setup_context = staticmethod(_lse_setup)
 
@@ -301,7 +301,7 @@ distribute_backward_of_tensors = of_tensors(distribute_backward_op)
 
 
 class Distribute(torch.autograd.Function):
-    """``distribute_op`` with its gradient. Keeps G and v."""
+    """``distribute_op`` with its gradient. Saves G and v."""
 
     generate_vmap_rule = True
 

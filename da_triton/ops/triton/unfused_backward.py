@@ -24,7 +24,7 @@ from .gemms import by_head, shared
 
 
 def backward(dout, x, w, mask, lse, g, v, o, route, needs):
-    """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None, or anything, where not in ``needs``."""
+    """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None or arbitrary where not in ``needs``."""
     order = route.backward_order
     from_x, through_h = order.from_x, order.through_h
     weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
@@ -41,7 +41,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     parts = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
     *da, db, dv = (by_head(t, o.heads) for t in parts)
 
-    # dV, and in the place of dB, until that is made, Q.
+    # dV, and in the place of dB, until that is computed, Q.
     through = _through_h if through_h else _through_z
     partials, dwo, dbo = through(dout, w, g, lowp, v, bias_v, dv, db, o, needs)
 
@@ -80,7 +80,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
 
 
 def _through_z(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
-    """Parts of dG, dWo and dbo; writes dV, and Q where it can be had."""
+    """Partials of dG, dWo and dbo; writes dV, and Q where available."""
     dz, z = dout, None
     if w.out is not None:
         dz = project(dout, w.out.t(), None)
@@ -96,7 +96,7 @@ def _through_z(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
 
 
 def _through_h(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
-    """The same, without Z; dG from dH in one part."""
+    """``_through_z`` without Z; dG from dH in one partial."""
     h = gemms.reconstructing(g, w, o.heads, o.scale)
     h = h.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
     dh = core_distribute.backward_partials(

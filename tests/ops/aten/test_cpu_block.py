@@ -142,7 +142,7 @@ def test_fewer_positions_than_descriptors(options, channels_last, recompute, way
 @pytest.mark.parametrize(("heads", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_one_descriptor_per_head(order, heads, batch, channels_last, way, calls):
-    """It lies in both memory orders at once."""
+    """Both memory formats at once."""
     given = leaves(torch.float64, batch, channels_last)
     for i in (3, 4, 5, 6):
         given[i] = given[i][:heads].detach().requires_grad_()

@@ -36,7 +36,7 @@ def taking(monkeypatch):
 
 
 def arguments(dtype=torch.float32, channels_last=False, masked=False, batch=2, out=C):
-    """Of the forward operator: tensors, then options."""
+    """Arguments of the forward operator: tensors, then options."""
     x = torch.randn(batch, C, LENGTH, dtype=dtype, device=DEVICE)
     x = x.mT.contiguous().mT if channels_last else x
     shapes = ((C_M, C), (C_M,), (C_N, C), (C_N, C), (C_N,), (out, C_M), (out,))

@@ -139,7 +139,7 @@ def test_flop_formulas():
 
 
 def test_torch_func_gradients():
-    """Of single functions and through the whole core."""
+    """Second derivatives of single functions and through the whole core."""
     a, b, v = operands(LARGEST_G_TILE)
 
     def loss(core, a, b, v):
@@ -154,7 +154,7 @@ def test_torch_func_gradients():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives(masked):
-    """Of a gradient penalty, through the ``torch`` backend, against the definition."""
+    """A gradient penalty through the ``torch`` backend, against the definition."""
     case = LARGEST_G_TILE
     mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3 if masked else None
     grads = []

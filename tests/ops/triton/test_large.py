@@ -98,7 +98,7 @@ BLOCK = {  # the route; C, c_m, c_n
     "unfused AZ": (Route(AZ, "unfused", "unfused", "unfused", AZ, 2), (20, 6, 4)),
     "unfused XH": (Route(XH, "unfused", "unfused", "unfused", XH, 2), (20, 6, 4)),
 }
-# These take descriptors, their parts and weights, which lie in contiguous memory.
+# These take descriptors, partials and weights, which are contiguous.
 WITHOUT_ACTIVATIONS = {
     "delta", "combine", "combine_backward", "gather_combine", "sums", "weight_gradients",
 }  # fmt: skip
@@ -215,7 +215,7 @@ def compare_with_the_definition(function, inputs, upstream, backend):
         results.append([out, *torch.autograd.grad(out, leaves, upstream.to(kind))])
     for expected, own, actual in zip(*results, strict=True):
         slack = 1.0
-        if backend == "torch":  # it rounds what lies between products, as the definition does
+        if backend == "torch":  # it rounds between products, as the definition does
             slack = max(2.0, relative_rms(own, expected) / TOLERANCE[HALF])
         check(actual, expected, HALF, own, slack=slack)
 
@@ -257,7 +257,7 @@ def test_block_with_two_million_positions(backend):
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: memory that is filled")
 @pytest.mark.usefixtures("memory")
 def test_a_batch_of_more_than_two_billion_numbers():
-    """The last sample of the batch, alone and as the last: it lies beyond 2^31."""
+    """The last sample of the batch, alone and in place, where its offset exceeds 2^31."""
     x = torch.randn(2**11 + 1, 64, 2**14, device=DEVICE, dtype=torch.bfloat16)
     assert x.numel() > 2**31
     layer = da_triton.DoubleAttention(64, residual=True, device=DEVICE, dtype=torch.bfloat16)

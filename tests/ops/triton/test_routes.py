@@ -23,7 +23,7 @@ def compare(route, case, channels_last, dtype=None):
     expected = definition(CASES[case], *given, torch.float64)
     own = definition(CASES[case], *given, dtype)
     found = run(ROUTES[route], CASES[case], *given)
-    # Vendor GEMMs round what lies between them, as eager's do; fused kernels do not.
+    # Vendor GEMMs round the tensors between them, as in eager; fused kernels do not.
     slack = 1 if route.startswith("fused_xh") else 2
     for name, ours, truth, theirs in zip(NAMES, found, expected, own, strict=True):
         what, limit = f"{route} {case} {name}", slack
