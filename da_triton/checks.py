@@ -36,7 +36,7 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
 
 
 def floating(name: str, x: Tensor, kind: str = "") -> None:
-    """A tensor of a dtype that is computed in."""
+    """A tensor of a supported floating-point dtype."""
     tensor(name, x, kind)
     if x.dtype not in DTYPES:
         # float() drops the imaginary part.
@@ -218,7 +218,7 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | 
 
 
 def number(**values: float) -> None:
-    """Plain numbers: the scales are hyperparameters, not tensors."""
+    """Scales are plain numbers: hyperparameters, not tensors."""
     for name, value in values.items():
         whole = isinstance(value, numbers.Integral)
         if not isinstance(value, numbers.Real) or (
@@ -321,7 +321,7 @@ def recompute(value: bool | str, backend: str) -> None:
 
 
 def process_group(group, backend: str, order: str = "auto") -> None:
-    """A group of ``torch.distributed`` that this rank is in, and choices that can be split."""
+    """A group of ``torch.distributed`` that contains this rank, and options that support it."""
     available = torch.distributed.is_available()
     if not available or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(

@@ -97,7 +97,7 @@ class Descriptors:
         logit_scale: float = 1.0,
         backend: str = "auto",
     ) -> "Descriptors":
-        """With the positions of a frame; arguments and errors as :func:`da_triton.gather`.
+        """Adds the positions of a frame; arguments and errors as :func:`da_triton.gather`.
 
         A frame may have positions of any number and shape. An attention map whose positions are all
         masked adds nothing; one of ``-inf`` alone, without a mask, gives NaN, as the softmax of
@@ -111,7 +111,7 @@ class Descriptors:
 
         Raises:
             TypeError: ``other`` is not a state, or its dtype differs.
-            ValueError: another batch, heads, features or descriptors.
+            ValueError: another batch, heads, m or n.
             RuntimeError: another device.
         """
         _check_merge(self, other)
@@ -136,7 +136,7 @@ class Descriptors:
         shift = math.log(decay)
         with torch.no_grad():
             maximum = self.maximum + shift
-            # What rounding took from the pivot; −inf − (−inf) where no position was seen.
+            # The pivot's rounding error; −inf − (−inf) where no position was seen.
             rest = (self.maximum - maximum + shift).nan_to_num(0).exp().to(self.total.dtype)
         return Descriptors(maximum, self.total * rest, self.weighted * rest[:, :, None])
 
@@ -311,12 +311,12 @@ class StreamingDoubleAttention(nn.Module):
         self.state: Descriptors | Window | None = None
 
     def forward(self, frame: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The frame joins the state, and gets its result from it."""
+        """Adds the frame to the state and distributes the state to it."""
         self.update(frame, mask)
         return self.distribute(frame)
 
     def update(self, frame: Tensor, mask: Tensor | None = None) -> None:
-        """A frame, or several at once, joins the state.
+        """Adds a frame, or several at once, to the state.
 
         ``frame (N, in_channels, *positions)``; ``mask`` as in :meth:`DoubleAttention.forward`. The
         number of positions may change from frame to frame, N may not.

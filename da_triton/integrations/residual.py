@@ -20,7 +20,7 @@ Norm = str | Callable[[int], nn.Module] | None
 
 
 class ResidualDoubleAttention(nn.Module):
-    """``x + norm(attention(x))``: the double attention block that can join a trained network.
+    """``x + norm(attention(x))``: the double attention block to insert into a trained network.
 
     The paper (Chen et al., NeurIPS 2018, section 3.1) adds the block's result to its input. A
     normalisation before the sum, initialised with zeros, makes the block the identity initially.

@@ -1,4 +1,4 @@
-"""Double attention in ResNets: the paper's five places, pretrained weights and keys untouched.
+"""Double attention in ResNets: the paper's five locations, pretrained weights and keys unchanged.
 
 Each block becomes a child of the residual block that it follows, and a forward hook of that block
 runs it; no other parameter changes its name, and no class is touched. torchvision's, timm's and

@@ -67,7 +67,7 @@ def _store_descriptors(
 def gather_kernel(
     a_ptr,  # (N, heads, C_M, L)
     b_ptr,  # (N, heads, C_N, L)
-    mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 at masked positions; read if HAS_MASK
     acc_ptr,  # (N, NUM_PARTIALS, heads·C_N, C_M): partial sums; (N·heads, C_M, C_N): G if FINAL
     max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima; not touched if FINAL
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums, or lse if FINAL
@@ -291,7 +291,7 @@ def gather_backward_kernel(
             dp = dot(dg, a, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION)
             db = scale * p * (dp - delta[:, None])
             if HAS_MASK:
-                db = tl.where(mask[None, :], db, 0.0)  # 0 · NaN, where A holds anything
+                db = tl.where(mask[None, :], db, 0.0)  # 0 · NaN, where A may hold anything
             store_tile(db_base, rows_n, cols, C_N, L, stride_db_c * ALIGN, stride_db_l, db)
 
 
@@ -341,7 +341,7 @@ def _combine(a, b, acc, mx, total, bias, g, lowp, lse, masked):
 
 @guard.proved({"sources": SOURCE})
 def gather_partials(sources, logit_scale):
-    """Partial ``(acc, max, sum)``: acc ``(N, num_partials, heads·n, m)``, others without the m."""
+    """Partial ``(acc, max, sum)``: acc ``(N, num_partials, heads·n, m)``, others without m."""
     return _partials(sources, logit_scale)
 
 
@@ -356,7 +356,7 @@ def _partials(sources, logit_scale):
 
 
 def _num_partials(sources):
-    """How many programs share the positions of all sources."""
+    """The number of partials: programs over the positions of all sources."""
     return sum(num_splits for _, num_splits in _splits(sources))
 
 

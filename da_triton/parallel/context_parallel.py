@@ -1,7 +1,7 @@
 r"""Positions split over the ranks of a process group: gigapixel images, volumes, long video.
 
 Each rank holds a slice of the positions. A rank's gather gives descriptors ``G_r`` and log-sum-exp
-``lse_r`` of its own slice; those of all ranks merge into what one device would have found,
+``lse_r`` of its own slice; those of all ranks merge into the result of one device,
 
     lse = log Σ_r exp(lse_r)            G = Σ_r exp(lse_r − lse) · G_r
 
@@ -57,7 +57,7 @@ def split(backend: ops.Backend, group: Any) -> ops.Backend:
         return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, backend)[0]
 
     def distribute(g, v, **options):
-        # A product of no positions, which still hands backward's collective a gradient.
+        # A product over no positions, so that backward still enters its collective.
         return (backend if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
 
     def block(x, w, mask, residual, o):
@@ -74,7 +74,7 @@ def split(backend: ops.Backend, group: Any) -> ops.Backend:
 def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: Any) -> Tensor:
     """``P (N, heads, n, L)`` of this rank's positions; over all ranks each attention map sums to 1.
 
-    Without a gradient: it is for looking at.
+    Without a gradient: for inspection.
     """
     b = b.detach()
     nothing = b.new_empty((*b.shape[:2], 0, b.shape[3]))  # features: only lse is wanted
@@ -105,7 +105,7 @@ def wire_bytes(
 
 
 class _Gather(torch.autograd.Function):
-    """G and lse of all ranks' positions. Keeps a, b, G and lse, as on one device."""
+    """G and lse of all ranks' positions. Saves a, b, G and lse, as on one device."""
 
     @staticmethod
     def forward(a, b, mask, extra_a, extra_b, logit_scale, group, backend):
@@ -164,7 +164,7 @@ def _partial(backend, a, b, mask, extra_a, extra_b, logit_scale):
 
 
 def _kept(mask, b):
-    """A mask in any case: a slice whose logits are all −inf is a slice without weight, not NaN."""
+    """The mask, made if None: a slice whose logits are all −inf has no weight instead of NaN."""
     if mask is not None:
         return mask
     return torch.ones((1, 1), dtype=torch.bool, device=b.device).expand(b.shape[0], b.shape[-1])

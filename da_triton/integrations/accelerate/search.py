@@ -34,7 +34,7 @@ HOOKED = "remove_hook_from_submodules(model) of accelerate.hooks"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One layer: its name in the model, its class, the family that it resembles.
+    """One layer: its name in the model, its class, the pattern that it resembles.
 
     ``error``: the largest relative error in float64 of the proof, or of the nearest formula; NaN
     where none was computed.
@@ -338,7 +338,7 @@ def _means(reference: Reference, family: type[Pattern], meaning: str) -> bool:
 
 
 def _explained(reference: Reference, family: type[Pattern], error: float) -> str:
-    """Why no formula is the layer's: a known other meaning, or how far the nearest one is."""
+    """Why no formula matches: a known wrong variant, or how far the nearest one is."""
     for meaning in family.known_wrong_variants(reference.module):
         if _means(reference, family, meaning):
             return meaning
