@@ -358,7 +358,7 @@ def launches(call: Measured, device: torch.device) -> int | None:
             call.run()
             return NoKernel.launched
         try:
-            return observe.launches(lambda: (call.run(),), device)
+            return observe.launches(lambda: (call.run(),))
         except RuntimeError:  # no profiling interface
             return None
 
