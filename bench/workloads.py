@@ -20,11 +20,11 @@ SMALL = 2**17  # elements of the input
 
 @dataclass(frozen=True)
 class Workload:
-    """One shape of the block's input and of its maps.
+    """One shape of the block: its input, and the channels of A (``c_m``) and of B and V (``c_n``).
 
-    ``cpu_n`` is the batch on a CPU. ``selection`` is the smallest selection that the workload is
-    part of. ``photographs`` are sample images of scikit-learn: the first one's feature map is what
-    is timed, the second one's what results are checked on.
+    ``cpu_n`` is the batch on a CPU. ``selection`` is the smallest selection that has the workload.
+    ``photographs`` are sample images of scikit-learn: the block is timed on features of the first
+    and checked on those of the second.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Workload:
         return problems.draw(self, mode, dtype, device)
 
     def columns(self, device: torch.device) -> dict[str, Any]:
-        """What a row says of the workload."""
+        """The columns of a row that identify the workload."""
         return {
             "workload": self.name, "n": self.batch(device), "c": self.c,
             "positions": "x".join(map(str, self.positions)),
@@ -89,7 +89,7 @@ WORKLOADS = (
     Workload("kinetics_conv4", 8, 1024, (8, 14, 14), 512, 512, 1, "8-frame video, conv4"),
     Workload("volume_128", 1, 64, (128, 128, 128), 32, 32, 1, "3-D medical volume"),
     Workload("hires_256", 4, 128, (256, 256), 128, 128, 4, "high-resolution restoration"),
-    Workload("seg_19", 4, 512, (64, 128), 512, 19, 1, "segmentation, one map a class"),
+    Workload("seg_19", 4, 512, (64, 128), 512, 19, 1, "segmentation, one descriptor per class"),
     Workload(
         "ddpm_64", 16, 128, (64, 64), 128, 128, 4, "diffusion U-Net linear attention",
         cpu_n=1, selection="default",
@@ -133,7 +133,7 @@ WORKLOADS = (
 
 
 class UsageError(Exception):
-    """What a user asked for makes no sense; the message says what would."""
+    """A command's arguments are invalid; the message says which ones would be valid."""
 
 
 def check(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -171,9 +171,9 @@ def photograph_features(filename: str) -> Tensor:
             "the photograph needs scikit-learn and Pillow: pip install 'da_triton[bench]'"
         ) from error
     pixels = torch.tensor(load_sample_image(filename)).permute(2, 0, 1)[None]
-    maps = pixels.float() / 127.5 - 1
+    features = pixels.float() / 127.5 - 1
     generator = torch.Generator().manual_seed(0)
     for c_in, c_out in itertools.pairwise(STEM_WIDTHS):
         weight = torch.randn(c_out, c_in, 3, 3, generator=generator) * (2 / (9 * c_in)) ** 0.5
-        maps = nn.functional.conv2d(maps, weight, stride=2, padding=1).relu()
-    return nn.functional.instance_norm(maps)
+        features = nn.functional.conv2d(features, weight, stride=2, padding=1).relu()
+    return nn.functional.instance_norm(features)

@@ -36,14 +36,14 @@ def short(monkeypatch):
 
 @pytest.fixture
 def without_compiling(monkeypatch):
-    """The sweep of a CPU with the compiled block replaced by the eager one."""
+    """The providers of a CPU, with the compiled block replaced by the eager one."""
 
-    def sweep():
-        found = original()
+    def plain(*others):
+        found = original(*others)
         return [dataclasses.replace(p, setup=found[0].setup) if p.compiles else p for p in found]
 
-    original = providers.cpu_sweep
-    monkeypatch.setattr(providers, "cpu_sweep", sweep)
+    original = providers.plain
+    monkeypatch.setattr(providers, "plain", plain)
 
 
 def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
