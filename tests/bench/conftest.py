@@ -16,8 +16,8 @@ from support import fakes
 from support.fakes import ScriptedTimer
 from support.gpu_run import CHECK, PASSING, TUNE, WHERE, uncaptured
 
-TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=2, selection="quick")
-TINY_VOLUME = Workload("tiny_volume", 1, 6, (3, 4, 2), 3, 2, 1, "test", selection="default")
+TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, cpu_n=2, selection="quick")
+TINY_VOLUME = Workload("tiny_volume", 1, 6, (3, 4, 2), 3, 2, selection="default")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import ceilings, providers, stages
+from bench import providers, roofline, stages
 from bench.gpu import run_gpu
 from bench.groups import Sweeper
 from bench.isolation import Worker
@@ -378,12 +378,12 @@ def test_ceiling_that_fails_is_reported():
     def timer(closure, *, launches_count):
         raise MemoryError("too large")
 
-    found, rates = ceilings.measure(timer, CPU, torch.bfloat16, 1024, 16)
+    found, rates = roofline.measure(timer, CPU, torch.bfloat16, 1024, 16)
     assert found is None
     assert set(rates.values()) == {"failed: MemoryError: too large"}
 
 
 def test_ceilings_from_times(timer):
-    found, rates = ceilings.measure(timer, CPU, torch.bfloat16, 4_000_000, 1000)
+    found, rates = roofline.measure(timer, CPU, torch.bfloat16, 4_000_000, 1000)
     assert rates == {"copy GB/s": 4.0, "bfloat16 TFLOP/s": 1.0}
     assert (found.bandwidth, found.matrix_rate) == (4e9, 1e12)

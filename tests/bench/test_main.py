@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from bench import (
-    ceilings,
     cli,
     environment,
     first_call,
-    floors,
     measure,
     networks,
     problems,
     providers,
     report,
+    roofline,
     scaling,
 )
 from bench.measure import OK, Effort
@@ -32,19 +31,19 @@ from support import fakes
 def short(monkeypatch):
     monkeypatch.setattr(cli, "DEFAULT", Effort(0, 2, 2, seconds=0.0))
     monkeypatch.setattr(cli, "QUICK", Effort(0, 1, 1, seconds=0.0))
-    monkeypatch.setattr(ceilings, "SIZES", {"cpu": (2**16, 16)})
+    monkeypatch.setattr(roofline, "SIZES", {"cpu": (2**16, 16)})
 
 
 @pytest.fixture
 def without_compiling(monkeypatch):
-    """The sweep of a CPU with the compiled block replaced by the eager one."""
+    """The providers of a CPU, with the compiled block replaced by the eager one."""
 
-    def sweep():
-        found = original()
+    def plain(*others):
+        found = original(*others)
         return [dataclasses.replace(p, setup=found[0].setup) if p.compiles else p for p in found]
 
-    original = providers.cpu_sweep
-    monkeypatch.setattr(providers, "cpu_sweep", sweep)
+    original = providers.plain
+    monkeypatch.setattr(providers, "plain", plain)
 
 
 def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
@@ -338,7 +337,7 @@ def test_plan_of_workloads_and_shapes(capsys):
 
 def test_floors_of_the_design():
     """Of an H200 with the ceilings that were measured on one elsewhere."""
-    ceilings = floors.Ceilings(4.3e12, 790e12, 50e6)
+    ceilings = roofline.Ceilings(4.3e12, 790e12, 50e6)
     known = {
         "r50_conv3": 78, "r50_conv4": 83, "r50_conv3_q": 36, "r50_conv4_q": 38, "yolo_p3": 24,
         "kinetics_conv3": 68, "kinetics_conv4": 78, "hires_256": 44, "seg_19": 16,
@@ -346,17 +345,15 @@ def test_floors_of_the_design():
     }  # fmt: skip
     for work in WORKLOADS:
         if work.name in known:
-            floor = floors.floor(work, work.n, problems.FORWARD, 2, ceilings)
-            assert 1e6 * floor.seconds == pytest.approx(known[work.name], rel=0.06)
+            found = roofline.work_of(work, work.n, problems.FORWARD, 2, ceilings.cache)
+            seconds, _ = found.least_time(ceilings)
+            assert 1e6 * seconds == pytest.approx(known[work.name], rel=0.06)
 
 
 def test_modes_add_up():
     for work in WORKLOADS:
-        for of in (floors.compulsory_bytes, floors.useful_flop):
-            one, two, both = (
-                of(work, 2, mode, *((2,) if of is floors.compulsory_bytes else ()))
-                for mode in problems.MODES
-            )
+        forward, backward, step = (roofline.work_of(work, 2, m, 2) for m in problems.MODES)
+        for one, two, both in zip(forward, backward, step, strict=True):
             assert 0 < one < two
             assert both == one + two
 

@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import floors, formulations, providers
-from bench.floors import Ceilings
+from bench import formulations, providers, roofline
 from bench.measure import (
     CONTEXT_LOST,
     OK,
@@ -16,6 +15,7 @@ from bench.measure import (
 )
 from bench.problems import BACKWARD, FORWARD, MODES, STEP
 from bench.providers import GRAPH, setup_block
+from bench.roofline import Ceilings
 
 
 class SoftmaxOverBatch(formulations.EagerDoubleAttention):
@@ -346,7 +346,7 @@ def test_rates_and_share_of_the_floor(bench, tiny, eager):
     bench = dataclasses.replace(bench, ceilings=ceilings)
     (row,) = bench.measure(tiny, FORWARD, [eager])
     moved = 4 * (2 * 2 * 8 * 20 + 8 * 16)  # X and the output of two samples, weights
-    flop = floors.useful_flop(tiny, 2, FORWARD)
+    flop = roofline.work_of(tiny, 2, FORWARD, 4).flop
     assert row["gb_s"] == pytest.approx(moved / 2e-3 / 1e9)
     assert row["tflop_s"] == pytest.approx(flop / 2e-3 / 1e12)
     assert row["floor_ms"] == pytest.approx(1e3 * max(moved, flop) / 1e6)

@@ -109,14 +109,14 @@ def as_on_a_gpu(monkeypatch):
     """What is measured on a GPU only, without one; what is counted, in order."""
     counted = []
 
-    def launches(closure, device):
+    def launches(closure):
         counted.append(closure)
         return 7
 
     monkeypatch.setattr(measure, "on_gpu", lambda device: True)
     monkeypatch.setattr(measure, "usable", lambda device: True)
-    monkeypatch.setattr(measure, "peak_bytes", lambda closure, device: 1000)
-    monkeypatch.setattr(measure, "host_microseconds", lambda closure, device: 5.0)
+    monkeypatch.setattr(measure, "peak_bytes", lambda closure: 1000)
+    monkeypatch.setattr(measure, "host_microseconds", lambda closure: 5.0)
     monkeypatch.setattr(measure, "launches", launches)
     return counted
 
@@ -140,7 +140,7 @@ def test_launches_are_counted_after_all_timing(bench, table, variant, timer, as_
 
 
 def test_failing_counters_leave_the_timing(bench, tiny, eager, monkeypatch, as_on_a_gpu):
-    def fails(closure, device):
+    def fails(closure):
         raise ValueError("no such counter")
 
     monkeypatch.setattr(measure, "launches", fails)
