@@ -10,6 +10,7 @@ from bench import networks, providers, stages, workloads
 from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
+from bench.problems import FORWARD
 from bench.stages import STAGES, Settings
 from bench.workloads import Workload
 from support import fakes
@@ -59,6 +60,16 @@ def bench(timer):
     effort = Effort(warm_up=1, rounds_min=3, rounds_max=3, seconds=0.0)
     budget = Budget(float("inf"))
     return Bench(torch.device("cpu"), torch.float32, timer, effort, budget)
+
+
+@pytest.fixture
+def measured(bench, tiny):
+    """The rows of a group, with changes to the bench."""
+
+    def measured(group, mode=FORWARD, workload=tiny, **changes):
+        return dataclasses.replace(bench, **changes).measure(workload, mode, group)
+
+    return measured
 
 
 @pytest.fixture
