@@ -39,8 +39,8 @@ progress = functools.partial(tqdm, unit="group", disable=None)  # shown where st
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
 CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
-# How statuses begin of what was ended or left out before it could succeed or fail; those of a
-# provider that hung are among them.
+# The beginnings of statuses of providers that were ended or left out before they could succeed or
+# fail, those that hung included.
 CUT_SHORT = ("not run", "not measured", "killed")
 LEFT_OUT = "not measured again"
 CONDITIONS = (
@@ -341,7 +341,7 @@ def new_row(
 
 
 def countable(rows: Sequence[Row], workload: Any, mode: str, providers) -> list[Timed]:
-    """Those of blocks whose operations are launched one by one."""
+    """The rows of blocks whose operations are launched one by one."""
     return [
         (row, workload, mode, provider)
         for row, provider in zip(rows, providers, strict=True)
@@ -364,7 +364,7 @@ REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
 
 
 def compare(rows: list[Row]) -> None:
-    """Adds ratios to others of the group, which has one launch mode.
+    """Adds each row's ratios to others of its group, which has one launch mode.
 
     A ratio is left out if one of its references was cut short, because that one might have been the
     fastest. References that failed, hung or disagree are named in ``failed_references``.
@@ -391,7 +391,7 @@ def compare(rows: list[Row]) -> None:
 
 
 def _add_shares(rows: list[Row]) -> None:
-    """Of the time that the eager block adds to a network, what each provider's adds."""
+    """Each block's share of the time that the eager one adds to a network."""
     times = {(r["provider"], r["layout"]): r["median_ms"] for r in rows if r["status"] == OK}
     for row in (row for row in rows if row["status"] == OK):
         prefix = "compile " if row["provider"].startswith("compile ") else ""
@@ -401,7 +401,7 @@ def _add_shares(rows: list[Row]) -> None:
 
 
 def note_unused_kernels(rows: list[Row]) -> None:
-    """Says in rows of da_triton's kernels which of them PyTorch operations stood in for.
+    """Names in rows of da_triton's kernels those that PyTorch operations replaced.
 
     A kernel that failed its proof on first use is replaced for the rest of the process.
     """

@@ -140,8 +140,8 @@ def setup_block(
 ) -> Closure:
     """The block ``make`` builds, with the problem's weights, optionally compiled or captured.
 
-    ``as_matmul``: compiled with pointwise convolutions as matrix products, and those as generated
-    code that Inductor fuses with what surrounds it.
+    ``as_matmul``: compiled with pointwise convolutions as GEMMs that Inductor generates, and fuses
+    with the operations around them.
     """
     if capture and problem.mode == BACKWARD:
         raise ValueError("backward alone is not captured: its forward would be replayed with it")

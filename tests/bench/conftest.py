@@ -85,13 +85,13 @@ def variant(eager):
 
 @pytest.fixture
 def settings(monkeypatch, children, tmp_path):
-    """Those of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
+    """The settings of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
     monkeypatch.setitem(stages.scaling.AXES, "L", [8, 16, 32])
     base = dataclasses.replace(stages.scaling.BASE, c=8, c_m=4, c_n=4)
     monkeypatch.setattr(stages.scaling, "BASE", base)
     monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
     monkeypatch.setattr(stages, "compute_sanitizer", lambda: None)
-    monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
+    monkeypatch.setattr("bench.tune.path_of", lambda gpu: tmp_path / "data" / f"{gpu}.json")
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     plain = [p for p in providers.plain("torch") if not p.channels_last]
     network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))

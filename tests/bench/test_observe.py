@@ -86,7 +86,7 @@ def test_cudnn_searches_for_every_provider_and_is_restored(measured, eager, vari
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What is measured on a GPU only, without one; the closures whose launches are counted."""
+    """Replaces readings that need a GPU; the closures whose launches were counted."""
     counted = []
 
     def launches(closure):
@@ -140,7 +140,7 @@ def test_used_up_budget_counts_nothing(bench, tiny, eager, as_on_a_gpu):
 
 @pytest.mark.parametrize("replaced", [("a", "b"), (), None])
 def test_rows_of_ours_name_the_kernels_that_were_not_used(measured, variant, monkeypatch, replaced):
-    """None: without Triton there is no such module."""
+    """None: Triton is not installed, so the module was never imported."""
     module = "da_triton.runtime.guard"
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: replaced))
     if replaced is None:
@@ -175,7 +175,7 @@ def test_lost_context_ends_the_run_with_every_row_added(bench, table, eager, var
 
 @pytest.mark.parametrize(("rounds_min", "status"), [(1, OK), (2, CONTEXT_LOST)])
 def test_context_lost_while_timing(bench, tiny, eager, variant, monkeypatch, rounds_min, status):
-    """Those that have enough repetitions keep them."""
+    """Providers with enough repetitions by then keep them."""
     calls = []
 
     def breaks(problem):

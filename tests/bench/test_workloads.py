@@ -60,7 +60,8 @@ def test_features(name):
     assert 0.9 < first.std() < 1.1
 
 
-def test_missing_photograph_is_a_row(measured, eager, monkeypatch):
+def test_input_that_cannot_be_made_becomes_rows(measured, eager, variant, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    (row,) = measured([eager], workload=select(["photo_china"], "all")[0])
-    assert "needs scikit-learn" in row["status"]
+    rows = measured([eager, variant("other")], workload=select(["photo_china"], "all")[0])
+    assert len(rows) == 2
+    assert all("needs scikit-learn" in row["status"] for row in rows)
