@@ -383,8 +383,8 @@ def compare(
     from . import compare as comparing
 
     found = comparing.compare(comparing.read(old), comparing.read(new), across)
-    print(found)
-    raise typer.Exit(found.regressed)
+    print(comparing.text(found))
+    raise typer.Exit(comparing.regressed(found))
 
 
 @command("warm", "--arch sm_90 --out /tmp/cache --smoke", "--out /tmp/cache --check")

@@ -5,7 +5,6 @@ a margin that the clock and the caches make even without other work. Faster is t
 that was timed and now fails or disagrees is a regression, too.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -18,38 +17,14 @@ from .workloads import UsageError
 MARGIN = 0.02
 KEY = [name for name in IDENTITY if name != "device"]
 NEEDED = (*IDENTITY, "status", "median_ms", "p20_ms", "p80_ms", "machine")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    slower: pd.DataFrame
-    faster: pd.DataFrame
-    broken: pd.DataFrame
-    missing: pd.DataFrame  # timed in the old run, absent from the new one
-    same: int
-
-    @property
-    def regressed(self) -> bool:
-        return bool(len(self.slower) or len(self.broken))
-
-    def __str__(self) -> str:
-        parts = [
-            f"{len(self.slower)} slower, {len(self.faster)} faster, {self.same} within the noise, "
-            f"{len(self.broken)} broken, {len(self.missing)} not in the new run"
-        ]
-        names = {k: k for k in ("workload", "dtype", "layout", "mode", "launch", "provider")}
-        times = {"median_ms_old": "old ms", "median_ms_new": "new ms", "ratio": "new / old"}
-        formats = {"old ms": "{:.3f}", "new ms": "{:.3f}", "new / old": "{:.2f}"}
-        for title, frame in (("Slower", self.slower), ("Faster", self.faster)):
-            if len(frame):
-                shown = frame[[*names, *times]].rename(columns=times)
-                parts += [f"{title}:", markdown(shown, formats)]
-        if len(self.broken):
-            shown = self.broken[[*names, "status_new"]].rename(columns={"status_new": "status"})
-            parts += ["Broken:", markdown(shown)]
-        if len(self.missing):
-            parts += ["Not in the new run:", markdown(self.missing[list(names)])]
-        return "\n\n".join(parts)
+SHOWN = ["workload", "dtype", "layout", "mode", "launch", "provider"]
+TIMES = {"median_ms_old": "old ms", "median_ms": "new ms", "ratio": "new / old"}
+SLOWER, FASTER, SAME, BROKEN, MISSING = (
+    "slower", "faster", "within the noise", "broken", "not in the new run",
+)  # fmt: skip
+COLUMNS = {
+    SLOWER: TIMES, FASTER: TIMES, BROKEN: {"status": "status"}, MISSING: {},
+}  # fmt: skip
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -69,8 +44,9 @@ def read(path: Path) -> pd.DataFrame:
     return frame
 
 
-def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> Comparison:
-    """
+def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> pd.DataFrame:
+    """What was timed in the old run, with its times in both and a ``verdict``, worst first.
+
     Raises:
         UsageError: nothing in common, or, but for ``across``, other machines.
     """
@@ -82,20 +58,32 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> Compa
             "than the code. --across compares them all the same."
         )
     old, new = (frame.drop_duplicates(KEY, keep="last") for frame in (old, new))
-    both = old.merge(new, on=KEY, suffixes=("_old", "_new"))
-    if both.empty:
+    found = old.merge(new, "left", KEY, suffixes=("_old", ""), indicator="found")
+    if not (found["found"] == "both").any():
         raise UsageError("the files have no measurement in common.")
-    timed = both["status_old"] == OK
-    broken = both[timed & (both["status_new"] != OK)]
-    pairs = both[timed & (both["status_new"] == OK)].copy()
-    pairs["ratio"] = pairs["median_ms_new"] / pairs["median_ms_old"]
-    slower = pairs["p20_ms_new"] > pairs["p80_ms_old"] * (1 + MARGIN)
-    faster = pairs["p80_ms_new"] * (1 + MARGIN) < pairs["p20_ms_old"]
-    gone = old[old["status"] == OK].merge(new[KEY], on=KEY, how="left", indicator=True)
-    return Comparison(
-        slower=pairs[slower].sort_values("ratio", ascending=False),
-        faster=pairs[faster].sort_values("ratio"),
-        broken=broken,
-        missing=gone[gone["_merge"] == "left_only"],
-        same=int((~slower & ~faster).sum()),
-    )
+    found = found[found["status_old"] == OK]
+    slower = found["p20_ms"] > found["p80_ms_old"] * (1 + MARGIN)
+    faster = found["p80_ms"] * (1 + MARGIN) < found["p20_ms_old"]
+    found = found.assign(ratio=found["median_ms"] / found["median_ms_old"], verdict=SAME)
+    found.loc[slower, "verdict"] = SLOWER
+    found.loc[faster, "verdict"] = FASTER
+    found.loc[found["status"] != OK, "verdict"] = BROKEN
+    found.loc[found["found"] == "left_only", "verdict"] = MISSING
+    return found.sort_values("ratio", ascending=False)
+
+
+def regressed(found: pd.DataFrame) -> bool:
+    return bool(found["verdict"].isin([SLOWER, BROKEN]).any())
+
+
+def text(found: pd.DataFrame) -> str:
+    """How many rows have each verdict, and those that are not as before."""
+    order = (SLOWER, FASTER, SAME, BROKEN, MISSING)
+    parts = [", ".join(f"{(found['verdict'] == verdict).sum()} {verdict}" for verdict in order)]
+    for verdict, titles in COLUMNS.items():
+        rows = found[found["verdict"] == verdict]
+        if len(rows):
+            shown = rows[[*SHOWN, *titles]].rename(columns=titles)
+            digits = {"old ms": 3, "new ms": 3, "new / old": 2}
+            parts += [f"{verdict.capitalize()}:", markdown(shown, digits)]
+    return "\n\n".join(parts)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-CARD_FIELDS = (
+GPU_FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
     "power.limit", "temperature.gpu",
 )  # fmt: skip
@@ -23,7 +24,7 @@ SOURCES = ("da_triton", "tests", "bench")  # folders whose Python files decide w
 def environment(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **commit(),
+        "commit": commit(),
         "code": code(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -35,14 +36,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-    if device.type == "cuda":
-        facts |= {"cuda": torch.version.cuda, "card": card()}
-    return facts
+    return facts | ({"cuda": torch.version.cuda, "gpu": gpu()} if device.type == "cuda" else {})
 
 
 def columns(facts: dict[str, Any]) -> dict[str, Any]:
     """The part that goes into every row of a CSV file, so that a row can be read alone."""
-    read = facts.get("card") or {}
+    read = facts.get("gpu") or {}
     return {
         "machine": read.get("name", facts.get("cpu")),
         "driver": read.get("driver_version"),
@@ -51,14 +50,13 @@ def columns(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def card() -> dict[str, str] | None:
+def gpu() -> dict[str, str] | None:
     """Name, driver, clocks in MHz and the like, as ``nvidia-smi`` reads them."""
-    query = f"--query-gpu={','.join(CARD_FIELDS)}"
+    query = f"--query-gpu={','.join(GPU_FIELDS)}"
     text = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
     if text is None:
         return None
-    values = (value.strip() for value in text.splitlines()[0].split(","))
-    return dict(zip(CARD_FIELDS, values, strict=False))
+    return dict(zip(GPU_FIELDS, text.splitlines()[0].split(", "), strict=False))
 
 
 def version(package: str) -> str | None:
@@ -68,24 +66,14 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit(root: Path = ROOT) -> dict[str, Any]:
-    """The commit of a checkout, and whether files differ from it; None where it is unknown.
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of a checkout, with ``-dirty`` where tracked files differ from it.
 
-    A copy without ``.git`` is described by the variable ``DA_TRITON_COMMIT``: a hash, followed by
-    ``-clean`` or ``-dirty`` where that is known.
+    A copy without ``.git`` has the variable ``DA_TRITON_COMMIT``; None where neither is known.
     """
-    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
-    if top is not None and Path(top).resolve() == root.resolve():
-        changes = _run("git", "-C", str(root), "status", "--porcelain")
-        return {
-            "commit": _output("git", "-C", str(root), "rev-parse", "HEAD"),
-            "uncommitted_changes": None if changes is None else bool(changes),
-        }
-    given, _, state = os.environ.get(COMMIT, "").strip().partition("-")
-    return {
-        "commit": given or None,
-        "uncommitted_changes": {"clean": False, "dirty": True}.get(state),
-    }
+    checkout = ("git", f"--git-dir={root / '.git'}", f"--work-tree={root}")
+    described = _output(*checkout, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return described or os.environ.get(COMMIT) or None
 
 
 def code(root: Path = ROOT) -> str | None:
@@ -105,23 +93,15 @@ def code(root: Path = ROOT) -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.M)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it is missing, fails or prints nothing."""
-    return _run(*command) or None
-
-
-def _run(*command: str) -> str | None:
-    """What a command prints, or None where it is missing or fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return ended.stdout.strip() or None

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from . import warm
-from .environment import card, environment
+from .environment import environment, gpu
 from .groups import Spent
 from .isolation import Worker
 from .joined import JoinedReport
 from .measure import Budget, describe
-from .scaling import INTERRUPTED
+from .report import INTERRUPTED
 from .stages import Run, Settings, Stage, facts, share
 from .workloads import Workload
 
@@ -44,7 +44,7 @@ def run_gpu(
         logs = Path(folder)
         report = _report(out, logs)
         report.record(**environment(settings.where.device), **_warm_cache())
-        name = (report.environment.get("card") or {}).get("name", settings.where.device.type)
+        name = (report.environment.get("gpu") or {}).get("name", settings.where.device.type)
         report.title = f"Double attention on {name}, bfloat16"
         number = len([*logs.glob("worker-*.txt")])  # of earlier invocations
         worker = Worker(logs / f"worker-{number}.txt")
@@ -58,7 +58,7 @@ def run_gpu(
         finally:
             worker.close()
             used = round(budget.seconds - budget.left, 1)
-            report.record(card_afterwards=card(), seconds_used=used)
+            report.record(gpu_afterwards=gpu(), seconds_used=used)
             print(report.written())
     return int(failed)
 

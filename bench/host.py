@@ -376,4 +376,4 @@ def shown(frame: pd.DataFrame) -> str:
     wide = wide[[what for what in WHATS if what in wide]]
     layers = frame[frame["what"] == "layer"].set_index(KEYS)
     wide["launches of the layer"] = layers["launches"]
-    return markdown(wide.reset_index(), dict.fromkeys(wide.columns, "{:.0f}"))
+    return markdown(wide.reset_index(), dict.fromkeys(wide.columns, 0))

@@ -26,8 +26,6 @@ LOGS = "logs.tar.gz"
 ROWS = "rows.jsonl"  # in the archive: all that is known of rows, ratios included
 LONGEST_LOG = 4 * 2**20  # bytes of a log that are kept, from its end
 PTXAS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-COMMIT_FACTS = ("commit", "code")
-SAME = ("code", "assembler")  # what two rows share if the same kernels were measured
 
 
 def assembler() -> str:
@@ -59,14 +57,13 @@ class JoinedReport(Report):
 
     def add(self, rows: Sequence[Row]) -> None:
         """Adds rows, with the machine and date of this invocation, and writes everything."""
-        place = {_identity(row): i for i, row in enumerate(self.rows)}
+        known = {_identity(row): row for row in self.rows}
         for row in rows:
             row |= {**columns(self.environment), "assembler": assembler()}
-            i = place.setdefault(_identity(row), len(self.rows))
-            if i == len(self.rows):
-                self.rows.append(row)
-            elif not (cut_short(row) and _timed_alike(self.rows[i], row)):
-                self.rows[i] = row
+            earlier = known.get(_identity(row))
+            if not (earlier and cut_short(row) and _timed_alike(earlier, row)):
+                known[_identity(row)] = row
+        self.rows = [*known.values()]
         self.judge()
         self._save()
 
@@ -85,7 +82,7 @@ class JoinedReport(Report):
         return f"THE SMOKE CHECK DID NOT FINISH ({smoke['verdict']}): raw times only."
 
     def _smoke(self, code: str | None, made_with: str | None) -> dict[str, Any] | None:
-        """What the smoke check found, if it ran on this code."""
+        """The result of the smoke check, if it ran on this code."""
         found = (self.environment.get("smoke") or {}).get(made_with)
         return found if found and found.get("code") == code else None
 
@@ -108,9 +105,9 @@ class JoinedReport(Report):
             )
         self.notes += self.remarks
         stages = self.environment.get("stages") or {}
-        shown = pd.DataFrame([{"stage": name} | x for name, x in stages.items()])
-        spent = shown.drop(columns="result", errors="ignore")
+        spent = pd.DataFrame([{"stage": name} | x for name, x in stages.items()])
         if len(spent):
+            spent = spent.drop(columns="result", errors="ignore")
             self.notes.append(f"Seconds by stage:\n\n{tables.markdown(spent)}")
 
     def _save(self) -> None:
@@ -120,17 +117,13 @@ class JoinedReport(Report):
         replace(self.logs / ROWS, text)
         self.pack()
 
-    def summary(self) -> str:
-        return super().summary() if len(self.timed()) else ""
-
     def pack(self) -> None:
         """The logs as one file, replaced in one step."""
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=5) as archive:
             for path in sorted(self.logs.iterdir()):
                 data = path.read_bytes()
-                if path.suffix == ".txt":
-                    data = data[-LONGEST_LOG:]
+                data = data[-LONGEST_LOG:] if path.suffix == ".txt" else data
                 member = tarfile.TarInfo(path.name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -144,8 +137,8 @@ class JoinedReport(Report):
         except Exception as error:
             (self.logs / "report-error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             self.notes.append(f"Parts of the report failed: {describe(error)}")
-            timed = pd.DataFrame(self.rows)
-            text = "\n\n".join([f"# {self.title}", *self.notes, timed.to_string()])
+            rows = pd.DataFrame(self.rows).to_string()
+            text = "\n\n".join([f"# {self.title}", *self.notes, rows])
             replace(self.out / "report.md", text + "\n")
             return text
         finally:
@@ -154,7 +147,7 @@ class JoinedReport(Report):
 
 def _timed_alike(earlier: Row, row: Row) -> bool:
     """Whether an earlier row is a timing of the kernels that a later one is about."""
-    same = all(earlier.get(name) == row.get(name) for name in SAME)
+    same = all(earlier.get(name) == row.get(name) for name in ("code", "assembler"))
     return earlier["status"] == OK and same
 
 

@@ -21,7 +21,7 @@ GREY = "#555555"
 
 
 def best_of_ours(timed: pd.DataFrame) -> pd.DataFrame:
-    """Of each workload, mode, launch mode and dtype the fastest of our uncompiled rows.
+    """The fastest of our uncompiled rows per workload, mode, launch mode and dtype.
 
     Where ours was only timed compiled, of those. On a GPU ours is Triton, what users get there,
     and not the operations of the ``torch`` backend where these happen to be faster.
@@ -35,46 +35,27 @@ def best_of_ours(timed: pd.DataFrame) -> pd.DataFrame:
 
 
 def bars(timed: pd.DataFrame, title: str) -> Figure:
-    """Ours against eager and against its compilation: a panel for each launch mode and mode."""
-
-    def draw(panel: Any, part: pd.DataFrame) -> None:
-        kinds = [kind for kind in KINDS if part[kind].notna().any()]
-        _grouped(panel, part.set_index("workload")[kinds].rename(columns=KINDS), "{:.2f}")
-        panel.axhline(1.0, color=GREY, linewidth=1, linestyle="--", zorder=0.9)
-        panel.set_ylabel("times as fast")
-
-    title = f"{title}\nours, in its better memory format; above 1 it is faster"
-    return _by_workload(timed, best_of_ours(timed), title, draw)
-
-
-def times(timed: pd.DataFrame, title: str) -> Figure:
-    """Milliseconds of every provider, where ratios must not be shown."""
-
-    def draw(panel: Any, part: pd.DataFrame) -> None:
-        values = part.pivot(index="workload", columns="series", values="median_ms")
-        order = part["series"].dropna().unique()
-        _grouped(panel, values.loc[part["workload"].unique(), order], "{:.3g}")
-        panel.set_yscale("log")
-        panel.set_ylabel("median ms")
-
-    series = timed["provider"] + " " + timed["layout"]
-    return _by_workload(timed, timed.assign(series=series), title, draw)
-
-
-def _by_workload(timed: pd.DataFrame, frame: pd.DataFrame, title: str, draw: Any) -> Figure:
-    """A panel for each dtype, launch mode and mode of ``frame``, with all workloads in order."""
+    """Ours against eager and against its compilation: a panel per dtype, launch mode and mode."""
     sizes = timed.drop_duplicates("workload").set_index("workload")
     names = [f"{w}\n{row.n}×{row.c}\n{row.positions}" for w, row in sizes.iterrows()]
-    panels = list(frame.groupby(["dtype", "launch", "mode"], sort=False))
+    panels = list(best_of_ours(timed).groupby(["dtype", "launch", "mode"], sort=False))
     size = (max(8.0, 3.0 + 0.85 * len(names)), 0.8 + 2.6 * len(panels))
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, size=11)
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    for panel, ((dtype, launch, mode), part) in zip(axes, panels, strict=True):
-        every = pd.DataFrame({"workload": sizes.index}).merge(part, how="left")
-        draw(panel, every)
+    figure.suptitle(f"{title}\nours, in its better memory format; above 1 it is faster", size=11)
+    axes = figure.subplots(max(1, len(panels)), 1, squeeze=False)[:, 0]
+    for panel, ((dtype, launch, mode), part) in zip(axes, panels, strict=False):
+        values = part.set_index("workload")[list(KINDS)].dropna(axis=1, how="all")
+        values = values.astype(float).reindex(sizes.index).rename(columns=KINDS)
+        values.plot.bar(ax=panel, width=0.8, color=COLOURS, xlabel="", ylabel="times as fast")
+        for drawn in panel.containers:
+            labels = ["" if np.isnan(x) else f"{x:.2f}" for x in drawn.datavalues]
+            panel.bar_label(drawn, labels=labels, fontsize=7, padding=1)
+        panel.axhline(1.0, color=GREY, linewidth=1, linestyle="--", zorder=0.9)
+        panel.margins(x=0.01, y=0.15)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         panel.set_title(f"{mode}, {_launches(launch)}, {dtype}", size=10)
-        panel.set_xticks(np.arange(len(names)), names, fontsize=7)
+        panel.set_xticks(np.arange(len(names)), names, fontsize=7, rotation=0)
     return figure
 
 
@@ -82,58 +63,45 @@ def _launches(launch: str) -> str:
     return "CUDA graph" if launch == "graph" else "eager launches"
 
 
-def _grouped(panel: Any, values: pd.DataFrame, form: str) -> None:
-    """Bars side by side, a column each, with their values above."""
-    thickness = 0.8 / max(1, values.shape[1])
-    for index, (name, series) in enumerate(values.astype(float).items()):
-        places = np.arange(len(series)) + (index - (values.shape[1] - 1) / 2) * thickness
-        colour = COLOURS[index % len(COLOURS)]
-        drawn = panel.bar(places, series, thickness, label=name, color=colour)
-        labels = ["" if np.isnan(x) else form.format(x) for x in series]
-        panel.bar_label(drawn, labels=labels, fontsize=7, padding=1)
-    panel.margins(x=0.01, y=0.15)
-    panel.set_xlim(-0.6, len(values) - 0.4)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+def _by_mode(timed: pd.DataFrame, title: str, size: float) -> tuple[Figure, dict[str, Any]]:
+    """A figure with a panel per mode, side by side."""
+    modes = [m for m in MODES if (timed["mode"] == m).any()]
+    figure = Figure(figsize=(size * len(modes) + 0.6, 0.85 * size), layout="constrained")
+    figure.suptitle(title, size=11)
+    axes = figure.subplots(1, len(modes), squeeze=False)[0]
+    return figure, dict(zip(modes, axes, strict=True))
 
 
 def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
-    """Operations a second against operations a byte, of ours and of the fastest eager row.
+    """Operations per second against operations per byte, of ours and of the fastest eager row.
 
-    Both have the same useful operations and compulsory bytes, so they stand above each other.
+    Both have the same useful operations and compulsory bytes, so one is above the other.
     """
-    dtypes, modes = list(timed["dtype"].unique()), [m for m in MODES if (timed["mode"] == m).any()]
-    dtype = dtypes[0]  # the one that the matrix rate was measured in
+    dtype = timed["dtype"].iloc[0]  # the one that the matrix rate was measured in
+    timed = timed[timed["dtype"] == dtype].assign(reuse=1e3 * timed["tflop_s"] / timed["gb_s"])
     numbers = {name: str(n + 1) for n, name in enumerate(timed["workload"].unique())}
-    figure = Figure(figsize=(6.2 * len(modes) + 1.6, 5.4), layout="constrained")
-    figure.suptitle(f"{title}: roofline, {dtype}", size=11)
-    for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        part = timed.query("mode == @mode and dtype == @dtype")
-        part = part[part["launch"] == part["launch"].iloc[0]]
-        ours = best_of_ours(part).set_index("workload")
+    figure, panels = _by_mode(timed, f"{title}: roofline, {dtype}", 6.2)
+    for mode, panel in panels.items():
+        part = timed[timed["mode"] == mode]
+        launch = part["launch"].iloc[0]
+        part = part[part["launch"] == launch]
         eager = part[part["baseline"].astype(bool)].sort_values("median_ms")
         eager = eager.drop_duplicates("workload").set_index("workload")
+        ours = best_of_ours(part).set_index("workload")
         _roof(panel, part, ceilings)
-        for marker, frame, colour, label in (
-            ("o", eager, COLOURS[1], "eager, better memory format"),
-            ("^", ours, COLOURS[0], "ours, better memory format"),
-        ):
-            reuse = 1e3 * frame["tflop_s"] / frame["gb_s"]
-            panel.plot(reuse, frame["tflop_s"], marker, color=colour, label=label, zorder=3)
-        for name, row in ours.iterrows():
-            reuse = 1e3 * row["tflop_s"] / row["gb_s"]
+        for frame, look, colour, name in (
+            (eager, "o", COLOURS[1], "eager"), (ours, "^", COLOURS[0], "ours"),
+        ):  # fmt: skip
+            label = f"{name}, better memory format"
+            panel.plot(frame["reuse"], frame["tflop_s"], look, color=colour, label=label, zorder=3)
+        for name, row in ours.join(eager["tflop_s"].rename("eager")).iterrows():
             panel.annotate(
-                numbers[name], (reuse, row["tflop_s"]), (0, 6), textcoords="offset points",
-                fontsize=7, color=GREY, ha="center",
+                numbers[name], (row["reuse"], row["tflop_s"]), (0, 6), fontsize=7, color=GREY,
+                textcoords="offset points", ha="center",
             )  # fmt: skip
-            if name in eager.index:
-                ends = [eager["tflop_s"][name], row["tflop_s"]]
-                panel.plot([reuse, reuse], ends, color=GREY, linewidth=0.7)
-        rates = [*part["tflop_s"], ceilings.matrix_rate / 1e12]
-        panel.set_ylim(0.4 * min(rates), 2.5 * max(rates))
-        panel.set_title(f"{mode}, {_launches(part['launch'].iloc[0])}", size=10)
-        panel.set_xlabel("useful operations a compulsory byte")
-        panel.set_ylabel("useful TFLOP/s")
+            ends = row[["eager", "tflop_s"]].astype(float)
+            panel.plot([row["reuse"]] * 2, ends, color=GREY, linewidth=0.7)
+        panel.set_title(f"{mode}, {_launches(launch)}", size=10)
         panel.legend(fontsize=8, loc="lower right", frameon=False)
     listed = "\n".join(f"{number}  {name}" for name, number in numbers.items())
     panel.text(1.02, 1.0, listed, transform=panel.transAxes, fontsize=8, va="top", color=GREY)
@@ -141,44 +109,39 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
 
 
 def _roof(panel: Any, part: pd.DataFrame, ceilings: Ceilings) -> None:
-    reuse = 1e3 * part["tflop_s"] / part["gb_s"]
-    x = np.geomspace(0.5 * reuse.min(), 2 * reuse.max(), 100)
-    panel.loglog(x, x * ceilings.bandwidth / 1e12, "--", color=GREY, linewidth=1)
-    panel.axhline(ceilings.matrix_rate / 1e12, linestyle="--", color=GREY, linewidth=1)
-    panel.text(
-        x[0], ceilings.matrix_rate / 1e12, f" {ceilings.matrix_rate / 1e12:.3g} TFLOP/s measured",
-        fontsize=7, va="bottom", color=GREY,
-    )  # fmt: skip
-    middle = x[len(x) // 3]
+    x = np.geomspace(0.5 * part["reuse"].min(), 2 * part["reuse"].max(), 100)
+    slope, top = ceilings.bandwidth / 1e12, ceilings.matrix_rate / 1e12
+    text: dict[str, Any] = {"fontsize": 7, "color": GREY}
+    panel.loglog(x, x * slope, "--", color=GREY, linewidth=1)
+    panel.axhline(top, linestyle="--", color=GREY, linewidth=1)
+    panel.text(x[0], top, f" {top:.3g} TFLOP/s measured", va="bottom", **text)
     panel.annotate(
-        f"{ceilings.bandwidth / 1e9:.3g} GB/s measured",
-        (middle, middle * ceilings.bandwidth / 1e12), (4, -10), textcoords="offset points",
-        fontsize=7, color=GREY,
+        f"{1e3 * slope:.3g} GB/s measured", (x[33], x[33] * slope), (4, -10),
+        textcoords="offset points", **text,
     )  # fmt: skip
+    panel.set_ylim(0.4 * min(part["tflop_s"].min(), top), 2.5 * max(part["tflop_s"].max(), top))
+    panel.set_xlabel("useful operations per compulsory byte")
+    panel.set_ylabel("useful TFLOP/s")
 
 
 def scaling(timed: pd.DataFrame, axis: str, title: str) -> Figure:
     """Time against a size on log axes, with a line of slope one through the last point of ours."""
-    modes = [m for m in MODES if (timed["mode"] == m).any()]
-    figure = Figure(figsize=(5.6 * len(modes), 4.6), layout="constrained")
-    figure.suptitle(title, size=11)
-    for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        part = timed[timed["mode"] == mode]
+    figure, panels = _by_mode(timed, title, 5.6)
+    for mode, panel in panels.items():
+        part = timed[timed["mode"] == mode].sort_values("size", kind="stable")
         series = part["provider"] + " " + part["layout"] + ", " + part["launch"]
         series = series.str.replace(" nchw", "").str.replace(", eager", "")
-        for index, name in enumerate(series.unique()):
-            one = part[series == name].sort_values("size")
+        for index, (name, one) in enumerate(part.groupby(series, sort=False)):
             colour = COLOURS[index % len(COLOURS)]
             panel.plot(one["size"], one["median_ms"], "o-", markersize=4, color=colour, label=name)
             panel.fill_between(one["size"], one["p20_ms"], one["p80_ms"], color=colour, alpha=0.2)
-        last = part[part["provider"].isin(OURS)].sort_values("size")
+        last = part[part["provider"].isin(OURS)]
         if len(last):
             size, ms = last["size"].to_numpy(), last["median_ms"].to_numpy()
             panel.plot(size, ms[-1] * size / size[-1], ":", color=GREY, label="linear", zorder=0.9)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xlabel(axis)
-        panel.set_ylabel("median ms")
+        panel.set(xlabel=axis, ylabel="median ms")
         panel.set_title(mode, size=10)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, frameon=False)

@@ -1,12 +1,13 @@
-"""What a run leaves behind: ``results.csv``, ``environment.json``, pictures and ``report.md``.
+"""What a run leaves behind: ``results.csv``, ``environment.json``, plots and ``report.md``.
 
 The CSV and the environment are rewritten whenever something is added, so that a run that is cut
 short leaves what it measured.
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,28 @@ PARTIAL = ".part"  # ends the name of a file while it is written
 INTERRUPTED = "Interrupted: these are the measurements until then."
 
 
+@dataclasses.dataclass
 class Report:
     """Rows, notes and environment of one run, in one folder.
 
+    ``with_ratios`` is False where results were not checked: then there are raw times only.
     ``status`` is the exit status of the command that measures.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        title: str,
-        metrics: Sequence[str] = tables.DEFAULT_METRICS,
-        csv: bool = True,
-        png: bool = True,
-    ) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out = out
-        self.title = title
-        self.metrics = metrics
-        self.csv, self.png = csv, png
-        self.notes: list[str] = []
-        self.rows: list[Row] = []
-        self.with_ratios = True
-        self.status = 0
-        self.ceilings: Ceilings | None = None
-        self.environment: dict[str, Any] = {}
+    out: Path
+    title: str
+    metrics: Sequence[str] = tables.DEFAULT_METRICS
+    csv: bool = True
+    png: bool = True
+    notes: list[str] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ceilings: Ceilings | None = None
+    with_ratios: bool = True
+    status: int = 0
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def ending_early(self) -> Iterator[None]:
@@ -115,50 +113,60 @@ class Report:
     def finish(self, *, short: bool) -> str:
         """Writes report and plots; returns what to print, ``short`` without a line per timing."""
         timed = self.timed()
-        pictures = self._pictures(tables.merged(timed))
-        head = "\n".join([self.title, *self.notes])
-        ending = [
-            tables.untimed(self.frame()), self.summary(), tables.unused_kernels(timed),
-            tables.noise(timed),
-        ]  # fmt: skip
-        everything = [head, self.table(), *ending]
-        replace(self.out / "report.md", page(self, timed, pictures))
-        shown = [head, *ending] if short else everything
-        return "\n\n".join(filter(None, [*shown, f"Written to {self.out}."]))
+        ratios = tables.ratios(timed) if self.shows_ratios else ""
+        found = {
+            "Ratios": ratios, "Not timed": tables.untimed(self.frame()),
+            "Warnings": tables.warnings(timed),
+        }  # fmt: skip
+        everything = found | {
+            "Model against measurement": tables.model(timed),
+            "Measurements": self.table(tables.METRICS),
+            "Environment": self._facts(),
+        }
+        head = [f"# {self.title}", *self.notes]
+        replace(
+            self.out / "report.md",
+            _page([*head, *self._plots(tables.merged(timed))], everything) + "\n",
+        )
+        if "ratio" not in self.metrics:
+            del found["Ratios"]
+        if not short or not self.shows_ratios:
+            found["Measurements"] = self.table(self.metrics)
+        return _page(head, found) + f"\n\nWritten to {self.out}."
 
-    def _pictures(self, timed: pd.DataFrame) -> list[tuple[str, str]]:
-        """``(file, caption)`` of those that there is something to draw for."""
-        if not self.png or timed.empty:
+    def _plots(self, timed: pd.DataFrame) -> list[str]:
+        """Captions, with the files, of those that there is something to draw for."""
+        if not (self.png and self.shows_ratios and len(timed)):
             return []
-        if not self.shows_ratios:
-            drawn = [("bars.png", "Milliseconds, by workload", plots.times(timed, self.title))]
-        else:
-            drawn = [("bars.png", "Times as fast, by workload", plots.bars(timed, self.title))]
-        if self.ceilings and self.shows_ratios:
+        drawn = {"bars.png": ("Times as fast, by workload", plots.bars(timed, self.title))}
+        if self.ceilings:
             figure = plots.roofline(timed, self.ceilings, self.title)
-            drawn.append(("roofline.png", "Roofline: operations a second, against reuse", figure))
-        for name, _, figure in drawn:
+            drawn["roofline.png"] = ("Roofline: operations per second, against reuse", figure)
+        for name, (_, figure) in drawn.items():
             figure.savefig(self.out / name, dpi=120)
-        return [(name, caption) for name, caption, _ in drawn]
+        return [f"![{caption}]({name})" for name, (caption, _) in drawn.items()]
 
-    def table(self) -> str:
-        """A line for each timing."""
-        shown, formats = tables.shown(self.timed(), self._metrics())
-        return shown.to_string(index=False, formatters=formats, na_rep="")
+    def table(self, metrics: Iterable[str]) -> str:
+        """A line per timing; empty without any."""
+        wanted = [m for m in metrics if self.shows_ratios or m not in ("ratio", "floor")]
+        return tables.measurements(self.timed(), wanted)
 
-    def _metrics(self) -> list[str]:
-        return [m for m in self.metrics if self.shows_ratios or m not in ("ratio", "floor")]
+    def _facts(self) -> str:
+        gpu = self.environment.get("gpu") or {}
+        facts = {k: v for k, v in self.environment.items() if not isinstance(v, dict)} | gpu
+        shown = [(name, value) for name, value in facts.items() if value is not None]
+        return tables.markdown(pd.DataFrame(shown, columns=["fact", "value"], dtype=object))
 
-    def summary(self) -> str:
-        """Ratios over all workloads, or without ratios the raw times."""
-        return tables.ratios(self.timed()) if self.shows_ratios else self.table()
+
+def _page(head: Sequence[str], sections: Mapping[str, str]) -> str:
+    """Markdown; sections without a text are left out."""
+    return "\n\n".join([*head, *(f"## {k}\n\n{text}" for k, text in sections.items() if text)])
 
 
 def started(out: Path, device: torch.device, **options: Any) -> Report:
     """A report with the machine's environment and what it has to warn of."""
     facts = environment(device)
-    name = (facts.get("card") or {}).get("name", facts["cpu"])
-    report = Report(out, f"Double attention on {name}", **options)
+    report = Report(out, f"Double attention on {columns(facts)['machine']}", **options)
     report.record(**facts)
     if device.type == "cpu" and (facts["load"] or 0) > facts["cpus"] / 2:
         report.notes.append(
@@ -166,46 +174,6 @@ def started(out: Path, device: torch.device, **options: Any) -> Report:
             "run: expect noise and bias."
         )
     return report
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-
-def page(report: Report, timed: pd.DataFrame, pictures: Sequence[tuple[str, str]]) -> str:
-    """All of a run in Markdown."""
-    facts = [
-        (name, value)
-        for name, value in report.environment.items()
-        if value is not None and not isinstance(value, dict)
-    ]
-    card = report.environment.get("card") or {}
-    parts = [f"# {report.title}", *report.notes]
-    parts += [f"![{caption}]({name})" for name, caption in pictures]
-    found = tables.means(timed)
-    if report.shows_ratios and len(found):
-        parts.append("## Ratios")
-        for ratio, meaning in tables.RATIOS.items():
-            part = found[found["against"] == ratio].drop(columns="against")
-            if len(part):
-                parts.append(f"Times as fast as {meaning}, same launch mode:")
-                part = part.rename(columns={"mean": "geometric mean", "worst_workload": "on"})
-                parts.append(tables.markdown(part, {"geometric mean": "{:.2f}", "worst": "{:.2f}"}))
-        parts += filter(None, [tables.failed_references(timed)])
-    modelled = tables.against_model(tables.merged(timed))
-    if len(modelled):
-        parts += ["## Model against measurement", tables.MODEL_NOTE]
-        digits = {"modelled us": "{:.1f}", "measured us": "{:.1f}", "measured / modelled": "{:.2f}"}
-        parts.append(tables.markdown(modelled, digits))
-    missing = [
-        tables.untimed(report.frame()), tables.unused_kernels(timed), tables.noise(timed),
-    ]  # fmt: skip
-    parts += [f"```\n{text}\n```" for text in missing if text]
-    metrics = [m for m in tables.METRICS if report.shows_ratios or m not in ("ratio", "floor")]
-    shown, formats = tables.shown(timed, metrics)
-    parts += ["## Measurements", tables.markdown(shown, formats)]
-    record = pd.DataFrame([*facts, *card.items()], columns=["fact", "value"])
-    parts += ["## Environment", tables.markdown(record)]
-    return "\n\n".join(parts) + "\n"
 
 
 def replace(path: Path, content: str | bytes) -> None:

@@ -1,12 +1,13 @@
-"""How cost grows with one size: positions, batch, channels or maps; the others as in ``BASE``.
+"""How cost grows with one size: positions, batch, channels or descriptors; the others as in
+``BASE``.
 
 Our time against positions is fitted with ``a + b·L``, weighted so that short inputs count as much
 as long ones.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,6 @@ from . import plots
 from .measure import OK, Row
 from .providers import OURS, Provider
 from .report import COLUMNS, Report, replace
-from .report import INTERRUPTED as INTERRUPTED
 from .workloads import Workload
 
 BASE = Workload("scaling", 1, 128, (2**12,), 64, 64)
@@ -25,58 +25,46 @@ AXES = {
     "C": [16, 32, 64, 128, 256, 512, 1024, 2048],
     "c_n": [8, 16, 32, 64, 128, 256, 512],
 }
-TITLES = {"L": "positions", "N": "samples", "C": "channels", "c_n": "maps"}
-
-
-class Measures(Protocol):
-    """A ``Bench``, or what measures in another process."""
-
-    def run(
-        self,
-        workloads: Sequence[Workload],
-        sweeps: Sequence[Sequence[Provider]],
-        add: Callable[[list[Row]], None],
-        modes: Sequence[str],
-    ) -> None: ...
+TITLES = {"L": "positions", "N": "samples", "C": "channels", "c_n": "descriptors"}
 
 
 def workload(axis: str, size: int) -> Workload:
-    name = f"scaling {axis}={size}"
+    changes: dict[str, Any] = {"positions": (64, 64)}
     if axis == "L":
         side = 2 ** (size.bit_length() // 2)
-        positions = (size // side, side) if size % side == 0 else (size,)
-        return dataclasses.replace(BASE, name=name, positions=positions)
-    changes: dict[str, Any] = {
-        "N": {"n": size, "cpu_n": size},
-        "C": {"c": size},
-        "c_n": {"c_n": size},
-    }[axis]
-    return dataclasses.replace(BASE, name=name, positions=(64, 64), **changes)
+        changes["positions"] = (size // side, side) if size % side == 0 else (size,)
+    elif axis == "N":
+        changes |= {"n": size, "cpu_n": size}
+    else:
+        changes[axis.lower()] = size
+    return dataclasses.replace(BASE, name=f"scaling {axis}={size}", **changes)
 
 
 def run(
-    bench: Measures,
+    bench: Any,
     axis: str,
     sizes: Sequence[int],
     sweeps: Sequence[Sequence[Provider]],
     modes: Sequence[str],
     report: Report,
 ) -> str:
-    """Measures, writes ``scaling.csv`` and ``scaling.png``, and returns what to print."""
+    """Measures, writes ``scaling.csv`` and ``scaling.png``, and returns what to print.
+
+    ``bench`` has the ``run`` of a ``measure.Bench``; it may measure in another process.
+    """
 
     def add(rows: list[Row]) -> None:
         report.rows += rows
         replace(report.out / "scaling.csv", frame(report, axis).to_csv(index=False))
 
-    workloads = [workload(axis, size) for size in sizes]
     with report.ending_early():
-        bench.run(workloads, sweeps, add, modes)
+        bench.run([workload(axis, size) for size in sizes], sweeps, add, modes)
     found = frame(report, axis)
     timed = found[found["status"] == OK]
     if len(timed):
         title = f"{report.title}: time against {TITLES[axis]}"
         plots.scaling(timed, TITLES[axis], title).savefig(report.out / "scaling.png", dpi=120)
-    lines = [report.title, *report.notes, report.table()]
+    lines = [report.title, *report.notes, report.table(report.metrics)]
     lines += [fitted(timed)] if axis == "L" else []
     return "\n\n".join(filter(None, [*lines, f"Written to {report.out}."]))
 
@@ -84,15 +72,12 @@ def run(
 def frame(report: Report, axis: str) -> pd.DataFrame:
     found = report.frame()
     sizes = found["workload"].str.rpartition("=")[2].astype(int)
-    found.insert(0, "axis", axis)
-    found.insert(1, "size", sizes)
-    return found[["axis", "size", *COLUMNS]]
+    return found.assign(axis=axis, size=sizes)[["axis", "size", *COLUMNS]]
 
 
 def fit(length: np.ndarray, ms: np.ndarray) -> tuple[float, float]:
-    """``(a in microseconds, b in nanoseconds a position)`` of the least relative squares."""
-    rows = np.stack([np.ones_like(ms), length], 1) / ms[:, None]
-    a, b = np.linalg.lstsq(rows, np.ones_like(ms), rcond=None)[0]
+    """``(a in microseconds, b in nanoseconds per position)`` of the least relative squares."""
+    b, a = np.polyfit(length, ms, 1, w=1 / ms)
     return 1e3 * a, 1e6 * b
 
 
@@ -103,12 +88,9 @@ def fitted(timed: pd.DataFrame) -> str:
     for key, part in ours.groupby(["provider", "layout", "launch", "mode"], sort=False):
         if len(part) < 3:
             continue
-        length = part["size"].to_numpy(float)
-        a, b = fit(length, part["median_ms"].to_numpy(float))
+        a, b = fit(part["size"].to_numpy(float), part["median_ms"].to_numpy(float))
         each = part["median_ms"] / part["size"]
-        long = each[part["size"] >= 2**19]
-        tail = f", from 2^19 on within {long.max() / each.min() - 1:.0%} of its best" * (
-            len(long) > 0
-        )
-        lines.append(f"  {' '.join(key)}: {a:.1f} µs + {b:.3f} ns a position{tail}")
+        long = each[part["size"] >= 2**19].max() / each.min() - 1
+        tail = "" if np.isnan(long) else f", from 2^19 on within {long:.0%} of its best"
+        lines.append(f"  {' '.join(key)}: {a:.1f} µs + {b:.3f} ns per position{tail}")
     return "\n".join(["Time against positions:", *lines]) if lines else ""

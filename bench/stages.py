@@ -23,13 +23,13 @@ from . import networks, providers, scaling, suite
 from .first_call import seconds
 from .groups import Spent, Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
-from .joined import COMMIT_FACTS, PTXAS, JoinedReport, assembler
+from .joined import PTXAS, JoinedReport, assembler
 from .measure import OK, Budget, Effort, describe
 from .networks import Network
 from .observe import CudaTimer
 from .problems import FORWARD, STEP
 from .providers import EAGER, GRAPH, NCHW, Provider
-from .report import Report
+from .report import INTERRUPTED, Report
 from .workloads import Workload
 
 EFFORT = Effort(warm_up=6, rounds_min=20, rounds_max=1000, seconds=1.3)
@@ -160,7 +160,7 @@ def tests(run: Run, budget: Budget) -> str:
     environment = {"COLUMNS": "200", **suite.ENVIRONMENT}  # pytest cuts its lines at them
     ended = isolated(command, budget.left, run.logs / "tests.txt", environment, grace)
     outcome = outcome_of(ended)
-    commit = {name: run.report.environment.get(name) for name in COMMIT_FACTS}
+    commit = {name: run.report.environment.get(name) for name in ("commit", "code")}
     run.report.record(tests=outcome, tested=commit)
     failing = re.findall(r"^(?:FAILED|ERROR) .*", ended.output, re.MULTILINE)
     more = [f"and {len(failing) - 20} more, in tests.txt"] * (len(failing) > 20)
@@ -330,7 +330,7 @@ def cost_against_positions(run: Run, budget: Budget) -> str:
         scaling.run(sweeper, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
     finally:
         run.finished(sweeper)
-    if scaling.INTERRUPTED in beside.notes:
+    if INTERRUPTED in beside.notes:
         raise KeyboardInterrupt
     return _counted(beside.rows).replace("\n", ", ")
 

@@ -1,7 +1,7 @@
 """Tables of measurements: columns of a metric, means of ratios, what was not timed, Markdown."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ RATIOS = {
     ),
     "ratio_to_rivals": "the fastest of all other implementations",
 }
+SERIES = ["dtype", "launch", "mode", "provider", "layout"]  # what a mean is over the workloads of
 NOISY = 1.5
 UNUSED, MARK = "kernels_not_used", " *"  # the column, and the mark of rows that have it
 MODEL_NOTE = (
@@ -53,30 +54,34 @@ MODEL_NOTE = (
 )
 
 
-def shown(timed: pd.DataFrame, metrics: Iterable[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Columns of some metrics that have a value, under their titles, and how to print them."""
-    wanted = {k: v for m in metrics for k, v in METRICS[m].items() if timed[k].notna().any()}
-    several = {k: v for k, v in SHOWN.items() if k != "dtype" or timed[k].nunique() > 1}
-    if timed["dtype"].nunique() > 1:
-        several |= {"dtype": "dtype"}
-    found = marked(timed)[[*several, *wanted]].rename(
-        columns=several | {k: title for k, (title, _) in wanted.items()}
+def markdown(frame: pd.DataFrame, digits: Mapping[str, int] = MappingProxyType({})) -> str:
+    """A table in Markdown, empty without rows; ``digits``: of columns of floats."""
+    if frame.empty:
+        return ""
+    forms = [f".{digits[name]}f" if name in digits else "g" for name in frame]
+    texts = [i for i, x in enumerate(frame.dtypes) if not pd.api.types.is_numeric_dtype(x)]
+    cells = frame.astype(object).replace(r"\|", r"\\|", regex=True)
+    return cells.where(frame.notna(), None).to_markdown(
+        index=False, floatfmt=forms, missingval="", disable_numparse=texts
     )
-    formats = {title: f"{{:.{digits}f}}".format for title, digits in wanted.values()}
-    return found, formats
+
+
+def measurements(timed: pd.DataFrame, metrics: Iterable[str]) -> str:
+    """A line per timing, with those columns of some metrics that have a value."""
+    wanted = {k: v for m in metrics for k, v in METRICS[m].items() if timed[k].notna().any()}
+    facts = SHOWN | ({"dtype": "dtype"} if timed["dtype"].nunique() > 1 else {})
+    titles = facts | {name: title for name, (title, _) in wanted.items()}
+    replaced = timed[UNUSED].notna()
+    shown = timed.assign(provider=timed["provider"].mask(replaced, timed["provider"] + MARK))
+    return markdown(shown[[*titles]].rename(columns=titles), dict(wanted.values()))
 
 
 def untimed(frame: pd.DataFrame) -> str:
     """What was not timed, and why, with the number of rows that share a reason."""
     others = frame[frame["status"] != OK]
-    if others.empty:
-        return ""
-    counts = others.groupby(["provider", "launch", "status"], sort=False)["workload"]
-    lines = [
-        f"  {provider} ({launch} launch), {len(names)}x, first {names.iloc[0]}: {status}"
-        for (provider, launch, status), names in counts
-    ]
-    return "\n".join(["Not timed:", *lines])
+    keys = ["provider", "launch", "status"]
+    counts = others.groupby(keys, sort=False)["workload"].agg(rows="size", first="first")
+    return markdown(counts.reset_index())
 
 
 def merged(timed: pd.DataFrame) -> pd.DataFrame:
@@ -84,132 +89,95 @@ def merged(timed: pd.DataFrame) -> pd.DataFrame:
 
     Every group times eager and da_triton again, next to what it compares them with.
     """
-    keys = ["workload", "dtype", "mode", "layout", "launch", "provider"]
-    kept = dict.fromkeys(timed.columns.intersection(list(RATIOS)), "min")
-    kept |= {UNUSED: "first"} if UNUSED in timed else {}
+    keys = ["workload", *SERIES]
+    kept = dict.fromkeys(RATIOS, "min") | {UNUSED: "first"}
     found = timed.drop_duplicates(keys)
-    if not kept:
-        return found
     return found.assign(**timed.groupby(keys, sort=False).agg(kept).set_index(found.index))
 
 
-def marked(timed: pd.DataFrame) -> pd.DataFrame:
-    """The timings with a mark after providers some kernels of which were not used."""
-    if UNUSED not in timed:
-        return timed
-    marks = timed[UNUSED].notna().map({True: MARK, False: ""})
-    return timed.assign(provider=timed["provider"] + marks)
-
-
-def unused_kernels(timed: pd.DataFrame) -> str:
-    """What the mark means; empty if nothing is marked."""
-    if UNUSED not in timed or timed[UNUSED].isna().all():
-        return ""
-    names = sorted({name for text in timed[UNUSED].dropna() for name in text.split(", ")})
-    return (
-        f"{MARK.strip()} measured in a process where PyTorch operations replaced kernels that gave "
-        f"wrong results on first use: {', '.join(names)}."
-    )
-
-
 def means(timed: pd.DataFrame) -> pd.DataFrame:
-    """A row for each ratio and provider of ours: geometric mean, worst case, what loses."""
-    timed = merged(timed)
-    ours = timed[timed["provider"].isin(OURS)]
-    found = []
-    for ratio in timed.columns.intersection(list(RATIOS)):
-        keys = ["dtype", "launch", "mode", "provider", "layout"]
-        for key, group in ours.dropna(subset=ratio).groupby(keys, sort=False):
-            replaced = UNUSED in group and group[UNUSED].notna().any()
-            values = group.set_index("workload")[ratio].astype(float)
-            losing = values[values < 1].sort_values()
-            found.append(
-                dict(zip(keys, key, strict=True))
-                | {"provider": key[3] + MARK if replaced else key[3]}
-                | {
-                    "against": ratio,
-                    "mean": float(np.exp(np.log(values).mean())),
-                    "worst": values.min(),
-                    "worst_workload": values.idxmin(),
-                    "timed": len(values),
-                    "slower_on": ", ".join(f"{name} {x:.2f}" for name, x in losing.items()),
-                }
-            )
-    return pd.DataFrame(found)
+    """A row per ratio and series of ours: geometric mean, worst case, where ours is slower."""
+    ours = merged(timed[timed["provider"].isin(OURS)])
+    replaced = ours.groupby(SERIES)[UNUSED].transform("count") > 0
+    ours["provider"] = ours["provider"].mask(replaced, ours["provider"] + MARK)
+    keys = ["against", *SERIES]
+    each = ours.melt(["workload", *SERIES], list(RATIOS), "against", "ratio")
+    each = each.dropna(subset="ratio").astype({"ratio": float})
+    slower = each[each["ratio"] < 1].sort_values("ratio")
+    slower["slower on"] = slower["workload"] + slower["ratio"].map(" {:.2f}".format)
+    groups = each.groupby(keys, sort=False)
+    found = np.exp(np.log(each["ratio"]).groupby([each[k] for k in keys], sort=False).mean())
+    return pd.DataFrame({
+        "geometric mean": found,
+        "worst": groups["ratio"].min(),
+        "on": each.loc[groups["ratio"].idxmin()].set_index(keys)["workload"],
+        "timed": groups.size(),
+        "slower on": slower.groupby(keys)["slower on"].agg(", ".join),
+    }).reindex(found.index).reset_index()  # fmt: skip
 
 
 def ratios(timed: pd.DataFrame) -> str:
-    """Geometric mean, worst, and the workloads that lose, in text."""
-    lines = []
+    """The means, what each ratio is against, and the references that failed; empty without any."""
     found = means(timed)
-    for ratio, meaning in RATIOS.items():
-        part = found[found["against"] == ratio] if len(found) else found
-        if part.empty:
-            continue
-        lines.append(f"Times as fast as {meaning}, same launch mode:")
-        for row in part.itertuples():
-            lines.append(
-                f"  {row.launch:5}  {row.mode:16}  {row.provider + ' ' + row.layout:28}  "
-                f"geometric mean {row.mean:.2f}, worst {row.worst:.2f} ({row.worst_workload}), "
-                f"{row.timed} timed"
-            )
-            if row.slower_on:
-                lines.append(f"         slower on {row.slower_on}")
-    return "\n".join(filter(None, [*lines, failed_references(timed)]))
+    if found.empty:
+        return ""
+    titles = {name: title for name, (title, _) in METRICS["ratio"].items()}
+    meant = [f"* {titles[name]}: {RATIOS[name]}" for name in found["against"].unique()]
+    table = markdown(found.replace({"against": titles}), {"geometric mean": 2, "worst": 2})
+    said = "Times as fast as these, in the same launch mode:\n\n" + "\n".join(meant)
+    return "\n\n".join(filter(None, [said, table, failed_references(timed)]))
 
 
 def failed_references(timed: pd.DataFrame) -> str:
     """What failed of those that ratios refer to, with its workloads."""
-    found: dict[str, dict[str, None]] = {}
-    for row in timed.dropna(subset="failed_references").to_dict("records"):
-        for name in row["failed_references"].split(", "):
-            found.setdefault(name, {})[row["workload"]] = None
-    parts = [f"{name} on {', '.join(workloads)}" for name, workloads in found.items()]
+    failed = timed.dropna(subset="failed_references")[["failed_references", "workload"]]
+    each = failed.assign(failed_references=failed["failed_references"].map(lambda x: x.split(", ")))
+    groups = each.explode("failed_references").groupby("failed_references", sort=False)["workload"]
+    parts = [f"{name} on {', '.join(found.unique())}" for name, found in groups]
     return f"The ratios do not consider what failed: {'; '.join(parts)}." if parts else ""
 
 
-def noise(timed: pd.DataFrame) -> str:
-    """A warning where timings vary too much for a ratio to mean anything."""
-    noisy = (timed["p80_ms"] > NOISY * timed["p20_ms"]).sum()
-    text = f"{noisy} of {len(timed)} timings vary: 80th percentile over {NOISY} times the 20th."
-    return f"{text} Their ratios mean little." if noisy else ""
+def warnings(timed: pd.DataFrame) -> str:
+    """What to know of the timings: kernels that were not used, and noise."""
+    found = []
+    if names := sorted({name for text in timed[UNUSED].dropna() for name in text.split(", ")}):
+        found.append(
+            f"{MARK.strip()} measured in a process where PyTorch operations replaced kernels that "
+            f"gave wrong results on first use: {', '.join(names)}."
+        )
+    if noisy := (timed["p80_ms"] > NOISY * timed["p20_ms"]).sum():
+        found.append(
+            f"{noisy} of {len(timed)} timings vary: 80th percentile over {NOISY} times the 20th. "
+            "Their ratios mean little."
+        )
+    return "\n\n".join(found)
 
 
 def against_model(timed: pd.DataFrame) -> pd.DataFrame:
-    """What the planner's model says of a route beside what was measured of it on a GPU."""
+    """The planner's modelled time of a route beside the time measured on a GPU."""
     rows = []
     ours = timed[(timed["provider"] == "triton") & (timed["device"] == "cuda")]
-    ours = ours.dropna(subset="c_m").astype({"c_m": int, "c_n": int, "heads": int})  # no networks
-    for row in ours.to_dict("records"):
+    for row in ours.dropna(subset="c_m").to_dict("records"):  # no networks
         shape = (row["n"], row["c"], *map(int, row["positions"].split("x")))
-        form = torch.contiguous_format
-        if row["layout"] == CHANNELS_LAST:
-            form = torch.channels_last
+        last = row["layout"] == CHANNELS_LAST
         plan = da_triton.plan(
-            shape, row["c_m"], row["c_n"], heads=row["heads"], dtype=getattr(torch, row["dtype"]),
-            memory_format=form,
+            shape, int(row["c_m"]), int(row["c_n"]), heads=int(row["heads"]),
+            dtype=getattr(torch, row["dtype"]),
+            memory_format=torch.channels_last if last else torch.contiguous_format,
         )  # fmt: skip
-        backward = plan.chosen.backward_seconds
-        forward = 0.0 if row["mode"] == BACKWARD else plan.chosen.seconds
-        modelled = 1e6 * (forward + (0.0 if row["mode"] == FORWARD else backward))
+        passes = {FORWARD: plan.chosen.seconds, BACKWARD: plan.chosen.backward_seconds}
+        modelled = 1e6 * passes.get(row["mode"], sum(passes.values()))
         measured = 1e3 * row["median_ms"]
-        names = ("workload", "mode", "layout", "launch")
-        rows.append(
-            {k: row[k] for k in names}
-            | {"route": str(plan.route), "modelled us": modelled, "measured us": measured}
-            | {"measured / modelled": measured / modelled}
-        )
+        rows.append({
+            **{k: row[k] for k in ("workload", "mode", "layout", "launch")},
+            "route": str(plan.route), "modelled us": modelled, "measured us": measured,
+            "measured / modelled": measured / modelled,
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def markdown(frame: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
-    """A table in Markdown; ``formats``: of some columns, functions or format strings."""
-
-    def cells(column: pd.Series) -> list[str]:
-        form = (formats or {}).get(str(column.name), str)
-        text = form.format if isinstance(form, str) else form
-        return ["" if pd.isna(x) else text(x).replace("|", "\\|") for x in column]
-
-    shown = pd.DataFrame({name: cells(frame[name]) for name in frame.columns})
-    align = ["right" if pd.api.types.is_numeric_dtype(x) else "left" for x in frame.dtypes]
-    return shown.to_markdown(index=False, colalign=align, disable_numparse=True)
+def model(timed: pd.DataFrame) -> str:
+    """``against_model`` in Markdown; empty without a GPU."""
+    found = against_model(merged(timed))
+    digits = {"modelled us": 1, "measured us": 1, "measured / modelled": 2}
+    return f"{MODEL_NOTE}\n\n{markdown(found, digits)}" if len(found) else ""

@@ -1,12 +1,11 @@
 """Results of several invocations of ``bench gpu`` in one folder, and which rows have ratios."""
 
 import functools
-import subprocess
 import sys
 
 import pytest
 
-from bench.environment import COMMIT, SOURCES, code, commit, environment
+from bench.environment import SOURCES, code, environment
 from bench.joined import LONGEST_LOG, JoinedReport
 from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME
 from support.gpu_run import CPU, FAILING, facts, logged
@@ -151,10 +150,6 @@ def test_results_inside_the_checkout_change_no_code(run, tmp_path, tiny, monkeyp
     for path in paths:
         path.parent.mkdir(parents=True)
         path.touch()
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "c"]):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr("bench.environment.commit", functools.partial(commit, tmp_path))
     monkeypatch.setattr("bench.environment.code", functools.partial(code, tmp_path))
     run("tests")
     _, frame = run("eager", workloads=[tiny])
@@ -181,34 +176,3 @@ def test_no_ratio_if_the_smoke_check_did_not_finish(run, out, tiny, on_code, cap
     on_code("b")
     run("smoke", ptxas=("/new/ptxas",))
     assert {x["code"] for x in facts(out)["smoke"].values()} == {"b"}
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (None, (None, None)),
-        ("abc123", ("abc123", None)),
-        ("abc123-clean", ("abc123", False)),
-        ("abc123-dirty", ("abc123", True)),
-    ],
-)
-def test_commit_of_a_copy_without_git(tmp_path, monkeypatch, given, expected):
-    monkeypatch.delenv(COMMIT, raising=False)
-    if given:
-        monkeypatch.setenv(COMMIT, given)
-    assert tuple(commit(tmp_path).values()) == expected
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    (tmp_path / "part").mkdir()
-    assert tuple(commit(tmp_path / "part").values()) == expected  # another repository around it
-
-
-def test_commit_of_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setenv(COMMIT, "abc123-clean")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "c"]):
-        subprocess.run([*git, *command], check=True)
-    found = commit(tmp_path)
-    assert len(found["commit"]) == 40
-    assert found["uncommitted_changes"] is False
-    (tmp_path / "file").touch()
-    assert commit(tmp_path) == {"commit": found["commit"], "uncommitted_changes": True}

@@ -312,7 +312,7 @@ def test_scaling(tmp_path, capsys, monkeypatch, axis):
     else:
         assert list(of_size[axis.lower()]) == [8, 16, 32]
     assert (tmp_path / "scaling.png").stat().st_size > 0
-    assert ("ns a position" in capsys.readouterr().out) == (axis == "L")
+    assert ("ns per position" in capsys.readouterr().out) == (axis == "L")
 
 
 def test_positions_of_scaling():
