@@ -29,26 +29,18 @@ def test_l2_holds_clean_lines_of_another_buffer_when_the_clock_starts(
 ):
     """A read of a buffer that nothing writes comes after all writes, before the start event."""
     events = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            pass
-
-        def record(self):
-            events.append("record")
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, end):
-            return 1.5
+    event = types.SimpleNamespace(
+        record=lambda: events.append("record"),
+        synchronize=lambda: None,
+        elapsed_time=lambda end: 1.5,
+    )
 
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             events.append((function.overloadpacket.__name__, args[0].data_ptr(), args[0].nbytes))
             return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
     timer = CudaTimer("cpu", flush_bytes=4096)
     with Log():
@@ -88,16 +80,11 @@ def test_cudnn_searches_for_every_provider_and_is_restored(measured, eager, vari
 def as_on_a_gpu(monkeypatch):
     """Replaces readings that need a GPU; the closures whose launches were counted."""
     counted = []
-
-    def launches(closure):
-        counted.append(closure)
-        return 7
-
     monkeypatch.setattr(measure, "on_gpu", lambda device: True)
     monkeypatch.setattr(measure, "usable", lambda device: True)
     monkeypatch.setattr(measure, "peak_bytes", lambda closure: 1000)
     monkeypatch.setattr(measure, "host_microseconds", lambda closure: 5.0)
-    monkeypatch.setattr(measure, "launches", launches)
+    monkeypatch.setattr(measure, "launches", lambda closure: counted.append(closure) or 7)
     return counted
 
 
