@@ -86,7 +86,7 @@ def test_tests_that_fill_the_memory_share_a_worker():
 # --- what tests would launch ----------------------------------------------------------------------
 
 SAMPLE = "tests/ops/triton/test_core.py"
-ON_A_CPU = "tests/ops/aten/test_cpu_block.py::test_no_more_is_kept_than_eager_keeps"
+ON_A_CPU = "tests/ops/aten/test_cpu_block.py::test_no_more_is_saved_than_by_eager"
 MIXED = "tests/ops/aten/test_cpu_block.py::test_without_biases"
 
 
