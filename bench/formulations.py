@@ -1,5 +1,7 @@
 """The block as PyTorch users write it, in several formulations, and da_triton's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,29 +27,42 @@ class EagerDoubleAttention(nn.Module):
         self.conv_reconstruct = convolution(c_m, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        def per_head(maps: Tensor) -> Tensor:
-            return maps.reshape(x.shape[0] * self.heads, maps.shape[1] // self.heads, -1)
+        def per_head(t: Tensor) -> Tensor:
+            return t.reshape(x.shape[0] * self.heads, t.shape[1] // self.heads, -1)
 
         features = per_head(self.convA(x))
         attention_maps = per_head(self.convB(x)).softmax(dim=-1)
         attention_vectors = per_head(self.convV(x)).softmax(dim=1)
         descriptors = torch.bmm(features, attention_maps.transpose(1, 2))
-        z = torch.bmm(descriptors, attention_vectors)
+        return self.reconstruct(x, torch.bmm(descriptors, attention_vectors))
+
+    def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))
+
+    def by_head(self, t: Tensor) -> Tensor:
+        """``(batch, heads, channels, positions)`` of a convolution's output."""
+        return t.flatten(2).unflatten(1, (self.heads, -1))
+
+    def rows(self, convolution: nn.Module, *batch: int) -> Tensor:
+        """A convolution's weights by head, ``(heads, c_out, c_in)``, for each sample of a batch."""
+        weight: Any = convolution.weight
+        return weight.reshape(self.heads, -1, weight.shape[1]).expand(*batch, -1, -1, -1)
+
+    def bias_of_v(self) -> Tensor | None:
+        """As a mask that is constant over positions."""
+        bias = self.convV.bias
+        return None if bias is None else bias.view(1, self.heads, 1, -1)
 
 
 class EinsumDoubleAttention(EagerDoubleAttention):
     """The core in two contractions, with the heads as an axis of their own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        def by_head(maps: Tensor) -> Tensor:
-            return maps.flatten(2).unflatten(1, (self.heads, -1))
-
-        maps = by_head(self.convB(x)).softmax(-1)
-        descriptors = torch.einsum("nhml,nhkl->nhmk", by_head(self.convA(x)), maps)
-        vectors = by_head(self.convV(x)).softmax(2)
-        z = torch.einsum("nhmk,nhkl->nhml", descriptors, vectors)
-        return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))
+        attention_maps = self.by_head(self.convB(x)).softmax(-1)
+        features = self.by_head(self.convA(x))
+        descriptors = torch.einsum("nhml,nhkl->nhmk", features, attention_maps)
+        vectors = self.by_head(self.convV(x)).softmax(2)
+        return self.reconstruct(x, torch.einsum("nhmk,nhkl->nhml", descriptors, vectors))
 
 
 class AttentionCalls(EagerDoubleAttention):
@@ -59,24 +74,15 @@ class AttentionCalls(EagerDoubleAttention):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, heads = x.shape[0], x.shape[1], self.heads
-
-        def rows(weight: Tensor) -> Tensor:
-            return weight.reshape(heads, -1, channels).expand(batch, -1, -1, -1)
-
-        flat = x.flatten(2)
-        positions = flat.mT[:, None].expand(-1, heads, -1, -1)
-        features = self.convA(x).flatten(2).unflatten(1, (heads, -1)).mT
-        descriptors = scaled_dot_product_attention(
-            rows(self.convB.weight), positions, features, scale=1.0
-        )
-        assert self.convV.bias is not None
-        bias = self.convV.bias.view(1, heads, 1, -1)
+        batch = x.shape[0]
+        positions = x.flatten(2).mT[:, None].expand(-1, self.heads, -1, -1)
+        features = self.by_head(self.convA(x)).mT
+        queries, keys = self.rows(self.convB, batch), self.rows(self.convV, batch)
+        g = scaled_dot_product_attention(queries, positions, features, scale=1.0)
         z = scaled_dot_product_attention(
-            positions, rows(self.convV.weight), descriptors, attn_mask=bias, scale=1.0
-        )
-        z = z.mT.reshape(batch, -1, *x.shape[2:])
-        return x + self.conv_reconstruct(z)
+            positions, keys, g, attn_mask=self.bias_of_v(), scale=1.0
+        )  # fmt: skip
+        return self.reconstruct(x, z.mT)
 
 
 class AbsorbedAttention(EagerDoubleAttention):
@@ -91,18 +97,12 @@ class AbsorbedAttention(EagerDoubleAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, heads = x.shape[0], x.shape[1], self.heads
-
-        def rows(weight: Tensor) -> Tensor:
-            return weight.reshape(heads, -1, channels)
-
         positions = x.flatten(2).mT[:, None].expand(-1, heads, -1, -1)
-        queries, keys = (
-            rows(w).expand(batch, -1, -1, -1) for w in (self.convB.weight, self.convV.weight)
-        )
+        queries, keys = self.rows(self.convB, batch), self.rows(self.convV, batch)
         gathered = scaled_dot_product_attention(queries, positions, positions, scale=1.0)
         assert self.convA.bias is not None
         assert self.conv_reconstruct.bias is not None
-        g = gathered @ rows(self.convA.weight).mT + self.convA.bias.view(heads, 1, -1)
+        g = gathered @ self.rows(self.convA).mT + self.convA.bias.view(heads, 1, -1)
         last = self.conv_reconstruct.weight.reshape(channels, heads, -1).permute(1, 2, 0)
         values = g @ last + self.conv_reconstruct.bias / heads
         mixed = self.distribute(positions, keys, values)
@@ -110,8 +110,7 @@ class AbsorbedAttention(EagerDoubleAttention):
         return x + mixed.mT.unflatten(2, x.shape[2:])
 
     def distribute(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        bias = self.convV.bias
-        mask = None if bias is None else bias.view(1, self.heads, 1, -1)
+        mask = self.bias_of_v()
         return scaled_dot_product_attention(positions, keys, values, attn_mask=mask, scale=1.0)
 
 
@@ -140,8 +139,8 @@ class LinearAttentionState(EagerDoubleAttention):
     def forward(self, x: Tensor) -> Tensor:
         from fla.ops.linear_attn import chunk_linear_attn
 
-        def tokens(maps: Tensor) -> Tensor:  # (batch, positions, heads, channels)
-            return maps.flatten(2).unflatten(1, (self.heads, -1)).permute(0, 3, 1, 2).contiguous()
+        def tokens(t: Tensor) -> Tensor:  # (batch, positions, heads, channels)
+            return self.by_head(t).permute(0, 3, 1, 2).contiguous()
 
         keys = tokens(self.convB(x)).softmax(1)
         queries = tokens(self.convV(x)).softmax(-1)
@@ -150,7 +149,7 @@ class LinearAttentionState(EagerDoubleAttention):
             normalize=False,
         )  # fmt: skip
         z = queries.permute(0, 2, 1, 3) @ state.to(x.dtype)  # (batch, heads, positions, features)
-        return x + self.conv_reconstruct(z.mT.reshape(x.shape[0], -1, *x.shape[2:]))
+        return self.reconstruct(x, z.mT)
 
 
 def eager_block(problem: Problem, kind: type[EagerDoubleAttention] = EagerDoubleAttention):

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import ceilings, measure, warm
-from .floors import Ceilings
+from . import measure, roofline, warm
 from .isolation import SILENCE, SILENT, Worker, in_parallel
 from .measure import (
     CONTEXT_LOST,
@@ -46,6 +45,7 @@ from .measure import (
 )
 from .problems import FORWARD, STEP
 from .providers import OURS, Provider
+from .roofline import Ceilings
 
 ATTEMPTS = 3  # at a group, each without the provider that ended the one before
 MOST_AT_ONCE = 8  # processes that compile, on a machine with twice as many cores
@@ -215,7 +215,7 @@ def _warm(bench: Bench, workloads: Sequence[Any]) -> None:
 
 def _ceilings(bench: Bench, copy_bytes: int | None, side: int | None) -> tuple[Any, dict[str, Any]]:
     with bench.watch.timing(None):
-        return ceilings.measure(bench.timer, bench.device, bench.dtype, copy_bytes, side)
+        return roofline.measure(bench.timer, bench.device, bench.dtype, copy_bytes, side)
 
 
 # --- in the process that starts workers -----------------------------------------------------------

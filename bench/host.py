@@ -202,9 +202,7 @@ def of_workload(work: Workload, device: torch.device) -> list[list[Measured]]:
         ]
         return [every]
     width = 4 * work.heads
-    tiny = Workload(
-        work.name, 1, width, (2,) * len(work.positions), width, width, work.heads, work.origin
-    )
+    tiny = Workload(work.name, 1, width, (2,) * len(work.positions), width, width, work.heads)
     real = [
         *ours(work, "torch", work.cpu_n, device, torch.float32),
         *eager(work, work.cpu_n, device, torch.float32),
@@ -358,7 +356,7 @@ def launches(call: Measured, device: torch.device) -> int | None:
             call.run()
             return NoKernel.launched
         try:
-            return observe.launches(lambda: (call.run(),), device)
+            return observe.launches(lambda: (call.run(),))
         except RuntimeError:  # no profiling interface
             return None
 

@@ -6,26 +6,41 @@ that no later call of the process survives ends it, by ``ContextLostError``, wit
 """
 
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
-from . import floors, problems
-from .floors import Ceilings
+from . import roofline
 from .isolation import SILENT
-from .observe import Timer, host_microseconds, launches, on_gpu, peak_bytes, prepare, usable
+from .observe import (
+    Timer,
+    describe,
+    host_microseconds,
+    launches,
+    on_gpu,
+    peak_bytes,
+    prepare,
+    usable,
+)
+from .problems import FORWARD, STEP
 from .providers import GRAPH, OURS, Closure, Provider
+from .roofline import Ceilings
 from .workloads import Workload
+
+progress = functools.partial(tqdm, unit="group", disable=None)  # shown where stderr is a terminal
 
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
 CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
-# How statuses begin of what was ended or left out before it could succeed or fail; those of a
-# provider that hung are among them.
+# The beginnings of statuses of providers that were ended or left out before they could succeed or
+# fail, those that hung included.
 CUT_SHORT = ("not run", "not measured", "killed")
 LEFT_OUT = "not measured again"
 CONDITIONS = (
@@ -35,7 +50,6 @@ CONDITIONS = (
 )
 Row = dict[str, Any]
 Timed = tuple[Row, Any, str, Provider]  # a row, its workload and its mode
-Ready = tuple[int, Row, Provider, Closure]  # a place in the group, and what is timed there
 
 
 def cut_short(row: Row) -> bool:
@@ -84,14 +98,11 @@ class Effort:
     seconds: float
 
 
-@dataclass
 class Budget:
-    seconds: float
-    clock: Callable[[], float] = time.monotonic
-    start: float = field(init=False)
+    """Seconds from now on."""
 
-    def __post_init__(self) -> None:
-        self.start = self.clock()
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.start = seconds, clock, clock()
 
     @property
     def left(self) -> float:
@@ -99,7 +110,7 @@ class Budget:
 
 
 class Watch:
-    """What is told while a group is measured; in this process, nothing.
+    """Follows the measuring of a group; this one ignores it.
 
     Providers are named by their places in the group.
     """
@@ -116,6 +127,23 @@ class Watch:
 
     def timed(self, rows: dict[int, Row]) -> None:
         """All were timed; what follows may still crash."""
+
+
+class Ready(NamedTuple):
+    """A provider that gave the right answer, to be timed, with its place in the group."""
+
+    place: int
+    row: Row
+    provider: Provider
+    closure: Closure
+
+
+class _WrongError(Exception):
+    """A provider disagrees with the reference; the message is its row's status."""
+
+
+class _LostError(Exception):
+    """CUDA became unusable; the row of the provider at fault says why."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,7 @@ class Bench:
         workloads: Sequence[Any],
         sweeps: Sequence[Sequence[Provider]],
         add: Callable[[list[Row]], None],
-        modes: Sequence[str] = (problems.FORWARD, problems.STEP),
+        modes: Sequence[str] = (FORWARD, STEP),
     ) -> None:
         """Gives ``add`` the rows of each group as soon as they are measured.
 
@@ -169,43 +197,59 @@ class Bench:
         if any(p.compiles for p in providers):
             torch.compiler.reset()
         ready: list[Ready] = []
+        times: list[list[float]] = [[] for _ in rows]
         problem: Any = None
-        lost = False
-        for place, (row, provider) in enumerate(zip(rows, providers, strict=True)):
-            if lost or self.budget.left <= 0:
-                row["status"] = CONTEXT_LOST if lost else OUT_OF_TIME
-                continue
-            try:
-                problem = problem or workload.draw(mode, self.dtype, self.device)
-                self.watch.announce(place)
-                closure = self._ready(provider, provider.problem(problem), row, place)
-            except OutOfTimeError:
-                row["status"] = OUT_OF_TIME
-            except Exception as error:
-                row["status"] = f"failed: {describe(error)}"
-                lost = not usable(self.device)
-            else:
-                if closure is not None:
-                    ready.append((place, row, provider, closure))
-        if lost:
-            for _, row, *_ in ready:
-                row["status"] = CONTEXT_LOST
-            return rows
-        self.time_in_turns(ready)
-        if not workload.whole:
-            for _, row, *_ in ready:
-                self._describe(row, workload)
-        self.watch.timed({place: row for place, row, *_ in ready})
-        for _, row, provider, closure in ready:
-            self._observe(row, provider, closure, workload.whole)
+        try:
+            for place, (row, provider) in enumerate(zip(rows, providers, strict=True)):
+                with self._noting(row):
+                    if self.budget.left <= 0:
+                        raise OutOfTimeError
+                    problem = problem or workload.draw(mode, self.dtype, self.device)
+                    self.watch.announce(place)
+                    closure = self._set_up(provider, provider.problem(problem), row, place)
+                    ready.append(Ready(place, row, provider, closure))
+            self._time_in_turns(ready, times)
+        except _LostError:
+            for row, taken in zip(rows, times, strict=True):
+                if row["status"] == OK and len(taken) < self.effort.rounds_min:
+                    row["status"] = CONTEXT_LOST
+        ready = [one for one in ready if one.row["status"] == OK]
+        for place, row, *_ in ready:
+            row.update(_quantiles(times[place]))
+            if not workload.whole:
+                row.update(self._rates(row, workload))
+        self.watch.timed(dict(enumerate(rows)))
+        for one in ready:
+            self._observe(one, workload.whole)
         compare(rows)
         note_unused_kernels(rows)
         return rows
 
-    def _ready(self, provider: Provider, problem: Any, row: Row, place: int) -> Closure | None:
-        """The provider's closure, warmed up and right; None, and a row that says so, if wrong.
+    @contextlib.contextmanager
+    def _noting(self, row: Row) -> Iterator[None]:
+        """Leaves in the row why the block did not end.
 
-        The check comes after the warm-up: what is recorded or compiled late is checked too.
+        Raises:
+            _LostError: CUDA is unusable after it.
+        """
+        try:
+            yield
+        except OutOfTimeError:
+            row["status"] = OUT_OF_TIME
+        except _WrongError as wrong:
+            row["status"] = str(wrong)
+        except Exception as error:
+            row["status"] = f"failed: {describe(error)}"
+            if not usable(self.device):
+                raise _LostError from error
+
+    def _set_up(self, provider: Provider, problem: Any, row: Row, place: int) -> Closure:
+        """The provider's closure, warmed up and then checked.
+
+        In this order, what is recorded or compiled late is checked too.
+
+        Raises:
+            _WrongError: its result is not the reference's.
         """
         with self.watch.setting_up(place):
             closure = provider.setup(problem)
@@ -216,96 +260,72 @@ class Bench:
         allowed = problem.allowed(provider.baseline)
         if not all(error <= allowed for error in errors):
             figures = " and ".join(f"{error:.1e}" for error in errors)
-            row["status"] = f"disagrees: relative RMS {figures}, allowed {allowed:.0e}"
-            return None
+            raise _WrongError(f"disagrees: relative RMS {figures}, allowed {allowed:.0e}")
         return closure
 
-    def _observe(self, row: Row, provider: Provider, closure: Closure, whole: bool) -> None:
+    def _time_in_turns(self, ready: Sequence[Ready], times: Sequence[list[float]]) -> None:
+        """Rounds over all closures, each round beginning with the next one: all drift alike."""
+        group = Budget(self.effort.seconds, self.budget.clock)
+        for turn in range(self.effort.rounds_max if ready else 0):
+            if turn >= self.effort.rounds_min and min(group.left, self.budget.left) <= 0:
+                break
+            first = turn % len(ready)
+            for place, row, provider, closure in (*ready[first:], *ready[:first]):
+                if row["status"] == OK:
+                    with self._noting(row), self.watch.timing(place):
+                        ms = self.timer(closure, launches_count=provider.launch != GRAPH)
+                        times[place].append(ms)
+
+    def _rates(self, row: Row, workload: Workload) -> Row:
+        """Bytes and FLOP per second of a timed row, and its share of the floor."""
+        cache = self.ceilings.cache if self.ceilings else roofline.L2
+        batch, seconds = workload.batch(self.device), 1e-3 * row["median_ms"]
+        work = roofline.work_of(workload, batch, row["mode"], self.dtype.itemsize, cache)
+        found = {"gb_s": work.bytes / seconds / 1e9, "tflop_s": work.flop / seconds / 1e12}
+        if self.ceilings:
+            floor, bound = work.least_time(self.ceilings)
+            found |= {"floor_ms": 1e3 * floor, "bound": bound, "share_of_floor": floor / seconds}
+        return found
+
+    def _observe(self, ready: Ready, whole: bool) -> None:
         """Memory and host time of a timed row; where these fail, the timing stands."""
-        if row["status"] != OK:
-            return
-        wanted: dict[str, Callable[[], int | float | None]] = {}
-        if provider.launch != GRAPH:
-            wanted["peak_bytes"] = lambda: peak_bytes(closure, self.device)
-        if provider.launch != GRAPH and not whole:
-            wanted["cpu_us"] = lambda: host_microseconds(closure, self.device)
-        saved = getattr(closure, "saved_bytes", None)
-        if saved and not provider.compiles:
-            wanted["saved_bytes"] = saved
-        for name, measured in wanted.items():
+        _, row, provider, closure = ready
+        readings: dict[str, Callable[[], Any]] = {}
+        if on_gpu(self.device) and provider.launch != GRAPH:
+            readings["peak_bytes"] = lambda: peak_bytes(closure)
+            if not whole:
+                readings["cpu_us"] = lambda: host_microseconds(closure)
+        if hasattr(closure, "saved_bytes") and not provider.compiles:
+            readings["saved_bytes"] = closure.saved_bytes
+        for name, reading in readings.items():
             with contextlib.suppress(Exception):
-                row[name] = measured()
+                row[name] = reading()
 
     @cudnn_benchmark()
     def count_launches(self, timed: Sequence[Timed]) -> None:
         """Completes rows whose provider launches its operations one by one, while there is time."""
-        drawn: tuple[Any, str] | None = None
+
+        @functools.lru_cache(maxsize=1)  # rows of a group follow each other
+        def drawn(workload: Any, mode: str) -> Any:
+            return workload.draw(mode, self.dtype, self.device)
+
         for row, workload, mode, provider in timed:
-            if self.budget.left <= 0:
+            if self.budget.left <= 0 or not usable(self.device):
                 return
-            try:
-                if drawn != (workload, mode):
-                    problem = workload.draw(mode, self.dtype, self.device)
-                    drawn = workload, mode
+            with contextlib.suppress(Exception):
                 if provider.compiles:
                     torch.compiler.reset()
-                closure = provider.setup(provider.problem(problem))
+                closure = provider.setup(provider.problem(drawn(workload, mode)))
                 prepare(closure)
                 closure()
-                row["launches"] = launches(closure, self.device)
-            except Exception:
-                if not usable(self.device):
-                    return
+                row["launches"] = launches(closure)
 
-    def time_in_turns(self, ready: Sequence[Ready]) -> None:
-        """Rounds over all closures, each round beginning with the next one: all drift alike.
 
-        If CUDA becomes unusable, those that have enough repetitions by then keep them.
-        """
-        times: list[list[float]] = [[] for _ in ready]
-        group = Budget(self.effort.seconds, self.budget.clock)
-        lost = False
-        for turn in range(self.effort.rounds_max if ready else 0):
-            late = turn >= self.effort.rounds_min and min(group.left, self.budget.left) <= 0
-            if lost or late:
-                break
-            for place in range(len(ready)):
-                index = (turn + place) % len(ready)
-                name, row, provider, closure = ready[index]
-                if row["status"] != OK:
-                    continue
-                try:
-                    with self.watch.timing(name):
-                        ms = self.timer(closure, launches_count=provider.launch != GRAPH)
-                    times[index].append(ms)
-                except Exception as error:
-                    row["status"] = f"failed: {describe(error)}"
-                    lost = not usable(self.device)
-                    if lost:
-                        break
-        for (_, row, *_), taken in zip(ready, times, strict=True):
-            if lost and row["status"] == OK and len(taken) < self.effort.rounds_min:
-                row["status"] = CONTEXT_LOST
-            if row["status"] == OK:
-                quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-                middle, low, high = torch.tensor(taken, dtype=torch.float64).quantile(quantiles)
-                row.update(median_ms=middle.item(), p20_ms=low.item(), p80_ms=high.item())
-                row["repetitions"] = len(taken)
-
-    def _describe(self, row: Row, workload: Workload) -> None:
-        """Rates of a timed row, and its share of the floor."""
-        if row["status"] != OK:
-            return
-        batch, size = workload.batch(self.device), self.dtype.itemsize
-        seconds = 1e-3 * row["median_ms"]
-        cache = self.ceilings.cache if self.ceilings else Ceilings.cache
-        moved = floors.compulsory_bytes(workload, batch, row["mode"], size, cache)
-        flop = floors.useful_flop(workload, batch, row["mode"])
-        row.update(gb_s=moved / seconds / 1e9, tflop_s=flop / seconds / 1e12)
-        if self.ceilings:
-            floor = floors.floor(workload, batch, row["mode"], size, self.ceilings)
-            row.update(floor_ms=1e3 * floor.seconds, bound=floor.bound)
-            row["share_of_floor"] = floor.seconds / seconds
+def _quantiles(milliseconds: list[float]) -> Row:
+    low, middle, high = np.quantile(milliseconds, [0.2, 0.5, 0.8]).tolist()
+    return {
+        "median_ms": middle, "p20_ms": low, "p80_ms": high, "repetitions": len(milliseconds),
+    }  # fmt: skip
 
 
 def new_row(
@@ -321,7 +341,7 @@ def new_row(
 
 
 def countable(rows: Sequence[Row], workload: Any, mode: str, providers) -> list[Timed]:
-    """Those of blocks whose operations are launched one by one."""
+    """The rows of blocks whose operations are launched one by one."""
     return [
         (row, workload, mode, provider)
         for row, provider in zip(rows, providers, strict=True)
@@ -344,7 +364,7 @@ REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
 
 
 def compare(rows: list[Row]) -> None:
-    """Adds ratios to others of the group, which has one launch mode.
+    """Adds each row's ratios to others of its group, which has one launch mode.
 
     A ratio is left out if one of its references was cut short, because that one might have been the
     fastest. References that failed, hung or disagree are named in ``failed_references``.
@@ -371,7 +391,7 @@ def compare(rows: list[Row]) -> None:
 
 
 def _add_shares(rows: list[Row]) -> None:
-    """Of the time that the eager block adds to a network, what each provider's adds."""
+    """Each block's share of the time that the eager one adds to a network."""
     times = {(r["provider"], r["layout"]): r["median_ms"] for r in rows if r["status"] == OK}
     for row in (row for row in rows if row["status"] == OK):
         prefix = "compile " if row["provider"].startswith("compile ") else ""
@@ -381,7 +401,7 @@ def _add_shares(rows: list[Row]) -> None:
 
 
 def note_unused_kernels(rows: list[Row]) -> None:
-    """Says in rows of da_triton's kernels which of them PyTorch operations stood in for.
+    """Names in rows of da_triton's kernels those that PyTorch operations replaced.
 
     A kernel that failed its proof on first use is replaced for the rest of the process.
     """
@@ -390,25 +410,3 @@ def note_unused_kernels(rows: list[Row]) -> None:
     for row in rows:
         if unused and row["status"] == OK and "triton" in row["provider"].split():
             row["kernels_not_used"] = ", ".join(unused)
-
-
-def progress(items: Sequence[Any]) -> Iterable[Any]:
-    """A progress bar where tqdm is installed and stderr is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, unit="group", disable=None)
-
-
-def describe(error: BaseException) -> str:
-    """Type and first line of an error, and of the one that was being handled when it was raised.
-
-    An aborted graph capture raises again in ``capture_end``; the cause is the error before.
-    """
-    earlier = None if error.__suppress_context__ else error.__context__
-    found = []
-    for one in filter(None, (error, earlier)):
-        lines = str(one).strip().splitlines()
-        found.append(f"{type(one).__name__}: {lines[0]}" if lines else type(one).__name__)
-    return ", after ".join(found)

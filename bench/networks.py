@@ -1,11 +1,11 @@
-"""Whole networks with the block, eager block against ours: a training step and inference.
+"""Whole networks with the eager block and with da_triton's: a training step and inference.
 
     resnet50   torchvision's, with five blocks after the residual blocks that the paper chose:
                1 and 3 of conv3, 1, 3 and 5 of conv4; c_m = c_n = C/2
     yolov8n    ultralytics', with a block after the backbone's last stage; c_m = c_n = C/2
 
-Each is also timed without the block, which gives the time that the block adds. All
-variants have the same weights, and must give the same answers, before anything is timed.
+Each is also timed without the block, which gives the time that the block adds. All variants have
+the same weights, and must give the same answers, before anything is timed.
 """
 
 import copy
@@ -23,7 +23,7 @@ from da_triton.integrations.resnet import paper_places
 from .formulations import EagerDoubleAttention
 from .measure import WITHOUT
 from .problems import FORWARD, STEP, memory_format
-from .providers import LAYOUTS, Provider, in_layouts
+from .providers import Provider, in_layouts
 
 Make = Callable[[int], nn.Module]
 # Relative RMS of the block's effect on outputs: many layers amplify what single layers round.
@@ -58,7 +58,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is given. The first one with a block decides the weights and the results."""
+    """A network's input. The first variant with a block decides all weights and the results."""
 
     network: Network
     mode: str
@@ -66,41 +66,94 @@ class Task:
     first: dict[str, Any] = field(default_factory=dict)
 
     def in_format(self, channels_last: bool) -> "Task":
-        form = memory_format(2) if channels_last else torch.contiguous_format
-        return replace(self, x=self.x.clone(memory_format=form))
-
-    def built(self, block: Make | None) -> nn.Module:
-        torch.manual_seed(0)
-        network = self.network.make(block).to(self.x.device)
-        if block is not None:
-            if "state" not in self.first:
-                self.first["state"] = copy.deepcopy(network.state_dict())
-            network.load_state_dict(self.first["state"])
-        form = torch.contiguous_format if self.x.is_contiguous() else memory_format(2)
-        return network.to(memory_format=form).train(self.mode == STEP)
+        return replace(self, x=self.x.clone(memory_format=memory_format(2, channels_last)))
 
     def check(self, run: "Run", warm_up: int) -> list[float]:
         """The error of the first call's result: a training step changes the weights."""
-        result = run()[0] if run.first is None else run.first
+        if run.first is None:
+            run()
         if not run.has_block:
             return []
-        expected = self.first.setdefault("result", result).double()
-        return [((result.double() - expected).norm() / expected.norm()).item()]
+        expected = self.first.setdefault("result", run.first).double()
+        return [((run.first.double() - expected).norm() / expected.norm()).item()]
 
     def allowed(self, baseline: bool) -> float:
         return TOLERANCE[self.x.dtype]
 
 
-class NearIdentity(nn.Module):
+class Run:
+    """Inference or a training step of a network with a block, or without."""
+
+    def __init__(self, task: Task, block: Make | None, compiled: bool) -> None:
+        self.task, self.has_block = task, block is not None
+        torch.manual_seed(0)
+        network = task.network.make(block).to(task.x.device)
+        if self.has_block:
+            if "state" not in task.first:
+                task.first["state"] = copy.deepcopy(network.state_dict())
+            network.load_state_dict(task.first["state"])
+        form = memory_format(2, channels_last=not task.x.is_contiguous())
+        network = network.to(memory_format=form).train(task.mode == STEP)
+        self.call: Any = torch.compile(network, dynamic=False) if compiled else network
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+        self.first: Any = None  # the first call's result
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        # Weights stay in float32; products run in the input's dtype, as in mixed precision.
+        x, step = self.task.x, self.task.mode == STEP
+        half = x.dtype != torch.float32
+        with (
+            torch.autocast(x.device.type, x.dtype if half else None, enabled=half),
+            torch.set_grad_enabled(step),
+        ):
+            result = self.task.network.loss(self.call, x) if step else _first(self.call(x))
+        if step:
+            self.optimizer.zero_grad(set_to_none=True)
+            result.backward()
+            self.optimizer.step()
+        result = result.detach()
+        self.first = result if self.first is None else self.first
+        return (result,)
+
+
+def variants(backend: str, compiled: bool) -> list[Provider]:
+    """A network without a block, with the eager one and with da_triton's, in both layouts."""
+    ours = functools.partial(our_block, backend=backend)
+    blocks = {WITHOUT: None, "eager": eager_block, backend: ours}
+    found = [
+        Provider(
+            f"compile {name}" if with_compile else name,
+            functools.partial(Run, block=block, compiled=with_compile),
+            baseline=name == "eager" and not with_compile, compiles=with_compile,
+        )
+        for with_compile in ((False, True) if compiled else (False,))
+        for name, block in blocks.items()
+    ]  # fmt: skip
+    return in_layouts(found)
+
+
+def eager_block(channels: int) -> nn.Module:
+    return EagerDoubleAttention(channels, channels // 2, channels // 2)
+
+
+def our_block(channels: int, backend: str) -> nn.Module:
+    return DoubleAttention(channels, residual=True, backend=backend)
+
+
+def _first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
+
+
+# --- the networks ---------------------------------------------------------------------------------
+
+
+class NearIdentity(nn.Sequential):
     """A block behind a normalisation, so that deep networks with random weights stay finite."""
 
     def __init__(self, block: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.block = block
-        self.norm = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.block(x))
+        super().__init__(block, nn.BatchNorm2d(channels))
 
 
 def resnet50(block: Make | None) -> nn.Module:
@@ -158,62 +211,3 @@ NETWORKS = {
         Network("yolov8n", yolov8, _detection, (16, 3, 640, 640), (1, 3, 320, 320)),
     )
 }
-
-
-def eager_block(channels: int) -> nn.Module:
-    return EagerDoubleAttention(channels, channels // 2, channels // 2)
-
-
-def our_block(channels: int, backend: str) -> nn.Module:
-    return DoubleAttention(channels, residual=True, backend=backend)
-
-
-class Run:
-    """Inference or a training step of a network with a block, or without."""
-
-    def __init__(self, task: Task, block: Make | None, compiled: bool) -> None:
-        self.task, self.has_block = task, block is not None
-        network = task.built(block)
-        self.call: Any = torch.compile(network, dynamic=False) if compiled else network
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-        self.first: Tensor | None = None
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        # Weights stay in float32; products run in the input's dtype, as in mixed precision.
-        x = self.task.x
-        half = x.dtype != torch.float32
-        with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
-            if self.task.mode == FORWARD:
-                with torch.no_grad():
-                    result = _first(self.call(x))
-            else:
-                result = self.task.network.loss(self.call, x)
-        if self.task.mode == STEP:
-            self.optimizer.zero_grad(set_to_none=True)
-            result.backward()
-            self.optimizer.step()
-        result = result.detach()
-        self.first = result if self.first is None else self.first
-        return (result,)
-
-
-def variants(backend: str, compiled: bool) -> list[Provider]:
-    """A network without block, with the eager one and with ours, in both memory formats."""
-    ours = functools.partial(our_block, backend=backend)
-    blocks = {WITHOUT: None, "eager": eager_block, backend: ours}
-    found = [
-        Provider(
-            f"compile {name}" if with_compile else name,
-            functools.partial(Run, block=block, compiled=with_compile),
-            baseline=name == "eager" and not with_compile, compiles=with_compile,
-        )
-        for with_compile in ((False, True) if compiled else (False,))
-        for name, block in blocks.items()
-    ]  # fmt: skip
-    return in_layouts(found, LAYOUTS)
-
-
-def _first(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    return output

@@ -1,4 +1,4 @@
-"""Timers, and what is read of a closure beside times: memory, launches, host seconds."""
+"""Timers, and what else is read of a closure: memory, launches, host time; errors in a line."""
 
 import time
 from typing import Protocol
@@ -20,7 +20,7 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device is idle."""
     if on_gpu(device):
         torch.cuda.synchronize()
 
@@ -42,10 +42,24 @@ def usable(device: torch.device) -> bool:
         return False
 
 
-def peak_bytes(closure: Closure, device: torch.device) -> int | None:
-    """Most device memory in use during a call beyond what was before; None on a CPU."""
-    if not on_gpu(device):
-        return None
+def describe(error: BaseException) -> str:
+    """Type and first line of an error, and of the one that was being handled when it was raised.
+
+    An aborted graph capture raises again in ``capture_end``; the cause is the error before.
+    """
+    earlier = None if error.__suppress_context__ else error.__context__
+    found = []
+    for one in filter(None, (error, earlier)):
+        lines = str(one).strip().splitlines()
+        found.append(f"{type(one).__name__}: {lines[0]}" if lines else type(one).__name__)
+    return ", after ".join(found)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def peak_bytes(closure: Closure) -> int:
+    """Most device memory in use during a call, beyond what was in use before it."""
     torch.cuda.synchronize()
     prepare(closure)
     before = torch.cuda.memory_allocated()
@@ -55,14 +69,12 @@ def peak_bytes(closure: Closure, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def launches(closure: Closure, device: torch.device) -> int | None:
-    """Kernels, copies and fills that a call starts on the device; None on a CPU.
+def launches(closure: Closure) -> int:
+    """Kernels, copies and fills that a call starts on the GPU.
 
     Raises:
-        RuntimeError: among others, where the driver's profiling interface is not available.
+        RuntimeError: the driver's profiling interface is not available, for example.
     """
-    if not on_gpu(device):
-        return None
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     prepare(closure)
@@ -73,10 +85,8 @@ def launches(closure: Closure, device: torch.device) -> int | None:
     return sum(event.device_type == DeviceType.CUDA for event in seen.events())
 
 
-def host_microseconds(closure: Closure, device: torch.device, calls: int = 20) -> float | None:
-    """Median time until a call returns, the device's work aside; None on a CPU."""
-    if not on_gpu(device):
-        return None
+def host_microseconds(closure: Closure, calls: int = 20) -> float:
+    """Median time until a call returns, the GPU's work aside."""
     times = []
     for _ in range(calls):
         prepare(closure)
@@ -87,11 +97,14 @@ def host_microseconds(closure: Closure, device: torch.device, calls: int = 20) -
     return sorted(times)[calls // 2]
 
 
+# --- timers ---------------------------------------------------------------------------------------
+
+
 class Timer(Protocol):
     def __call__(self, closure: Closure, *, launches_count: bool) -> float:
         """Milliseconds of one call, with or without the host's part in it.
 
-        What the closure has to do before is called, but not timed.
+        The closure's ``before`` is called, but not timed.
         """
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .floors import Ceilings
 from .problems import MODES
 from .providers import OURS
+from .roofline import Ceilings
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

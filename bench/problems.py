@@ -1,4 +1,4 @@
-"""A workload's tensors, and the definition's answer in float64 that every result is held against.
+"""A workload's tensors, and the float64 reference output and gradient that results must match.
 
 Logits are peaky and the block's branch has the size of its input, so that neither an average over
 thousands of positions nor the residual hides an error.
@@ -17,6 +17,7 @@ from .workloads import Workload
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
 MODES = (FORWARD, BACKWARD, STEP)
+CHILDREN = ("convA", "convB", "convV", "conv_reconstruct")
 LOGIT_STD = 3.0
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
@@ -25,9 +26,9 @@ TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 class Problem:
     """Tensors of one workload in one mode.
 
-    ``x`` is what providers read, in place; ``features`` what it holds while they are timed and
-    ``fresh`` while they are checked. ``grad`` is the gradient of the output, None in forward mode.
-    ``expected`` is the output, and with a gradient also x's gradient, for ``fresh`` in float64.
+    Providers read ``x`` in place. It holds ``features`` while they are timed and ``fresh`` while
+    they are checked. ``grad`` is the gradient of the output, None in forward mode. ``expected`` is
+    the output, and with a gradient also x's gradient, for ``fresh`` in float64.
     """
 
     workload: Workload
@@ -41,9 +42,7 @@ class Problem:
 
     def in_format(self, channels_last: bool) -> "Problem":
         """The problem with an ``x`` and a ``grad`` of its own in a memory format."""
-        layout = torch.contiguous_format
-        if channels_last:
-            layout = memory_format(len(self.workload.positions))
+        layout = memory_format(len(self.workload.positions), channels_last)
         x = self.features.clone(memory_format=layout)
         if self.grad is None:
             return replace(self, x=x)
@@ -56,13 +55,13 @@ class Problem:
         expected = _definition(self.workload, state, self.fresh, self.grad)
         return replace(self, state=state, expected=expected)
 
-    def show(self, maps: Tensor) -> None:
+    def show(self, activations: Tensor) -> None:
         """Writes ``features`` or ``fresh`` into ``x``."""
         with torch.no_grad():
-            self.x.copy_(maps)
+            self.x.copy_(activations)
 
     def check(self, closure: Any, warm_up: int) -> list[float]:
-        """The errors of a closure that was called before, on values that it has not seen."""
+        """The errors of a closure that was called before, on values that it has not read yet."""
         for _ in range(warm_up):
             closure()
         self.show(self.fresh)
@@ -100,7 +99,9 @@ def draw(workload: Workload, mode: str, dtype: torch.dtype, device: torch.device
     return Problem(workload, mode, state, features, features, fresh, grad, expected)
 
 
-def memory_format(axes: int) -> torch.memory_format:
+def memory_format(axes: int, channels_last: bool = True) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
     return torch.channels_last if axes == 2 else torch.channels_last_3d
 
 
@@ -120,7 +121,7 @@ def _weights(workload: Workload, x: Tensor, dtype: torch.dtype) -> dict[str, Ten
     )
     last = normal(c, c_m)
     last /= (last @ z).square().mean().sqrt()
-    weights = {"convA": a, "convB": b, "convV": v, "conv_reconstruct": last}
+    weights = dict(zip(CHILDREN, (a, b, v, last), strict=True))
     axes = (1,) * len(workload.positions)
     state = {f"{name}.weight": w.reshape(*w.shape, *axes) for name, w in weights.items()}
     state |= {f"{name}.bias": 0.1 * normal(w.shape[0]) for name, w in weights.items()}
@@ -128,12 +129,11 @@ def _weights(workload: Workload, x: Tensor, dtype: torch.dtype) -> dict[str, Ten
 
 
 def _definition(
-    workload: Workload, state: dict[str, Tensor], maps: Tensor, grad: Tensor | None
+    workload: Workload, state: dict[str, Tensor], x: Tensor, grad: Tensor | None
 ) -> tuple[Tensor, ...]:
-    x = maps.double().requires_grad_(grad is not None)
-    children = ("convA", "convB", "convV", "conv_reconstruct")
-    given = [state.get(f"{c}.{kind}") for c in children for kind in ("weight", "bias")]
-    parameters: list[Any] = [None if p is None else p.double() for p in given]
+    x = x.double().requires_grad_(grad is not None)
+    double = {name: value.double() for name, value in state.items()}
+    parameters: list[Any] = [double.get(f"{c}.{k}") for c in CHILDREN for k in ("weight", "bias")]
     out = double_attention_block(
         x, *parameters, heads=workload.heads, residual=True, backend="eager"
     )

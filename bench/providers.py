@@ -1,16 +1,15 @@
-"""Providers: what is timed. Each sets a problem up and returns a closure of no arguments.
+"""Providers: the implementations that are timed. Each turns a problem into a closure.
 
-A closure gives the block's output and, but in forward mode, the gradients of x and of all
-parameters. It reads its problem's ``x`` in place on every call.
+A closure takes no arguments and returns the block's output and, except in forward mode, the
+gradients of x and of all parameters. It reads its problem's ``x`` in place on every call.
 """
 
 import dataclasses
 import functools
 import importlib.util
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +24,18 @@ from .formulations import (
     our_block,
 )
 from .problems import BACKWARD, FORWARD, Problem, memory_format
-from .workloads import UsageError, check
+from .workloads import UsageError
 
 EAGER, GRAPH = "eager", "graph"
 NCHW, CHANNELS_LAST = "nchw", "channels_last"
 LAYOUTS = (NCHW, CHANNELS_LAST)
 Block = Callable[[Tensor], Tensor]
-
-
-class Closure(Protocol):
-    def __call__(self) -> tuple[Tensor, ...]: ...
+Closure = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``launch``: whether each operation is launched on its own or all of them as a CUDA graph.
+    """``launch``: operations are launched one by one ("eager") or as a CUDA graph ("graph").
 
     ``baseline``: plain eager PyTorch. ``compiles``: the setup uses ``torch.compile``. ``gpu``: it
     needs a GPU; ``half``: it needs half precision. ``formats``: the layouts it is written for.
@@ -62,7 +58,7 @@ class Provider:
         return CHANNELS_LAST if self.channels_last else NCHW
 
     def problem(self, problem: Problem) -> Problem:
-        """The problem as this provider takes it: in its layout, with or without a bias of V."""
+        """The problem in this provider's layout, with or without a bias of V."""
         given = problem.without_bias_of_v if self.unbiased else problem
         return given.in_format(self.channels_last)
 
@@ -73,7 +69,7 @@ class Provider:
 class Call:
     """Forward, backward, or both, of a block on its problem's input.
 
-    ``before`` is the part that is not timed: the forward pass, where backward alone is.
+    ``before`` is not timed: it is the forward pass in backward mode, and empty in the others.
     """
 
     def __init__(self, run: Block, problem: Problem, parameters: Iterable[Tensor]) -> None:
@@ -101,18 +97,16 @@ class Call:
         if self.problem.mode == FORWARD:
             return None
         given = {t.untyped_storage()._cdata for t in self.inputs}
-        found: dict[int, int] = {}
+        saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
 
         def pack(t: Tensor) -> Tensor:
             storage = t.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-            held.append(t)  # so that no storage's address is used again
+            saved[storage._cdata] = storage
             return t
 
-        held: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             self.run(self.problem.x)
-        return sum(size for address, size in found.items() if address not in given)
+        return sum(storage.nbytes() for address, storage in saved.items() if address not in given)
 
 
 class Replay:
@@ -146,8 +140,8 @@ def setup_block(
 ) -> Closure:
     """The block ``make`` builds, with the problem's weights, optionally compiled or captured.
 
-    ``as_matmul``: compiled with pointwise convolutions as matrix products, and those as generated
-    code that Inductor fuses with what surrounds it.
+    ``as_matmul``: compiled with pointwise convolutions as GEMMs that Inductor generates, and fuses
+    with the operations around them.
     """
     if capture and problem.mode == BACKWARD:
         raise ValueError("backward alone is not captured: its forward would be replayed with it")
@@ -194,64 +188,51 @@ def _keeping_its_graph(run: Block) -> Block:
 # --- catalogue ------------------------------------------------------------------------------------
 
 # Nothing records graphs of its own: every provider that runs as one is captured by ``Replay``.
-MODES_OF_COMPILE = {"": "default", " max-autotune": "max-autotune-no-cudagraphs"}
+DEFAULT, AUTOTUNE = "default", "max-autotune-no-cudagraphs"
 OURS = ("torch", "triton", "compile torch", "compile triton", "compile triton max-autotune")
 
 
 def catalogue(launch: str = EAGER) -> list[Provider]:
     """Every provider in NCHW, those that need no compilation first."""
-    eager, flex = eager_block, functools.partial(eager_block, kind=AbsorbedFlexAttention)
+
+    def provider(name, make, compile_mode=None, as_matmul=False, autocast=False, **facts):
+        setup = functools.partial(
+            setup_block, make=make, compile_mode=compile_mode, as_matmul=as_matmul,
+            capture=launch == GRAPH, autocast=autocast,
+        )  # fmt: skip
+        return Provider(name, setup, launch, compiles=compile_mode is not None, **facts)
+
+    def of(kind):
+        return functools.partial(eager_block, kind=kind)
+
     torch_, triton = (functools.partial(our_block, backend=name) for name in ("torch", "triton"))
-    einsum, sdpa, fla, absorbed = (
-        functools.partial(eager_block, kind=kind)
-        for kind in (
-            EinsumDoubleAttention, AttentionCalls, LinearAttentionState, AbsorbedAttention,
-        )
-    )  # fmt: skip
-    rows: dict[str, Any] = {"formats": (CHANNELS_LAST,)}
-    plain: list[tuple[str, Callable[[Problem], nn.Module], dict[str, Any]]] = [
-        ("eager", eager, {"baseline": True}),
-        ("triton", triton, {"gpu": True}),
-        ("torch", torch_, {}),
-        ("eager autocast", eager, {"half": True}),
-        ("einsum", einsum, {}),
-        ("sdpa", sdpa, {}),
-        *([("fla", fla, {"gpu": True})] if importlib.util.find_spec("fla") else []),
-        ("absorbed", absorbed, rows),
-        ("absorbed unbiased", absorbed, {**rows, "unbiased": True}),
+    absorbed, flex = of(AbsorbedAttention), of(AbsorbedFlexAttention)
+    rows = (CHANNELS_LAST,)  # the only layout of those that read X as rows of channels
+    found = [
+        provider("eager", eager_block, baseline=True),
+        provider("triton", triton, gpu=True),
+        provider("torch", torch_),
+        provider("eager autocast", eager_block, autocast=True, half=True),
+        provider("einsum", of(EinsumDoubleAttention)),
+        provider("sdpa", of(AttentionCalls)),
+        provider("fla", of(LinearAttentionState), gpu=True),
+        provider("absorbed", absorbed, formats=rows),
+        provider("absorbed unbiased", absorbed, formats=rows, unbiased=True),
+        provider("compile eager", eager_block, DEFAULT),
+        provider("compile triton", triton, DEFAULT, gpu=True),
+        provider("compile torch", torch_, DEFAULT),
+        provider("compile eager max-autotune", eager_block, AUTOTUNE, gpu=True),
+        provider("compile triton max-autotune", triton, AUTOTUNE, gpu=True),
+        provider("compile eager mm", eager_block, DEFAULT, as_matmul=True, gpu=True),
+        provider("compile eager mm max-autotune", eager_block, AUTOTUNE, as_matmul=True, gpu=True),
+        provider("compile absorbed unbiased", absorbed, DEFAULT, formats=rows, unbiased=True),
+        provider("compile absorbed flex", flex, DEFAULT, formats=rows, gpu=True),
+        provider("compile absorbed flex max-autotune", flex, AUTOTUNE, formats=rows, gpu=True),
     ]
-    compiled: list[tuple[str, str, Callable[[Problem], nn.Module], dict[str, Any]]] = [
-        ("eager", "", eager, {}),
-        ("triton", "", triton, {"gpu": True}),
-        ("torch", "", torch_, {}),
-        ("eager", " max-autotune", eager, {"gpu": True}),
-        ("triton", " max-autotune", triton, {"gpu": True}),
-        ("eager mm", "", eager, {"gpu": True}),
-        ("eager mm", " max-autotune", eager, {"gpu": True}),
-        ("absorbed unbiased", "", absorbed, {**rows, "unbiased": True}),
-        ("absorbed flex", "", flex, {**rows, "gpu": True}),
-        ("absorbed flex", " max-autotune", flex, {**rows, "gpu": True}),
-    ]
-    capture = launch == GRAPH
-    found = []
-    for name, make, facts in plain:
-        setup = functools.partial(
-            setup_block, make=make, capture=capture, autocast=name == "eager autocast"
-        )
-        found.append(Provider(name, setup, launch, **facts))
-    for name, suffix, make, facts in compiled:
-        setup = functools.partial(
-            setup_block,
-            make=make,
-            compile_mode=MODES_OF_COMPILE[suffix],
-            as_matmul=name == "eager mm",
-            capture=capture,
-        )
-        found.append(Provider(f"compile {name}{suffix}", setup, launch, compiles=True, **facts))
-    return found
+    return [p for p in found if p.name != "fla" or importlib.util.find_spec("fla")]
 
 
-def in_layouts(providers: Iterable[Provider], layouts: Sequence[str]) -> list[Provider]:
+def in_layouts(providers: Iterable[Provider], layouts: Sequence[str] = LAYOUTS) -> list[Provider]:
     """Each provider in each memory format that it is written for."""
     return [
         dataclasses.replace(p, channels_last=layout == CHANNELS_LAST)
@@ -271,16 +252,15 @@ def select(
     """Providers by name, or all that run on a device in a dtype.
 
     Raises:
-        UsageError: a name is not known, or what it names does not run there.
+        UsageError: a provider of that name does not run there.
     """
-    known = catalogue(launch)
-    check("provider", chosen, [p.name for p in known])
-    check("layout", layouts, LAYOUTS)
-    fit = {p.name: _misfit(p, device, dtype, layouts) for p in known}
-    for name in chosen:
-        if fit[name]:
-            raise UsageError(f"provider {name!r} {fit[name]}.")
-    found = [p for p in known if (p.name in chosen if chosen else not fit[p.name])]
+    found = []
+    for provider in catalogue(launch):
+        misfit = _misfit(provider, device, dtype, layouts)
+        if misfit and provider.name in chosen:
+            raise UsageError(f"provider {provider.name!r} {misfit}.")
+        if provider.name in chosen or not (chosen or misfit):
+            found.append(provider)
     return in_layouts(found, layouts)
 
 
@@ -294,19 +274,14 @@ def _misfit(provider, device, dtype, layouts):
     return ""
 
 
-def plain(backend: str, launch: str = EAGER) -> list[Provider]:
-    """Eager PyTorch and ``backend``, each in both memory formats."""
-    return in_layouts((p for p in catalogue(launch) if p.name in ("eager", backend)), LAYOUTS)
-
-
-def cpu_sweep() -> list[Provider]:
-    """What is timed side by side on a CPU: eager, ours, and eager compiled."""
-    wanted = ("eager", "torch", "compile eager")
-    return in_layouts((p for p in catalogue() if p.name in wanted), LAYOUTS)
+def plain(*others: str) -> list[Provider]:
+    """Eager PyTorch and others, each in both memory formats."""
+    return in_layouts(p for p in catalogue() if p.name in ("eager", *others))
 
 
 SIDES = ("eager", "triton")  # the baseline and da_triton, in every group
 ONE_FORMAT = ("torch", "eager autocast", "einsum", "fla", "compile triton")  # NCHW suffices
+# The groups of each stage: their launch mode, and what is timed beside ``SIDES``.
 STAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "eager": (
         (
@@ -329,23 +304,14 @@ COMPILED_MAIN = (0, 2, 1)
 COMPILED_LATER = (2, 3, 4)
 
 
-def gpu_sweeps(stage: str = "") -> list[list[Provider]]:
+def gpu_sweeps(stage: str) -> list[list[Provider]]:
     """Groups of providers that are timed in turns on a GPU; ``stages.order`` says which come first.
 
-    ``stage``: "eager", which needs no compilation, or "compiled"; without one, both in this order.
-    Every group has eager and da_triton in both memory formats.
-
-    Raises:
-        UsageError: a stage of another name.
+    ``stage``: "eager", which needs no compilation, or "compiled". Every group has eager and
+    da_triton in both memory formats.
     """
-    check("stage", [stage] if stage else [], list(STAGES))
     found = []
-    for launch, others in itertools.chain(*([STAGES[stage]] if stage else STAGES.values())):
-        known = {p.name: p for p in catalogue(launch)}
-        group: list[Provider] = []
-        for name in (*SIDES, *others):
-            if name in known:  # all but fla, which is optional
-                layouts = (NCHW,) if name in ONE_FORMAT else LAYOUTS
-                group += in_layouts([known[name]], layouts)
-        found.append(group)
+    for launch, others in STAGES[stage]:
+        group = in_layouts(p for p in catalogue(launch) if p.name in (*SIDES, *others))
+        found.append([p for p in group if not (p.channels_last and p.name in ONE_FORMAT)])
     return found

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import ceilings, plots, tables
+from . import plots, roofline, tables
 from .environment import columns, environment
-from .floors import Ceilings
 from .measure import CONDITIONS, OK, ContextLostError, Row
 from .observe import Timer
+from .roofline import Ceilings
 
 IDENTITY = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "layout", "mode",
@@ -80,7 +80,7 @@ class Report:
         replace(self.out / "environment.json", text + "\n")
 
     def measure_ceilings(self, timer: Timer, device: torch.device, dtype: torch.dtype) -> None:
-        self.ceilings, found = ceilings.measure(timer, device, dtype)
+        self.ceilings, found = roofline.measure(timer, device, dtype)
         self.record(ceilings=found)
         self.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))
 

@@ -18,7 +18,7 @@ from .providers import OURS, Provider
 from .report import COLUMNS, Report, replace
 from .workloads import Workload
 
-BASE = Workload("scaling", 1, 128, (2**12,), 64, 64, 1, "how cost grows")
+BASE = Workload("scaling", 1, 128, (2**12,), 64, 64)
 AXES = {
     "L": [2**k for k in range(10, 22)],
     "N": [2**k for k in range(9)],

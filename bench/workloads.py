@@ -20,11 +20,11 @@ SMALL = 2**17  # elements of the input
 
 @dataclass(frozen=True)
 class Workload:
-    """One shape of the block's input and of its maps.
+    """One shape of the block: its input, and the channels of A (``c_m``) and of B and V (``c_n``).
 
-    ``cpu_n`` is the batch on a CPU. ``selection`` is the smallest selection that the workload is
-    part of. ``photographs`` are sample images of scikit-learn: the first one's feature map is what
-    is timed, the second one's what results are checked on.
+    ``cpu_n`` is the batch on a CPU. ``selection`` is the smallest selection that has the workload.
+    ``photographs`` are sample images of scikit-learn: the block is timed on features of the first
+    and checked on those of the second.
     """
 
     name: str
@@ -33,8 +33,7 @@ class Workload:
     positions: tuple[int, ...]
     c_m: int
     c_n: int
-    heads: int
-    origin: str
+    heads: int = 1
     cpu_n: int = 1
     selection: str = "all"
     photographs: tuple[str, str] | None = None
@@ -47,7 +46,7 @@ class Workload:
         return problems.draw(self, mode, dtype, device)
 
     def columns(self, device: torch.device) -> dict[str, Any]:
-        """What a row says of the workload."""
+        """The columns of a row that identify the workload."""
         return {
             "workload": self.name, "n": self.batch(device), "c": self.c,
             "positions": "x".join(map(str, self.positions)),
@@ -76,64 +75,48 @@ class Workload:
 
 
 WORKLOADS = (
+    # A²-Net ResNet-50
+    Workload("r50_conv3", 64, 512, (28, 28), 256, 256, cpu_n=2, selection="default"),
+    Workload("r50_conv4", 64, 1024, (14, 14), 512, 512, cpu_n=2, selection="default"),
+    # YOLOv8 at 640, stride 8
+    Workload("yolo_p3", 16, 256, (80, 80), 64, 64),
+    # Video of 8 frames
+    Workload("kinetics_conv3", 8, 512, (8, 28, 28), 256, 256),
+    Workload("kinetics_conv4", 8, 1024, (8, 14, 14), 512, 512),
+    # A medical volume; high-resolution restoration; segmentation with one descriptor per class;
+    # the linear attention of a diffusion U-Net
+    Workload("volume_128", 1, 64, (128, 128, 128), 32, 32),
+    Workload("hires_256", 4, 128, (256, 256), 128, 128, heads=4),
+    Workload("seg_19", 4, 512, (64, 128), 512, 19),
+    Workload("ddpm_64", 16, 128, (64, 64), 128, 128, heads=4, selection="default"),
+    # YOLOv8 at 640, strides 16 and 32, and its latency
+    Workload("yolo_p4", 16, 512, (40, 40), 128, 128, cpu_n=2),
+    Workload("yolo_p5", 16, 512, (20, 20), 128, 128, cpu_n=4),
+    Workload("yolo_p3_b1", 1, 256, (80, 80), 64, 64),
+    Workload("yolo_p5_b1", 1, 512, (20, 20), 128, 128, selection="quick"),
+    # ResNet-50 with c_m = c_n = C/4, and its conv5, whose positions are odd in number
+    Workload("r50_conv3_q", 64, 512, (28, 28), 128, 128, cpu_n=2),
+    Workload("r50_conv4_q", 64, 1024, (14, 14), 256, 256, cpu_n=2),
+    Workload("odd_7x7", 32, 2048, (7, 7), 512, 512, cpu_n=4, selection="default"),
+    # A photograph after a stem of stride 8
     Workload(
-        "r50_conv3", 64, 512, (28, 28), 256, 256, 1, "A²-Net ResNet-50, conv3",
-        cpu_n=2, selection="default",
-    ),
-    Workload(
-        "r50_conv4", 64, 1024, (14, 14), 512, 512, 1, "A²-Net ResNet-50, conv4",
-        cpu_n=2, selection="default",
-    ),
-    Workload("yolo_p3", 16, 256, (80, 80), 64, 64, 1, "YOLOv8 at 640, stride 8"),
-    Workload("kinetics_conv3", 8, 512, (8, 28, 28), 256, 256, 1, "8-frame video, conv3"),
-    Workload("kinetics_conv4", 8, 1024, (8, 14, 14), 512, 512, 1, "8-frame video, conv4"),
-    Workload("volume_128", 1, 64, (128, 128, 128), 32, 32, 1, "3-D medical volume"),
-    Workload("hires_256", 4, 128, (256, 256), 128, 128, 4, "high-resolution restoration"),
-    Workload("seg_19", 4, 512, (64, 128), 512, 19, 1, "segmentation, one map a class"),
-    Workload(
-        "ddpm_64", 16, 128, (64, 64), 128, 128, 4, "diffusion U-Net linear attention",
-        cpu_n=1, selection="default",
-    ),
-    Workload("yolo_p4", 16, 512, (40, 40), 128, 128, 1, "YOLOv8 at 640, stride 16", cpu_n=2),
-    Workload("yolo_p5", 16, 512, (20, 20), 128, 128, 1, "YOLOv8 at 640, stride 32", cpu_n=4),
-    Workload("yolo_p3_b1", 1, 256, (80, 80), 64, 64, 1, "detection latency, stride 8"),
-    Workload(
-        "yolo_p5_b1", 1, 512, (20, 20), 128, 128, 1, "detection latency, stride 32",
-        selection="quick",
-    ),
-    Workload(
-        "r50_conv3_q", 64, 512, (28, 28), 128, 128, 1, "ResNet-50, conv3, c = C/4", cpu_n=2,
-    ),
-    Workload(
-        "r50_conv4_q", 64, 1024, (14, 14), 256, 256, 1, "ResNet-50, conv4, c = C/4", cpu_n=2,
-    ),
-    Workload(
-        "odd_7x7", 32, 2048, (7, 7), 512, 512, 1, "ResNet conv5, odd number of positions",
-        cpu_n=4, selection="default",
-    ),
-    Workload(
-        "photo_china", 1, 256, (54, 80), 128, 128, 1, "a photograph after a stride-8 stem",
+        "photo_china", 1, 256, (54, 80), 128, 128,
         selection="quick", photographs=("china.jpg", "flower.jpg"),
     ),
-    # Small ones.
-    *(
-        Workload(name, n, c, positions, c_m, c_m, 1, origin, cpu_n=n, selection="default")
-        for name, n, c, c_m, positions, origin in (
-            ("yolo_n_p5_b1", 1, 256, 64, (20, 20), "YOLOv8n at 640, stride 32, batch 1"),
-            ("small_16_8x8", 1, 16, 8, (8, 8), "what many try first"),
-            ("small_64_14x14", 1, 64, 32, (14, 14), "what many try first"),
-            ("small_128_20x20", 1, 128, 64, (20, 20), "a small detector, batch 1"),
-            ("small_64_14x14_n8", 8, 64, 32, (14, 14), "a small batch"),
-            ("small_256_7x7_n2", 2, 256, 128, (7, 7), "ResNet-18 conv4 of small images"),
-            ("small_512_14x14", 1, 512, 256, (14, 14), "ResNet conv3 of small images, batch 1"),
-            ("small_512_7x7", 1, 512, 256, (7, 7), "ResNet-18 conv5, batch 1"),
-        )
-    ),
+    # Small ones: what many try first, detectors at batch 1, ResNets of small images
+    Workload("yolo_n_p5_b1", 1, 256, (20, 20), 64, 64, selection="default"),
+    Workload("small_16_8x8", 1, 16, (8, 8), 8, 8, selection="default"),
+    Workload("small_64_14x14", 1, 64, (14, 14), 32, 32, selection="default"),
+    Workload("small_128_20x20", 1, 128, (20, 20), 64, 64, selection="default"),
+    Workload("small_64_14x14_n8", 8, 64, (14, 14), 32, 32, cpu_n=8, selection="default"),
+    Workload("small_256_7x7_n2", 2, 256, (7, 7), 128, 128, cpu_n=2, selection="default"),
+    Workload("small_512_14x14", 1, 512, (14, 14), 256, 256, selection="default"),
+    Workload("small_512_7x7", 1, 512, (7, 7), 256, 256, selection="default"),
 )  # fmt: skip
 
 
 class UsageError(Exception):
-    """What a user asked for makes no sense; the message says what would."""
+    """A command's arguments are invalid; the message says which ones would be valid."""
 
 
 def check(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -171,9 +154,9 @@ def photograph_features(filename: str) -> Tensor:
             "the photograph needs scikit-learn and Pillow: pip install 'da_triton[bench]'"
         ) from error
     pixels = torch.tensor(load_sample_image(filename)).permute(2, 0, 1)[None]
-    maps = pixels.float() / 127.5 - 1
+    features = pixels.float() / 127.5 - 1
     generator = torch.Generator().manual_seed(0)
     for c_in, c_out in itertools.pairwise(STEM_WIDTHS):
         weight = torch.randn(c_out, c_in, 3, 3, generator=generator) * (2 / (9 * c_in)) ** 0.5
-        maps = nn.functional.conv2d(maps, weight, stride=2, padding=1).relu()
-    return nn.functional.instance_norm(maps)
+        features = nn.functional.conv2d(features, weight, stride=2, padding=1).relu()
+    return nn.functional.instance_norm(features)

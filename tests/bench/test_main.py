@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from bench import (
-    ceilings,
     cli,
     environment,
     first_call,
-    floors,
+    isolation,
     measure,
     networks,
     problems,
     providers,
     report,
+    roofline,
     scaling,
+    stages,
+    workloads,
 )
 from bench.measure import OK, Effort
 from bench.workloads import WORKLOADS
@@ -32,19 +34,19 @@ from support import fakes
 def short(monkeypatch):
     monkeypatch.setattr(cli, "DEFAULT", Effort(0, 2, 2, seconds=0.0))
     monkeypatch.setattr(cli, "QUICK", Effort(0, 1, 1, seconds=0.0))
-    monkeypatch.setattr(ceilings, "SIZES", {"cpu": (2**16, 16)})
+    monkeypatch.setattr(roofline, "SIZES", {"cpu": (2**16, 16)})
 
 
 @pytest.fixture
 def without_compiling(monkeypatch):
-    """The sweep of a CPU with the compiled block replaced by the eager one."""
+    """The providers of a CPU, with the compiled block replaced by the eager one."""
 
-    def sweep():
-        found = original()
+    def plain(*others):
+        found = original(*others)
         return [dataclasses.replace(p, setup=found[0].setup) if p.compiles else p for p in found]
 
-    original = providers.cpu_sweep
-    monkeypatch.setattr(providers, "cpu_sweep", sweep)
+    original = providers.plain
+    monkeypatch.setattr(providers, "plain", plain)
 
 
 def test_run_without_arguments(table, tmp_path, capsys, without_compiling):
@@ -119,7 +121,7 @@ def gpu_calls(monkeypatch):
 
 def test_gpu_runs_every_stage_with_the_sum_of_their_seconds(table, tmp_path, gpu_calls):
     assert cli.main(["gpu", "--out", str(tmp_path)]) == 7
-    names = ["smoke", "tests", "eager", "compiled", "tune", "rest"]
+    names = [stage.name for stage in stages.STAGES]
     assert gpu_calls == [(tmp_path, list(table), 1560, names, [])]
 
 
@@ -338,7 +340,7 @@ def test_plan_of_workloads_and_shapes(capsys):
 
 def test_floors_of_the_design():
     """Of an H200 with the ceilings that were measured on one elsewhere."""
-    ceilings = floors.Ceilings(4.3e12, 790e12, 50e6)
+    ceilings = roofline.Ceilings(4.3e12, 790e12, 50e6)
     known = {
         "r50_conv3": 78, "r50_conv4": 83, "r50_conv3_q": 36, "r50_conv4_q": 38, "yolo_p3": 24,
         "kinetics_conv3": 68, "kinetics_conv4": 78, "hires_256": 44, "seg_19": 16,
@@ -346,48 +348,41 @@ def test_floors_of_the_design():
     }  # fmt: skip
     for work in WORKLOADS:
         if work.name in known:
-            floor = floors.floor(work, work.n, problems.FORWARD, 2, ceilings)
-            assert 1e6 * floor.seconds == pytest.approx(known[work.name], rel=0.06)
+            found = roofline.work_of(work, work.n, problems.FORWARD, 2, ceilings.cache)
+            seconds, _ = found.least_time(ceilings)
+            assert 1e6 * seconds == pytest.approx(known[work.name], rel=0.06)
 
 
 def test_modes_add_up():
     for work in WORKLOADS:
-        for of in (floors.compulsory_bytes, floors.useful_flop):
-            one, two, both = (
-                of(work, 2, mode, *((2,) if of is floors.compulsory_bytes else ()))
-                for mode in problems.MODES
-            )
+        forward, backward, step = (roofline.work_of(work, 2, m, 2) for m in problems.MODES)
+        for one, two, both in zip(forward, backward, step, strict=True):
             assert 0 < one < two
             assert both == one + two
 
 
-CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR")
-
-
-def test_first_calls_of_fresh_processes(monkeypatch):
-    (eager,) = providers.select(["eager"], "eager", torch.device("cpu"), torch.float32, ["nchw"])
-    monkeypatch.setenv("TRITON_CACHE_DIR", "not this")
+def test_first_calls_of_fresh_processes(monkeypatch, children):
+    cpu = torch.device("cpu")
+    (eager,) = providers.select(["eager"], "eager", cpu, torch.float32, ["nchw"])
     folders = []
-    fresh = first_call._fresh
 
-    def spied(arguments, environment, limit):
-        folders.append(environment["TRITON_CACHE_DIR"])
-        parents = {os.path.dirname(environment[name]) for name in CACHE_VARIABLES}
-        assert parents == {os.path.dirname(folders[-1])}
-        assert os.path.isdir(os.path.dirname(folders[-1]))
-        return fresh(arguments, environment, limit)
+    def seen(log, environment):
+        folders.append({name: os.path.dirname(path) for name, path in environment.items()})
+        return isolation.Worker(log, environment)
 
-    monkeypatch.setattr(first_call, "_fresh", spied)
-    arguments = ["yolo_p5_b1", eager, problems.FORWARD, torch.float32, torch.device("cpu")]
-    cold, warm = first_call.seconds(*arguments)
+    monkeypatch.setattr(first_call, "Worker", seen)
+    work = workloads.select(["yolo_p5_b1"], "all")[0]
+    cold, warm = first_call.seconds(work, eager, problems.FORWARD, torch.float32, cpu)
     assert 0 < cold < 60
     assert 0 < warm < 60
-    assert folders[0] == folders[1] != "not this"
-    with pytest.raises(RuntimeError, match=r"first call of 'eager'.*did you mean 'yolo_p5_b1'"):
-        first_call.seconds("yolo_p5_b", *arguments[1:])
+    assert folders[0] == folders[1]
+    assert {*folders[0]} == {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR"}
+    broken = dataclasses.replace(eager, setup=fakes.fails)
+    with pytest.raises(RuntimeError, match=r"first call of 'eager': failed: .*out of memory"):
+        first_call.seconds(work, broken, problems.FORWARD, torch.float32, cpu)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="first call of 'eager': killed after 0 s"):
-        first_call.seconds(*arguments, limit=0.2)
+        first_call.seconds(work, eager, problems.FORWARD, torch.float32, cpu, limit=0.2)
     assert time.monotonic() - start < 3
 
 

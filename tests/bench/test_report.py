@@ -13,9 +13,9 @@ import da_triton
 from bench import environment as module
 from bench import plots
 from bench.environment import COMMIT, commit, environment
-from bench.floors import Ceilings
 from bench.measure import CONDITIONS
 from bench.report import COLUMNS, Report
+from bench.roofline import Ceilings
 from bench.tables import METRICS, RATIOS, against_model, markdown, means
 from support.rows import row, unpadded
 

@@ -17,7 +17,7 @@ from da_triton.runtime import launch, tiles
 
 ROOT = Path(tune.__file__).parents[1]
 CPU = torch.device("cpu")
-WORK = Workload("small", 1, 64, (8, 16), 32, 32, 1, "test")
+WORK = Workload("small", 1, 64, (8, 16), 32, 32)
 SITE = tiles.Key("project_distribute", tiles.PLAIN, "half", 64, 32)
 PRESENT = (32, 4, 1)  # of every fused kernel, interpreted
 

@@ -12,7 +12,7 @@ from bench import warm
 from bench.environment import ROOT
 from bench.workloads import Workload
 
-TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, "test", cpu_n=4)
+TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, cpu_n=4)
 WARM = "import sys; from bench import cli, workloads; from bench.workloads import Workload\n"
 WARM += f"workloads.WORKLOADS = ({TINY!r},); sys.exit(cli.main(['warm', *sys.argv[1:]]))"
 # What the benchmark's own closures look up on a GPU: the module, inference and a training step, in

@@ -72,7 +72,7 @@ def warns(problem):
 
 def counted(problem):
     """Says in the profiler's place which process counts."""
-    measure.launches = lambda closure, device: os.getpid()
+    measure.launches = lambda closure: os.getpid()
     return providers.setup_block(problem, formulations.eager_block)
 
 
