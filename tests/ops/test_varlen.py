@@ -229,7 +229,7 @@ def test_padding_is_bounded_and_long_runs_are_not_copied(lengths, copied):
 
 
 class Operations(TorchDispatchMode):
-    """The names of all that runs, in order."""
+    """Names of all operations, in order."""
 
     def __init__(self):
         super().__init__()

@@ -66,7 +66,7 @@ def gathered(a, b):
 
 
 class Kernel:
-    """A kernel that does something after, or instead of, what it should."""
+    """A kernel with something done after it, or in its place."""
 
     def __init__(self, kernel, lie):
         self.kernel, self.lie = kernel, lie
@@ -386,7 +386,7 @@ def test_proofs_in_backward_inference_and_compiled_code(suspect, proofs):
 
 
 def test_every_launch_of_a_block_can_be_proved(monkeypatch):
-    """Fused and unfused, in the dtype the tiles are for; a mask, V kept, several heads."""
+    """Fused and unfused, in the dtype the tiles are for; a mask, V saved, several heads."""
     monkeypatch.setattr(trials, "LONGEST", 256)
     given = inputs(CASES["odd"], DTYPE, False)
     x = given[0]

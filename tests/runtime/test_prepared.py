@@ -1,4 +1,4 @@
-"""Prepared launches: what is found once, and what is seen at every call."""
+"""Prepared launches: what is computed once, and what is checked at every call."""
 
 import gc
 import os
@@ -304,7 +304,7 @@ def test_the_tf32_switch_is_read_at_every_call(dtype):
 
 
 def test_a_trial_is_apart():
-    """It neither takes nor leaves a prepared launch, and notes tiles."""
+    """A trial neither uses nor stores a prepared launch, and records tiles."""
     a = torch.randn(1, 1, 8, 300)
     expected = gather.gather_partials([(a, a, None)], 0.5)[0].shape[1]
     table = dict(launch._prepared.found)

@@ -1,4 +1,4 @@
-"""Calls whose launches are recorded once and repeated: the same bits, and what must be seen."""
+"""Calls recorded once and repeated: the same bits, and changes that must be noticed."""
 
 import contextlib
 import gc

@@ -50,7 +50,7 @@ def test_a_block_of_stand_ins(dtype, route, case, channels_last, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(guard.LAUNCHERS))
 def test_one_stand_in_among_kernels(name, monkeypatch):
-    """Each works with what kernels before it left, and leaves what those after it take."""
+    """Each takes the outputs of kernels before it, and kernels after it take its outputs."""
     monkeypatch.setattr(guard, "watched", lambda: True)
     monkeypatch.setattr(guard, "_use", lambda spec, args, kwargs: spec.name != name)
     given = inputs(CASES["odd"], torch.float32, True)

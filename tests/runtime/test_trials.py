@@ -1,4 +1,4 @@
-"""Arguments that kernels are proved with, and what tells two launches apart."""
+"""Arguments that kernels are proved with, and what distinguishes two launches."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ class DoubleAttentionCopy(nn.Module):
 
 
 class SoftmaxOverTheBatch(DoubleAttentionCopy):
-    """The widely copied one: F.softmax without ``dim`` takes axis 0 of three."""
+    """The widely copied version: F.softmax without ``dim`` takes axis 0 of three."""
 
     def weights(self, b, v):
         return b.softmax(0), v.softmax(0)

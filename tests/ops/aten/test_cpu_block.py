@@ -1,4 +1,4 @@
-"""The public block on a CPU: every way through it against the definition, and when it is left.
+"""The public block on a CPU: every path through it against the definition, and when it is used.
 
 A few constants decide how samples and positions are cut up; setting them reaches every way with
 small tensors.
@@ -46,7 +46,7 @@ def _however_few_descriptors_and_elements(monkeypatch):
 def take(name, monkeypatch):
     for constant, value in WAYS[name].items():
         monkeypatch.setattr(cpu_small if "small" in name else cpu_products, constant, value)
-    if name == "small, convolved":  # which are for several threads
+    if name == "small, convolved":  # those are for several threads
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 

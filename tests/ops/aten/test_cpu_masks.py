@@ -1,4 +1,4 @@
-"""The public block on a CPU: masked positions hold anything, and samples share the work."""
+"""The public block on a CPU: masked positions hold anything, samples are computed together."""
 
 import pytest
 import torch

@@ -238,7 +238,7 @@ def test_flop_formulas(order):
 @each_route
 @pytest.mark.parametrize("save_v", [False, True])
 def test_what_autograd_saves(route, save_v, taking):
-    """Inputs, lse and G; V if asked for; nothing else."""
+    """Inputs, lse and G; V if requested; nothing else."""
     taking(route)
     tensors, options = arguments(torch.bfloat16)
     leaves = [t.requires_grad_() for t in tensors[:-1]]

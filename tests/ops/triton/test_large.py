@@ -37,7 +37,7 @@ class Far:
         batch, length = shape[0], shape[-1]
         channels = torch.Size(shape[1:-1]).numel()
         steps = {"samples": batch, "channels": shape[-2], "positions": length}[self.axis] - 1
-        step = -(-SPREAD // steps // 64) * 64  # as aligned as rows may be
+        step = -(-SPREAD // steps // 64) * 64  # the largest alignment of rows
         strides = {
             "samples": (step, length, 1),
             "channels": (length, step, 1),
@@ -51,7 +51,7 @@ class Far:
         return self.empty(*x.shape).copy_(x)
 
     def empty_activations_like(self, x, channels=None):
-        """In the place of ``launch.empty_activations_like``: what kernels write is as far away."""
+        """Replaces ``launch.empty_activations_like``: outputs of kernels are as far apart."""
         batch, heads, c, length = x.shape
         return self.empty(batch, heads, c if channels is None else channels, length)
 
@@ -59,7 +59,7 @@ class Far:
         return self.empty_activations_like(x[:, None], channels)[:, 0]
 
     def free(self):
-        """Gives a GPU's memory back, whoever still holds views of it."""
+        """Frees a GPU's memory even if views of it are still held."""
         memory, self.storage = self.storage.untyped_storage(), None
         if memory.resizable():
             memory.resize_(0)
@@ -81,7 +81,7 @@ def far(request, tmp_path, memory):
 
 
 def test_memory_is_given_back_while_there_are_views():
-    """Such as those that the traceback of a failed test holds."""
+    """For example, views in the traceback of a failed test."""
     storage = torch.empty(64, dtype=HALF, device=DEVICE)
     view = storage[:3]
     Far(storage, "samples").free()
@@ -118,7 +118,7 @@ def core_run(place, case):
 
 
 def block_run(place, case):
-    """The same of the block, whose activations are X, the upstream gradient and what it writes."""
+    """The same for the block; its activations are X, the upstream gradient and its outputs."""
     torch.manual_seed(0)
     route, (channels, c_m, c_n) = BLOCK[case]
     shapes = (
@@ -154,7 +154,7 @@ def both(run, case, far, monkeypatch):
 @each_run
 def test_offsets_beyond_int32(run, case, far, monkeypatch):
     for here, there in both(run, case, far, monkeypatch):
-        # Vendor GEMMs take another way where memory does, and round in between.
+        # Vendor GEMMs take another path for other strides, and round in between.
         assert relative_rms(there, here) < 2 * TOLERANCE[HALF]
 
 
