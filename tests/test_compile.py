@@ -198,7 +198,7 @@ def test_cuda_graphs(mode):
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_symbolic_trace_asks_nothing_of_the_positions():
+def test_a_symbolic_trace_has_no_guards_on_positions():
     """Outside the compiler, too: the trace for "auto" has the guards of an order that is named."""
 
     def traced(order):

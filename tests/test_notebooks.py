@@ -1,4 +1,4 @@
-"""Every notebook runs top to bottom, and says what its committed outputs say."""
+"""Every notebook runs top to bottom and reproduces its committed outputs."""
 
 import importlib.util
 import re
@@ -33,7 +33,7 @@ def test_notebook_runs_and_says_the_same(path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # What torch 2.11 says of itself, in torch.export.load and torch.onnx.export.
+    # Warnings of torch 2.11 itself, in torch.export.load and torch.onnx.export.
     theirs = "ignore:The given buffer is not writable,ignore:`isinstance(treespec, LeafSpec)`"
     monkeypatch.setenv("PYTHONWARNINGS", theirs)
     fresh = nbformat.read(path, as_version=4)
@@ -72,7 +72,7 @@ def maps():
 
 
 def weights(n=4, height=2, width=3):
-    """Gather maps and distribution weights ``(n, height, width)``."""
+    """Attention maps and distribution weights ``(n, height, width)``."""
     gathered, received = torch.randn(2, n, height, width)
     return gathered.flatten(1).softmax(1).view_as(gathered), received.softmax(0)
 

@@ -1,4 +1,4 @@
-"""The package as a user meets it: imports, names, what it needs and what it does not."""
+"""The package for a user: imports, names, required and optional dependencies."""
 
 import os
 import subprocess

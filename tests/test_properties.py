@@ -78,7 +78,7 @@ mask_kinds = st.sampled_from(["none", "some", "with a channel axis", "a sample w
 
 
 def compare(function, inputs, upstream_layout, random, dtype, backend, **options):
-    """Result and gradients, of what differentiable ``inputs`` there are."""
+    """Result, and gradients of the differentiable ``inputs``."""
 
     def run(inputs, kind, name):
         leaves = [x.detach().to(kind).requires_grad_() for x in inputs]

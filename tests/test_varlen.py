@@ -1,4 +1,4 @@
-"""The public functions on packed samples of different sizes: against a call for each sample."""
+"""The public functions on packed samples of different sizes: against a call per sample."""
 
 import doctest
 
@@ -21,7 +21,7 @@ def offsets_of(lengths, dtype=torch.int32):
 
 
 def activations(*channels, lengths=LENGTHS, dtype=torch.float64, layout="channels first"):
-    """``(1, c, total)``, as projections give them or as a slice of a token-major tensor."""
+    """``(1, c, total)``, from projections, or as a slice of a token-major tensor."""
     total = sum(lengths)
     if layout == "token-major":
         tokens = peaky(1, sum(channels), 1, total, dtype=dtype)[:, :, 0].mT.contiguous().mT

@@ -1,4 +1,4 @@
-"""Wrong arguments of the public functions and the layer: the error's type and what it says."""
+"""Wrong arguments of the public functions and the layer: error types and messages."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Errors of the public functions: what they tell the user to do works."""
+"""Errors of the public functions: the advice in them works."""
 
 import re
 

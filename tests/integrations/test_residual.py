@@ -1,4 +1,4 @@
-"""x + norm(attention(x)): identity at first, one operation in evaluation, the sum otherwise."""
+"""x + norm(attention(x)): initially the identity, one operation in evaluation, else the sum."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ NORMS = {
 
 
 def trained(norm="batch", axes=2, dtype=torch.float64, **options):
-    """A block that does something, with running statistics of its own."""
+    """A block that is not the identity, with its own running statistics."""
     block = ResidualDoubleAttention(
         16, 6, 4, norm=norm, position_axes=axes, zero_init=False, dtype=dtype, **options
     )

@@ -32,7 +32,7 @@ def test_names_are_known_once(tasks):
     assert [getattr(tasks, name) for name in NAMES] == list(ours.BLOCKS)
     default = callbacks.get_default_callbacks()
     assert events(default).count(ours._FOR_WORKERS) == 1
-    # The library tells by this whether callbacks are its own.
+    # The library recognises its own callbacks by this.
     assert default == callbacks.get_default_callbacks()
     yolo = YOLO(ultralytics_config())
     yolo.reset_callbacks()
@@ -108,7 +108,7 @@ def absolute(table):
 
 
 def without_blocks(rows):
-    """The rows of others, renumbered; who reads a block's row reads the block's input."""
+    """Rows without blocks, renumbered; readers of a block's row read the block's input."""
     numbers, kept = {-1: -1}, []
     for i, (inputs, *rest) in enumerate(rows):
         if rest[1] in NAMES:
@@ -297,7 +297,7 @@ def test_rows_compile_and_export_whole(block):
     torch.testing.assert_close(torch.jit.trace(block, x)(x), expected)
 
 
-# What becomes of a network
+# Networks with blocks
 
 
 def joined_features(network, x):

@@ -26,7 +26,7 @@ def test_worker_of_distributed_training(data, tmp_path):
     assert Path(trainer.save_dir, "weights", "last.pt").exists()
 
 
-def test_what_makes_a_worker_know(tasks, data, tmp_path):
+def test_workers_register_by_the_callback(tasks, data, tmp_path):
     """The callback, where it is given the path of a YAML file, or a block."""
     from ultralytics.utils import dist
     from ultralytics.utils.patches import torch_load

@@ -23,7 +23,7 @@ def activations(*shape):
 
 
 def python_calls(function):
-    """How many Python functions of the package run in a call."""
+    """The number of Python functions of the package that run in a call."""
     count = 0
 
     def trace(frame, event, arg):
@@ -43,7 +43,7 @@ def python_calls(function):
 
 
 def operations(function):
-    """How many operations the dispatcher sees, views and those that others call left out."""
+    """The number of operations that the dispatcher sees, except views and nested ones."""
     function()
     with torch.profiler.profile() as profile:
         function()

@@ -45,7 +45,7 @@ def problems():
 
 
 def core(a, b, v, extra=None, mask=None, **options):
-    """Z, and the gradients of all that has one, for a loss that is a sum over positions."""
+    """Z and all gradients, for a loss that is a sum over positions."""
     if mask is not None:  # masked positions may hold anything
         with torch.no_grad():
             for x in (a, b):
@@ -336,8 +336,7 @@ def test_compiled_without_a_break_and_once_for_all_sizes_and_scales(backend, tmp
     assert all(map(all, ranks.run(2, compiled_on_a_rank, tmp_path, backend)))
 
 
-# --- copies, errors
-# --------------------------------------------------------------------------------
+# --- copies, errors -------------------------------------------------------------------------------
 
 
 def copied(rank):
@@ -392,7 +391,7 @@ def test_something_else_than_a_group_is_rejected(group):
             call()
 
 
-# --- what crosses the network ---------------------------------------------------------------------
+# --- network traffic ------------------------------------------------------------------------------
 
 
 class Received(TorchDispatchMode):

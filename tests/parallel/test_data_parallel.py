@@ -1,4 +1,4 @@
-"""Batches split over gloo ranks: DDP and FSDP train as one process does, compiled and checkpointed.
+"""Batches split over gloo ranks: DDP and FSDP train like one process, compiled and checkpointed.
 
 ``convB.bias``, which cannot change a result, has a gradient of zeros: DDP would stop without one.
 """
@@ -85,7 +85,7 @@ def _whole(x):
     return x.full_tensor() if isinstance(x, DTensor) else x.clone()
 
 
-# --- ways to train: net -> what is called ---------------------------------------------------------
+# --- ways to train: net -> callable ---------------------------------------------------------------
 
 
 def ddp(net):
