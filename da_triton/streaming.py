@@ -186,7 +186,7 @@ class Descriptors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Window:
-    """The gather of the last ``size`` frames, for three merges a frame on average (once in ``size``
+    """The gather of the last ``size`` frames: three merges per frame on average (once in ``size``
     frames, ``size`` of them), however long the window is.
 
     Nothing is ever subtracted, so a frame that has left leaves no rounding behind, and no NaN. The
@@ -350,7 +350,7 @@ class StreamingDoubleAttention(nn.Module):
         """The state's G, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
         self._check(frame)
         if self.state is None:
-            raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
+            raise RuntimeError("No frames seen yet: call update with a frame first.")
         layer = self.layer
         y = distribute(
             self.state.read(), call(layer.convV, frame), scale=layer.scale,

@@ -63,7 +63,7 @@ class ResidualDoubleAttention(nn.Module):
         checks.flag(zero_init=zero_init)
         if taken := {"residual", "reconstruct"} & set(options):
             raise ValueError(
-                f"{' and '.join(sorted(taken))} cannot be chosen: this module adds x itself. "
+                f"{' and '.join(sorted(taken))} cannot be set: this module adds x itself. "
                 "Use DoubleAttention for a block without the sum."
             )
         kind: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -243,7 +243,7 @@ def paper_places(model: nn.Module) -> list[str]:
         what = "no ResNet" if not found else f"{len(found)} ResNets"
         raise ValueError(
             f'positions="paper" found {what} in {type(model).__name__} (stages named layer2 and '
-            "layer3, or encoder.stages). Give the names of the modules that blocks shall follow."
+            "layer3, or encoder.stages). Give the names of the modules to insert after."
         )
     prefix, stages = found[0]
     places = [

@@ -201,7 +201,7 @@ def _obstacle(module: nn.Module) -> str:
             f"(device_map or offloading): call {HOOKED}, then accelerate, then dispatch_model again"
         )
     if is_overridden(module):
-        return "its forward was replaced on the instance: it may do anything"
+        return "its forward is overridden on the instance"
     return ""
 
 

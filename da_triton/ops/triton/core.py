@@ -49,7 +49,7 @@ def obstacle(x: Tensor) -> str | None:
     if launch.INTERPRETED:
         if x.dtype == torch.bfloat16 and not interpreter_has_bfloat16:
             return (
-                "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly. "
+                "Triton's interpreter (TRITON_INTERPRET=1) does not compute bfloat16 correctly. "
                 "Use float32 or float16 there."
             )
         return None

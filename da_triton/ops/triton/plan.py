@@ -166,13 +166,13 @@ def plan(
         raise type(error)(f"device must be a CUDA device, got {device!r}. {error}") from error
     if device.type != "cuda":
         raise RuntimeError(
-            f"plan() shows the kernels' plan, which needs a CUDA device; got {str(device)!r}. "
+            f"plan() describes the Triton backend, which needs a CUDA device; got {str(device)!r}. "
             "On other devices the operations of backend='torch' run."
         )
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
+        raise RuntimeError("plan() describes the Triton backend, and Triton is not installed.")
     from ...runtime import launch  # Triton is needed from here on
 
     batch, channels, length = shape[0], shape[1], math.prod(shape[2:])
