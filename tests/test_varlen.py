@@ -273,7 +273,7 @@ ERRORS = [
     (gather(GOOD.bool()), TypeError, "got torch.bool"),
     (gather(GOOD[None]), ValueError, r"must be \(S \+ 1,\).*got shape \(1, 3\)"),
     (gather(GOOD[:1]), ValueError, r"S ≥ 1 sequences.*got shape \(1,\)"),
-    (gather(GOOD.to("meta")), RuntimeError, "is on meta. Keep it on the CPU"),
+    (gather(GOOD.to("meta")), RuntimeError, "on the meta device. Keep it on the CPU"),
     (gather(torch.tensor([1, 4, 9])), ValueError, r"begin with 0, got 1. Make offsets.*cumsum"),
     (gather(torch.tensor([4, 5])), ValueError, "begin with 0, got 4"),
     (
