@@ -307,7 +307,7 @@ def test_a_model_without_such_layers_warns():
 def test_instance_forward_is_rejected():
     layer = published.DoubleAttentionCopy(12, 8, 5)
     layer.forward = lambda x: x
-    with pytest.warns(UserWarning, match="replaced on the instance"):
+    with pytest.warns(UserWarning, match="overridden on the instance"):
         accelerate(net(layer))
 
 
