@@ -94,13 +94,13 @@ COMPILED_BY_A_RUN = """
 from unittest import mock
 import torch
 from bench import warm
-from bench.groups import Job, Where, _warm
+from bench.groups import Where, _warm, in_worker
 from bench.measure import Effort
 from bench.observe import WallTimer
 from bench.workloads import Workload
 where = Where(warm.META, torch.bfloat16, WallTimer, Effort(1, 1, 1, 0.0))
 with warm._compiling_only("sm_90"), mock.patch("bench.measure.usable", return_value=True):
-    Job(where, None, 60.0, _warm, ([WORKLOAD],))(print)
+    in_worker(where, None, 60.0, _warm, ([WORKLOAD],), print)
 """
 
 
