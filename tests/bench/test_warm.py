@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -83,6 +83,7 @@ def test_a_cache_is_used_elsewhere(made, tmp_path):
         ran = python(WARM, "--out", str(moved), "--check")
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert "the cache is of this Triton and these kernels" in ran.stdout
+        assert int(re.search(r"(\d+) entries adjusted", ran.stdout)[1]) > 10
         ran = python(code, TRITON_CACHE_DIR=str(moved))
         assert ran.stdout.split() == [printed.split()[0]] * 2, ran.stderr
     finally:
@@ -144,13 +145,3 @@ def test_every_architecture_is_one_that_tiles_are_known_for():
     from da_triton.runtime import tiles
 
     assert {*tiles.ARCHITECTURES} >= {*warm.TARGETS}
-
-
-def test_relocated_entries(tmp_path):
-    group = tmp_path / "KEY" / "__grp__a.json"
-    group.parent.mkdir()
-    group.write_text(json.dumps({"child_paths": {"a.cubin": "/elsewhere/KEY/a.cubin"}}))
-    assert warm.relocate(tmp_path) == 1
-    paths = json.loads(group.read_text())["child_paths"]
-    assert {Path(path) for path in paths.values()} == {group.parent / "a.cubin"}
-    assert warm.relocate(tmp_path) == 0
