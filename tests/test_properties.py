@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 import da_triton
-from da_triton.planning.shapes import orders
+from da_triton.planning.costs import orders
 from support.numerics import DEVICE, DTYPES, TOLERANCE
 
 EXAMPLES = int(os.environ.get("DA_TRITON_EXAMPLES", "20"))

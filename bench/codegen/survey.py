@@ -38,7 +38,9 @@ from bench.workloads import WORKLOADS
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.shapes import AH, AZ, XH, Route, Shape
+from da_triton.planning.costs import AH, AZ, XH
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import Shape
 from da_triton.precision import matmul_precision
 from da_triton.runtime import launch, tiles
 

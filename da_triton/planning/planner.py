@@ -12,21 +12,25 @@ chunk, and the route of the backward pass. ``da_triton.plan`` shows it.
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..tracing import constant
 from .costs import (
+    AZ,
+    XH,
+    Order,
     compulsory_bytes,
     distribute_steps,
     fused_backward_steps,
     gather_steps,
     least_macs,
     order_cost,
+    orders,
     unfused_backward_steps,
 )
-from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Step, orders
+from .shapes import Cost, Limits, Shape, Step
 
 # Rates of an H200 with measured or data-sheet ceilings; only their proportions matter here, and
 # only to rank the orders.
@@ -39,7 +43,7 @@ CPU_RATE = 1e11  # MACs a second of two cores
 def seconds(cost: Cost, itemsize: int, cpu: bool = False) -> float:
     """Modelled time of one sample; a ranking, not a prediction."""
     if cpu:  # one rate for every product, and maps stay in the cache between them
-        return (cost.macs + cost.small_macs) / CPU_RATE
+        return cost.all_macs / CPU_RATE
     rate = MATRIX_RATE if itemsize == 2 else FLOAT32_RATE
     return cost.macs / rate + cost.small_macs / FLOAT32_RATE + cost.elements * itemsize / BANDWIDTH
 
@@ -105,6 +109,32 @@ def choose_order(
 
 # --- kernels --------------------------------------------------------------------------------------
 
+
+class Route(NamedTuple):
+    """How a block runs in kernels."""
+
+    order: Order
+    gather: str  # "fused" or "unfused"
+    distribute: str
+    backward: str
+    backward_order: Order  # of an unfused backward pass; XH of a fused one
+    chunk: int  # samples that go through both passes before the next ones start
+
+    def __str__(self) -> str:
+        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
+        return f"{forward}; backward {self.backward} {self.backward_order}"
+
+
+class PlannedRoute(NamedTuple):
+    """A route with its modelled costs for the whole batch."""
+
+    route: Route
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    seconds: float  # forward
+    backward_seconds: float
+
+
 # Shares of the matrix rate that vendor GEMMs and our kernels are taken to reach, time of a
 # launch in a CUDA graph, L2 cache: assumptions to rank routes with, none measured.
 LIBRARY_SHARE, KERNEL_SHARE = 0.85, 0.6
@@ -121,9 +151,8 @@ def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:
     for step in steps:
         share = LIBRARY_SHARE if step.library else KERNEL_SHARE
         narrow = 1.0 if step.library or s.wide else NARROW_SHARE
-        moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
         asked = step.requested * s.itemsize / CACHE_BANDWIDTH
-        busy = max(step.macs / (rate * share), moved / BANDWIDTH, asked) / narrow
+        busy = max(step.macs / (rate * share), step.bytes(s.itemsize) / BANDWIDTH, asked) / narrow
         total += busy * s.batch + step.launches * chunks * LAUNCH
     return total
 
@@ -205,6 +234,6 @@ def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str
     """
     if isinstance(recompute, bool):
         return not recompute
-    forward = channels * (2 * c_m + 2 * c_n) + 2 * c_m * c_n // heads
+    forward = order_cost(AZ, channels, c_m, c_n, heads, 1).macs
     step = 3 * forward + channels * (c_m + c_n)
     return channels * c_n > 0.1 * (step + channels * c_n)

@@ -17,7 +17,8 @@ import torch
 import da_triton
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import ORDERS, XH, Route
+from da_triton.planning.costs import ORDERS, XH
+from da_triton.planning.planner import Route
 from support import launches
 from support.numerics import DEVICE
 

@@ -39,7 +39,8 @@ from da_triton.kernels import distribute, gather, project_gather
 from da_triton.ops.triton import routes
 from da_triton.runtime import launch
 from da_triton.runtime.recorded import Recorded
-from da_triton.planning.shapes import AH, AZ, XH, XZ, Route
+from da_triton.planning.costs import AH, AZ, XH, XZ
+from da_triton.planning.planner import Route
 
 FUSED = Route(XH, "fused", "fused", "fused", XH, 64)
 OPTIONS = routes.Options(1, 0.5, 0.6, 0.7, True, True)

@@ -12,7 +12,7 @@ program: see ``operators.scalars``.
 Second derivatives are taken through the ``torch`` backend.
 """
 
-import functools
+import math
 
 import torch
 from torch import Tensor
@@ -317,31 +317,27 @@ for _op in (gather_op, gather_backward_op, distribute_op, distribute_backward_op
     vectorise(_op)
 
 
-def _elements(*shape):
-    return functools.reduce(lambda x, y: x * y, shape, 1)
-
-
 @register_flop_formula([torch.ops.da_triton.gather, torch.ops.da_triton.gather_of_tensors])
 def gather_flops(a, b, mask, extra_a, extra_b, logit_scale, **_):
     """MACs of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
     extra = 0 if extra_a is None else extra_a[-1]
-    return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
+    return 2 * math.prod((*a[:3], b[2])) * (a[3] + extra)
 
 
 @register_flop_formula(
     [torch.ops.da_triton.gather_backward, torch.ops.da_triton.gather_backward_of_tensors]
 )
 def gather_backward_flops(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b, **_):
-    return 2 * _elements(*a, b[2]) * (need_a + need_b)
+    return 2 * math.prod((*a, b[2])) * (need_a + need_b)
 
 
 @register_flop_formula([torch.ops.da_triton.distribute, torch.ops.da_triton.distribute_of_tensors])
 def distribute_flops(g, v, *_, **__):
-    return 2 * _elements(*v, g[2])
+    return 2 * math.prod((*v, g[2]))
 
 
 @register_flop_formula(
     [torch.ops.da_triton.distribute_backward, torch.ops.da_triton.distribute_backward_of_tensors]
 )
 def distribute_backward_flops(dz, g, v, scale, softmax, logit_scale, need_g, need_v, **_):
-    return 2 * _elements(*v, g[2]) * (need_g + need_v)
+    return 2 * math.prod((*v, g[2])) * (need_g + need_v)

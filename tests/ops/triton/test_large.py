@@ -16,7 +16,8 @@ import triton.language as tl
 import da_triton
 from da_triton.kernels import distribute, gather
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import AH, AZ, XH, Route
+from da_triton.planning.costs import AH, AZ, XH
+from da_triton.planning.planner import Route
 from da_triton.runtime import launch, tiles
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
