@@ -15,7 +15,7 @@ tile of positions asks for all weights that it is multiplied with, so short tile
 
 from typing import NamedTuple
 
-from .shapes import CoreLimits, Cost, Shape, Step
+from .shapes import CoreLimits, Cost, Limits, Shape, Step
 
 BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
 L2 = 50e6  # bytes, of an H200; half of it is taken to hold X
@@ -86,6 +86,12 @@ def order_macs(s: Shape, order: Order) -> int:
 def least_macs(s: Shape) -> int:
     """The same in the cheapest order."""
     return min(order_macs(s, order) for order in orders(s.reconstruct))
+
+
+def fused_tiles(order: Order, limits: Limits) -> tuple[int, int]:
+    """Positions in a tile of the fused gather and of the fused distribute, 0 for no such kernel."""
+    gather = limits.gather_from_x if order.from_x else limits.gather_from_a
+    return gather, limits.project_distribute if order.through_h else 0
 
 
 def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int:

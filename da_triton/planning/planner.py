@@ -24,6 +24,7 @@ from .costs import (
     compulsory_bytes,
     distribute_steps,
     fused_backward_steps,
+    fused_tiles,
     gather_steps,
     least_macs,
     order_cost,
@@ -180,9 +181,8 @@ def routes(
     kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, saved_v)
     found = []
     for o in (order,) if order else orders(s.reconstruct):
-        pass_1 = limits.gather_from_x if o.from_x else limits.gather_from_a
-        pass_2 = limits.project_distribute if o.through_h else 0
-        for one, two in itertools.product({pass_1, 0}, {pass_2, 0}):
+        fused_gather, fused_distribute = fused_tiles(o, limits)
+        for one, two in itertools.product({fused_gather, 0}, {fused_distribute, 0}):
             chunk = _chunk(s) if one and two else max(1, s.batch)
             num_splits = max(1, limits.num_sms // max(1, min(s.batch, chunk)))
             cached = chunk * _bytes(s) <= CACHE
