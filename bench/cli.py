@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,7 +187,7 @@ def sweep(
             bench = Bench(device, each, timer, effort, total, known)
             add: Callable[[list[Row]], None] = made.add
             if "first_call" in metric:
-                add = first_call.adding(made.add, sweeps, each, device)
+                add = first_call.adding(made.add, chosen, sweeps, each, device)
             bench.run(chosen, sweeps, add, mode)
     _finished(made)
 
@@ -277,7 +276,7 @@ def host_costs(
 
 @command(
     "gpu", "--out bench/results/h100", "--stage smoke,tests --ptxas /opt/cuda-13.3/bin/ptxas",
-    "--stage eager --budget 120 --workload yolo_p3,r50_conv3", "--estimate",
+    "--stage eager --budget 120 --workload yolo_p3,r50_conv3",
     help="Everything on a GPU, in stages:\n\n\b\n"
     + "\n".join(f"  {s.name:9} {s.seconds:4.0f} s  {s.title}" for s in STAGES)
     + "\n\nEvery stage runs in processes of its own, and leaves what it measured whatever they do. "
@@ -289,7 +288,6 @@ def on_gpu(
     out: Out = RESULTS / "gpu",
     budget: Annotated[float | None, option("seconds; else those of the stages")] = None,
     ptxas: Annotated[list[str] | None, option("another assembler for smoke; repeatable")] = None,
-    estimated: Annotated[bool, option("only say where time would go", "--estimate")] = False,
 ) -> None:
     named = {*itertools.chain(*(stage or ()))}
     stages = [s for s in STAGES if not named or s.name in named]
@@ -303,11 +301,6 @@ def on_gpu(
             "another folder with --out."
         )
     seconds = sum(s.seconds for s in stages) if budget is None else budget
-    if estimated:
-        from . import estimate
-
-        print(estimate.text([s.name for s in stages], chosen, seconds))
-        return
     if not torch.cuda.is_available():
         raise UsageError("`python -m bench gpu` needs a CUDA GPU, and there is none here.")
     raise typer.Exit(gpu.run_gpu(out, chosen, Budget(seconds), stages, Settings(ptxas=ptxas or [])))
@@ -436,24 +429,3 @@ def codegen(
     if reason := cannot_compile():
         raise UsageError(reason)
     table.update(arch or table.ORDER, out)
-
-
-@command("suite", "--arch sm_80 tests/test_block.py", "--interpret tests/ops")
-def on_meta_tensors(
-    tests: Annotated[
-        list[str] | None, typer.Argument(help="files or node ids, as for pytest; else all")
-    ] = None,
-    arch: Arch = "sm_90",
-    jobs: Annotated[int, option("processes that compile")] = 2,
-    interpret: Annotated[bool, option("run the kernels: an hour", "--interpret")] = False,
-) -> None:
-    """What the tests would do on a GPU, without one. Exit status 1 if not all is well.
-
-    Whether any mixes devices or runs the CPU's own code; whether each launch compiles and fits.
-    """
-    from . import suite
-
-    check("arch", [arch], table.ORDER)
-    if find_spec("triton") is None:
-        raise UsageError("`python -m bench suite` compiles kernels, and Triton is not installed.")
-    raise typer.Exit(suite.run(tests or [], arch, jobs, interpret))

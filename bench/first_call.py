@@ -1,37 +1,25 @@
-"""How long a fresh process takes to its first result, with an empty and with a full kernel cache.
+"""How long a fresh process takes to its first result, with empty and with full kernel caches."""
 
-``seconds`` starts such processes; run as a module, this file is one:
-
-    python -m bench.first_call WORKLOAD PROVIDER LAUNCH LAYOUT MODE DTYPE DEVICE
-
-prints the seconds from the ready problem to the end of the first call.
-"""
-
-import os
-import re
-import sys
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import problems, providers
-from .isolation import isolated, last_line
+from .isolation import Worker
 from .measure import OK, Row, describe
+from .observe import wait
 from .providers import Provider
-from .workloads import select
 
-CACHES = {
-    "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "DA_TRITON_CACHE_DIR": "da_triton",
-}  # fmt: skip
-SAID = "seconds of the first call:"  # stdout and stderr come together
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR")
 LIMIT = 600.0  # seconds for both calls
 
 
 def seconds(
-    workload: str,
+    workload: Any,
     provider: Provider,
     mode: str,
     dtype: torch.dtype,
@@ -41,31 +29,41 @@ def seconds(
     """With an empty cache, then with what that run left in it; both within ``limit`` seconds.
 
     Raises:
-        RuntimeError: with the last line of what the process said.
+        RuntimeError: with what happened to the process.
     """
-    arguments = [
-        workload, provider.name, provider.launch, provider.layout, mode,
-        str(dtype).removeprefix("torch."), str(device),
-    ]  # fmt: skip
+    job = functools.partial(_first_call, workload, provider, mode, dtype, device)
     deadline = time.monotonic() + limit
+    found: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        caches = {name: os.path.join(folder, part) for name, part in CACHES.items()}
-        cold, warm = (_fresh(arguments, caches, deadline - time.monotonic()) for _ in range(2))
+        caches = {name: str(Path(folder) / name.lower()) for name in CACHES}
+        for _ in range(2):
+            worker = Worker(Path(folder) / "log.txt", caches)
+            failure = worker.run(job, deadline - time.monotonic(), found.append, silence=limit)
+            worker.close()
+            if failure:
+                raise RuntimeError(f"first call of {provider.name!r}: {failure}")
+    cold, warm = found
     return cold, warm
 
 
 def adding(
-    add: Callable[[list[Row]], None], groups: Sequence[Sequence[Provider]], dtype, device
+    add: Callable[[list[Row]], None],
+    workloads: Sequence[Any],
+    groups: Sequence[Sequence[Provider]],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Callable[[list[Row]], None]:
     """``add`` for rows that are completed with the seconds of their providers' first calls."""
+    works = {w.name: w for w in workloads}
     known = {(p.name, p.launch, p.layout): p for group in groups for p in group}
 
     def completed(rows: list[Row]) -> None:
         for row in rows:
             if row["status"] == OK:
                 provider = known[row["provider"], row["launch"], row["layout"]]
+                work = works[row["workload"]]
                 try:
-                    found = seconds(row["workload"], provider, row["mode"], dtype, device)
+                    found = seconds(work, provider, row["mode"], dtype, device)
                     row["first_call_cold_s"], row["first_call_warm_s"] = found
                 except Exception as error:
                     row["status"] = f"failed: {describe(error)}"
@@ -74,27 +72,10 @@ def adding(
     return completed
 
 
-def _fresh(arguments, caches, limit):
-    ended = isolated([sys.executable, "-m", "bench.first_call", *arguments], limit, None, caches)
-    if ended.status:
-        raise RuntimeError(f"first call of {arguments[1]!r}: {last_line(ended.output)}")
-    if ended.status is None:
-        raise RuntimeError(f"first call of {arguments[1]!r}: {ended}")
-    (found,) = re.findall(rf"^{SAID} (\S+)$", ended.output, re.MULTILINE)
-    return float(found)
-
-
-def main(workload: str, name: str, launch: str, layout: str, mode: str, dtype: str, where: str):
-    device, dtype_ = torch.device(where), getattr(torch, dtype)
-    (work,) = select([workload], "all")
-    (provider,) = providers.select([name], launch, device, dtype_, [layout])
-    problem = provider.problem(problems.draw(work, mode, dtype_, device))
+def _first_call(workload, provider, mode, dtype, device, send):
+    """Sends the seconds from the ready problem to the end of the first call."""
+    problem = provider.problem(workload.draw(mode, dtype, device))
     start = time.perf_counter()
     provider.setup(problem)()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    print(SAID, time.perf_counter() - start)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    wait(device)
+    send(time.perf_counter() - start)

@@ -3,14 +3,13 @@
 It always writes a report, even if a stage crashes.
 """
 
-import contextlib
+import dataclasses
 import os
 import signal
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .isolation import Worker
 from .joined import JoinedReport
 from .measure import Budget, describe
 from .report import INTERRUPTED
-from .stages import Run, Settings, Stage, facts, share
+from .stages import Run, Settings, Stage
 from .workloads import Workload
 
 FINISH = 10.0  # seconds that the report and its plots have at the end
@@ -40,7 +39,9 @@ def run_gpu(
     """
     failed = False
     reserved = min(FINISH, 0.1 * budget.seconds)
-    with tempfile.TemporaryDirectory() as folder, _terminated_like_interrupted():
+    # SIGTERM, which a time limit sends first, ends the run as Ctrl-C does: with a report.
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
         report = _report(out, logs)
         report.record(**environment(settings.where.device), **_warm_cache())
@@ -51,8 +52,9 @@ def run_gpu(
         run = Run(report, workloads, settings, worker, logs)
         try:
             for place, stage in enumerate(stages):
-                mine = share(budget, [s.seconds for s in stages[place:]], reserved)
-                failed |= not _run_stage(run, stage, mine)
+                left = max(0.0, budget.left - reserved)
+                share = left * stage.seconds / sum(s.seconds for s in stages[place:])
+                failed |= not _run_stage(run, stage, Budget(share, budget.clock))
         except KeyboardInterrupt:
             report.remarks.append(INTERRUPTED)
         finally:
@@ -60,39 +62,33 @@ def run_gpu(
             used = round(budget.seconds - budget.left, 1)
             report.record(gpu_afterwards=gpu(), seconds_used=used)
             print(report.written())
+            signal.signal(signal.SIGTERM, terminate)
     return int(failed)
 
 
 def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
     """Returns True if the stage succeeded. Its seconds and its result are recorded and printed."""
-    run.spent, start = Spent(), time.monotonic()
-    if budget.left <= 0:
-        result = "not run, for lack of time"
-    else:
-        try:
-            result = stage.run(run, budget)
-        except Exception as error:
-            (run.logs / f"{stage.name}-error.txt").write_text(traceback.format_exc())
-            result = f"failed: {describe(error)}"
-        except KeyboardInterrupt:
-            _record(run, stage, start, "interrupted")
-            raise
-    seconds = _record(run, stage, start, result)
-    parts = ", ".join(f"{name} {value}" for name, value in seconds.items())
-    print(f"== {stage.name}: {parts}\n{result}\n", flush=True)
+    run.spent, start, result = Spent(), time.monotonic(), "interrupted"
+    try:
+        result = stage.run(run, budget) if budget.left > 0 else "not run, for lack of time"
+    except Exception as error:
+        (run.logs / f"{stage.name}-error.txt").write_text(traceback.format_exc())
+        result = f"failed: {describe(error)}"
+    finally:
+        whole = time.monotonic() - start
+        parts = dataclasses.asdict(run.spent)
+        parts = {"seconds": whole, **parts, "other": max(0.0, whole - sum(parts.values()))}
+        seconds = {name: round(value, 1) for name, value in parts.items()}
+        recorded = run.report.environment
+        done = {stage.name: {**seconds, "result": result}}
+        run.report.record(stages=(recorded.get("stages") or {}) | done)
+    spent = ", ".join(f"{name} {value}" for name, value in seconds.items())
+    print(f"== {stage.name}: {spent}\n{result}\n", flush=True)
     run.report.written()
-    recorded = run.report.environment
     return {
         "smoke": all(x["status"] == 0 for x in recorded.get("smoke", {}).values()),
         "tests": str(recorded.get("tests")).startswith("passed"),
     }.get(stage.name, True) and not result.startswith("failed: ")
-
-
-def _record(run: Run, stage: Stage, start: float, result: str) -> dict[str, Any]:
-    seconds = facts(run.spent, time.monotonic() - start)
-    stages = run.report.environment.get("stages") or {}
-    run.report.record(stages=stages | {stage.name: seconds | {"result": result}})
-    return seconds
 
 
 def _report(out: Path, logs: Path) -> JoinedReport:
@@ -121,20 +117,3 @@ def _warm_cache() -> dict[str, Any]:
     except Exception as error:
         found = f"failed: {describe(error)}"
     return {"warm_cache": found}
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which a time limit sends first, ends the run as Ctrl-C does: with a report."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

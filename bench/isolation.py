@@ -96,11 +96,12 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 class Worker:
     """A process for jobs: picklable callables that are given a function to send results with.
 
-    ``imports`` is the number of seconds from starting processes until their first jobs began.
+    ``environment`` is added to this process's. ``imports`` is the number of seconds from starting
+    processes until their first jobs began.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.log, self.environment = log, environment
         self.imports = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -178,7 +179,7 @@ class Worker:
         program = f"from bench.isolation import serve; serve({descriptor}, {time.monotonic()!r})"
         command = [sys.executable, "-X", "faulthandler", "-c", program]
         with self.log.open("ab") as file:
-            self._process = _start(command, file, None, (descriptor,))
+            self._process = _start(command, file, self.environment, (descriptor,))
         theirs.close()
         return self._pipe
 

@@ -10,7 +10,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,8 @@ progress = functools.partial(tqdm, unit="group", disable=None)  # shown where st
 OK = "ok"
 OUT_OF_TIME = "not run: the time budget was used up"
 CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in this process"
-# How statuses begin of what was ended or left out before it could succeed or fail; those of a
-# provider that hung are among them.
+# The beginnings of statuses of providers that were ended or left out before they could succeed or
+# fail, those that hung included.
 CUT_SHORT = ("not run", "not measured", "killed")
 LEFT_OUT = "not measured again"
 CONDITIONS = (
@@ -98,14 +98,11 @@ class Effort:
     seconds: float
 
 
-@dataclass
 class Budget:
-    seconds: float
-    clock: Callable[[], float] = time.monotonic
-    start: float = field(init=False)
+    """Seconds from now on."""
 
-    def __post_init__(self) -> None:
-        self.start = self.clock()
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.start = seconds, clock, clock()
 
     @property
     def left(self) -> float:
@@ -139,6 +136,10 @@ class Ready(NamedTuple):
     row: Row
     provider: Provider
     closure: Closure
+
+
+class _WrongError(Exception):
+    """A provider disagrees with the reference; the message is its row's status."""
 
 
 class _LostError(Exception):
@@ -197,8 +198,16 @@ class Bench:
             torch.compiler.reset()
         ready: list[Ready] = []
         times: list[list[float]] = [[] for _ in rows]
+        problem: Any = None
         try:
-            ready = self._set_up(workload, mode, providers, rows)
+            for place, (row, provider) in enumerate(zip(rows, providers, strict=True)):
+                with self._noting(row):
+                    if self.budget.left <= 0:
+                        raise OutOfTimeError
+                    problem = problem or workload.draw(mode, self.dtype, self.device)
+                    self.watch.announce(place)
+                    closure = self._set_up(provider, provider.problem(problem), row, place)
+                    ready.append(Ready(place, row, provider, closure))
             self._time_in_turns(ready, times)
         except _LostError:
             for row, taken in zip(rows, times, strict=True):
@@ -227,41 +236,32 @@ class Bench:
             yield
         except OutOfTimeError:
             row["status"] = OUT_OF_TIME
+        except _WrongError as wrong:
+            row["status"] = str(wrong)
         except Exception as error:
             row["status"] = f"failed: {describe(error)}"
             if not usable(self.device):
                 raise _LostError from error
 
-    def _set_up(
-        self, workload: Any, mode: str, providers: Sequence[Provider], rows: Sequence[Row]
-    ) -> list[Ready]:
-        """Providers that were set up, warmed up and are right; the others' rows say why not.
+    def _set_up(self, provider: Provider, problem: Any, row: Row, place: int) -> Closure:
+        """The provider's closure, warmed up and then checked.
 
-        The check comes after the warm-up: what is recorded or compiled late is checked too.
+        In this order, what is recorded or compiled late is checked too.
+
+        Raises:
+            _WrongError: its result is not the reference's.
         """
-        problem: Any = None
-        ready = []
-        for place, (row, provider) in enumerate(zip(rows, providers, strict=True)):
-            if self.budget.left <= 0:
-                row["status"] = OUT_OF_TIME
-                continue
-            with self._noting(row):
-                problem = problem or workload.draw(mode, self.dtype, self.device)
-                self.watch.announce(place)
-                given = provider.problem(problem)
-                with self.watch.setting_up(place):
-                    closure = provider.setup(given)
-                    if self.effort.warm_up:
-                        closure()
-                errors = given.check(closure, self.effort.warm_up - 1)
-                row.update(zip(("error", "error_gradient"), errors, strict=False))
-                allowed = given.allowed(provider.baseline)
-                if all(error <= allowed for error in errors):
-                    ready.append(Ready(place, row, provider, closure))
-                else:
-                    figures = " and ".join(f"{error:.1e}" for error in errors)
-                    row["status"] = f"disagrees: relative RMS {figures}, allowed {allowed:.0e}"
-        return ready
+        with self.watch.setting_up(place):
+            closure = provider.setup(problem)
+            if self.effort.warm_up:
+                closure()
+        errors = problem.check(closure, self.effort.warm_up - 1)
+        row.update(zip(("error", "error_gradient"), errors, strict=False))
+        allowed = problem.allowed(provider.baseline)
+        if not all(error <= allowed for error in errors):
+            figures = " and ".join(f"{error:.1e}" for error in errors)
+            raise _WrongError(f"disagrees: relative RMS {figures}, allowed {allowed:.0e}")
+        return closure
 
     def _time_in_turns(self, ready: Sequence[Ready], times: Sequence[list[float]]) -> None:
         """Rounds over all closures, each round beginning with the next one: all drift alike."""
@@ -304,23 +304,21 @@ class Bench:
     @cudnn_benchmark()
     def count_launches(self, timed: Sequence[Timed]) -> None:
         """Completes rows whose provider launches its operations one by one, while there is time."""
-        drawn: tuple[Any, str] | None = None
+
+        @functools.lru_cache(maxsize=1)  # rows of a group follow each other
+        def drawn(workload: Any, mode: str) -> Any:
+            return workload.draw(mode, self.dtype, self.device)
+
         for row, workload, mode, provider in timed:
-            if self.budget.left <= 0:
+            if self.budget.left <= 0 or not usable(self.device):
                 return
-            try:
-                if drawn != (workload, mode):
-                    problem = workload.draw(mode, self.dtype, self.device)
-                    drawn = workload, mode
+            with contextlib.suppress(Exception):
                 if provider.compiles:
                     torch.compiler.reset()
-                closure = provider.setup(provider.problem(problem))
+                closure = provider.setup(provider.problem(drawn(workload, mode)))
                 prepare(closure)
                 closure()
                 row["launches"] = launches(closure)
-            except Exception:
-                if not usable(self.device):
-                    return
 
 
 def _quantiles(milliseconds: list[float]) -> Row:
@@ -343,7 +341,7 @@ def new_row(
 
 
 def countable(rows: Sequence[Row], workload: Any, mode: str, providers) -> list[Timed]:
-    """Those of blocks whose operations are launched one by one."""
+    """The rows of blocks whose operations are launched one by one."""
     return [
         (row, workload, mode, provider)
         for row, provider in zip(rows, providers, strict=True)
@@ -366,7 +364,7 @@ REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
 
 
 def compare(rows: list[Row]) -> None:
-    """Adds ratios to others of the group, which has one launch mode.
+    """Adds each row's ratios to others of its group, which has one launch mode.
 
     A ratio is left out if one of its references was cut short, because that one might have been the
     fastest. References that failed, hung or disagree are named in ``failed_references``.
@@ -393,7 +391,7 @@ def compare(rows: list[Row]) -> None:
 
 
 def _add_shares(rows: list[Row]) -> None:
-    """Of the time that the eager block adds to a network, what each provider's adds."""
+    """Each block's share of the time that the eager one adds to a network."""
     times = {(r["provider"], r["layout"]): r["median_ms"] for r in rows if r["status"] == OK}
     for row in (row for row in rows if row["status"] == OK):
         prefix = "compile " if row["provider"].startswith("compile ") else ""
@@ -403,7 +401,7 @@ def _add_shares(rows: list[Row]) -> None:
 
 
 def note_unused_kernels(rows: list[Row]) -> None:
-    """Says in rows of da_triton's kernels which of them PyTorch operations stood in for.
+    """Names in rows of da_triton's kernels those that PyTorch operations replaced.
 
     A kernel that failed its proof on first use is replaced for the rest of the process.
     """

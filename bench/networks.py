@@ -117,7 +117,7 @@ class Run:
 
 
 def variants(backend: str, compiled: bool) -> list[Provider]:
-    """A network without block, with the eager one and with ours, in both memory formats."""
+    """A network without a block, with the eager one and with da_triton's, in both layouts."""
     ours = functools.partial(our_block, backend=backend)
     blocks = {WITHOUT: None, "eager": eager_block, backend: ours}
     found = [

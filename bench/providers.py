@@ -24,7 +24,7 @@ from .formulations import (
     our_block,
 )
 from .problems import BACKWARD, FORWARD, Problem, memory_format
-from .workloads import UsageError, check
+from .workloads import UsageError
 
 EAGER, GRAPH = "eager", "graph"
 NCHW, CHANNELS_LAST = "nchw", "channels_last"
@@ -140,8 +140,8 @@ def setup_block(
 ) -> Closure:
     """The block ``make`` builds, with the problem's weights, optionally compiled or captured.
 
-    ``as_matmul``: compiled with pointwise convolutions as matrix products, and those as generated
-    code that Inductor fuses with what surrounds it.
+    ``as_matmul``: compiled with pointwise convolutions as GEMMs that Inductor generates, and fuses
+    with the operations around them.
     """
     if capture and problem.mode == BACKWARD:
         raise ValueError("backward alone is not captured: its forward would be replayed with it")
@@ -252,16 +252,15 @@ def select(
     """Providers by name, or all that run on a device in a dtype.
 
     Raises:
-        UsageError: a name is not known, or what it names does not run there.
+        UsageError: a provider of that name does not run there.
     """
-    known = catalogue(launch)
-    check("provider", chosen, [p.name for p in known])
-    check("layout", layouts, LAYOUTS)
-    fit = {p.name: _misfit(p, device, dtype, layouts) for p in known}
-    for name in chosen:
-        if fit[name]:
-            raise UsageError(f"provider {name!r} {fit[name]}.")
-    found = [p for p in known if (p.name in chosen if chosen else not fit[p.name])]
+    found = []
+    for provider in catalogue(launch):
+        misfit = _misfit(provider, device, dtype, layouts)
+        if misfit and provider.name in chosen:
+            raise UsageError(f"provider {provider.name!r} {misfit}.")
+        if provider.name in chosen or not (chosen or misfit):
+            found.append(provider)
     return in_layouts(found, layouts)
 
 

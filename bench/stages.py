@@ -5,21 +5,23 @@ archive, and returns a short text. This process launches nothing on the GPU: ker
 processes. Those of commands have ended, with all that they started, when the next stage begins.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 
-from . import networks, providers, scaling, suite
+from . import networks, providers, scaling
 from .first_call import seconds
 from .groups import Spent, Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
@@ -40,7 +42,12 @@ COMPILED_FIRST = (
 )  # fmt: skip
 COMPLETE = 3
 GRACE = 10.0  # seconds that the tests have to say which ones failed, when their time is up
-TUNED = 3  # workloads, those with the smallest shares of their floors
+TUNED = 3  # workloads, those with the smallest shares of their rooflines
+TEST_ENVIRONMENT = {
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else every worker starts a pool of its own
+    "DA_TRITON_PROVE": "0",  # the kernels themselves are tested, not what replaces wrong ones
+    "DA_TRITON_EXAMPLES": "8",  # every example is a new shape, whose kernels are compiled serially
+}
 MEMORY_CHECKED = (
     "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "one_tile or block-fused",
     "tests/kernels/test_sanitize.py",
@@ -56,7 +63,7 @@ class Settings:
     check_command: Sequence[str] = (
         sys.executable, "-m", "da_triton.check", "--thorough", "--jobs", "8",
     )  # fmt: skip
-    test_command: Sequence[str] | None = None  # None: the suite's
+    test_command: Sequence[str] | None = None  # ``test_command()``
     tune_command: Sequence[str] = (sys.executable, "-m", "bench", "tune")
     ptxas: Sequence[str] = ()  # assemblers that the smoke check also uses
     copy_bytes: int | None = None
@@ -76,35 +83,36 @@ class Run:
     logs: Path
     spent: Spent = dataclasses.field(default_factory=Spent)
 
-    def sweeper(self, budget: Budget) -> Sweeper:
-        return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
+    @contextlib.contextmanager
+    def sweeper(self, budget: Budget) -> Iterator[Sweeper]:
+        """Adds up what it has spent, and repeats what da_triton warned of in its workers."""
+        sweeper = Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
+        try:
+            yield sweeper
+        finally:
+            self.spent += sweeper.spent
+            for path in (self.compiling, self.worker.log):
+                text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+                for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
+                    if warning not in self.report.remarks:
+                        self.report.remarks.append(warning)
 
     @property
     def compiling(self) -> Path:
         return self.worker.log.with_name(f"compiling-{self.worker.log.name}")
 
-    def finished(self, sweeper: Sweeper) -> None:
-        """Adds up what a sweeper has spent, and repeats what da_triton warned of in its workers."""
-        self.spent += sweeper.spent
-        for path in (self.compiling, self.worker.log):
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
-                if warning not in self.report.remarks:
-                    self.report.remarks.append(warning)
-
-    def prepared(self, budget: Budget) -> Sweeper:
-        """A sweeper with the machine's ceilings and with kernels compiled, once per invocation."""
-        sweeper = self.sweeper(budget)
-        if sweeper.ceilings is None:
-            if self.settings.ours == "triton":
-                failures = sweeper.warm(self.workloads, self.compiling)
-                self.report.remarks += [f"Compiling kernels beforehand: {f}" for f in failures]
-            found = sweeper.measure_ceilings(self.settings.copy_bytes, self.settings.matrix_size)
-            self.report.ceilings = sweeper.ceilings
-            self.report.record(ceilings=found)
-            rates = ", ".join(f"{k} {v}" for k, v in found.items())
-            self.report.remarks.append(f"Ceilings: {rates}")
-        return sweeper
+    def prepare(self, sweeper: Sweeper) -> None:
+        """Compiles kernels and measures the machine's ceilings, once per invocation."""
+        if sweeper.ceilings is not None:
+            return
+        if self.settings.ours == "triton":
+            failures = sweeper.warm(self.workloads, self.compiling)
+            self.report.remarks += [f"Compiling kernels beforehand: {f}" for f in failures]
+        found = sweeper.measure_ceilings(self.settings.copy_bytes, self.settings.matrix_size)
+        self.report.ceilings = sweeper.ceilings
+        self.report.record(ceilings=found)
+        rates = ", ".join(f"{k} {v}" for k, v in found.items())
+        self.report.remarks.append(f"Ceilings: {rates}")
 
 
 # --- right or wrong -------------------------------------------------------------------------------
@@ -155,9 +163,9 @@ CHECKED: dict[int | None, str] = {
 
 def tests(run: Run, budget: Budget) -> str:
     """The package's own tests. No ratio is given unless they pass."""
-    command = run.settings.test_command or suite.command()
+    command = run.settings.test_command or test_command()
     grace = min(GRACE, 0.4 * budget.left)
-    environment = {"COLUMNS": "200", **suite.ENVIRONMENT}  # pytest cuts its lines at them
+    environment = {"COLUMNS": "200", **TEST_ENVIRONMENT}  # pytest cuts its lines at them
     ended = isolated(command, budget.left, run.logs / "tests.txt", environment, grace)
     outcome = outcome_of(ended)
     commit = {name: run.report.environment.get(name) for name in ("commit", "code")}
@@ -165,6 +173,21 @@ def tests(run: Run, budget: Budget) -> str:
     failing = re.findall(r"^(?:FAILED|ERROR) .*", ended.output, re.MULTILINE)
     more = [f"and {len(failing) - 20} more, in tests.txt"] * (len(failing) > 20)
     return "\n".join([outcome, *failing[:20], *more])
+
+
+def test_command() -> list[str]:
+    """The command that runs what a GPU adds something to, in ``environment.ROOT``.
+
+    It ends after a hundred failures, not after the first: time on a GPU is short. Tests that fill
+    the GPU's memory are one group, which pytest-xdist gives to one worker.
+    """
+    found = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=100", "-rfE",
+        "--durations=15", "--gpu", "-m", "not long and not sanitize",
+    ]  # fmt: skip
+    if importlib.util.find_spec("xdist"):
+        found += ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "loadgroup"]
+    return [*found, "tests"]
 
 
 def outcome_of(ended: Ended) -> str:
@@ -221,7 +244,7 @@ def order(
 
 
 def _sweep(run: Run, budget: Budget, stage: str) -> str:
-    sweeper, rows = run.prepared(budget), []
+    rows = []
 
     def add(found):
         for row in found:
@@ -229,12 +252,11 @@ def _sweep(run: Run, budget: Budget, stage: str) -> str:
         rows.extend(found)
         run.report.add(found)
 
-    groups = run.settings.sweeps(stage)
-    planned = order(stage, run.workloads, len(groups))
-    try:
+    with run.sweeper(budget) as sweeper:
+        run.prepare(sweeper)
+        groups = run.settings.sweeps(stage)
+        planned = order(stage, run.workloads, len(groups))
         sweeper.run_groups([(w, mode, groups[g], g) for w, mode, g in planned], add)
-    finally:
-        run.finished(sweeper)
     return _counted(rows)
 
 
@@ -244,7 +266,7 @@ def _counted(rows) -> str:
 
 
 def tuning(run: Run, budget: Budget) -> str:
-    """Tiles of the workloads that are furthest from their floors, for the processes after it."""
+    """Tiles of the workloads that are furthest from their rooflines, for the processes after it."""
     path = run.logs / "tiles.json"
     path.unlink(missing_ok=True)
     names = ",".join(furthest(run.report, run.workloads))
@@ -278,36 +300,20 @@ def furthest(report: Report, workloads: Sequence[Workload]) -> list[str]:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-def rest(run: Run, budget: Budget) -> str:
-    """First calls, cost against positions, whole networks, memory checks; while there is time."""
-    said = []
-    for place, (part, _) in enumerate(REST):
-        title = part.__name__.replace("_", " ")
-        mine = share(budget, [weight for _, weight in REST[place:]])
-        if mine.left <= 0:
-            said.append(f"{title}: not run, for lack of time")
-            continue
-        try:
-            said.append(f"{title}: {part(run, mine)}")
-        except Exception as error:
-            said.append(f"{title}: failed: {describe(error)}")
-    return "\n".join(said)
-
-
 def first_calls(run: Run, budget: Budget) -> str:
     """Of da_triton and of a compiled eager block, on the first workload, in fresh processes."""
     where, said = run.settings.where, []
-    workload = run.workloads[0].name
+    work = run.workloads[0]
     names = [run.settings.ours, "compile eager"]
     for provider in providers.select(names, EAGER, where.device, where.dtype, [NCHW]):
-        wanted = (workload, provider.name, EAGER, NCHW, STEP, OK)
+        wanted = (work.name, provider.name, EAGER, NCHW, STEP, OK)
         keys = ("workload", "provider", "launch", "layout", "mode", "status")
         row = next((r for r in run.report.rows if tuple(r[k] for k in keys) == wanted), None)
         if row is None:
-            said.append(f"{provider.name} has no step of {workload} that was timed")
+            said.append(f"{provider.name} has no step of {work.name} that was timed")
             continue
         try:
-            cold, warm = seconds(workload, provider, STEP, where.dtype, where.device, budget.left)
+            cold, warm = seconds(work, provider, STEP, where.dtype, where.device, budget.left)
         except Exception as error:
             said.append(f"{provider.name} failed: {describe(error)}")
         else:
@@ -325,27 +331,21 @@ def cost_against_positions(run: Run, budget: Budget) -> str:
     launch = GRAPH if where.device.type == "cuda" else EAGER
     wanted = ["eager", run.settings.ours]
     sweep = providers.select(wanted, launch, where.device, where.dtype, [NCHW])
-    sweeper = run.sweeper(budget)
-    try:
+    with run.sweeper(budget) as sweeper:
         scaling.run(sweeper, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
-    finally:
-        run.finished(sweeper)
     if INTERRUPTED in beside.notes:
         raise KeyboardInterrupt
-    return _counted(beside.rows).replace("\n", ", ")
+    return _counted(beside.rows)
 
 
 def whole_networks(run: Run, budget: Budget) -> str:
-    sweeper, rows = run.sweeper(budget), []
-    try:
-        for network in run.settings.networks:
-            for mode in networks.MODES.values():
-                variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
-                rows += (found := sweeper.group(network, mode, variants))
-                run.report.add(found)
-    finally:
-        run.finished(sweeper)
-    return _counted(rows).replace("\n", ", ")
+    rows = []
+    with run.sweeper(budget) as sweeper:
+        variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
+        for network, mode in itertools.product(run.settings.networks, networks.MODES.values()):
+            rows += (found := sweeper.group(network, mode, variants))
+            run.report.add(found)
+    return _counted(rows)
 
 
 def memory_checks(run: Run, budget: Budget) -> str:
@@ -368,24 +368,7 @@ def compute_sanitizer() -> str | None:
     places = [f"{folder}/bin" for folder in toolkits]
     for folder in (wheels and wheels.submodule_search_locations) or ():
         places += [str(path.parent) for path in Path(folder).rglob("compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=os.pathsep.join(places)
-    )
-
-
-REST = (
-    (first_calls, 60),
-    (cost_against_positions, 40),
-    (whole_networks, 100),
-    (memory_checks, 40),
-)
-
-
-def share(budget: Budget, weights: Sequence[float], reserved: float = 0.0) -> Budget:
-    """The share of the first of several parts that come now and later. Unused time goes to later
-    parts."""
-    seconds = max(0.0, budget.left - reserved) * weights[0] / sum(weights)
-    return Budget(seconds, budget.clock)
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([*os.get_exec_path(), *places]))
 
 
 class Stage(NamedTuple):
@@ -401,12 +384,8 @@ STAGES = (
     Stage("eager", 290, eager, "every workload: eager, da_triton and other formulations"),
     Stage("compiled", 560, compiled, "the same beside torch.compile"),
     Stage("tune", 300, tuning, "tiles of the workloads that are furthest from their rooflines"),
-    Stage("rest", 240, rest, "first calls, cost against positions, networks, memory checks"),
+    Stage("first", 60, first_calls, "first calls in fresh processes"),
+    Stage("scaling", 40, cost_against_positions, "cost against positions"),
+    Stage("networks", 100, whole_networks, "a ResNet-50 and a YOLOv8"),
+    Stage("memory", 40, memory_checks, "kernels under compute-sanitizer"),
 )
-
-
-def facts(spent: Spent, whole: float) -> dict[str, Any]:
-    """Seconds of a stage, by what they went into."""
-    parts = dataclasses.asdict(spent)
-    parts["other"] = max(0.0, whole - sum(parts.values()))
-    return {name: round(value, 1) for name, value in ({"seconds": whole} | parts).items()}

@@ -20,7 +20,7 @@ class Weights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the block computes, and how; see ``double_attention_block``."""
+    """Options of the block; see ``double_attention_block``."""
 
     heads: int = 1
     logit_scale: float = 1.0

@@ -69,14 +69,14 @@ def _prepare(x, weights, mask, options, process_group, known) -> Callable[..., T
         unrecorded(checks.mask, mask, x, "x")
     dtype = tracing.autocast_dtype(x.device.type)
     checks.one_kind(dtype, x=x, **named)
-    core = select(backend, x, process_group, dtype=dtype)
-    if known and core.direct is not None:
-        call = _direct(core.direct, x, weights, mask, options, dtype)
+    chosen = select(backend, x, process_group, dtype=dtype)
+    if known and chosen.direct is not None:
+        call = _direct(chosen.direct, x, weights, mask, options, dtype)
         if call is not None:
             return call
 
     def dispatched(x, weights, mask):
-        return _dispatched(core, x, weights, mask, options, dtype)
+        return _dispatched(chosen, x, weights, mask, options, dtype)
 
     return dispatched
 
@@ -104,7 +104,7 @@ def _direct(prepare, x, weights, mask, options, dtype) -> Callable[..., Tensor] 
     return of_cast
 
 
-def _dispatched(core, x, weights, mask, options, dtype) -> Tensor:
+def _dispatched(backend, x, weights, mask, options, dtype) -> Tensor:
     matrices = (w if w is None or i % 2 else w.flatten(1) for i, w in enumerate(weights))
     cast, *matrices = autocast(dtype, x, *matrices)
     inputs = cast.flatten(2)
@@ -113,7 +113,7 @@ def _dispatched(core, x, weights, mask, options, dtype) -> Tensor:
         residual = inputs if cast is x else x.flatten(2)
     mask = None if mask is None else mask.flatten(1)
     with autocast_off(x.device.type, dtype):
-        if core is ops.EAGER:
+        if backend is ops.EAGER:
             heads, logit_scale, logit_scale_v, scale, softmax_v, *_ = options
             out = reference.block(
                 inputs, *matrices, heads=heads, logit_scale=logit_scale,
@@ -126,7 +126,7 @@ def _dispatched(core, x, weights, mask, options, dtype) -> Tensor:
             if bias_b is not None and torch.is_grad_enabled() and not exporting():
                 b = _zero_gradient(b, bias_b)
             w = Weights(a, bias_a, b, *rest)
-            out = core.block(inputs, w, mask, residual, options)
+            out = backend.block(inputs, w, mask, residual, options)
     return positions_of(out, x, x.shape[0])
 
 
@@ -140,10 +140,10 @@ def select(
     """The backend for tensors like x, in autocast's ``dtype``."""
     if dtype not in (None, x.dtype) and x.dtype != torch.float64:
         x = x.new_empty(0, dtype=dtype)
-    core = ops.select(backend, x)
+    chosen = ops.select(backend, x)
     if cu_seqlens is not None:
-        return varlen.backend(core, cu_seqlens, x)
-    return core if process_group is None else context_parallel.split(core, process_group)
+        return varlen.packed_backend(chosen, cu_seqlens, x)
+    return chosen if process_group is None else context_parallel.split(chosen, process_group)
 
 
 def autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Any:
@@ -154,7 +154,7 @@ def autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Any:
 
 
 def autocast_off(kind: str, dtype: torch.dtype | None) -> Any:
-    """What follows has the dtypes it is meant to have."""
+    """Autocast off: the operations inside choose their own dtypes."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(kind, enabled=False)
 
 

@@ -19,7 +19,7 @@ def adapt(state: MutableMapping[str, Tensor], prefix: str, own: Mapping[str, tor
     """Renames and reshapes, in place, the entries under ``prefix`` to those of the layer.
 
     ``own``: the layer's parameters and their shapes. Names that clash and shapes that differ by
-    more than 1-axes are left as they are, to be refused by ``load_state_dict``.
+    more than 1-axes are left as they are, and ``load_state_dict`` rejects them.
     """
     for child in ("convA", "convB", "convV", LAST, *OTHER_NAMES_OF_LAST):
         ours = LAST if child in OTHER_NAMES_OF_LAST else child

@@ -1,4 +1,4 @@
-"""Every refusal of the public functions: what was expected, what was given, what to do."""
+"""Input validation. Errors state what was expected, what was received, and how to fix it."""
 
 import itertools
 import numbers
@@ -92,9 +92,9 @@ def one_device(**tensors: Tensor | None) -> None:
             )
 
 
-def same_positions(**maps: Tensor) -> None:
+def same_positions(**activations: Tensor) -> None:
     """Same batch and same position axes."""
-    (first, x), *others = maps.items()
+    (first, x), *others = activations.items()
     for name, y in others:
         if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
             raise ValueError(
@@ -127,7 +127,7 @@ def mask(mask: Tensor, x: Tensor, name: str) -> None:
     tensor("mask", mask, " of bool")
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"mask must be bool (True where a position takes part), got {mask.dtype}. "
+            f"mask must be bool (True where a position is attended), got {mask.dtype}. "
             "Compare first: mask != 0."
         )
     plain = (x.shape[0], *x.shape[2:])
@@ -139,9 +139,9 @@ def mask(mask: Tensor, x: Tensor, name: str) -> None:
     one_device(**{name: x, "mask": mask})
 
 
-def cu_seqlens(offsets: Tensor, **maps: Tensor) -> None:
-    """Cumulative offsets ``(S + 1,)`` of packed maps ``(1, channels, total)``, by shape alone."""
-    for name, x in maps.items():
+def cu_seqlens(offsets: Tensor, **activations: Tensor) -> None:
+    """Cumulative offsets ``(S + 1,)`` of packed ``(1, channels, total)``, by shape alone."""
+    for name, x in activations.items():
         tensor(name, x)
         if x.dim() != 3 or x.shape[0] != 1:
             raise ValueError(
@@ -163,8 +163,8 @@ def cu_seqlens(offsets: Tensor, **maps: Tensor) -> None:
         raise RuntimeError("cu_seqlens must hold numbers, and is on meta. Keep it on the CPU.")
 
 
-def ends(cu_seqlens: Tensor, **maps: Tensor) -> list[int]:
-    """The numbers in ``cu_seqlens``, which fit maps ``(…, total)``. On a GPU, the host waits."""
+def ends(cu_seqlens: Tensor, **activations: Tensor) -> list[int]:
+    """The numbers in ``cu_seqlens``, which fit ``(…, total)``. On a GPU, the host waits."""
     ends = cu_seqlens.tolist()
     advice = "Make offsets of lengths with torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
     if ends[0] != 0:
@@ -175,7 +175,7 @@ def ends(cu_seqlens: Tensor, **maps: Tensor) -> list[int]:
                 f"cu_seqlens must rise, or stay for an empty sequence, got {end} after {start}. "
                 f"{advice}"
             )
-    for name, x in maps.items():
+    for name, x in activations.items():
         if ends[-1] != x.shape[-1]:
             raise ValueError(
                 f"cu_seqlens must end with the {x.shape[-1]} positions of {name}, got {ends[-1]}."
@@ -184,9 +184,9 @@ def ends(cu_seqlens: Tensor, **maps: Tensor) -> list[int]:
 
 
 def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | None) -> None:
-    """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the maps' dtype and device.
+    """``(extra_a, extra_b)``, each ``(1 or N, channels, K)``, of the input dtype and device.
 
-    ``sequences``: N of packed maps.
+    ``sequences``: N of packed activations.
     """
     batch = a.shape[0] if sequences is None else sequences
     if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
@@ -245,7 +245,7 @@ def descriptors(
 ) -> None:
     """``G (N, heads, m, n)`` that fits v ``(N, heads·n, *positions)``, perhaps in float32.
 
-    ``sequences``: N of packed maps. ``autocast``: the dtype to which v is cast.
+    ``sequences``: N of packed activations. ``autocast``: the dtype to which v is cast.
     """
     batch = v.shape[0] if sequences is None else sequences
     floating("g", g)
@@ -265,7 +265,7 @@ def descriptors(
     dtype = v.dtype if autocast is None or v.dtype == torch.float64 else autocast
     if g.dtype not in (dtype, torch.float32) or (g.dtype != dtype and dtype == torch.float64):
         raise TypeError(
-            f"g must have v's dtype, or float32 beside lower-precision maps; got {g.dtype} "
+            f"g must have v's dtype, or float32 if v is half precision; got {g.dtype} "
             f"and {dtype}. Convert it with g.to({dtype})."
         )
     one_device(g=g, v=v)
@@ -316,8 +316,8 @@ def recompute(value: bool | str, backend: str) -> None:
     choice("recompute", value, (True, False, "auto"))
     if value is True and backend == "eager":
         raise ValueError(
-            "recompute=True has no effect on backend='eager', which keeps what PyTorch keeps. "
-            "Use recompute='auto', or backend='torch'."
+            "recompute=True has no effect on backend='eager', where autograd decides what is "
+            "saved. Use recompute='auto', or backend='torch'."
         )
 
 
@@ -373,8 +373,8 @@ def block_weights(
     c_m, c_n = weight_a.shape[0], weight_b.shape[0]
     if weight_v.shape[0] != c_n:
         raise ValueError(
-            f"weight_b and weight_v must give the same number of maps, got {c_n} and "
-            f"{weight_v.shape[0]}."
+            f"weight_b and weight_v must give the same number of channels "
+            f"(heads·n), got {c_n} and {weight_v.shape[0]}."
         )
     bias("bias_a", bias_a, c_m)
     bias("bias_b", bias_b, c_n)

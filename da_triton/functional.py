@@ -40,7 +40,7 @@ def gather(
         heads: divides the channels of a and b.
         logit_scale: factor on b before the softmax.
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position takes
-            part. A map with no position left gives zeros.
+            part. An attention map with no position left gives zeros.
         cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
             of S concatenated sequences, ``(1, channels, total)``, and sequence s is those from
             ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. On the Triton
@@ -54,7 +54,7 @@ def gather(
             :mod:`da_triton.parallel.context_parallel`. Not with ``backend="eager"``.
 
     Returns:
-        ``(N, heads, m, n)`` in the dtype of the maps (under autocast, the autocast dtype); with
+        ``(N, heads, m, n)`` in the input dtype (under autocast, the autocast dtype); with
         ``cu_seqlens``, ``(S, heads, m, n)``.
 
     Raises:
@@ -74,10 +74,10 @@ def gather(
         checks.one_kind(dtype, a=a, b=b)
         found = select(backend, b, process_group, cu_seqlens, dtype), dtype
         _table.add(key, found)
-    core, dtype = found
+    chosen, dtype = found
     a, b = autocast(dtype, a, b)
     with autocast_off(a.device.type, dtype):
-        g = core.gather(
+        g = chosen.gather(
             _by_head(a, heads), _by_head(b, heads), mask=_flat(mask), logit_scale=logit_scale
         )
     return g.to(a.dtype)
@@ -92,7 +92,7 @@ def gather_partial(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :mod:`da_triton.streaming` keeps of a frame: see ``reference.gather_partial``.
+    """Partial gather of one frame (:mod:`da_triton.streaming`); see ``reference.gather_partial``.
 
     Arguments and errors as :func:`gather`.
     """
@@ -101,9 +101,9 @@ def gather_partial(
     dtype = autocast_dtype(a.device.type)
     a, b = autocast(dtype, a, b)
     checks.one_kind(a=a, b=b)
-    core = ops.select(backend, b)
+    chosen = ops.select(backend, b)
     with autocast_off(a.device.type, dtype):
-        return core.gather_partial(
+        return chosen.gather_partial(
             _by_head(a, heads), _by_head(b, heads), mask=_flat(mask), logit_scale=logit_scale
         )
 
@@ -121,7 +121,7 @@ def distribute(
     r"""Each position's mixture ``Z = scale · G softmax_n(logit_scale · V)`` (A²-Nets, eq. 4).
 
     Args:
-        g: descriptors, ``(N, heads, m, n)``, of v's dtype, or float32 beside lower precision.
+        g: descriptors, ``(N, heads, m, n)``, same dtype as v, or float32 when v is half precision.
         v: attention vectors, ``(N, heads·n, *positions)``, any strides, positions of its own.
         scale: factor on the result.
         softmax: False distributes with ``logit_scale · V`` itself.
@@ -149,10 +149,10 @@ def distribute(
         unrecorded(checks.descriptors, g, v, sequences, dtype)
         found = select(backend, v, None, cu_seqlens, dtype), dtype
         _table.add(key, found)
-    core, dtype = found
+    chosen, dtype = found
     (v,) = autocast(dtype, v)
     with autocast_off(v.device.type, dtype):
-        z = core.distribute(
+        z = chosen.distribute(
             g, _by_head(v, sizes(g)[1]), scale=scale, softmax=softmax, logit_scale=logit_scale
         )
     return positions_of(z, v, v.shape[0])
@@ -179,13 +179,13 @@ def double_attention(
     Args:
         a: features, ``(N, heads·m, *positions)``.
         b: attention maps, ``(N, heads·n, *positions)``, softmax over positions.
-        v: attention vectors, ``(N, heads·n, *positions of its own)``, softmax over maps.
+        v: attention vectors, ``(N, heads·n, *positions of its own)``, softmax over n.
         heads: divides all channels; head-major along the channel axis.
         logit_scale, logit_scale_v: factors on b and v before their softmax.
         scale: factor on the result.
         softmax_v: False distributes with ``logit_scale_v · V`` itself.
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)`` of a and b, True where a position
-            takes part in the gather. It does not touch the distribution.
+            is included in the gather. It does not touch the distribution.
         extra: ``(extra_a, extra_b)``, tokens ``(1 or N, channels, K)`` that join the gather and
             are not distributed to.
         cu_seqlens: as in :func:`gather`: v is packed as a and b are, and tokens may be
@@ -195,7 +195,7 @@ def double_attention(
             ``extra`` is the same on every rank and counts once; all of its gradient is on rank 0.
 
     Returns:
-        ``(N, heads·m, *positions of v)`` in the maps' dtype and v's memory format. Between the two
+        ``(N, heads·m, *positions of v)`` in the input dtype and v's memory format. Between the two
         steps the descriptors stay in float32 on the Triton backend.
 
     Raises:
@@ -219,20 +219,20 @@ def double_attention(
         checks.one_kind(dtype, a=a, b=b, v=v, **named)
         found = select(backend, b, process_group, cu_seqlens, dtype), dtype
         _table.add(key, found)
-    core, dtype = found
+    chosen, dtype = found
     a, b, v, *tokens = autocast(dtype, a, b, v, *tokens)
     n = a.shape[0]
     batch = n if cu_seqlens is None else sizes(cu_seqlens)[0] - 1
     with autocast_off(a.device.type, dtype):
         tokens = [_by_head(token.expand(batch, -1, -1), heads) for token in tokens]
-        g = core.gather(
+        g = chosen.gather(
             _by_head(a, heads, n),
             _by_head(b, heads, n),
             mask=_flat(mask),
             extra=tokens or None,
             logit_scale=logit_scale,
         )
-        z = core.distribute(
+        z = chosen.distribute(
             g, _by_head(v, heads, n), scale=scale, softmax=softmax_v, logit_scale=logit_scale_v
         )
     return positions_of(z, v, n)
@@ -278,11 +278,11 @@ def double_attention_block(
         order: association order ``"AZ"`` (the paper's), ``"XZ"``, ``"AH"``, ``"XH"``, or
             ``"auto"``: the cheapest for the shape. All give the same result up to rounding.
         recompute: what backward finds beyond x and the weights. True: lse and G in float32 (with
-            the ``torch`` backend nothing), and the maps are projected again. False: V too (with
+            the ``torch`` backend nothing), and A, B, V are projected again. False: V too (with
             ``torch``, what makes backward fast). ``"auto"``: V is projected again where a model
             says that it costs under a tenth of a training step; with ``torch`` as False. Through
             ``torch`` on anything but a CPU's float32 or float64, a graph made with True can be
-            differentiated once, not twice; inside ``torch.func`` all is kept.
+            differentiated once, not twice; inside ``torch.func`` everything is saved.
         backend: as :func:`gather`.
         process_group: as :func:`gather`: x and mask are this rank's slice of the positions. The
             order is the paper's, and the weights' gradients are this rank's share: see
@@ -325,13 +325,14 @@ def _check_distribute(b, v, heads, logit_scale_v, scale, softmax_v, may_have_no_
     checks.same_batch("b", b, "v", v)
     if v.shape[1] != b.shape[1]:
         raise ValueError(
-            f"b and v must have the same number of maps, got {b.shape[1]} and {v.shape[1]}."
+            "b and v must have the same number of channels (heads·n), got "
+            f"{b.shape[1]} and {v.shape[1]}."
         )
     checks.number(logit_scale_v=logit_scale_v, scale=scale)
     checks.flag(softmax_v=softmax_v)
 
 
-def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor) -> int | None:
+def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **inputs: Tensor) -> int | None:
     """The number of packed sequences."""
     if cu_seqlens is None:
         return None
@@ -339,7 +340,7 @@ def _check_offsets(cu_seqlens: Tensor | None, process_group: Any, **maps: Tensor
         raise ValueError(
             "cu_seqlens and process_group cannot be combined. Give each rank sequences of its own."
         )
-    unrecorded(checks.cu_seqlens, cu_seqlens, **maps)
+    unrecorded(checks.cu_seqlens, cu_seqlens, **inputs)
     return sizes(cu_seqlens)[0] - 1
 
 
@@ -347,7 +348,7 @@ def _by_head(x: Tensor, heads: int, batch: int | None = None) -> Tensor:
     """``(N, heads·c, *positions)`` as ``(N, heads, c, L)``.
 
     A view, unless the positions are not evenly spaced in memory (a crop of inner axes). ``batch``:
-    N, which an exported program then reads once for several maps.
+    N, which an exported program then reads once for several tensors.
     """
     if exporting():  # where the batch is never empty, one operation does it
         batch = x.shape[0] if batch is None else batch

@@ -140,8 +140,8 @@ class DoubleAttention(nn.Module):
     def attention_maps(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Where each descriptor gathers from, and what each position receives.
 
-        Returns the gather maps P (each sums to 1 over positions) and the distribution weights Q
-        (with the softmax, they sum to 1 over the maps of a head at each position), both
+        Returns the attention maps P (each sums to 1 over positions) and the distribution weights Q
+        (with the softmax, they sum to 1 over n in a head at each position), both
         ``(N, heads, n, *positions)``. They are materialised only by this method. It calls the
         convolutions, whose float32 follows ``torch.backends.cudnn.conv.fp32_precision`` on a GPU
         (TF32 by default); ``forward`` follows ``torch.backends.cuda.matmul.fp32_precision``. With a
@@ -186,7 +186,7 @@ class DoubleAttention(nn.Module):
 
     @property
     def c_n(self) -> int | None:
-        """Channels that ``convB`` gives: the number of maps."""
+        """Channels that ``convB`` gives: heads·n."""
         return _channels(self.convB)[1]
 
     @property
@@ -371,7 +371,7 @@ def is_pointwise(conv: Any) -> bool:
 
 
 def call(child: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """A convolution, or what replaced or wraps it, on maps with any number of position axes.
+    """A convolution, or what replaced or wraps it, on inputs with any number of position axes.
 
     ``parameters``: used in place of its own.
 
@@ -386,20 +386,20 @@ def call(child: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = Non
         inside = (slice(None), slice(None), *map(slice, x.shape[2:]))
         return padded[inside]
     axes = _position_axes(child, len(sizes) - 2)
-    maps = x
+    inputs = x
     if len(sizes) - 2 != axes:
-        maps = x.flatten(2)
+        inputs = x.flatten(2)
         for _ in range(1, axes):
-            maps = maps.unsqueeze(-1)
+            inputs = inputs.unsqueeze(-1)
     if parameters is None:
-        y = child(maps)
+        y = child(inputs)
     else:
-        y = torch.func.functional_call(child, parameters, (maps,))
-    return y if maps is x else y.reshape(*y.shape[:2], *x.shape[2:])
+        y = torch.func.functional_call(child, parameters, (inputs,))
+    return y if inputs is x else y.reshape(*y.shape[:2], *x.shape[2:])
 
 
 def _position_axes(child: nn.Module, given: int) -> int:
-    """How many position axes a child takes, for maps that have ``given``."""
+    """How many position axes a child takes, for inputs that have ``given``."""
     kernels = [m for m in child.modules() if getattr(m, "kernel_size", None) is not None]
     axes = next((len(m.kernel_size) for m in kernels if isinstance(m.kernel_size, tuple)), None)
     if given == axes or (axes is None and given == 2):
@@ -407,15 +407,15 @@ def _position_axes(child: nn.Module, given: int) -> int:
     if axes is None:
         raise ValueError(
             f"{type(child).__name__} replaces a convolution and has none inside, so it does not "
-            f"say how many position axes it takes; got maps with {given}. Give it a kernel_size "
-            f"like that of nn.Conv2d: {(1,) * given} to receive such maps as they are."
+            f"say how many position axes it takes; got an input with {given}. Give it a "
+            f"kernel_size like that of nn.Conv2d: {(1,) * given} to receive them as they are."
         )
     for m in kernels:
         pointwise = is_pointwise(m) if isinstance(m, CONVOLUTIONS) else m.kernel_size == (1,) * axes
         if not pointwise:
             raise ValueError(
-                f"a child that sees several positions at a time takes maps with {axes} position "
-                f"axes, got {given}: {m}. Replace it by one for maps of that rank."
+                f"a child that sees several positions at a time takes inputs with {axes} position "
+                f"axes, got {given}: {m}. Replace it by one for inputs of that rank."
             )
     return axes
 

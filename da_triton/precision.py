@@ -1,4 +1,4 @@
-"""What follows from a dtype, in every backend: one table."""
+"""Numerical policy per dtype, in every backend: one table."""
 
 import contextlib
 from typing import NamedTuple

@@ -15,8 +15,8 @@ from .projection import split_heads
 def gather_weights(b, mask=None, logit_scale=1.0):
     """``P = softmax over positions (logit_scale · B)``.
 
-    A map whose positions are all masked gets zeros. Without a mask this is ``torch.softmax``: a map
-    of ``-inf`` alone, like one with ``+inf`` or NaN in it, gives NaN.
+    An attention map whose positions are all masked gets zeros. Without a mask this is
+    ``torch.softmax``: one of ``-inf`` alone, like one with ``+inf`` or NaN in it, gives NaN.
     """
     logits = b if logit_scale == 1 else logit_scale * b
     if mask is None:
@@ -27,7 +27,7 @@ def gather_weights(b, mask=None, logit_scale=1.0):
 
 
 def distribution_weights(v, softmax=True, logit_scale=1.0):
-    """``Q = softmax over maps (logit_scale · V)``, or ``logit_scale · V`` without the softmax."""
+    """``Q = softmax over n (logit_scale · V)``, or ``logit_scale · V`` without the softmax."""
     logits = v if logit_scale == 1 else logit_scale * v
     return logits.softmax(-2) if softmax else logits
 
@@ -41,7 +41,7 @@ def join_extra(a, b, mask, extra):
 
 
 def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """``G = A Pᵀ``: for each of n maps, the weighted sum of the m features over positions."""
+    """``G = A Pᵀ``: n descriptors, each a weighted sum of the m features over positions."""
     if extra is not None:
         a, b, mask = join_extra(a, b, mask, extra)
     if mask is not None:
@@ -50,10 +50,11 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """G of positions that others will join, a pivot μ and ``Σ exp(logit − μ)`` of each map.
+    """G of positions that others will join, a pivot μ and ``Σ exp(logit − μ)`` per attention map.
 
-    ``G (N, heads, m, n)`` in the dtype of sums, the other two ``(N, heads, n)``; a map without
-    positions has G = 0, μ = −inf and sum 0. G and the sum are differentiable, for a constant μ.
+    ``G (N, heads, m, n)`` in the dtype of sums, the other two ``(N, heads, n)``; an attention map
+    without positions has G = 0, μ = −inf and sum 0. G and the sum are differentiable, for a
+    constant μ.
     """
     g = gather(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
     if extra is not None:
@@ -66,7 +67,7 @@ def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
 
 
 def exponentials(logits, masked):
-    """``max``, ``exp(logit − max)``, its sum over positions; of a masked map −inf and zeros."""
+    """``max``, ``exp(logit − max)``, its sum over positions; −inf and zeros where masked."""
     largest = logits.detach().amax(-1)
     pivot = largest.masked_fill(largest == -torch.inf, 0) if masked else largest
     weights = (logits - pivot[..., None]).exp()
@@ -87,8 +88,8 @@ def block(
     ``residual``: what is added to the result, or None.
     """
 
-    def convolution(maps, weight, bias):
-        out = weight @ maps
+    def convolution(x, weight, bias):
+        out = weight @ x
         return out if bias is None else out + bias[:, None]
 
     def project(weight, bias):

@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine: ``check`` and ``python -m da_triton.check``."""
+"""Checks the kernels on this machine: ``check`` and ``python -m da_triton.check``."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ HALF, FLOAT32, TF32 = (torch.bfloat16, torch.float16), "float32", "TF32"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A block: channels, features and maps of all heads, positions, and its memory."""
+    """A block: channels, features and descriptors of all heads, positions, and its memory."""
 
     channels: int
     c_m: int
@@ -49,7 +49,7 @@ THOROUGH = (
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What ``check`` found. ``verdicts``: one per launcher, dtypes, channels and flags, each with
+    """Result of ``check``. ``verdicts``: one per launcher, dtypes, channels and flags, each with
     ``kernel``, ``case``, ``tiles``, ``error``, ``allowed``, ``reason`` and ``right``."""
 
     facts: dict[str, Any]  # of the machine and the compiler
@@ -210,8 +210,8 @@ def run(case, dtype, masked, device, every=False):
     )
     mask = None
     if masked:
-        kept = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
-        mask = kept.to(device, torch.uint8)
+        mask = torch.rand(2, case.length, generator=generator, device="cpu") < 0.7
+        mask = mask.to(device, torch.uint8)
     options = routes.Options(case.heads, 1.0, 1.0, 1.0, True, True)
     with torch.no_grad(), matmul_precision(precision):
         for route, save_v in _routes(x, case, every):
@@ -220,7 +220,7 @@ def run(case, dtype, masked, device, every=False):
 
 
 def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
-    """Routes of the planner, with each backward pass; V kept or projected again.
+    """Routes of the planner, with each backward pass; V saved or projected again.
 
     ``every``: all orders of unfused passes too, which differ in sizes only.
     """

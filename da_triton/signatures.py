@@ -1,4 +1,4 @@
-"""What calls of one signature share: the first finds it out, the others look it up.
+"""Results that calls of one signature share: computed by the first, looked up by the others.
 
 A signature is all that checks, plans and launches depend on: for each tensor its shape, strides,
 dtype, device and whether it wants a gradient; options; the state of autograd and autocast. It holds
@@ -22,7 +22,7 @@ _tables: list["Table"] = []
 
 
 class Table:
-    """What was found, by signature and options. Shared by threads.
+    """Values by signature and options. Shared by threads.
 
     Not a dict itself: the compiler would compile again whenever one changes that it has seen.
     """
@@ -46,7 +46,7 @@ class Table:
             self.found.clear()
 
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
-        """The key of a call on these tensors, some of which may be None, and what was found for it.
+        """The key of a call on these tensors (some may be None), and the value stored for it.
 
         The key is None where the call is watched, and for anything but plain tensors and hashable
         options. The device of the first tensor says which autocast applies.

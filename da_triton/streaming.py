@@ -1,9 +1,10 @@
-r"""Descriptors that grow frame by frame: a video longer than memory, or one that has no end.
+r"""Streaming double attention for long or unbounded video.
 
-The softmax over positions is taken over all frames seen so far. Per map, ``maximum`` is a pivot μ
-(its largest logit, or its log-sum-exp), ``total = Σ exp(x − μ)`` and ``weighted = Σ a·exp(x − μ)``,
-over positions with logit x and features a. Two sets of positions merge by rescaling to the larger
-pivot (the online softmax of Milakov and Gimelshein, arXiv 1805.02867), ``G = weighted / total``:
+The softmax over positions is taken over all frames seen so far. Per attention map, ``maximum`` is a
+pivot μ (its largest logit, or its log-sum-exp), ``total = Σ exp(x − μ)`` and ``weighted = Σ a·exp(x
+− μ)``, over positions with logit x and features a. Two sets of positions merge by rescaling to the
+larger pivot (the online softmax of Milakov and Gimelshein, arXiv 1805.02867), ``G = weighted /
+total``:
 
     μ' = max(μ₁, μ₂)    total' = total₁·exp(μ₁ − μ') + total₂·exp(μ₂ − μ')
 
@@ -31,11 +32,11 @@ from .modules import DoubleAttention, call, check_input
 class Descriptors:
     """The gather of the positions seen so far. Immutable: each method gives a new state.
 
-    Sums are float32, and float64 for float64 maps, whatever the dtype of the frames. Gradients flow
-    through ``update``, ``merge`` and ``read`` to every frame seen; :meth:`detach` cuts them off,
-    and without it under gradients memory grows with the frames. A deep copy is the state itself.
-    ``pickle`` and ``torch.save`` keep the values without the graph; ``torch.load`` reads them with
-    its default ``weights_only=True``, once this module is imported.
+    Sums are float32, and float64 for float64 inputs, whatever the dtype of the frames. Gradients
+    flow through ``update``, ``merge`` and ``read`` to every frame seen; :meth:`detach` cuts them
+    off, and without it under gradients memory grows with the frames. A deep copy is the state
+    itself. ``pickle`` and ``torch.save`` keep the values without the graph; ``torch.load`` reads
+    them with its default ``weights_only=True``, once this module is imported.
 
     Example:
         >>> state = Descriptors.init(1, 8, 4)
@@ -60,7 +61,7 @@ class Descriptors:
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ) -> "Descriptors":
-        """No position seen: m features and n maps for each head of each of ``batch`` samples.
+        """No position seen: m features and n descriptors per head and sample.
 
         ``dtype``: float32, or float64 for float64 frames.
         """
@@ -98,19 +99,19 @@ class Descriptors:
     ) -> "Descriptors":
         """With the positions of a frame; arguments and errors as :func:`da_triton.gather`.
 
-        A frame may have positions of any number and shape. A map whose positions are all masked
-        adds nothing; one of ``-inf`` alone, without a mask, gives NaN, as the softmax of that frame
-        does.
+        A frame may have positions of any number and shape. An attention map whose positions are all
+        masked adds nothing; one of ``-inf`` alone, without a mask, gives NaN, as the softmax of
+        that frame does.
         """
         options: dict[str, Any] = {"mask": mask, "logit_scale": logit_scale, "backend": backend}
         return self.merge(Descriptors.of(a, b, heads=self.weighted.shape[1], **options))
 
     def merge(self, other: "Descriptors") -> "Descriptors":
-        """Of the positions of both, which must not overlap.
+        """The state of the positions of both, which must not overlap.
 
         Raises:
             TypeError: ``other`` is not a state, or its dtype differs.
-            ValueError: another batch, heads, features or maps.
+            ValueError: another batch, heads, features or descriptors.
             RuntimeError: another device.
         """
         _check_merge(self, other)
@@ -140,7 +141,7 @@ class Descriptors:
         return Descriptors(maximum, self.total * rest, self.weighted * rest[:, :, None])
 
     def read(self) -> Tensor:
-        """``G (N, heads, m, n)`` in the dtype of the sums; a map without positions gives zeros."""
+        """``G (N, heads, m, n)`` in the dtype of the sums; zeros where no position was seen."""
         return self.weighted / self.total.masked_fill(self.total == 0, 1)[:, :, None]
 
     def emptied(self) -> "Descriptors":
@@ -259,7 +260,7 @@ class StreamingDoubleAttention(nn.Module):
         layer: the child whose parameters are used, not copied. Its ``order`` and ``recompute`` are
             not: frames are gathered from A and distributed to Z, as the paper draws it. Hooks of
             its convolutions run; its own do not, as its ``forward`` is not called.
-        window: the number of most recent frames that take part. Default: all.
+        window: the number of most recent frames that are included. Default: all.
         decay: weights of older frames, times this for each frame since (0 < decay ≤ 1).
 
     ``state`` is None before the first frame, then :class:`Descriptors` or :class:`Window`, which
@@ -346,7 +347,7 @@ class StreamingDoubleAttention(nn.Module):
             self.state = (state if self.decay is None else state.forget(self.decay)).merge(new)
 
     def distribute(self, frame: Tensor) -> Tensor:
-        """What the state holds, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
+        """The state's G, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
         self._check(frame)
         if self.state is None:
             raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
@@ -398,17 +399,17 @@ def _check_merge(state: Descriptors, other: Descriptors) -> None:
     x, y = state.weighted, other.weighted
     if x.shape != y.shape:
         raise ValueError(
-            f"The state is of shape (N, heads, m, n) = {tuple(x.shape)}, and what should join it "
-            f"of {tuple(y.shape)}. Start a new state for another batch, heads, features or maps."
+            f"The state is of shape (N, heads, m, n) = {tuple(x.shape)}, and the one being merged "
+            f"of {tuple(y.shape)}. Start a new state for another batch, heads, m or n."
         )
     if x.dtype != y.dtype:
         raise TypeError(
-            f"The state is {x.dtype}, and what should join it {y.dtype}. Frames of one video share "
-            f"a dtype; to go on with another, convert the state: state.to({y.dtype})."
+            f"The state is {x.dtype}, and the one being merged {y.dtype}. Frames of one video "
+            f"share a dtype; to go on with another, convert the state: state.to({y.dtype})."
         )
     if x.device != y.device:
         raise RuntimeError(
-            f"The state is on {x.device}, and what should join it on {y.device}. Move one of them "
+            f"The state is on {x.device}, and the one being merged on {y.device}. Move one of them "
             "with .to(device)."
         )
 

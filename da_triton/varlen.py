@@ -68,29 +68,31 @@ def mask_from_sizes(
     return mask
 
 
-def pack(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pack(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Feature maps ``(C, *positions)`` as ``(1, C, total)``, and cu_seqlens (int64, on the CPU).
 
     Raises:
-        TypeError, ValueError, RuntimeError: no maps, or different channels, dtypes or devices.
+        TypeError, ValueError, RuntimeError: no samples, or different channels, dtypes or devices.
 
     Example:
         >>> x, cu_seqlens = pack([torch.ones(8, 3, 4), torch.ones(8, 2, 2)])
         >>> x.shape, cu_seqlens.tolist()
         (torch.Size([1, 8, 16]), [0, 12, 16])
     """
-    if not isinstance(maps, (list, tuple)) or not maps:
-        what = "nothing" if isinstance(maps, (list, tuple)) else type(maps).__name__
-        raise TypeError(f"maps must be a list of one or more tensors (C, *positions), got {what}.")
-    for i, x in enumerate(maps):
-        checks.tensor(f"maps[{i}]", x)
-        if x.dim() < 2 or x.shape[0] != maps[0].shape[0]:
+    if not isinstance(samples, (list, tuple)) or not samples:
+        what = "nothing" if isinstance(samples, (list, tuple)) else type(samples).__name__
+        raise TypeError(
+            f"samples must be a list of one or more tensors (C, *positions), got {what}."
+        )
+    for i, x in enumerate(samples):
+        checks.tensor(f"samples[{i}]", x)
+        if x.dim() < 2 or x.shape[0] != samples[0].shape[0]:
             raise ValueError(
-                f"maps[{i}] must be (C, *positions) with the channels of maps[0], of shape "
-                f"{tuple(maps[0].shape)}; got shape {tuple(x.shape)}."
+                f"samples[{i}] must be (C, *positions) with the channels of samples[0], of shape "
+                f"{tuple(samples[0].shape)}; got shape {tuple(x.shape)}."
             )
-        checks.one_kind(**{"maps[0]": maps[0], f"maps[{i}]": x})
-    rows = [x.flatten(1) for x in maps]
+        checks.one_kind(**{"samples[0]": samples[0], f"samples[{i}]": x})
+    rows = [x.flatten(1) for x in samples]
     offsets = [0, *itertools.accumulate(x.shape[1] for x in rows)]
     return torch.cat(rows, 1)[None], torch.tensor(offsets, device="cpu")
 
@@ -119,8 +121,8 @@ def unpack(
     return [x.unflatten(1, tuple(p)) for x, p in zip(parts, positions, strict=True)]
 
 
-def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
-    """``core`` with a gather and a distribute that take packed positions.
+def packed_backend(backend: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
+    """``backend`` with a gather and a distribute that take packed positions.
 
     Maps are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens have a
     sample for each sequence. A sequence without positions has G = 0; nothing is distributed to it.
@@ -128,24 +130,24 @@ def backend(core: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
     # A copy: the caller's may be changed before the backward pass reads it.
     cu_seqlens = cu_seqlens.detach().to("cpu", copy=True)
     if (
-        core is EAGER
+        backend is EAGER
         or custom_op.needs_aten()
         or tracing.exporting()
         or is_traceable_wrapper_subclass(x)  # such as a DTensor
     ):
-        return per_sequence(core, cu_seqlens)
+        return per_sequence(backend, cu_seqlens)
     from .ops import varlen as varlen_ops
 
-    return varlen_ops.packed_core(core, cu_seqlens)
+    return varlen_ops.packed_ops(backend, cu_seqlens)
 
 
-def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
-    """Packed positions in calls of ``core``, one for each run of equal lengths."""
+def per_sequence(backend: Backend, cu_seqlens: Tensor) -> Backend:
+    """Packed positions in calls of ``backend``, one for each run of equal lengths."""
 
-    def runs(**maps: Tensor) -> list[tuple[int, int]]:
+    def runs(**activations: Tensor) -> list[tuple[int, int]]:
         """Lengths, and how many neighbours have them."""
         lengths = (
-            end - start for start, end in itertools.pairwise(checks.ends(cu_seqlens, **maps))
+            end - start for start, end in itertools.pairwise(checks.ends(cu_seqlens, **activations))
         )
         return [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
 
@@ -161,14 +163,15 @@ def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         found_runs = runs(a=a)
         nothing = [None] * len(found_runs)
-        keeps = nothing if mask is None else split(mask, found_runs)
+        masks = nothing if mask is None else split(mask, found_runs)
         counts = [count for _, count in found_runs]
         tokens = nothing if extra is None else zip(*(x.split(counts) for x in extra), strict=True)
         found = []
-        maps = zip(split(a, found_runs), split(b, found_runs), keeps, tokens, strict=True)
-        for a_, b_, mask_, extra_ in maps:
+        given = zip(split(a, found_runs), split(b, found_runs), masks, tokens, strict=True)
+        for a_, b_, mask_, extra_ in given:
             if a_.shape[-1]:
-                found.append(core.gather(a_, b_, mask=mask_, extra=extra_, logit_scale=logit_scale))
+                options = {"mask": mask_, "extra": extra_, "logit_scale": logit_scale}
+                found.append(backend.gather(a_, b_, **options))
             else:
                 found.append(a_ @ b_.mT)  # zeros that still have gradients
         return torch.cat(found)
@@ -178,11 +181,11 @@ def per_sequence(core: Backend, cu_seqlens: Tensor) -> Backend:
         counts = [count for _, count in found_runs]
         parts: list[Tensor] = []
         for g_, v_ in zip(g.split(counts), split(v, found_runs), strict=True):
-            z = core.distribute(g_, v_, **options) if v_.shape[-1] else g_.to(v.dtype) @ v_
+            z = backend.distribute(g_, v_, **options) if v_.shape[-1] else g_.to(v.dtype) @ v_
             parts += (z.squeeze(0),) if len(z) == 1 else z.unbind()
         if v.stride(-1) == 1:
             return torch.cat(parts, -1)[None]
         positions_first = [z.permute(2, 0, 1) for z in parts]  # joined as v's memory has them
         return torch.cat(positions_first).permute(1, 2, 0)[None]
 
-    return core._replace(gather=gather, distribute=distribute)
+    return backend._replace(gather=gather, distribute=distribute)

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import os
+import re
 
 import torch
 
@@ -17,6 +18,8 @@ from support import triton_internals
 if not torch.cuda.is_available():
     triton_internals.correct_interpreter()
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+# On a GPU. A worker of pytest-xdist takes one test at a time, so these start first.
+LONGEST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,8 +56,21 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="only files whose tests use DEVICE")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With --gpu, a file without the word, whose tests run on the CPU in any case."""
+    if config.getoption("gpu") and collection_path.is_file():
+        return not re.search(r"\bDEVICE\b", collection_path.read_text(encoding="utf-8")) or None
+    return None
+
+
 @pytest.hookimpl(wrapper=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("gpu"):
+        items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if "memory" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("large"))

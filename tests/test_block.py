@@ -124,7 +124,7 @@ def test_weights_with_trailing_axes():
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_recomputation_gives_the_same_and_keeps_less(order, backend):
+def test_recomputation_gives_the_same_and_saves_less(order, backend):
     x, weights = features(torch.float32), parameters(torch.float32)
     upstream = torch.randn(2, C, *POSITIONS, device=DEVICE)
     results = []
@@ -132,14 +132,14 @@ def test_recomputation_gives_the_same_and_keeps_less(order, backend):
         options = {"order": order, "backend": backend, "recompute": recompute, "residual": True}
         block = functools.partial(da_triton.double_attention_block, **options)
         results.append(step(block, (x, *weights), upstream))
-        kept = []
+        saved = []
         leaves = [x.requires_grad_(), *(w.requires_grad_() for w in weights)]
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, kept=kept: kept.append(t) or t, lambda t: t
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
         ):
             da_triton.double_attention_block(*leaves, **options)
         given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-        large = [t for t in kept if t.untyped_storage().data_ptr() not in given and 35 in t.shape]
+        large = [t for t in saved if t.untyped_storage().data_ptr() not in given and 35 in t.shape]
         assert bool(large) != recompute
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
@@ -168,7 +168,7 @@ def test_second_derivatives(order):
         penalty = sum(f.square().sum() for f in first)
         grads.append(torch.autograd.grad(penalty, [leaves[i] for i in (0, 1, 3, 5, 7)]))
     for ours, theirs in zip(*grads, strict=True):
-        check(ours, theirs, torch.float64, slack=100)  # fourth powers of the maps
+        check(ours, theirs, torch.float64, slack=100)  # fourth powers of the activations
 
 
 def test_bias_b_has_a_zero_gradient_under_vmap_too():

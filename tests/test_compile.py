@@ -115,10 +115,10 @@ PACKINGS = [
 def packed_inputs(lengths):
     """a, b, v, tokens, a mask and offsets."""
     total, channels = sum(lengths), (6, 8, 8)
-    maps = [peaky(1, 1, c, total, dtype=torch.float32)[:, 0] for c in channels]
+    activations = [peaky(1, 1, c, total, dtype=torch.float32)[:, 0] for c in channels]
     tokens = [peaky(len(lengths), 1, c, 2, dtype=torch.float32)[:, 0] for c in channels[:2]]
     mask = torch.rand(1, total, device=DEVICE) > 0.3
-    return [*maps, *tokens, mask, torch.tensor([0, *itertools.accumulate(lengths)])]
+    return [*activations, *tokens, mask, torch.tensor([0, *itertools.accumulate(lengths)])]
 
 
 def packed_core(a, b, v, extra_a, extra_b, mask, offsets, backend):

@@ -27,7 +27,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def maps(dtype=torch.float32):
+def activations(dtype=torch.float32):
     return [torch.randn(2, channels, 7, device=DEVICE).to(dtype) for channels in (6, 4, 4)]
 
 
@@ -105,7 +105,7 @@ def test_a_scale_that_changes_at_each_step_is_compiled_twice(function, name, bac
     def call(a, b, v, step):
         return function(a, b, v, backend=backend, **{name: step})
 
-    assert compilations(call, STEPS, maps(WIDTH[backend]), backend=backend) == 2
+    assert compilations(call, STEPS, activations(WIDTH[backend]), backend=backend) == 2
 
 
 @each_backend
@@ -141,28 +141,28 @@ def several(a, b, v, step):
 
 @needs_computed_scales
 def test_scales_that_are_computed_from_one_that_changes():
-    assert compilations(several, STEPS, maps()) == 2
+    assert compilations(several, STEPS, activations()) == 2
 
 
 def test_whole_numbers_change_too():
-    assert compilations(several, range(1, 11), maps()) == 2
+    assert compilations(several, range(1, 11), activations()) == 2
 
 
 @needs_computed_scales
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_other_compilers(compiler):
-    assert compilations(several, STEPS[:4], maps(), compiler=compiler) == 2
+    assert compilations(several, STEPS[:4], activations(), compiler=compiler) == 2
 
 
 @needs_computed_scales
 def test_what_is_dynamic_from_the_first_call_is_compiled_once():
-    assert compilations(several, STEPS[:4], maps(), dynamic=True) == 1
+    assert compilations(several, STEPS[:4], activations(), dynamic=True) == 1
 
 
 @needs_computed_scales
 def test_half_precision():
     """Scaled logits are in float32, as they are when the scale is a constant."""
-    assert compilations(several, STEPS[:4], maps(torch.float16)) == 2
+    assert compilations(several, STEPS[:4], activations(torch.float16)) == 2
 
 
 def test_a_block_that_is_checkpointed_inside():
@@ -171,7 +171,7 @@ def test_a_block_that_is_checkpointed_inside():
         recomputed = functools.partial(da_triton.double_attention, **options)
         return torch.utils.checkpoint.checkpoint(recomputed, a, b, v, use_reentrant=False)
 
-    assert compilations(call, STEPS[:4], maps()) == 2
+    assert compilations(call, STEPS[:4], activations()) == 2
 
 
 @pytest.mark.parametrize("take", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
@@ -180,7 +180,7 @@ def test_derivatives_inside(take):
         return take(lambda v: several(a, b, v, step).square().sum())(v)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    tensors = maps(torch.float64)
+    tensors = activations(torch.float64)
     for step in STEPS[:4]:
         check(compiled(*tensors, step), call(*tensors, step), torch.float64)
 
@@ -201,7 +201,7 @@ def operators(function, steps):
     compiler = aot_autograd(fw_compiler=looks("forward"), bw_compiler=looks("backward"))
     compiled = torch.compile(function, backend=compiler, fullgraph=True)
     for step in steps:
-        trained(compiled, maps(), step)
+        trained(compiled, activations(), step)
     return found
 
 
@@ -210,7 +210,7 @@ def test_a_scale_that_does_not_change_is_a_constant():
     assert found["forward"][0] == ["gather", "distribute"]
     assert found["backward"][0] == ["distribute_backward", "gather_backward"]
     assert not any(0 in axes for _, axes in found.values()), "a scale is an input"
-    assert compilations(several, [0.7, 0.7, 0.7], maps()) == 1
+    assert compilations(several, [0.7, 0.7, 0.7], activations()) == 1
 
 
 @needs_computed_scales
@@ -229,7 +229,7 @@ def scale(value):
 
 def operands(name):
     """Arguments of an operator, with numbers for scales."""
-    a, b, v = (x[:, None] for x in maps())
+    a, b, v = (x[:, None] for x in activations())
     g, lse = triton.gather_op(a, b, None, None, None, 0.7)
     if name == "gather":
         return [a, b, None, None, None, 0.7]
@@ -245,8 +245,8 @@ def operands(name):
     given = [a[:, 0], *weights, None]
     if name == "block":
         return [*given, *options, True]
-    out, *kept = triton_block.block_op(*given, *options, True)
-    return [torch.ones_like(out), *given, *kept, *options, [True] * 8]
+    out, *saved = triton_block.block_op(*given, *options, True)
+    return [torch.ones_like(out), *given, *saved, *options, [True] * 8]
 
 
 @pytest.mark.parametrize(

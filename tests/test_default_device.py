@@ -32,13 +32,13 @@ def test_masks_from_sizes(sizes):
 
 
 def test_packing():
-    maps = [torch.randn(4, 3, 2), torch.randn(4, 5)]
+    activations = [torch.randn(4, 3, 2), torch.randn(4, 5)]
     with torch.device("meta"):
-        x, offsets = pack(maps)
+        x, offsets = pack(activations)
         parts = unpack(x, offsets)
         g = da_triton.gather(x, x, cu_seqlens=offsets)
     assert offsets.tolist() == [0, 6, 11]
-    assert torch.equal(parts[1], maps[1])
+    assert torch.equal(parts[1], activations[1])
     assert torch.equal(g, da_triton.gather(x, x, cu_seqlens=offsets))
 
 

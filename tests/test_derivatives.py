@@ -213,7 +213,7 @@ def test_a_layer_compiled_on_its_own_inside_and_outside_of_transforms(backend):
 @each_backend
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 @pytest.mark.parametrize("take", [gradients, per_sample])
-def test_the_bias_of_the_maps_has_a_zero_gradient_and_no_other_effect(take, compiler, backend):
+def test_bias_b_has_a_zero_gradient_and_no_other_effect(take, compiler, backend):
     """NaN in it stays there."""
     torch._dynamo.reset()
     ours, _ = layers(backend)

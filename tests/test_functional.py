@@ -10,7 +10,7 @@ from support.cases import each_backend
 from support.numerics import DEVICE, check, peaky, relative_rms
 
 
-def maps(batch, positions, *channels, dtype=torch.float32):
+def activations(batch, positions, *channels, dtype=torch.float32):
     return [
         peaky(batch, c, 1, torch.Size(positions).numel(), dtype=dtype).reshape(batch, c, *positions)
         for c in channels
@@ -37,7 +37,7 @@ def definition(a, b, v, heads=1, mask=None, extra=None, **options):
 @each_backend
 @pytest.mark.parametrize("positions", [(11,), (5, 7), (2, 3, 4)])
 def test_one_two_and_three_position_axes(backend, positions):
-    a, b, v = maps(2, positions, 6, 8, 8)
+    a, b, v = activations(2, positions, 6, 8, 8)
     g, z = definition(a, b, v, heads=2)
     check(da_triton.gather(a, b, heads=2, backend=backend), g, a.dtype)
     check(da_triton.double_attention(a, b, v, heads=2, backend=backend), z, a.dtype)
@@ -46,8 +46,8 @@ def test_one_two_and_three_position_axes(backend, positions):
 
 @each_backend
 def test_every_option_at_once(backend):
-    a, b = maps(2, (5, 6), 6, 8)
-    (v,) = maps(2, (3, 4), 8)  # positions of its own: cross-attention
+    a, b = activations(2, (5, 6), 6, 8)
+    (v,) = activations(2, (3, 4), 8)  # positions of its own: cross-attention
     mask = torch.rand(2, 1, 5, 6, device=DEVICE) > 0.4
     extra = (torch.randn(1, 6, 4, device=DEVICE), torch.randn(1, 8, 4, device=DEVICE))
     options = {
@@ -73,7 +73,7 @@ def test_every_option_at_once(backend):
     ],
 )
 def test_memory_format_follows_v(backend, heads, positions, memory_format):
-    a, b, v = maps(2, positions, 6, 8, 8)
+    a, b, v = activations(2, positions, 6, 8, 8)
     v = v.to(memory_format=memory_format)
     z = da_triton.double_attention(a, b, v, heads=heads, backend=backend)
     assert z.is_contiguous(memory_format=memory_format)
@@ -81,20 +81,20 @@ def test_memory_format_follows_v(backend, heads, positions, memory_format):
 
 
 @each_backend
-def test_token_major_maps_and_crops(backend):
+def test_token_major_inputs_and_crops(backend):
     tokens = peaky(2, 1, 24, 30, dtype=torch.float32)[:, 0].mT.contiguous()  # (N, L, C)
     a, b, v = tokens.transpose(1, 2).split([8, 8, 8], dim=1)
     z = da_triton.double_attention(a, b, v, backend=backend)
     check(z, definition(a, b, v)[1], a.dtype)
     assert z.transpose(1, 2).is_contiguous()
-    cropped = [x[:, :, 1:-1, 2:5] for x in maps(2, (6, 7), 6, 8, 8)]
+    cropped = [x[:, :, 1:-1, 2:5] for x in activations(2, (6, 7), 6, 8, 8)]
     check(da_triton.double_attention(*cropped, backend=backend), definition(*cropped)[1], a.dtype)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_gradients_reach_every_tensor(backend):
-    a, b = (x.requires_grad_() for x in maps(2, (5, 6), 6, 8))
-    (v,) = (x.requires_grad_() for x in maps(2, (4, 4), 8))
+    a, b = (x.requires_grad_() for x in activations(2, (5, 6), 6, 8))
+    (v,) = (x.requires_grad_() for x in activations(2, (4, 4), 8))
     extra = tuple(torch.randn(1, c, 3, device=DEVICE, requires_grad=True) for c in (6, 8))
     leaves = (a, b, v, *extra)
     wide = [x.detach().double().requires_grad_() for x in leaves]
@@ -110,7 +110,7 @@ def test_gradients_reach_every_tensor(backend):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(backend, dtype):
-    a, b, v = maps(2, (5, 6), 6, 8, 8)
+    a, b, v = activations(2, (5, 6), 6, 8, 8)
     with torch.autocast(DEVICE, dtype=dtype):
         g = da_triton.gather(a, b, backend=backend)
         z = da_triton.double_attention(a, b, v, backend=backend)
@@ -126,13 +126,13 @@ def test_autocast(backend, dtype):
 
 
 def test_autocast_lets_mixed_inputs_in():
-    a, b, v = maps(2, (5, 6), 6, 8, 8)
+    a, b, v = activations(2, (5, 6), 6, 8, 8)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert da_triton.double_attention(a.bfloat16(), b, v).dtype == torch.bfloat16
 
 
 def test_descriptors_stay_in_float32_between_the_steps():
-    a, b, v = maps(2, (16, 16), 24, 16, 16, dtype=torch.bfloat16)
+    a, b, v = activations(2, (16, 16), 24, 16, 16, dtype=torch.bfloat16)
     _, z = definition(a, b, v)
     whole = da_triton.double_attention(a, b, v, backend="triton")
     halves = da_triton.distribute(da_triton.gather(a, b, backend="triton"), v, backend="triton")
@@ -143,7 +143,7 @@ def test_descriptors_stay_in_float32_between_the_steps():
 
 @each_backend
 def test_empty_batch(backend):
-    a, b, v = maps(0, (5, 6), 6, 8, 8)
+    a, b, v = activations(0, (5, 6), 6, 8, 8)
     for mask in (None, torch.ones(0, 5, 6, dtype=torch.bool, device=DEVICE)):
         z = da_triton.double_attention(a, b, v, mask=mask, backend=backend)
         assert z.shape == (0, 6, 5, 6)
@@ -151,13 +151,13 @@ def test_empty_batch(backend):
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "eager"])
 def test_meta_tensors(backend):
-    a, b, v = (x.to("meta") for x in maps(2, (5, 6), 6, 8, 8))
+    a, b, v = (x.to("meta") for x in activations(2, (5, 6), 6, 8, 8))
     z = da_triton.double_attention(a, b, v, backend=backend)
     assert (z.shape, z.device.type) == ((2, 6, 5, 6), "meta")
 
 
 def test_integers_of_numpy():
-    a, b, v = maps(2, (5, 6), 6, 8, 8)
+    a, b, v = activations(2, (5, 6), 6, 8, 8)
     assert torch.equal(
         da_triton.double_attention(a, b, v, heads=np.int64(2)),
         da_triton.double_attention(a, b, v, heads=2),
@@ -165,7 +165,7 @@ def test_integers_of_numpy():
 
 
 def test_auto_takes_the_kernels_on_a_gpu():
-    a, b, v = maps(1, (4, 4), 6, 8, 8)
+    a, b, v = activations(1, (4, 4), 6, 8, 8)
     expected = "triton" if DEVICE == "cuda" else "torch"
     named = da_triton.double_attention(a, b, v, backend=expected)
     assert torch.equal(da_triton.double_attention(a, b, v), named)

@@ -47,11 +47,11 @@ def test_import_without_triton():
     hide += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)\n"
     result = python(hide + USE)
     assert result.returncode == 0, result.stderr
-    refused = python(
+    rejected = python(
         hide + "import da_triton, torch; x = torch.ones(1, 2, 3)\n"
         "da_triton.gather(x, x, backend='triton')"
     )
-    assert "Triton is not installed" in refused.stderr
+    assert "Triton is not installed" in rejected.stderr
 
 
 def test_import_does_not_import_triton():
@@ -74,14 +74,14 @@ def test_what_the_compiler_is_told_is_what_pytorch_says():
     assert vars(ours) == vars(theirs) != {}
 
 
-def test_the_interpreter_is_refused_bfloat16_without_the_correction():
+def test_bfloat16_is_rejected_in_the_interpreter_without_the_correction():
     code = "import torch, da_triton; x = torch.ones(1, 2, 3).bfloat16()\n"
     code += "da_triton.gather(x, x, backend='triton')"
     result = python(code, TRITON_INTERPRET="1")
     assert "computes bfloat16 wrongly" in result.stderr
 
 
-def test_cpu_tensors_are_refused_without_the_interpreter():
+def test_cpu_tensors_are_rejected_without_the_interpreter():
     code = "import torch, da_triton; x = torch.ones(1, 2, 3)\n"
     code += "da_triton.gather(x, x, backend='triton')"
     result = python(code)

@@ -9,14 +9,15 @@ A few examples each here. Many, of a seed of one's own:
 import functools
 import os
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 
 import da_triton
 from da_triton.planning.costs import orders
 from support.numerics import DEVICE, DTYPES, TOLERANCE
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
 
 EXAMPLES = int(os.environ.get("DA_TRITON_EXAMPLES", "20"))
 SEED = int(os.environ.get("DA_TRITON_SEED", "0"))

@@ -23,7 +23,7 @@ GIVEN = {
     "clips": lambda: torch.randn(1, 3, 4, 64, 64),
     "steps": lambda: torch.tensor([1, 500]),
     "video": lambda: torch.randn(3, 1, 16, 4, 4),
-    "maps": lambda: [torch.randn(16, 3, 4), torch.randn(16, 2, 5)],
+    "samples": lambda: [torch.randn(16, 3, 4), torch.randn(16, 2, 5)],
     "padded": lambda: torch.randn(2, 16, 4, 6),
     "TheirBlock": lambda: TheirBlock,
     "rows_of_this_rank": lambda: torch.randn(1, 16, 3, 8),

@@ -27,17 +27,17 @@ def loops(a, b, v):
 
 
 @pytest.fixture
-def maps():
+def abv():
     return [torch.randn(N, c, L, dtype=torch.float64) for c in (M, TOTAL_N, TOTAL_N)]
 
 
-def test_core_is_the_paper(maps):
-    a, b, v = (x[:, None] for x in maps)
-    torch.testing.assert_close(reference.distribute(reference.gather(a, b), v)[:, 0], loops(*maps))
+def test_core_is_the_paper(abv):
+    a, b, v = (x[:, None] for x in abv)
+    torch.testing.assert_close(reference.distribute(reference.gather(a, b), v)[:, 0], loops(*abv))
 
 
-def test_axes_are_not_interchangeable(maps):
-    a, b, v = maps
+def test_axes_are_not_interchangeable(abv):
+    a, b, v = abv
     right = loops(a, b, v)
     swapped = a @ b.softmax(1).mT @ v.softmax(2)
     over_the_batch = a @ b.softmax(0).mT @ v.softmax(0)
@@ -45,7 +45,7 @@ def test_axes_are_not_interchangeable(maps):
     assert (over_the_batch - right).abs().max() > 0.1
 
 
-def test_block_is_three_convolutions_the_core_and_one_more(maps):
+def test_block_is_three_convolutions_the_core_and_one_more(abv):
     x = torch.randn(N, 5, L, dtype=torch.float64)
     w = [
         torch.randn(o, i, dtype=torch.float64)
@@ -62,15 +62,15 @@ def test_block_is_three_convolutions_the_core_and_one_more(maps):
     torch.testing.assert_close(out, x + conv(z, w[3][..., None], c[3]))
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(maps):
-    a, b, v = (x[:, None] for x in maps)
+def test_a_sample_does_not_depend_on_its_neighbours(abv):
+    a, b, v = (x[:, None] for x in abv)
     both = reference.distribute(reference.gather(a, b), v)
     alone = reference.distribute(reference.gather(a[:1], b[:1]), v[:1])
     torch.testing.assert_close(both[:1], alone)
 
 
-def test_mask_is_leaving_positions_out(maps):
-    a, b, _ = (x[:, None] for x in maps)
+def test_mask_is_leaving_positions_out(abv):
+    a, b, _ = (x[:, None] for x in abv)
     mask = torch.ones(N, L, dtype=torch.bool)
     mask[:, 4:] = False
     torch.testing.assert_close(
@@ -83,15 +83,15 @@ def test_mask_is_leaving_positions_out(maps):
     )
 
 
-def test_heads_are_blocks_of_channels(maps):
+def test_heads_are_blocks_of_channels(abv):
     a, b, v = (torch.randn(N, 2, c, L, dtype=torch.float64) for c in (M, TOTAL_N, TOTAL_N))
     both = reference.distribute(reference.gather(a, b), v)
     for h in range(2):
         torch.testing.assert_close(both[:, h], loops(a[:, h], b[:, h], v[:, h]))
 
 
-def test_scales(maps):
-    a, b, v = (x[:, None] for x in maps)
+def test_scales(abv):
+    a, b, v = (x[:, None] for x in abv)
     g = reference.gather(a, b, logit_scale=0.5)
     torch.testing.assert_close(g, reference.gather(a, 0.5 * b))
     z = reference.distribute(g, v, scale=3.0, logit_scale=0.5)

@@ -79,9 +79,9 @@ def test_gradients_reach_the_base_of_views(function, backend):
     parts = joined.split([x.numel() for x in given])
     views = [p.view_as(x) for p, x in zip(parts, given, strict=True)]
     function(views, backend).square().sum().backward()
-    pieces = joined.grad.split([x.numel() for x in given])
+    parts = joined.grad.split([x.numel() for x in given])
     for i, truth in zip(wanted, expected, strict=True):
-        check(pieces[i].view_as(given[i]), truth, torch.float32, slack=2)
+        check(parts[i].view_as(given[i]), truth, torch.float32, slack=2)
 
 
 @each_backend

@@ -20,7 +20,7 @@ def offsets_of(lengths, dtype=torch.int32):
     return torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype)
 
 
-def maps(*channels, lengths=LENGTHS, dtype=torch.float64, layout="channels first"):
+def activations(*channels, lengths=LENGTHS, dtype=torch.float64, layout="channels first"):
     """``(1, c, total)``, as projections give them or as a slice of a token-major tensor."""
     total = sum(lengths)
     if layout == "token-major":
@@ -51,7 +51,7 @@ def each(function, lengths, *tensors, heads=HEADS, m=M, n=N, mask=None, extra=No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["channels first", "token-major"])
 def test_every_sequence_is_a_sample_of_its_own(backend, dtype, layout):
-    a, b, v = maps(HEADS * M, HEADS * N, HEADS * N, dtype=dtype, layout=layout)
+    a, b, v = activations(HEADS * M, HEADS * N, HEADS * N, dtype=dtype, layout=layout)
     offsets = offsets_of(LENGTHS)
     options = {"heads": HEADS, "cu_seqlens": offsets, "backend": backend}
     expected = torch.cat(each(da_triton.gather, LENGTHS, a, b))
@@ -70,7 +70,7 @@ def test_every_sequence_is_a_sample_of_its_own(backend, dtype, layout):
 
 
 def test_one_softmax_over_all_packed_positions_is_told_apart():
-    a, b, v = maps(HEADS * M, HEADS * N, HEADS * N)
+    a, b, v = activations(HEADS * M, HEADS * N, HEADS * N)
     z = da_triton.double_attention(a, b, v, heads=HEADS, cu_seqlens=offsets_of(LENGTHS))
     assert relative_rms(da_triton.double_attention(a, b, v, heads=HEADS), z) > 0.1
     shifted = [6, 4, *LENGTHS[2:]]
@@ -80,7 +80,7 @@ def test_one_softmax_over_all_packed_positions_is_told_apart():
 
 @each_backend
 def test_every_option_at_once(backend):
-    a, b, v = maps(HEADS * M, HEADS * N, HEADS * N)
+    a, b, v = activations(HEADS * M, HEADS * N, HEADS * N)
     mask = torch.rand(1, sum(LENGTHS), device=DEVICE) > 0.4
     mask[:, 10:22] = False  # the third sequence
     a, b = (x.masked_fill(~mask[:, None], torch.nan) for x in (a, b))
@@ -108,7 +108,7 @@ def test_every_option_at_once(backend):
 
 @each_backend
 def test_gradients_are_those_of_separate_calls(backend):
-    tensors = [x.requires_grad_() for x in maps(HEADS * M, HEADS * N, HEADS * N)]
+    tensors = [x.requires_grad_() for x in activations(HEADS * M, HEADS * N, HEADS * N)]
     extra = tuple(
         peaky(len(LENGTHS), HEADS * c, 1, 2, dtype=torch.float64)[:, :, 0].requires_grad_()
         for c in (M, N)
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_separate_calls(backend):
 
 @each_backend
 def test_gradients_of_the_halves(backend):
-    a, b, v = (x.requires_grad_() for x in maps(HEADS * M, HEADS * N, HEADS * N))
+    a, b, v = (x.requires_grad_() for x in activations(HEADS * M, HEADS * N, HEADS * N))
     offsets = offsets_of(LENGTHS)
     g = da_triton.gather(a, b, heads=HEADS, cu_seqlens=offsets, backend=backend)
     leaf = g.detach().requires_grad_()
@@ -152,7 +152,7 @@ def test_offsets_may_be_changed_before_the_backward_pass(backend):
     """A loader may reuse their memory, or make them in inference mode."""
     with torch.inference_mode():
         made = offsets_of(LENGTHS)
-    leaves = [x.requires_grad_() for x in maps(HEADS * M, HEADS * N, HEADS * N)]
+    leaves = [x.requires_grad_() for x in activations(HEADS * M, HEADS * N, HEADS * N)]
     results = []
     for offsets in (offsets_of(LENGTHS), made):
         z = da_triton.double_attention(*leaves, heads=HEADS, cu_seqlens=offsets, backend=backend)
@@ -165,7 +165,7 @@ def test_offsets_may_be_changed_before_the_backward_pass(backend):
 
 @each_backend
 def test_tokens_of_a_sequence_without_positions(backend):
-    a, b, v = maps(HEADS * M, HEADS * N, HEADS * N, lengths=[4, 0])
+    a, b, v = activations(HEADS * M, HEADS * N, HEADS * N, lengths=[4, 0])
     extra = [peaky(2, HEADS * c, 1, 3, dtype=a.dtype)[:, :, 0] for c in (M, N)]
     extra = [x.requires_grad_() for x in extra]
     z = da_triton.double_attention(
@@ -191,7 +191,7 @@ def test_nothing_packed(backend):
 
 @each_backend
 def test_autocast(backend):
-    a, b, v = maps(HEADS * M, HEADS * N, HEADS * N, dtype=torch.float32)
+    a, b, v = activations(HEADS * M, HEADS * N, HEADS * N, dtype=torch.float32)
     options = {"heads": HEADS, "cu_seqlens": offsets_of(LENGTHS), "backend": backend}
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         z = da_triton.double_attention(a, b, v, **options)
@@ -267,7 +267,7 @@ def distribute(g=G, v=V):
     return lambda: da_triton.distribute(g, v, cu_seqlens=GOOD)
 
 
-REFUSALS = [
+ERRORS = [
     (gather([0, 4, 9]), TypeError, r"int32 or int64, got list. Use torch.tensor\(cu_seqlens\)"),
     (gather(GOOD.float()), TypeError, r"got torch.float32. Convert it with cu_seqlens.long\(\)"),
     (gather(GOOD.bool()), TypeError, "got torch.bool"),
@@ -289,17 +289,21 @@ REFUSALS = [
     (distribute(g=G[:, :, :, :5]), ValueError, "v must have heads·n = 1·5 channels"),
     (lambda: pack([]), TypeError, "one or more tensors.*got nothing"),
     (lambda: pack(iter([])), TypeError, "one or more tensors.*got list_iterator"),
-    (lambda: pack([torch.zeros(())]), ValueError, r"channels of maps\[0\].*got shape \(\)"),
+    (lambda: pack([torch.zeros(())]), ValueError, r"channels of samples\[0\].*got shape \(\)"),
     (lambda: pack(A), TypeError, "must be a list.*got Tensor"),
-    (lambda: pack([A, 1]), TypeError, r"maps\[1\] must be a torch.Tensor, got int"),
+    (lambda: pack([A, 1]), TypeError, r"samples\[1\] must be a torch.Tensor, got int"),
     (
         lambda: pack([A[0], B[0]]),
         ValueError,
-        r"maps\[1\].*channels of maps.*got shape \(6, 9\)",
+        r"samples\[1\].*channels of samples.*got shape \(6, 9\)",
     ),
-    (lambda: pack([A[0], A[0].half()]), TypeError, r"maps\[0\] and maps\[1\] must share one dtype"),
+    (
+        lambda: pack([A[0], A[0].half()]),
+        TypeError,
+        r"samples\[1\] must share one dtype",
+    ),
     (lambda: pack([A[0], A[0].to("meta")]), RuntimeError, "must be on one device"),
-    (lambda: pack([A[0, 0]]), ValueError, r"maps\[0\] must be \(C, \*positions\)"),
+    (lambda: pack([A[0, 0]]), ValueError, r"samples\[0\] must be \(C, \*positions\)"),
     (lambda: unpack(A, torch.tensor([0, 8])), ValueError, "end with the 9 positions of packed"),
     (lambda: unpack(A, GOOD, [(2, 2), (2, 3)]), ValueError, r"lengths \[4, 5\], got \[\(2, 2\)"),
     (lambda: unpack(A, GOOD, [(2, 2)]), ValueError, r"lengths \[4, 5\]"),
@@ -312,13 +316,13 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), REFUSALS)
-def test_refusals(call, error, message):
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS)
+def test_errors(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
 
 
-def test_a_process_group_beside_packed_positions_is_refused(monkeypatch):
+def test_a_process_group_beside_packed_positions_is_rejected(monkeypatch):
     monkeypatch.setattr("da_triton.checks.process_group", lambda *_: None)
     with pytest.raises(ValueError, match="Give each rank sequences of its own"):
         da_triton.gather(A, B, cu_seqlens=GOOD, process_group=object())

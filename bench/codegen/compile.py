@@ -4,32 +4,20 @@
 then run on meta tensors, and each recorded launch is compiled through the steps the JIT takes
 (its binder and its specialisation: divisibility by 16, equality to 1), so the code examined is the
 code a GPU would run. Needs a process without TRITON_INTERPRET.
-
-    python -m bench.codegen.compile sm_90 2 < launches
-
-compiles, in two processes, what the tests' ``support.recorder`` kept, an array in JSON, and prints
-the fields of a ``Compiled`` per line, as an array.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import importlib
-import json
-import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
-import triton.language as tl
 from triton import knobs
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -335,62 +323,3 @@ def chained(text: str) -> Iterator[str]:
     for result, accumulator in products.items():
         if accumulator in products:
             yield f"chained: {result} adds to the product {accumulator}"
-
-
-# --- launches that tests recorded -----------------------------------------------------------------
-
-
-class Compiled(NamedTuple):
-    """What became of a launch."""
-
-    kernel: str
-    test: str  # the first that made it
-    shared: int  # bytes of shared memory
-    problem: str  # why it cannot be launched; empty if it can
-
-
-def decoded(recorded: dict[str, Any]) -> Launch:
-    module, name = recorded["kernel"].split(":")
-    kernel = getattr(importlib.import_module(module), name)
-    kwargs = {k: _value(x) for k, x in recorded["kwargs"].items()}
-    return Launch(kernel, (1,), tuple(map(_value, recorded["args"])), kwargs)
-
-
-def _value(x):
-    if not isinstance(x, dict):
-        return x
-    if "dtype" in x:
-        return {str(t): t for t in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}[x["dtype"]]
-    dtype = getattr(torch, x["tensor"].removeprefix("torch."))
-    if x["aligned"]:
-        return torch.empty(0, dtype=dtype, device="meta")
-    return torch.empty(2, dtype=dtype)[1:]  # an address that 16 does not divide
-
-
-def compiled(recorded: dict[str, Any], arch: str) -> Compiled:
-    shared, problem = 0, ""
-    try:
-        shared = compile_launch(decoded(recorded), arch).shared
-    except OutOfSharedMemoryError as error:
-        shared, problem = error.needed, f"needs {error} of shared memory"
-    except Exception as error:  # whatever the compiler raises
-        problem = f"does not compile: {type(error).__name__} {str(error)[:200]}"
-    return Compiled(recorded["kernel"].split(":")[1], recorded["test"], shared, problem)
-
-
-def compile_all(recorded: Sequence[dict[str, Any]], arch: str, jobs: int) -> Iterator[Compiled]:
-    """Compiles one launch of each that Triton compiles separately, the widest tiles first."""
-
-    def widest(launch):
-        return max((x for k, x in launch["kwargs"].items() if k.startswith("BLOCK")), default=0)
-
-    distinct = {identity(decoded(x), arch): x for x in reversed(recorded)}
-    found = sorted(distinct.values(), key=widest, reverse=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        yield from pool.map(compiled, found, [arch] * len(found))
-
-
-if __name__ == "__main__":
-    for done in compile_all(json.load(sys.stdin), sys.argv[1], int(sys.argv[2])):
-        print(json.dumps(done), flush=True)

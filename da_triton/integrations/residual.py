@@ -1,4 +1,4 @@
-"""The block as a step inside a network: ``x + norm(double attention(x))``, at first x itself."""
+"""Residual block for networks: ``x + norm(double attention(x))``, initially the identity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ class ResidualDoubleAttention(nn.Module):
     """``x + norm(attention(x))``: the double attention block that can join a trained network.
 
     The paper (Chen et al., NeurIPS 2018, section 3.1) adds the block's result to its input. A
-    normalisation before the sum, initialised with zeros, makes the whole the identity at first.
+    normalisation before the sum, initialised with zeros, makes the block the identity initially.
     In evaluation a batch normalisation is part of the last convolution, so that the sum costs no
     further pass over x.
 

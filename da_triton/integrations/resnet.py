@@ -78,7 +78,7 @@ def insert_double_attention(
     else:
         raise ValueError(f'positions must be "paper" or a list of names, got {positions!r}.')
     if not names:
-        raise ValueError("positions names no module: nothing would be inserted.")
+        raise ValueError("positions has no names: nothing would be inserted.")
     modules = dict(model.named_modules())
     blocks: dict[tuple[nn.Module, str], tuple[nn.Module, str, InsertedDoubleAttention]] = {}
     for name in names:
@@ -171,7 +171,7 @@ def a2_resnet50_video(*, num_classes: int = 400, **options: Any) -> nn.Module:
     torchvision's ResNet-50 inflated: every convolution gets a time axis, of length 5 in the stem, 3
     in the first convolution of every second residual block, and 1 elsewhere. T is kept to the last
     pooling: a clip of 8 frames of 224×224 gives the blocks 8×28×28 and 8×14×14 positions.
-    Image weights (``weights=``) go to the middle of the time axis: at first, a still clip gets the
+    Image weights (``weights=``) go to the middle of the time axis: initially, a still clip gets the
     image's answer. ``options`` as :func:`a2_resnet50`; with ``weights``, ``num_classes`` must be
     theirs.
     """

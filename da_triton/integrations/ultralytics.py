@@ -120,8 +120,8 @@ def ultralytics_config(model: str = "yolov8n", outputs: bool = False) -> str:
 
     Args:
         model: ``"yolov8"`` or ``"yolo11"``, and a scale: n, s, m, l or x.
-        outputs: three blocks, on the maps that the detector reads (strides 8, 16 and 32), instead
-            of one after the backbone's last stage (stride 32).
+        outputs: three blocks, on the feature maps that the detector reads (strides 8, 16 and 32),
+            instead of one after the backbone's last stage (stride 32).
 
     Raises:
         ValueError: another model.

@@ -1,13 +1,13 @@
 r"""The fused block's backward pass over positions, in order XH, where H fits one program.
 
-    distribution   Q, dQ = Hᵀ dO    r = Σ_n Q∘dQ    dV = s_v · Q∘(dQ − r)    dH = dO Qᵀ
+    distribution   Q, dQ = Hᵀ dO   rowsum_v = Σ_n Q∘dQ   dV = s_v · Q∘(dQ − rowsum_v)   dH = dO Qᵀ
     gather         P                dB = s · P∘(dMᵀ X − δ)
                    dX = dO (residual) + Wvᵀ dV + Wbᵀ dB + dM P
 
-A program of either holds a chunk of positions with all maps: X and dO are read once in each, dX is
-written once. dV and dB are the only temporaries with positions, side by side in one
-``(N, 2·maps, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers,
-written in parts and merged by ``combine``.
+A program of either holds a split of the positions with the full n: X and dO are read once in each,
+dX is written once. dV and dB are the only temporaries with positions, adjacent in one ``(N,
+2·total_n, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers, written
+in parts and merged by ``combine``.
 """
 
 import triton
@@ -23,12 +23,12 @@ from .project_distribute import rows_of_packed_cols, softmax_heads
 def block_bwd_distribute_kernel(
     x_ptr,  # (N, C, L)
     do_ptr,  # (N, C_OUT, L)
-    w_ptr,  # (maps, C), contiguous: Wv; read if PROJECT
-    bias_ptr,  # (maps,); read if HAS_BIAS
-    v_ptr,  # (N, maps, L): V as forward kept it; read if not PROJECT
-    h_ptr,  # (N, C_OUT, maps), contiguous
-    dv_ptr,  # (N, maps, L)
-    dh_ptr,  # (N, NUM_SPLITS, maps, C_OUT) float32/64: parts of dH
+    w_ptr,  # (total_n, C), contiguous: Wv; read if PROJECT
+    bias_ptr,  # (total_n,); read if HAS_BIAS
+    v_ptr,  # (N, total_n, L): V as forward saved it; read if not PROJECT
+    h_ptr,  # (N, C_OUT, total_n), contiguous
+    dv_ptr,  # (N, total_n, L)
+    dh_ptr,  # (N, NUM_SPLITS, total_n, C_OUT) float32/64: parts of dH
     logit_scale: "fp64",
     HEADS,
     C,
@@ -62,7 +62,7 @@ def block_bwd_distribute_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
+    """One program: a split of the positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
 
     CHANNELS_FIRST: dH is summed with channels as rows, so that no accumulator is transposed, which
     Triton before 3.7.1 miscompiles for Hopper.
@@ -71,7 +71,7 @@ def block_bwd_distribute_kernel(
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
     n = (pid // NUM_SPLITS).to(tl.int64)
-    maps = HEADS * C_N
+    total_n = HEADS * C_N
     packed_cols = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
     rows_n = rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED, BLOCK_N)
     rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
@@ -83,10 +83,10 @@ def block_bwd_distribute_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
     if PROJECT:
-        w = load_matrix(w_ptr, rows_c, rows_n, C, maps, 1, C, dtype)
+        w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + rows_n, mask=rows_n < maps, other=0.0).to(ACC)
-    h = load_matrix(h_ptr + n * C_OUT * maps, rows_c, rows_n, C_OUT, maps, maps, 1, dtype)
+        bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
+    h = load_matrix(h_ptr + n * C_OUT * total_n, rows_c, rows_n, C_OUT, total_n, total_n, 1, dtype)
     if CHANNELS_FIRST:
         dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
     else:
@@ -100,7 +100,7 @@ def block_bwd_distribute_kernel(
             if HAS_BIAS:
                 z += bias[None, :]
         else:
-            z = load_tile(v_base, cols, rows_n, L, maps, stride_v_l, stride_v_c * ALIGN).to(ACC)
+            z = load_tile(v_base, cols, rows_n, L, total_n, stride_v_l, stride_v_c * ALIGN).to(ACC)
         q = z * scale
         if SOFTMAX:
             q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
@@ -110,18 +110,18 @@ def block_bwd_distribute_kernel(
             if HEAD_BLOCK == 1:
                 dq = q * (dq - tl.sum(q * dq, 1)[:, None])
             else:
-                r = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
-                r = tl.broadcast_to(r[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
-                dq = q * (dq - tl.reshape(r, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
+                rowsum_v = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
+                rowsum_v = tl.broadcast_to(rowsum_v[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
+                dq = q * (dq - tl.reshape(rowsum_v, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
         ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
-        tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < maps)[None, :])
+        tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < total_n)[None, :])
         if CHANNELS_FIRST:
             dh = dot(tl.trans(do), q.to(dtype), dh, PRECISION)
         else:
             dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
 
-    partials = dh_ptr + ((n * NUM_SPLITS + split) * maps + rows_n) * C_OUT
-    inside_n, inside_c = rows_n < maps, rows_c < C_OUT
+    partials = dh_ptr + ((n * NUM_SPLITS + split) * total_n + rows_n) * C_OUT
+    inside_n, inside_c = rows_n < total_n, rows_c < C_OUT
     if CHANNELS_FIRST:
         ptrs = partials[None, :] + rows_c[:, None]
         tl.store(ptrs, dh, mask=inside_n[None, :] & inside_c[:, None])
@@ -175,7 +175,7 @@ def block_bwd_gather_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample, all maps; channels in blocks.
+    """One program: a split of the positions of a sample, full n; channels in blocks.
 
     BLOCK_N ≥ TOTAL_N.
     """
@@ -243,7 +243,7 @@ def block_bwd_gather_kernel(
 
 @guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
-    """Writes dV and returns the parts of dH, ``(N, num_splits, maps, C')``."""
+    """Writes dV and returns the parts of dH, ``(N, num_splits, total_n, C')``."""
     ready = launch.prepared(
         _block_bwd_distribute, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax
     )
@@ -260,19 +260,19 @@ def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_sc
 
 def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     batch, channels, _ = x.shape
-    c_out, maps = h.shape[1:]
-    head_block, block_n = tiles.packed_cols(heads, maps // heads)
+    c_out, total_n = h.shape[1:]
+    head_block, block_n = tiles.packed_cols(heads, total_n // heads)
     sizes = max(channels, c_out), head_block * block_n
     tile = tiles.tile("block_bwd_distribute", x, *sizes, tiles.PLAIN if v is None else "v")
     ready = launch.Launch(
         block_bwd_distribute_kernel, x, tile, batch,
-        maps={"x": x, "do": dout, "v": x if v is None else v, "dv": dv},
-        HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
-        PACKED=tiles.packed(heads, maps // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
+        activations={"x": x, "do": dout, "v": x if v is None else v, "dv": dv},
+        HEADS=heads, C=channels, C_N=total_n // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
+        PACKED=tiles.packed(heads, total_n // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
         HAS_BIAS=v is None and bias_v is not None,
         CHANNELS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_N=block_n,
     )  # fmt: skip
-    return ready.allocating(accumulator(x.dtype), (batch, ready.num_splits, maps, c_out))
+    return ready.allocating(accumulator(x.dtype), (batch, ready.num_splits, total_n, c_out))
 
 
 @guard.proved(
@@ -311,13 +311,13 @@ def _block_bwd_gather(
     x, dout, dv, db, dx, mask, weight_b, weight_v, dm, lse, delta, residual, need_x
 ):
     batch, channels, _ = x.shape
-    maps = weight_b.shape[0]
+    total_n = weight_b.shape[0]
     tile = tiles.tile(
-        "block_bwd_gather", x, channels, maps, tiles.PLAIN if mask is None else "mask"
+        "block_bwd_gather", x, channels, total_n, tiles.PLAIN if mask is None else "mask"
     )
     return launch.Launch(
-        block_bwd_gather_kernel, x, tile, batch, maps={"x": x, "do": dout, "dv": dv, "dx": dx},
-        strided={"mask": mask}, again=True, C=channels, TOTAL_N=maps, HAS_MASK=mask is not None,
-        RESIDUAL=residual, WRITE_X=need_x, CHAINED=tiles.chains_products(x.device),
-        P_SCALE=POLICIES[x.dtype].p_scale,
+        block_bwd_gather_kernel, x, tile, batch,
+        activations={"x": x, "do": dout, "dv": dv, "dx": dx}, strided={"mask": mask}, again=True,
+        C=channels, TOTAL_N=total_n, HAS_MASK=mask is not None, RESIDUAL=residual, WRITE_X=need_x,
+        CHAINED=tiles.chains_products(x.device), P_SCALE=POLICIES[x.dtype].p_scale,
     )  # fmt: skip

@@ -1,16 +1,17 @@
-r"""Products with softmax weights for which a program holds all maps of its positions.
+r"""Products with softmax weights for which a program holds the full n of its positions.
 
 With ``E[n, l] = softmax_n(s·(x + bias))`` (distribution: W is G, x is V) or ``exp(s·x − lse)`` with
-lse of the map (gather's backward: W is dG, x is B), one pass over positions makes
+lse per n (gather's backward: W is dG, x is B), one pass over positions makes
 
     out = scale · W E                                                            Z, dA
     dx  = s · E∘(scale · Wᵀ y − c)      c = Σ_n E∘(scale · Wᵀ y), or δ           dV, dB
 
 feature block by feature block, and leaves E itself where a later product needs it. Each block of W
-serves both products; y is read once and x twice (again at the end: E of all maps would not fit the
-registers beside its gradient). Half precision, up to n = 512; see ``core_tiled`` for more.
+serves both products; y is read once and x twice (again at the end: E for the full n would not fit
+the registers beside its gradient). Half precision, up to n = 512; see ``core_tiled`` for more.
 
-W is ``(N, heads, C_M, C_N)``, maps are ``(N, heads, channels, positions)``, both in any strides.
+W is ``(N, heads, C_M, C_N)``, activations are ``(N, heads, channels, positions)``, both in any
+strides.
 """
 
 import triton
@@ -25,7 +26,7 @@ from .primitives import dot, exp, exp_minus, load_mask, load_matrix, load_tile, 
 def _logits(
     x_base, bias_ptr, rows, cols, C_N, L, stride_c, stride_l, scale, HAS_BIAS: tl.constexpr
 ):
-    """``s·(x + bias)`` of a tile, ``[BLOCK_N, BLOCK_L]``; 0 outside the map."""
+    """``s·(x + bias)`` of a tile, ``[BLOCK_N, BLOCK_L]``; 0 outside the tensor."""
     x = load_tile(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype)
     if HAS_BIAS:
         x += tl.load(bias_ptr + rows, mask=rows < C_N, other=0.0).to(scale.dtype)[:, None]
@@ -164,7 +165,7 @@ def full_n_kernel(
 
 
 def fits(x, c_n):
-    """Whether a program can hold all maps of a head, in the dtype of x."""
+    """Whether a program can hold the full n of a head, in the dtype of x."""
     return tiles.fits("full_n", x, 1, c_n)
 
 
@@ -179,7 +180,7 @@ def distribute_backward(dz, g, v, bias, dv, z, q, *, scale, logit_scale, softmax
 
 
 def gather_backward(dg, a, b, delta, da, db, *, mask, lse, logit_scale):
-    """Writes dA and dB where they are given. ``dg``: in the dtype of the maps."""
+    """Writes dA and dB where they are given. ``dg``: in the input dtype."""
     lse_per_n = {"lse": lse, "delta": delta, "mask": mask}
     _launch(dg, b, None, 1.0, logit_scale, y=a, out=da, dx=db, **lse_per_n)
 
@@ -203,8 +204,9 @@ def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
     tile = tiles.tile("full_n", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
     out_, e_ = (x if t is None else t for t in (out, e))
     return launch.Launch(
-        full_n_kernel, x, tile, batch * heads * -(-length // tile.block_l), again=True,
-        maps={"x": x, "y": y, "out": out_, "e": e_, "dx": dx}, strided={"w": w, "mask": mask},
+        full_n_kernel, x, tile, batch * heads * -(-length // tile.block_l),
+        activations={"x": x, "y": y, "out": out_, "e": e_, "dx": dx},
+        strided={"w": w, "mask": mask}, again=True,
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse is not None,
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,

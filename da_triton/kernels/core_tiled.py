@@ -1,17 +1,17 @@
-r"""Products with softmax weights for any number of maps and features, tile by tile.
+r"""Products with softmax weights for any m and n, tile by tile.
 
-With ``E[n, l] = exp(s·x[n, l] − lse)``, lse of the map or of the position (or ``E = s·x`` without a
+With ``E[n, l] = exp(s·x[n, l] − lse)``, lse per n or per position (or ``E = s·x`` without a
 softmax), these four kernels are what gather's backward and distribute are made of when G does not
 fit one tile, nor all n ``core_full_n`` (dG, ``grad_g``, also where they do):
 
-    apply_weights   out[m, l] = scale · Σ_n W[m, n] E[n, l]                  Z, dA
-    row_dot         r[l] = Σ_m y[m, l] · out[m, l]                           r = Σ_m dZ∘Z = Σ_n Q∘dQ
-    grad_logits     dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c)       dV (c = r), dB (c = δ)
-    grad_g          dW[m, n] = scale · Σ_l y[m, l] E[n, l]                   dG
+    apply_weights   out[m, l] = scale · Σ_n W[m, n] E[n, l]                Z, dA
+    row_dot         rowsum_v[l] = Σ_m y[m, l] · out[m, l]                  Σ_m dZ∘Z = Σ_n Q∘dQ
+    grad_logits     dx[n, l] = s · E∘(scale · Σ_m W[m, n] y[m, l] − c)     dV, dB (c = rowsum_v, δ)
+    grad_g          dW[m, n] = scale · Σ_l y[m, l] E[n, l]                 dG
 
-E is made in registers from x, tile by tile, and never written. W is ``(N, heads, C_M, C_N)``, maps
-are ``(N, heads, channels, positions)``, both in any strides. Each product has its sum in the
-innermost loop, where loads are pipelined.
+E is made in registers from x, tile by tile, and never written. W is ``(N, heads, C_M, C_N)``,
+activations are ``(N, heads, channels, positions)``, both in any strides. Each product has its sum
+in the innermost loop, where loads are pipelined.
 """
 
 import triton
@@ -49,7 +49,7 @@ def position_lse_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a block of positions of one head of one sample; maps in blocks, online."""
+    """One program: a block of positions of one head of one sample; n in tiles, online."""
     L = L_UNITS * ALIGN
     blocks = tl.cdiv(L, BLOCK_L)
     pid = tl.program_id(0)
@@ -77,7 +77,7 @@ def _weights(
     x_base, rows, cols, C_N, L, stride_c, stride_l, lse_base, scale,
     SOFTMAX: tl.constexpr, LSE_PER_N: tl.constexpr,
 ):  # fmt: skip
-    """``E`` of a tile, ``[BLOCK_N, BLOCK_L]`` in the dtype of ``scale``; 0 outside the map."""
+    """``E`` of a tile, ``[BLOCK_N, BLOCK_L]`` in the dtype of ``scale``; 0 outside the tensor."""
     e = load_tile(x_base, rows, cols, C_N, L, stride_c, stride_l).to(scale.dtype) * scale
     if SOFTMAX:
         if LSE_PER_N:
@@ -85,9 +85,7 @@ def _weights(
         else:
             lse = tl.load(lse_base + cols, mask=cols < L, other=float("inf"))[None, :]
         e = exp_minus(e, lse)
-        if (
-            not LSE_PER_N
-        ):  # beyond the last map, exp(0 − lse) overflows where all logits are far below
+        if not LSE_PER_N:  # beyond n, exp(0 − lse) overflows where all logits are far below
             e = tl.where((rows < C_N)[:, None], e, 0.0)
     return e
 
@@ -99,7 +97,7 @@ def apply_weights_kernel(
     lse_ptr,  # (N·heads, C_N) if LSE_PER_N, else (N·heads, L); read if SOFTMAX
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L): read if PRODUCT, else written: out
-    r_ptr,  # (N·heads, blocks of features, L): parts of r, written if PRODUCT
+    rowsum_v_ptr,  # (N·heads, blocks of features, L): partials of rowsum_v, written if PRODUCT
     scale_out: "fp64",
     logit_scale: "fp64",
     HEADS,
@@ -132,7 +130,7 @@ def apply_weights_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: blocks of features and positions, a head of a sample; sums over maps."""
+    """One program: blocks of features and positions, a head of a sample; sums over n."""
     L = L_UNITS * ALIGN
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     blocks_l = tl.cdiv(L, BLOCK_L)
@@ -164,8 +162,8 @@ def apply_weights_kernel(
     acc = acc * (scalar(scale_out, ACC) / E_SCALE)
     if PRODUCT:
         y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
-        r = tl.sum(acc * y.to(ACC), 0)
-        tl.store(r_ptr + (nh * blocks_m + block_m) * L + cols, r, mask=cols < L)
+        rowsum_v = tl.sum(acc * y.to(ACC), 0)
+        tl.store(rowsum_v_ptr + (nh * blocks_m + block_m) * L + cols, rowsum_v, mask=cols < L)
     else:
         store_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l, acc)
 
@@ -214,7 +212,7 @@ def grad_logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: blocks of maps and positions, a head of a sample; sums over features."""
+    """One program: tiles of n and positions, a head of a sample; sums over features."""
     L = L_UNITS * ALIGN
     blocks_n = tl.cdiv(C_N, BLOCK_N)
     blocks_l = tl.cdiv(L, BLOCK_L)
@@ -289,7 +287,7 @@ def grad_g_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: blocks of maps and features, a chunk of positions, a head of a sample."""
+    """One program: tiles of n and m, a split of the positions, a head of a sample."""
     L = L_UNITS * ALIGN
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
@@ -323,7 +321,7 @@ def grad_g_kernel(
 
 
 def position_lse(x, logit_scale):
-    """Log-sum-exp over maps of each position, ``(N·heads, L)``."""
+    """Log-sum-exp over n of each position, ``(N·heads, L)``."""
     ready = launch.prepared(_position_lse, (x,))
     (lse,) = ready.empty()
     ready((x, lse), (logit_scale,))
@@ -335,42 +333,42 @@ def _position_lse(x):
     tile = tiles.tile("position_lse", x, 1, c_n)
     programs = batch * heads * -(-length // tile.block_l)
     ready = launch.Launch(
-        position_lse_kernel, x, tile, programs, maps={"x": x}, HEADS=heads, C_N=c_n
+        position_lse_kernel, x, tile, programs, activations={"x": x}, HEADS=heads, C_N=c_n
     )
     return ready.allocating(lse_dtype(x.dtype), (batch * heads, length))
 
 
 def apply_weights(w, x, out, *, scale=1.0, logit_scale=1.0, lse=None, lse_per_n=False, mask=None):
-    """Writes ``out = scale · W E``; lse of maps (``lse_per_n``), of positions, or no softmax."""
+    """Writes ``out = scale · W E``; lse per n (``lse_per_n``) or per position, or no softmax."""
     _apply_weights(w, x, out, None, scale, logit_scale, lse, lse_per_n, mask)
 
 
 def row_dot(w, x, y, *, scale, logit_scale, lse):
-    """Parts of ``r = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
+    """Partials of ``rowsum_v = Σ_m y ∘ (scale · W E)``, ``(N·heads, blocks of features, L)``."""
     batch, heads, c_n, length = x.shape
     tile = tiles.tile("apply_weights", x, w.shape[2], c_n)
     blocks = -(-w.shape[2] // tile.block_m)
-    r = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
-    _apply_weights(w, x, y, r, scale, logit_scale, lse, False, None)
-    return r
+    rowsum_v = x.new_empty((batch * heads, blocks, length), dtype=accumulator(x.dtype))
+    _apply_weights(w, x, y, rowsum_v, scale, logit_scale, lse, False, None)
+    return rowsum_v
 
 
-def _apply_weights(w, x, y, r, scale, logit_scale, lse, lse_per_n, mask):
-    ready = launch.prepared(_applying, (x, w, y, r, lse, mask), lse_per_n)
-    lse, mask, r = (x if t is None else t for t in (lse, mask, r))
-    ready((w, x, lse, mask, y, r), (scale, logit_scale))
+def _apply_weights(w, x, y, rowsum_v, scale, logit_scale, lse, lse_per_n, mask):
+    ready = launch.prepared(_applying, (x, w, y, rowsum_v, lse, mask), lse_per_n)
+    lse, mask, rowsum_v = (x if t is None else t for t in (lse, mask, rowsum_v))
+    ready((w, x, lse, mask, y, rowsum_v), (scale, logit_scale))
 
 
-def _applying(x, w, y, r, lse, mask, lse_per_n):
+def _applying(x, w, y, rowsum_v, lse, mask, lse_per_n):
     batch, heads, c_n, length = x.shape
     c_m = w.shape[2]
     tile = tiles.tile("apply_weights", x, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-length // tile.block_l)
     return launch.Launch(
         apply_weights_kernel, x, tile, batch * heads * blocks, again=True,
-        maps={"x": x, "y": y}, strided={"w": w, "mask": mask},
+        activations={"x": x, "y": y}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None, LSE_PER_N=lse_per_n,
-        HAS_MASK=mask is not None, PRODUCT=r is not None,
+        HAS_MASK=mask is not None, PRODUCT=rowsum_v is not None,
         E_SCALE=POLICIES[x.dtype].p_scale if lse_per_n else 1.0,
     )  # fmt: skip
 
@@ -390,7 +388,7 @@ def grad_logits(
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
 
-    ``correction``: δ of the maps, or the parts of r that ``row_dot`` made.
+    ``correction``: δ, or the partials of rowsum_v that ``row_dot`` made.
     """
     correction = None if lse is None else correction
     ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), lse_per_n)
@@ -406,7 +404,7 @@ def _grad_logits(x, w, y, dx, lse, correction, mask, lse_per_n):
     softmax = lse is not None
     return launch.Launch(
         grad_logits_kernel, x, tile, batch * heads * blocks, again=True,
-        maps={"x": x, "y": y, "dx": dx}, strided={"w": w, "mask": mask},
+        activations={"x": x, "y": y, "dx": dx}, strided={"w": w, "mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse_per_n,
         NUM_PARTIALS=correction.shape[1] if softmax and not lse_per_n else 1,
         HAS_MASK=mask is not None,
@@ -428,7 +426,7 @@ def _grad_g(x, y, lse):
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     ready = launch.Launch(
         grad_g_kernel, x, tile, batch * heads * blocks, again=True,
-        maps={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
+        activations={"y": y, "x": x}, HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=lse is not None,
     )  # fmt: skip
     shape = batch * heads, ready.num_splits, c_m, c_n
     return ready.allocating(accumulator(x.dtype), shape)

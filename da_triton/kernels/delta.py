@@ -20,7 +20,7 @@ def _round(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Writes a block of dG, in float16 times ``factor``; returns δ of it, and its largest ``|dG|``
-    of every map, which is known in float16 only."""
+    of every descriptor, which is known in float16 only."""
     acc: tl.constexpr = g_base.dtype.element_ty
     dtype: tl.constexpr = lowp_base.dtype.element_ty
     delta = tl.zeros(rows_n.shape, acc)
@@ -54,9 +54,9 @@ def delta_kernel(
     dg_ptr,  # (N, heads, NUM_PARTIALS, C_M, C_N), any strides: parts of dG
     g_ptr,  # (N·heads, C_M, C_N)
     bias_ptr,  # (heads·C_M,): ba; read if HAS_BIAS
-    lse_ptr,  # (N·heads, C_N): +inf where a map has no position; read if HAS_MASK, and in float16
+    lse_ptr,  # (N·heads, C_N): +inf where n has no position; read if HAS_MASK, and in float16
     dlse_ptr,  # (N·heads, C_N), taken from δ; read if HAS_DLSE
-    lowp_ptr,  # (N·heads, C_M, C_N): dG in the dtype of the maps
+    lowp_ptr,  # (N·heads, C_M, C_N): dG in the input dtype
     delta_ptr,  # (N·heads, C_N)
     shifted_ptr,  # (N·heads, C_N): lse of the weights that go with ``lowp``; float16 only
     HEADS,
@@ -74,7 +74,7 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: a block of maps of one head of one sample.
+    """One program: a tile of n of one head of one sample.
 
     dG is rounded as the products of the backward pass round it. The difference dP − δ then has no
     bias that is common to all positions, which would add up in the gradient of B's weights.
@@ -88,13 +88,13 @@ def delta_kernel(
     inside_n = rows_n < C_N
     dg_base = dg_ptr + n * stride_dg_n + h.to(tl.int64) * stride_dg_h
     base = nh * C_M * C_N
-    maps = nh * C_N + rows_n
+    offs_n = nh * C_N + rows_n
     acc: tl.constexpr = g_ptr.dtype.element_ty
     half: tl.constexpr = lowp_ptr.dtype.element_ty == tl.float16
     factor = tl.full((BLOCK_N,), 1.0, acc)
     lse = factor  # not read
     if HAS_MASK or half:
-        lse = tl.load(lse_ptr + maps, mask=inside_n, other=0.0)
+        lse = tl.load(lse_ptr + offs_n, mask=inside_n, other=0.0)
     delta, largest = _round(
         dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
         NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half,
@@ -102,7 +102,7 @@ def delta_kernel(
     )  # fmt: skip
     if half:
         shifted, factor = into_float16(largest, lse)
-        tl.store(shifted_ptr + maps, shifted, mask=inside_n)
+        tl.store(shifted_ptr + offs_n, shifted, mask=inside_n)
         if tl.min(factor) < 1.0:  # few calls read dG twice
             tl.debug_barrier()  # between stores to the same addresses
             delta, largest = _round(
@@ -111,16 +111,16 @@ def delta_kernel(
                 BLOCK_M,
             )  # fmt: skip
     if HAS_DLSE:
-        dlse = tl.load(dlse_ptr + maps, mask=inside_n, other=0.0).to(acc)
+        dlse = tl.load(dlse_ptr + offs_n, mask=inside_n, other=0.0).to(acc)
         delta -= dlse * factor if half else dlse
-    tl.store(delta_ptr + maps, delta, mask=inside_n)
+    tl.store(delta_ptr + offs_n, delta, mask=inside_n)
 
 
 def lowp_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None):
     """dG in ``dtype``, ``(N, heads, m, n)``, δ, ``(N, heads, n)`` in the dtype of G, and lse.
 
     ``partials``: ``(N, heads, num_partials, m, n)`` in any strides, added in order. ``g``,
-    ``(N, heads, m, n)``, and ``lse``, of all maps, are contiguous. P is the gradient of lse:
+    ``(N, heads, m, n)``, and ``lse``, for the full n, are contiguous. P is the gradient of lse:
     ``dlse`` is subtracted from δ. In float16, the weights that go with dG and δ are those of the
     lse that is returned (see ``into_float16``).
     """

@@ -1,8 +1,8 @@
 r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, forward and backward.
 
-    dQ = scale · Gᵀ dZ      r = Σ_n Q∘dQ      dV = s · Q∘(dQ − r)      dG = scale · dZ Qᵀ
+    dQ = scale · Gᵀ dZ    rowsum_v = Σ_n Q∘dQ    dV = s · Q∘(dQ − rowsum_v)    dG = scale · dZ Qᵀ
 
-Q is recomputed from V. Where G fits one tile, a program owns positions with all maps and features:
+Q is recomputed from V. Where G fits one tile, a program owns positions with all m and n:
 each element of V, Z, dZ and dV is read or written once, and the program's part of dG is summed in
 registers, then added to the others' in a fixed order. Elsewhere see ``core_full_n`` (backward then
 writes Q once, for dG), and for more than that holds ``core_tiled``.
@@ -52,7 +52,7 @@ def distribute_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all maps and features."""
+    """One program: a split of the positions of one head of one sample, all m and n."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
@@ -120,7 +120,7 @@ def distribute_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all maps and features."""
+    """One program: a split of the positions of one head of one sample, all m and n."""
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
@@ -172,12 +172,12 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     if v.shape[0] == 0:
         return z
     scalars = {"scale": scale, "logit_scale": logit_scale}
-    in_one = tiles.g_fits_one_tile(v, c_m, c_n)
-    if (bias is not None or not in_one) and core_full_n.fits(v, c_n):
+    g_fits_one_tile = tiles.g_fits_one_tile(v, c_m, c_n)
+    if (bias is not None or not g_fits_one_tile) and core_full_n.fits(v, c_n):
         core_full_n.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
         return z
     v = with_bias(v, bias)
-    if not in_one:
+    if not g_fits_one_tile:
         lse = core_tiled.position_lse(v, logit_scale) if softmax else None
         core_tiled.apply_weights(g, v, z, lse=lse, **scalars)
         return z
@@ -191,14 +191,14 @@ def _forward(v, g, z, softmax):
     c_m = g.shape[2]
     tile = tiles.tile("distribute", v, c_m, c_n)
     return launch.Launch(
-        distribute_kernel, v, tile, batch * heads, maps={"v": v, "z": z}, strided={"g": g},
+        distribute_kernel, v, tile, batch * heads, activations={"v": v, "z": z}, strided={"g": g},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax,
     )  # fmt: skip
 
 
 @guard.proved({"dz": "N--L", "g": "N---", "v": "N--L"})
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
-    """dG (float32, float64 for float64 maps) and dV (None where not needed)."""
+    """dG (float32, float64 for float64 inputs) and dV (None where not needed)."""
     batch, heads, c_n, _ = v.shape
     dv = launch.empty_activations_like(v) if need_v else None
     if batch == 0 or not (need_g or need_v):
@@ -206,7 +206,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
         return g.new_zeros(shape, dtype=accumulator(v.dtype)) if need_g else None, dv
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if tiles.g_fits_one_tile(v, g.shape[2], c_n):
-        partials = _backward_in_one(dz, g, v, dv, need_g, **scalars)
+        partials = _backward_in_one_tile(dz, g, v, dv, need_g, **scalars)
     elif core_full_n.fits(v, c_n):
         q = launch.empty_activations_like(v) if need_g else None
         # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
@@ -214,7 +214,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
         partials = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
     else:
-        partials = _backward_in_blocks(dz, g, v, dv, need_g, **scalars)
+        partials = _backward_in_tiles(dz, g, v, dv, need_g, **scalars)
     return (launch.add_partials(partials, g.shape) if need_g else None), dv
 
 
@@ -236,8 +236,8 @@ def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
         v = with_bias(v, bias)
         if z is not None:
             z.copy_(distribute_forward(g, v, scale, softmax, logit_scale))
-        in_one = tiles.g_fits_one_tile(v, *g.shape[2:])
-        backward = _backward_in_one if in_one else _backward_in_blocks
+        g_fits_one_tile = tiles.g_fits_one_tile(v, *g.shape[2:])
+        backward = _backward_in_one_tile if g_fits_one_tile else _backward_in_tiles
         partials = backward(dz, g, v, dv, True, **scalars)
     return partials.unflatten(0, v.shape[:2])
 
@@ -247,7 +247,7 @@ def with_bias(v, bias):
     return v if bias is None else v + bias.view(v.shape[1], v.shape[2], 1)
 
 
-def _backward_in_one(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
+def _backward_in_one_tile(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
     """Writes dV unless None; parts of dG, if needed, where one program holds all of it."""
     ready = launch.prepared(_backward, (v, dz, g, dv), softmax, need_g)
     partial = ready.empty()[0] if need_g else v
@@ -261,17 +261,17 @@ def _backward(v, dz, g, dv, softmax, need_g):
     tile = tiles.tile("distribute_backward", v, c_m, c_n)
     ready = launch.Launch(
         distribute_backward_kernel, v, tile, batch * heads,
-        maps={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},
+        activations={"dz": dz, "v": v, "dv": v if dv is None else dv}, strided={"g": g},
         HEADS=heads, C_M=c_m, C_N=c_n, SOFTMAX=softmax, NEED_G=need_g, NEED_V=dv is not None,
     )  # fmt: skip
     return ready.allocating(accumulator(v.dtype), (batch * heads, ready.num_splits, c_m, c_n))
 
 
-def _backward_in_blocks(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
-    """The same where no program holds all of G, nor all maps of its positions."""
+def _backward_in_tiles(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
+    """The same where no program holds all of G, nor the full n of its positions."""
     scalars = {"scale": scale, "logit_scale": logit_scale}
     lse = core_tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:
-        r = core_tiled.row_dot(g, v, dz, lse=lse, **scalars) if softmax else None
-        core_tiled.grad_logits(g, v, dz, dv, lse=lse, correction=r, **scalars)
+        rowsum_v = core_tiled.row_dot(g, v, dz, lse=lse, **scalars) if softmax else None
+        core_tiled.grad_logits(g, v, dz, dv, lse=lse, correction=rowsum_v, **scalars)
     return core_tiled.grad_g(dz, v, scale, logit_scale, lse) if need_g else None

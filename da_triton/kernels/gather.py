@@ -43,7 +43,7 @@ def _store_descriptors(
 ):  # fmt: skip
     """Writes lse, and G of a block from ``acc [BLOCK_N, BLOCK_M]`` over ``total`` with A's bias.
 
-    Rows of P sum to 1, so the bias is in G as it is in A; a map without positions has neither.
+    Rows of P sum to 1, so G has the bias of A; an attention map without positions has neither.
     """
     inside_n = rows_n < C_N
     lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
@@ -72,7 +72,7 @@ def gather_kernel(
     max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima; not touched if FINAL
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums, or lse if FINAL
     bias_ptr,  # (heads·C_M,): of A, added to G; read if FINAL and HAS_BIAS
-    lowp_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if FINAL and LOWP
+    lowp_ptr,  # (N·heads, C_M, C_N): G in the input dtype; written if FINAL and LOWP
     logit_scale: "fp64",
     HEADS,
     C_M,
@@ -103,7 +103,7 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: blocks of maps and features, a chunk of positions, a head of a sample."""
+    """One program: tiles of n and m, a split of the positions, a head of a sample."""
     L = L_UNITS * ALIGN
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
@@ -141,11 +141,11 @@ def gather_kernel(
             acc_ptr, lowp_ptr, sum_ptr, bias_ptr, HAS_MASK, HAS_BIAS, LOWP,
         )  # fmt: skip
     else:
-        maps = ((n * NUM_PARTIALS + PARTIAL + split) * HEADS + h) * C_N + rows_n
+        offs_n = ((n * NUM_PARTIALS + PARTIAL + split) * HEADS + h) * C_N + rows_n
         inside_n = rows_n < C_N
-        tl.store(max_ptr + maps, mx, mask=inside_n)
-        tl.store(sum_ptr + maps, total, mask=inside_n)
-        ptrs = acc_ptr + maps[:, None] * C_M + rows_m[None, :]
+        tl.store(max_ptr + offs_n, mx, mask=inside_n)
+        tl.store(sum_ptr + offs_n, total, mask=inside_n)
+        ptrs = acc_ptr + offs_n[:, None] * C_M + rows_m[None, :]
         tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
@@ -156,7 +156,7 @@ def gather_combine_kernel(
     sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums of exponentials
     bias_ptr,  # (heads·C_M,): of A; read if HAS_BIAS
     g_ptr,  # (N·heads, C_M, C_N): G
-    lowp_ptr,  # (N·heads, C_M, C_N): G in the dtype of the maps; written if LOWP
+    lowp_ptr,  # (N·heads, C_M, C_N): G in the input dtype; written if LOWP
     lse_ptr,  # (N·heads, C_N)
     HEADS,
     C_M,
@@ -169,7 +169,7 @@ def gather_combine_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: a block of maps and features of one head of one sample, chunks in order."""
+    """One program: a tile of n and m of one head of one sample, partials in order."""
     blocks_m = tl.cdiv(C_M, BLOCK_M)
     tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
@@ -185,10 +185,10 @@ def gather_combine_kernel(
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for i in range(0, NUM_PARTIALS):
-        maps = ((n * NUM_PARTIALS + i) * HEADS + h) * C_N + rows_n
-        partial_mx = tl.load(max_ptr + maps, mask=inside_n, other=-float("inf"))
-        partial_total = tl.load(sum_ptr + maps, mask=inside_n, other=0.0)
-        part = tl.load(acc_ptr + maps[:, None] * C_M + rows_m[None, :], mask=inside, other=0.0)
+        offs_n = ((n * NUM_PARTIALS + i) * HEADS + h) * C_N + rows_n
+        partial_mx = tl.load(max_ptr + offs_n, mask=inside_n, other=-float("inf"))
+        partial_total = tl.load(sum_ptr + offs_n, mask=inside_n, other=0.0)
+        part = tl.load(acc_ptr + offs_n[:, None] * C_M + rows_m[None, :], mask=inside, other=0.0)
         new_mx = tl.maximum(mx, partial_mx)
         pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)
         old, new = exp(mx - pivot), exp(partial_mx - pivot)
@@ -251,7 +251,7 @@ def gather_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of one head of one sample, all maps and features.
+    """One program: a split of the positions of one head of one sample, all m and n.
 
     BLOCK_M ≥ C_M and BLOCK_N ≥ C_N: dG is read once, A and B once, dA and dB written once.
     """
@@ -298,16 +298,16 @@ def gather_backward_kernel(
 @guard.proved(
     {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
     writes=("lowp", "g", "lse"),
-    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _chunks(sources))),
+    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _splits(sources))),
 )
 def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
-    """G and lse of positions that come from one or more sources (the map itself, extra tokens).
+    """G and lse of positions that come from one or more sources (the input itself, extra tokens).
 
     ``sources``: list of ``(a, b, mask)``: ``(N, heads, m, L)``, ``(N, heads, n, L)``, ``(N, L)``
     uint8 or None. ``bias``: of A, ``(heads·m,)``, where a has none. Returns ``G (N, heads, m, n)``
-    in float32 (float64 for float64 maps) and ``lse (N, heads, n)`` in float32 (float64 for float32
-    and float64 maps), contiguous, in ``g`` and ``lse`` if they are given. ``lowp``: G in the
-    dtype of the maps is written there.
+    in float32 (float64 for float64 inputs) and ``lse (N, heads, n)`` in float32 (float64 for
+    float32 and float64 inputs), contiguous, in ``g`` and ``lse`` if they are given. ``lowp``: G in
+    the input dtype is written there.
     """
     a, b, mask = sources[0]
     batch, heads, c_m, _ = a.shape
@@ -357,45 +357,44 @@ def _partials(sources, logit_scale):
 
 def _num_partials(sources):
     """How many programs share the positions of all sources."""
-    return sum(num_splits for _, num_splits in _chunks(sources))
+    return sum(num_splits for _, num_splits in _splits(sources))
 
 
-def _chunks(sources):
-    """(blocks of positions in a chunk, number of chunks) of each source."""
+def _splits(sources):
+    """``(blocks_per_split, num_splits)`` of each source."""
     return launch.prepared(_split, [t for a, b, _ in sources for t in (a, b)])
 
 
-def _split(*maps):
-    a, b = maps[:2]
+def _split(*inputs):
+    a, b = inputs[:2]
     tile = tiles.tile("gather", a, a.shape[2], b.shape[2])
     blocks = -(-a.shape[2] // tile.block_m) * -(-b.shape[2] // tile.block_n)
     programs = a.shape[0] * a.shape[1] * blocks
-    return [launch.chunks(programs, s.shape[-1], tile, a.device) for s in maps[::2]]
+    return [launch.split_positions(programs, s.shape[-1], tile, a.device) for s in inputs[::2]]
 
 
 def _gather(sources, logit_scale, results, bias, lowp, final):
-    chunks = _chunks(sources)
-    partial, num_partials = 0, sum(num_splits for _, num_splits in chunks)
-    for (a, b, mask), chunk in zip(sources, chunks, strict=True):
-        ready = launch.prepared(
-            _gathering, (a, b, mask, *results, bias, lowp), *chunk, partial, num_partials, final
-        )
+    splits = _splits(sources)
+    partial, num_partials = 0, sum(num_splits for _, num_splits in splits)
+    for (a, b, mask), split in zip(sources, splits, strict=True):
         tensors = a, b, mask, *results, bias, lowp
+        ready = launch.prepared(_gathering, tensors, *split, partial, num_partials, final)
         ready([a if t is None else t for t in tensors], (logit_scale,))
-        partial += chunk[1]
+        partial += split[1]
 
 
 def _gathering(
-    a, b, mask, acc, mx, total, bias, lowp, chunk, num_splits, partial, num_partials, final
-):
+    a, b, mask, acc, mx, total, bias, lowp,
+    blocks_per_split, num_splits, partial, num_partials, final,
+):  # fmt: skip
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
     tile = tiles.tile("gather", a, c_m, c_n)
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     return launch.Launch(
         gather_kernel, a, tile, batch * heads * num_splits * blocks,
-        maps={"a": a, "b": b}, strided={"mask": mask},
-        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=chunk, NUM_SPLITS=num_splits,
+        activations={"a": a, "b": b}, strided={"mask": mask},
+        HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=blocks_per_split, NUM_SPLITS=num_splits,
         PARTIAL=partial, NUM_PARTIALS=num_partials,
         HAS_MASK=mask is not None, FINAL=final, HAS_BIAS=bias is not None,
         LOWP=lowp is not None,
@@ -426,20 +425,20 @@ def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     writes=("da", "db"),
 )
 def backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
-    """Writes dA and dB, unless None, from dG in the dtype of the maps, δ and lse (``delta``)."""
+    """Writes dA and dB, unless None, from dG in the input dtype, δ and lse (``delta``)."""
     c_m, c_n = a.shape[2], b.shape[2]
     if not tiles.g_fits_one_tile(a, c_m, c_n):
-        maps = {"logit_scale": logit_scale, "lse": lse, "mask": mask}
+        options = {"logit_scale": logit_scale, "lse": lse, "mask": mask}
         if core_full_n.fits(b, c_n):
             db = (
                 launch.empty_activations_like(b) if db is None else db
             )  # the same bits, needed or not
-            core_full_n.gather_backward(dg, a, b, correction, da, db, **maps)
+            core_full_n.gather_backward(dg, a, b, correction, da, db, **options)
             return
         if da is not None:
-            core_tiled.apply_weights(dg, b, da, lse_per_n=True, **maps)
+            core_tiled.apply_weights(dg, b, da, lse_per_n=True, **options)
         if db is not None:
-            core_tiled.grad_logits(dg, b, a, db, correction=correction, lse_per_n=True, **maps)
+            core_tiled.grad_logits(dg, b, a, db, correction=correction, lse_per_n=True, **options)
         return
     ready = launch.prepared(_backward, (a, b, dg, da, db, mask, lse, correction))
     tensors = dg, a, b, mask, lse, correction, da, db
@@ -452,7 +451,7 @@ def _backward(a, b, dg, da, db, mask, lse, correction):
     tile = tiles.tile("gather_backward", a, c_m, c_n)
     return launch.Launch(
         gather_backward_kernel, a, tile, batch * heads, again=True,
-        maps={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},
+        activations={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},
         strided={"dg": dg, "mask": mask}, HEADS=heads, C_M=c_m, C_N=c_n,
         HAS_MASK=mask is not None, NEED_A=da is not None, NEED_B=db is not None,
         P_SCALE=POLICIES[a.dtype].p_scale,

@@ -79,7 +79,7 @@ def exp(x):
 def exp_minus(x, lse):
     """``exp(x − lse)``, lse broadcast against x and perhaps in float64.
 
-    One float32 cannot hold ``max + log(sum)`` to the precision of float32 weights: where maps are
+    One float32 cannot hold ``max + log(sum)`` to the precision of float32 weights: where logits are
     float32, lse comes in float64 and is taken away in two parts.
     """
     high = lse.to(x.dtype)
@@ -92,7 +92,7 @@ def exp_minus(x, lse):
 
 @triton.jit
 def into_float16(largest, lse):
-    """``(lse', factor)`` for maps whose descriptors have gradients of up to ``largest``.
+    """``(lse', factor)`` where descriptors have gradients of up to ``largest``.
 
     Those too large for float16 go to the matrix unit times ``factor``, and what recomputes P takes
     lse': ``factor · exp(x − lse') = exp(x − lse)``. The factor comes from lse' as it is rounded.
@@ -111,7 +111,7 @@ def log_sum(mx, total, DTYPE: tl.constexpr):
 
 @triton.jit
 def offsets(base, rows, cols, stride_c, stride_l):
-    """Addresses of a tile of a feature map: rows are channels, columns are positions.
+    """Addresses of a tile of an activation: rows are channels, columns are positions.
 
     Rows and columns are int64, because 2,048 channels of 2^21 positions exceed int32.
     """
@@ -120,14 +120,14 @@ def offsets(base, rows, cols, stride_c, stride_l):
 
 @triton.jit
 def load_tile(base, rows, cols, C, L, stride_c, stride_l):
-    """A tile of a feature map, zero outside it."""
+    """A tile of an activation, zero outside it."""
     inside = (rows < C)[:, None] & (cols < L)[None, :]
     return tl.load(offsets(base, rows, cols, stride_c, stride_l), mask=inside, other=0.0)
 
 
 @triton.jit
 def store_tile(base, rows, cols, C, L, stride_c, stride_l, value):
-    """Writes a tile of a feature map, rounded once to the tensor's dtype."""
+    """Writes a tile of an activation, rounded once to the tensor's dtype."""
     inside = (rows < C)[:, None] & (cols < L)[None, :]
     ptrs = offsets(base, rows, cols, stride_c, stride_l)
     tl.store(ptrs, value.to(base.dtype.element_ty), mask=inside)
@@ -143,7 +143,7 @@ def load_matrix(base, rows, cols, R, C, stride_r, stride_c, DTYPE: tl.constexpr)
 
 @triton.jit
 def load_mask(base, cols, L, stride_l):
-    """Which positions take part: those inside the map that the mask keeps.
+    """Which positions are included: those inside the tensor that the mask leaves.
 
     The maximum over an axis of size 1 ends what Triton sees behind a masked matrix operand.
     Otherwise it takes the operand for one that was widened from int8, because of this load, and
@@ -155,7 +155,7 @@ def load_mask(base, cols, L, stride_l):
 
 @triton.jit
 def softmax_n(v, rows_n, C_N):
-    """Softmax over all maps of every position, ``[BLOCK_N, BLOCK_L]``; rows beyond C_N give 0."""
+    """Softmax over n of every position, ``[BLOCK_N, BLOCK_L]``; rows beyond C_N give 0."""
     v = tl.where((rows_n < C_N)[:, None], v, -float("inf"))
     q = exp(v - tl.max(v, 0)[None, :])
     return q * (1.0 / tl.sum(q, 0))[None, :]

@@ -1,9 +1,9 @@
 r"""Pass 2 of the fused block: ``out = H softmax_n(s (Wv X + bv)) + bo (+ X)``, X read once more.
 
-A program holds positions with all maps of all heads: it projects V, takes the softmax
-over the maps of each head, multiplies with H, adds bias and X, and writes each element of the
-result once. V and Q are never written, unless V is asked for. With at most ``WHOLE`` channels the
-tile of X stays resident between the two products, and the weights between tiles of positions.
+A program holds positions with the full n of all heads: it projects V, takes the softmax
+over n in each head, multiplies with H, adds bias and X, and writes each element of the
+result once. V and Q are never written, unless V is asked for. Where all channels fit, the tile of
+X stays resident between the two products, and the weights between tiles of positions.
 
 X, V and the result are ``(N, channels, L)`` in any strides.
 """
@@ -17,9 +17,9 @@ from .primitives import dot, exp, load_matrix, load_tile, scalar
 
 @triton.jit
 def rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The map of each lane, head-major; beyond the last map where the lane stands for none.
+    """The descriptor of each lane, head-major; beyond the last one where the lane has none.
 
-    PACKED: lanes are maps, which the compiler must see to load several at once.
+    PACKED: lanes are descriptors in order, which the compiler must see to load several at once.
     """
     if PACKED:
         rows = packed_cols
@@ -31,7 +31,7 @@ def rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def softmax_heads(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Softmax of ``[BLOCK_L, HEADS·BLOCK_N]`` over the maps of each head; 0 beyond C_N."""
+    """Softmax of ``[BLOCK_L, HEADS·BLOCK_N]`` over n in each head; 0 beyond C_N."""
     if HEADS == 1:
         z = tl.where((tl.arange(0, BLOCK_N) < C_N)[None, :], z, -float("inf"))
         e = exp(z - tl.max(z, 1)[:, None])
@@ -47,10 +47,10 @@ def softmax_heads(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=launch.COUNTS)
 def project_distribute_kernel(
     x_ptr,  # (N, C, L)
-    v_ptr,  # (N, maps, L): V with bias; written if KEEP
-    w_ptr,  # (maps, C), contiguous: Wv
-    bias_ptr,  # (maps,); read if HAS_BIAS
-    h_ptr,  # (N, C_OUT, maps), contiguous
+    v_ptr,  # (N, total_n, L): V with bias; written if SAVE_V
+    w_ptr,  # (total_n, C), contiguous: Wv
+    bias_ptr,  # (total_n,); read if HAS_BIAS
+    h_ptr,  # (N, C_OUT, total_n), contiguous
     bias_out_ptr,  # (C_OUT,); read if HAS_BIAS_OUT
     out_ptr,  # (N, C_OUT, L)
     logit_scale: "fp64",
@@ -72,12 +72,12 @@ def project_distribute_kernel(
     stride_out_l,
     HEAD_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
-    KEEP: tl.constexpr,
+    SAVE_V: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_BIAS_OUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    WHOLE: tl.constexpr,
+    CHANNELS_FIT: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,54 +85,54 @@ def project_distribute_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a chunk of positions of a sample, all maps and channels.
+    """One program: a split of the positions of a sample, all n and channels.
 
-    BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); WHOLE: BLOCK_C ≥ C and C_OUT.
+    BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); CHANNELS_FIT: BLOCK_C ≥ C and C_OUT.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
     n = (pid // NUM_SPLITS).to(tl.int64)
-    maps = HEADS * C_N
+    total_n = HEADS * C_N
     packed_cols = tl.arange(0, HEAD_BLOCK * BLOCK_N).to(tl.int64)
     rows_n = rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED, BLOCK_N)
     x_base = x_ptr + n * stride_x_n * ALIGN
     v_base = v_ptr + n * stride_v_n * ALIGN
     out_base = out_ptr + n * stride_out_n * ALIGN
-    h_base = h_ptr + n * C_OUT * maps
+    h_base = h_ptr + n * C_OUT * total_n
     scale = scalar(logit_scale, ACC)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
 
     rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + rows_n, mask=rows_n < maps, other=0.0).to(ACC)
-    if WHOLE:
-        w = load_matrix(w_ptr, rows_c, rows_n, C, maps, 1, C, dtype)
-        h = load_matrix(h_base, rows_n, rows_c, maps, C_OUT, 1, maps, dtype)
+        bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
+    if CHANNELS_FIT:
+        w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
+        h = load_matrix(h_base, rows_n, rows_c, total_n, C_OUT, 1, total_n, dtype)
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         z = tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC)
-        if WHOLE:
+        if CHANNELS_FIT:
             x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
             z = dot(x, w, z, PRECISION)
         else:
             for c0 in range(0, C, BLOCK_C):
                 rows = c0 + rows_c
                 xc = load_tile(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
-                wc = load_matrix(w_ptr, rows, rows_n, C, maps, 1, C, dtype)
+                wc = load_matrix(w_ptr, rows, rows_n, C, total_n, 1, C, dtype)
                 z = dot(xc, wc, z, PRECISION)
         if HAS_BIAS:
             z += bias[None, :]
-        if KEEP:
+        if SAVE_V:
             v_ptrs = v_base + cols[:, None] * stride_v_l + rows_n[None, :] * stride_v_c * ALIGN
-            inside = (cols < L)[:, None] & (rows_n < maps)[None, :]
+            inside = (cols < L)[:, None] & (rows_n < total_n)[None, :]
             tl.store(v_ptrs, z.to(dtype), mask=inside)
         q = z * scale
         if SOFTMAX:
             q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
         q = q.to(dtype)
-        if WHOLE:
+        if CHANNELS_FIT:
             y = dot(q, h, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
             if HAS_BIAS_OUT:
                 bo = tl.load(bias_out_ptr + rows_c, mask=rows_c < C_OUT, other=0.0)
@@ -144,7 +144,7 @@ def project_distribute_kernel(
         else:
             for c0 in range(0, C_OUT, BLOCK_C):
                 rows = c0 + rows_c
-                hc = load_matrix(h_base, rows_n, rows, maps, C_OUT, 1, maps, dtype)
+                hc = load_matrix(h_base, rows_n, rows, total_n, C_OUT, 1, total_n, dtype)
                 y = dot(q, hc, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
                 if HAS_BIAS_OUT:
                     bo = tl.load(bias_out_ptr + rows, mask=rows < C_OUT, other=0.0)
@@ -161,7 +161,7 @@ def project_distribute_kernel(
 def project_distribute(
     x, weight_v, bias_v, h, bias_out, out, v, *, heads, logit_scale, softmax, residual
 ):
-    """Writes ``out (N, C', L)``, and ``v (N, maps, L)`` if given. ``h``: ``(N, C', maps)``."""
+    """Writes ``out (N, C', L)``, and ``v (N, total_n, L)`` if given; ``h (N, C', total_n)``."""
     ready = launch.prepared(
         _project_distribute, (x, h, out, v, weight_v, bias_v, bias_out), heads, softmax, residual
     )
@@ -176,17 +176,17 @@ def project_distribute(
 
 def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax, residual):
     batch, channels, _ = x.shape
-    c_out, maps = h.shape[1:]
-    head_block, block_n = tiles.packed_cols(heads, maps // heads)
+    c_out, total_n = h.shape[1:]
+    head_block, block_n = tiles.packed_cols(heads, total_n // heads)
     sizes = max(channels, c_out), head_block * block_n
-    whole = tiles.channels_fit(*sizes)
-    kernel = "project_distribute" if whole else "project_distribute_blocks"
+    channels_fit = tiles.channels_fit(*sizes)
+    kernel = "project_distribute" if channels_fit else "project_distribute_blocks"
     tile = tiles.tile(kernel, x, *sizes, tiles.PLAIN if v is None else "v")
     return launch.Launch(
         project_distribute_kernel, x, tile, batch,
-        maps={"x": x, "v": x if v is None else v, "out": out},
-        HEADS=heads, C=channels, C_N=maps // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
-        PACKED=tiles.packed(heads, maps // heads, block_n), KEEP=v is not None, SOFTMAX=softmax,
-        HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None, RESIDUAL=residual,
-        WHOLE=whole, BLOCK_N=block_n,
+        activations={"x": x, "v": x if v is None else v, "out": out},
+        HEADS=heads, C=channels, C_N=total_n // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
+        PACKED=tiles.packed(heads, total_n // heads, block_n), SAVE_V=v is not None,
+        SOFTMAX=softmax, HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None,
+        RESIDUAL=residual, CHANNELS_FIT=channels_fit, BLOCK_N=block_n,
     )  # fmt: skip

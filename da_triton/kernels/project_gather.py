@@ -1,17 +1,17 @@
-r"""Pass 1 of the fused block: the maps are projected from X tile by tile and gathered at once.
+r"""Pass 1 of the fused block: B (and A) are projected from X tile by tile and gathered at once.
 
     from X    M = X Pᵀ           P = softmax_L(s Wb X)
     from A    G = (Wa X) Pᵀ
 
-As in attention, with the maps for queries: a program holds a block of maps and takes positions
+As in attention, with the n descriptors as queries: a program holds a tile of n and takes positions
 tile by tile, with the online softmax of ``gather``. Neither B nor A nor P is written. From X, the
 tile of positions holds all channels and serves twice, as keys and as values; heads are simply more
-maps. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the
+n. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the
 result is m × n.
 
-Both write partial results of a chunk of positions, which ``combine`` merges:
-``acc = Σ y·exp(z − mx)`` as ``(N, NUM_SPLITS, maps, features)``, ``mx`` and ``sum`` as
-``(N, NUM_SPLITS, maps)``. X is ``(N, C, L)`` in any strides.
+Both write partial results per split, which ``combine`` merges:
+``acc = Σ y·exp(z − mx)`` as ``(N, NUM_SPLITS, total_n, features)``, ``mx`` and ``sum`` as
+``(N, NUM_SPLITS, total_n)``. X is ``(N, C, L)`` in any strides.
 """
 
 import triton
@@ -51,7 +51,7 @@ def gather_from_x_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a block of maps, a chunk of positions, a sample. BLOCK_C ≥ C."""
+    """One program: a tile of n, a split of the positions, a sample. BLOCK_C ≥ C."""
     L = L_UNITS * ALIGN
     blocks_n = tl.cdiv(TOTAL_N, BLOCK_N)
     pid = tl.program_id(0)
@@ -119,7 +119,7 @@ def gather_from_a_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a head, a chunk of positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N.
+    """One program: a head, a split of the positions, a sample. BLOCK_M ≥ C_M, BLOCK_N ≥ C_N.
 
     POSITIONS_FIRST: A is projected with positions as rows, so that no accumulator is transposed,
     which Triton before 3.7.1 miscompiles for Hopper.
@@ -180,7 +180,7 @@ def gather_from_a_kernel(
 
 @guard.proved({"x": "N-L", "mask": "NL"})
 def gather_from_x(x, weight_b, mask, logit_scale):
-    """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for all maps of all heads."""
+    """Partial ``(acc, max, sum)`` of ``M = X Pᵀ`` for the full n of all heads."""
     ready = launch.prepared(_gather_from_x, (x, weight_b, mask))
     partials = ready.empty()
     ready((x, weight_b, x if mask is None else mask, *partials), (logit_scale,))
@@ -189,14 +189,15 @@ def gather_from_x(x, weight_b, mask, logit_scale):
 
 def _gather_from_x(x, weight_b, mask):
     batch, channels, _ = x.shape
-    maps = weight_b.shape[0]
+    total_n = weight_b.shape[0]
     variant = tiles.PLAIN if mask is None else "mask"
-    tile = tiles.tile("gather_from_x", x, channels, maps, variant)
+    tile = tiles.tile("gather_from_x", x, channels, total_n, variant)
     ready = launch.Launch(
-        gather_from_x_kernel, x, tile, batch * -(-maps // tile.block_n),
-        maps={"x": x}, strided={"mask": mask}, C=channels, TOTAL_N=maps, HAS_MASK=mask is not None,
+        gather_from_x_kernel, x, tile, batch * -(-total_n // tile.block_n),
+        activations={"x": x}, strided={"mask": mask},
+        C=channels, TOTAL_N=total_n, HAS_MASK=mask is not None,
     )  # fmt: skip
-    return _allocating(ready, x, maps, channels)
+    return _allocating(ready, x, total_n, channels)
 
 
 @guard.proved({"x": "N-L", "mask": "NL"})
@@ -213,13 +214,13 @@ def _gather_from_a(x, weight_a, weight_b, mask, heads):
     c_m, c_n = weight_a.shape[0] // heads, weight_b.shape[0] // heads
     tile = tiles.tile("gather_from_a", x, c_m, c_n, tiles.PLAIN if mask is None else "mask")
     ready = launch.Launch(
-        gather_from_a_kernel, x, tile, batch * heads, maps={"x": x}, strided={"mask": mask},
+        gather_from_a_kernel, x, tile, batch * heads, activations={"x": x}, strided={"mask": mask},
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, HAS_MASK=mask is not None,
         POSITIONS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return _allocating(ready, x, heads * c_n, c_m)
 
 
-def _allocating(ready, x, maps, features):
-    statistics = x.shape[0], ready.num_splits, maps
+def _allocating(ready, x, total_n, features):
+    statistics = x.shape[0], ready.num_splits, total_n
     return ready.allocating(accumulator(x.dtype), (*statistics, features), statistics, statistics)

@@ -1,6 +1,6 @@
-r"""What vendor GEMMs of the unfused route find in memory, made in one launch.
+r"""Packs the operands of the unfused route's vendor GEMMs in one launch.
 
-stacked    the weights of several projections, one below the other: one product for all maps
+stacked    the weights of several projections, one below the other: one product for A, B and V
 start      X + bo, to which the last product adds: its result is written once
 lowp       G in the input dtype
 """
@@ -90,9 +90,9 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     """``(matrices, lowp)``, and x + bias in ``start`` where that is given.
 
     ``like``: X, ``(N, C, L)``. ``weights``: up to three contiguous ``(rows, C)``. The matrices are
-    all of them stacked, or, where maps of X would lie askew side by side, the weights themselves.
-    ``g``: contiguous or None; it is not copied if it has the weights' dtype. ``x``, ``bias``: None
-    adds nothing.
+    all of them stacked, or, where A, B, V in one tensor would be misaligned, the weights
+    themselves. ``g``: contiguous or None; it is not copied if it has the weights' dtype. ``x``,
+    ``bias``: None adds nothing.
     """
     w = weights[0]
     together = len(weights) > 1 and _side_by_side(like, [len(weight) for weight in weights])
@@ -113,9 +113,9 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     return [stacked] if together else weights, lowp
 
 
-def _operands(w, map_, x, g, bias, rows, start, has_x):
+def _operands(w, activation, x, g, bias, rows, start, has_x):
     """None where nothing is to be made."""
-    batch, channels, length = map_.shape
+    batch, channels, length = activation.shape
     sizes = [r * w.shape[1] for r in rows]
     sizes += [0] * (3 - len(sizes))
     sizes.append(0 if g is None else g.numel())
@@ -125,7 +125,7 @@ def _operands(w, map_, x, g, bias, rows, start, has_x):
     if not programs:
         return None
     return launch.Launch(
-        operands_kernel, w, None, programs, maps={"start": map_, "x": x},
+        operands_kernel, w, None, programs, activations={"start": activation, "x": x},
         SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SIZE_G=sizes[3], C=channels,
         START=start, HAS_X=has_x, HAS_BIAS=bias is not None,
         BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8,

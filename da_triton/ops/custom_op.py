@@ -1,4 +1,4 @@
-"""What the operators over kernels share.
+"""Shared parts of the operators over kernels.
 
 Scales that change, absent gradients, gradients of gradients, torch.vmap.
 """
@@ -54,7 +54,7 @@ def run(op, *args):
 def apply(function, *args):
     """``function.apply``, without a node where no gradient is wanted.
 
-    Binding the arguments of a Function that has ``setup_context`` takes longer than a small map
+    Binding the arguments of a Function that has ``setup_context`` takes longer than a small input
     does, and only ``torch.func`` and the compiler need it.
     """
     if torch.compiler.is_compiling() or tracing.transformed():
@@ -107,8 +107,8 @@ def or_empty(gradient, like):
 def as_owned_tensor(x):
     """``x`` as a tensor of its own: autograd forbids changing a view in place that a Function made.
 
-    What follows a layer often does: ``nn.ReLU(inplace=True)``, ``y += shortcut``. For results that
-    nothing else holds: autograd does not see that the two share memory.
+    Operations after a layer often do: ``nn.ReLU(inplace=True)``, ``y += shortcut``. For results
+    that nothing else holds: autograd does not see that the two share memory.
     """
     return x.data
 
@@ -143,7 +143,7 @@ def differentiable(forward, inputs, needs, upstream):
     """Gradients of ``forward`` as operations that can be differentiated and transformed.
 
     Taken with respect to views: the inputs themselves may depend on each other. An input that no
-    longer asks for a gradient (behind ``torch.func.vjp``) gets one of its own.
+    longer requires a gradient (inside ``torch.func.vjp``) gets its own.
     """
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
 

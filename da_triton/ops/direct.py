@@ -17,7 +17,7 @@ from .custom_op import as_owned_tensor, differentiable, wants_graph
 
 
 class Call:
-    """The block for one signature, prepared on tensors of it, of which it keeps none.
+    """The block for one signature, prepared on tensors of it, none of which it holds.
 
     ``weights`` are the arguments of ``double_attention_block`` in its order, bias_b among them.
     """
@@ -74,7 +74,7 @@ class Call:
         raise NotImplementedError
 
     def backward(
-        self, grad: Tensor, x: Tensor, w: Weights, mask: Any, kept: Any, needs: Any
+        self, grad: Tensor, x: Tensor, w: Weights, mask: Any, saved: Any, needs: Any
     ) -> Any:
         """Gradients of x and of the weights, where ``needs`` says so."""
         raise NotImplementedError
@@ -98,19 +98,19 @@ class Call:
         return self.run(x, mask, *weights)[0]
 
     def run(self, x: Tensor, mask: Tensor | None, *weights: Any) -> Any:
-        """The result as x is given, and what is kept for ``gradients``."""
-        out, kept = self.forward(*self.as_matrices(x, weights, mask))
-        return self.restore_layout(out), *kept
+        """The result as x is given, and the tensors saved for ``gradients``."""
+        out, saved = self.forward(*self.as_matrices(x, weights, mask))
+        return self.restore_layout(out), *saved
 
     def gradients(self, needs: Any, grad: Tensor, *tensors: Any) -> Any:
         """Gradients of x and of the weights, without bias_b.
 
-        ``tensors``: what ``run`` took and what it kept.
+        ``tensors``: the inputs of ``run`` and what it saved.
         """
         x, mask, *others = tensors
-        weights, kept = others[:8], others[8:]
+        weights, saved = others[:8], others[8:]
         x_, w, mask = self.as_matrices(x, weights, mask)
-        found = self.backward(grad.reshape(*self.grad_shape), x_, w, mask, kept, needs)
+        found = self.backward(grad.reshape(*self.grad_shape), x_, w, mask, saved, needs)
         dx, da, dbias_a, db, dv, dbias_v, dout, dbias_out = found
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
         return (
@@ -136,9 +136,9 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, *tensors):
-        out, *kept = call.run(*tensors)
+        out, *saved = call.run(*tensors)
         ctx.call = call
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*tensors, *saved)
         return as_owned_tensor(out) if out._is_view() else out
 
     @staticmethod

@@ -1,10 +1,10 @@
 """Packed sequences as operators that read the offsets inside.
 
 ``torch.ops.da_triton.gather_packed``, ``gather_packed_backward``, ``distribute_packed`` and
-``distribute_packed_backward`` run either backend on maps ``(1, heads, channels, total)``: the
-kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one after another
-(see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not compiled
-again for other lengths, nor for another number of sequences.
+``distribute_packed_backward`` run either backend on activations ``(1, heads, channels, total)``:
+the kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one after
+another (see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not
+compiled again for other lengths, nor for another number of sequences.
 
 Second derivatives are taken through the ``torch`` backend, one run of equal lengths after another.
 """
@@ -32,9 +32,9 @@ from .custom_op import (
 )
 
 
-def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
+def packed_ops(backend: Backend, cu_seqlens: Tensor) -> Backend:
     """As ``varlen.per_sequence``, in these operators."""
-    kernels = core is not TORCH
+    kernels = backend is not TORCH
 
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
@@ -45,11 +45,11 @@ def packed_core(core: Backend, cu_seqlens: Tensor) -> Backend:
         scale, logit_scale = scalars(scale, logit_scale)
         return apply(Distribute, g, v, cu_seqlens, scale, softmax, logit_scale, kernels)
 
-    return core._replace(gather=gather, distribute=distribute)
+    return backend._replace(gather=gather, distribute=distribute)
 
 
 def _implementation(kernels):
-    """The same functions of packed maps and lengths for either backend."""
+    """The same functions of packed activations and lengths for either backend."""
     if not kernels:
         return aten_varlen
     from .triton import varlen as triton_varlen
@@ -57,8 +57,8 @@ def _implementation(kernels):
     return triton_varlen
 
 
-def _lengths(cu_seqlens, **maps):
-    ends = checks.ends(cu_seqlens, **maps)
+def _lengths(cu_seqlens, **activations):
+    ends = checks.ends(cu_seqlens, **activations)
     return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
@@ -83,9 +83,9 @@ def gather_op(
 
 @gather_op.register_fake
 def _(a, b, mask, extra_a, extra_b, cu_seqlens, logit_scale, kernels):
-    sequences, heads, maps = cu_seqlens.shape[0] - 1, a.shape[1], b.shape[2]
-    g = a.new_empty((sequences, heads, a.shape[2], maps), dtype=accumulator(a.dtype))
-    lse = (sequences, heads, maps) if kernels else (0,)
+    sequences, heads, c_n = cu_seqlens.shape[0] - 1, a.shape[1], b.shape[2]
+    g = a.new_empty((sequences, heads, a.shape[2], c_n), dtype=accumulator(a.dtype))
+    lse = (sequences, heads, c_n) if kernels else (0,)
     return g, a.new_empty(lse, dtype=lse_dtype(a.dtype))
 
 
@@ -113,9 +113,9 @@ def gather_backward_op(
 
 @gather_backward_op.register_fake
 def _(dg, a, b, mask, extra_a, extra_b, g, lse, cu_seqlens, logit_scale, kernels, needs):
-    maps = [aten_varlen.empty_like(x, x.shape[2]) for x in (a, b)]
+    grads = [aten_varlen.empty_like(x, x.shape[2]) for x in (a, b)]
     tokens = [x if x is None else torch.empty_like(x) for x in (extra_a, extra_b)]
-    given = zip((*maps, *tokens), needs, strict=True)
+    given = zip((*grads, *tokens), needs, strict=True)
     return [or_empty(x if need else None, a) for x, need in given]
 
 
@@ -132,12 +132,12 @@ def _gather_gradients(ctx, dg, _):
     if dg is None:
         return (None,) * 8
     if wants_graph(dg):
-        core = varlen.per_sequence(TORCH, cu_seqlens)
+        backend = varlen.per_sequence(TORCH, cu_seqlens)
 
         def forward(a, b, mask, extra_a, extra_b):
             extra = None if extra_a is None else (extra_a, extra_b)
             options = {"mask": mask, "extra": extra, "logit_scale": ctx.logit_scale}
-            return core.gather(a, b, **options).to(dg.dtype)
+            return backend.gather(a, b, **options).to(dg.dtype)
 
         return *differentiable(forward, inputs, needs, dg), None, None, None
     wanted = [*needs[:2], *needs[3:]]
@@ -225,11 +225,11 @@ def _distribute_gradients(ctx, dz):
     g, v, cu_seqlens = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     if wants_graph(dz):
-        core = varlen.per_sequence(TORCH, cu_seqlens)
+        backend = varlen.per_sequence(TORCH, cu_seqlens)
         scale, softmax, logit_scale, _ = ctx.options
 
         def forward(g, v):
-            return core.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
+            return backend.distribute(g, v, scale=scale, softmax=softmax, logit_scale=logit_scale)
 
         return *differentiable(forward, (g, v), needs, dz), *[None] * 5
     dg, dv = run(distribute_backward_op, dz, g, v, cu_seqlens, *ctx.options, *needs)

@@ -10,7 +10,7 @@ backward ``dG``, whose size has nothing to do with the number of positions. The 
 the ranks' losses, each over its own positions: dG is summed over the ranks, and with the lse and G
 of the whole the gradients of a slice need no other slice (``kernels.gather``). Both sums are made
 from an all-gather, by every rank, in one order: the result is repeatable, and the same bits
-everywhere. A map without a position left on any rank gives zeros; a slice may be empty.
+everywhere. An attention map without a position left on any rank gives zeros; a slice may be empty.
 
 Called through ``process_group=`` of ``da_triton.gather``, ``double_attention``,
 ``double_attention_block`` and ``DoubleAttention``. Forward and backward are collective: all ranks
@@ -26,7 +26,7 @@ float32, L = 2²⁴ positions. Memory: A, B and V read, Z written, and in backwa
       64          262,144    0.5 ms                           8.3 MB   0.17 ms
      512           32,768    0.06 ms                           67 MB   1.35 ms
 
-An all-gather brings every rank every other rank's share, so the wire grows with the ranks; it is
+An all-gather brings every rank every other rank's partial, so the wire grows with the ranks; it is
 the price of bits that do not depend on the network. Split over as many ranks as the positions need,
 and use the others for other samples.
 """
@@ -45,20 +45,20 @@ from ..precision import accumulator, lse_dtype
 from ..projection import project
 
 
-def split(core: ops.Backend, group: Any) -> ops.Backend:
-    """The backend ``core`` (not ``"eager"``), with positions split over the ranks of ``group``.
+def split(backend: ops.Backend, group: Any) -> ops.Backend:
+    """``backend`` (not ``"eager"``), with positions split over the ranks of ``group``.
 
-    Its gather gives G in float32 (float64 for float64 maps). Extra tokens are the same on every
+    Its gather gives G in float32 (float64 for float64 inputs). Extra tokens are the same on every
     rank and count once: rank 0 gathers from them and has all of their gradient, the others zeros.
     """
 
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         extra_a, extra_b = (None, None) if extra is None else extra
-        return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, core)[0]
+        return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, backend)[0]
 
     def distribute(g, v, **options):
         # A product of no positions, which still hands backward's collective a gradient.
-        return (core if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
+        return (backend if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
 
     def block(x, w, mask, residual, o):
         def composed(x, *w):
@@ -68,11 +68,11 @@ def split(core: ops.Backend, group: Any) -> ops.Backend:
             return composed(x, *w)
         return checkpoint(composed, x, *w, use_reentrant=False, preserve_rng_state=False)
 
-    return core._replace(gather=gather, distribute=distribute, block=block, direct=None)
+    return backend._replace(gather=gather, distribute=distribute, block=block, direct=None)
 
 
 def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: Any) -> Tensor:
-    """``P (N, heads, n, L)`` of this rank's positions; over all ranks each map sums to 1.
+    """``P (N, heads, n, L)`` of this rank's positions; over all ranks each attention map sums to 1.
 
     Without a gradient: it is for looking at.
     """
@@ -95,27 +95,27 @@ def wire_bytes(
 ) -> WireBytes:
     """Bytes that each rank receives (and, on a ring, sends) in one gather and in its backward.
 
-    ``heads·m`` features and ``heads·n`` maps of ``dtype``. G and dG travel in float32 (float64 for
-    float64 maps), lse in float64 (float32 for float16 and bfloat16 maps); the number of positions
-    does not matter.
+    ``heads·m`` features and ``heads·n`` descriptors of ``dtype``. G and dG travel in float32
+    (float64 for float64 inputs), lse in float64 (float32 for float16 and bfloat16 inputs); the
+    number of positions does not matter.
     """
     sums, statistics = accumulator(dtype).itemsize, lse_dtype(dtype).itemsize
-    maps = (ranks - 1) * batch * heads * n
-    return WireBytes(maps * (m * sums + statistics), maps * m * sums)
+    rows = (ranks - 1) * batch * heads * n
+    return WireBytes(rows * (m * sums + statistics), rows * m * sums)
 
 
 class _Gather(torch.autograd.Function):
     """G and lse of all ranks' positions. Keeps a, b, G and lse, as on one device."""
 
     @staticmethod
-    def forward(a, b, mask, extra_a, extra_b, logit_scale, group, core):
+    def forward(a, b, mask, extra_a, extra_b, logit_scale, group, backend):
         if group.rank() != 0:
             extra_a = extra_b = None
-        return _merged(_partial(core, a, b, mask, extra_a, extra_b, logit_scale), group)
+        return _merged(_partial(backend, a, b, mask, extra_a, extra_b, logit_scale), group)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.logit_scale, ctx.group, ctx.core = inputs
+        *tensors, ctx.logit_scale, ctx.group, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
@@ -128,28 +128,28 @@ class _Gather(torch.autograd.Function):
         if wants_graph():
             raise RuntimeError(
                 "Positions split over a process group can be differentiated once, by autograd; "
-                "create_graph=True and torch.func ask for more. Gather all positions on one device "
+                "create_graph=True and torch.func need more. Gather all positions on one device "
                 "for that."
             )
         dg = _of_all_ranks(dg, ctx.group).sum(0)
         grads: list[Any] = [None] * 8
         tokens_here = extra_a is not None and ctx.group.rank() == 0
         sources = {0: (a, b, mask, True), 3: (extra_a, extra_b, None, tokens_here)}
-        for i, (features, maps, masking, here) in sources.items():
+        for i, (values, keys, masking, here) in sources.items():
             needs = ctx.needs_input_grad[i : i + 2]
             if not any(needs):
                 continue
-            if here and maps.shape[-1]:
-                found = ctx.core.gather_backward(
-                    dg, features, maps, masking, g, lse, None, ctx.logit_scale, *needs
+            if here and keys.shape[-1]:
+                found = ctx.backend.gather_backward(
+                    dg, values, keys, masking, g, lse, None, ctx.logit_scale, *needs
                 )
             else:
-                found = torch.zeros_like(features), torch.zeros_like(maps)
+                found = torch.zeros_like(values), torch.zeros_like(keys)
             grads[i : i + 2] = (x if need else None for x, need in zip(found, needs, strict=True))
         return tuple(grads)
 
 
-def _partial(core, a, b, mask, extra_a, extra_b, logit_scale):
+def _partial(backend, a, b, mask, extra_a, extra_b, logit_scale):
     """``(G_r, lse_r)`` of this rank's positions and tokens; 0 and +inf where it has neither."""
     sources = [(a, b, _kept(mask, b))]
     if extra_b is not None:
@@ -160,7 +160,7 @@ def _partial(core, a, b, mask, extra_a, extra_b, logit_scale):
         return a.new_zeros((*a.shape[:3], b.shape[2]), dtype=accumulator(a.dtype)), lse
     (a, b, mask), *tokens = sources
     extra = tokens[0][:2] if tokens else None
-    return core.gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
+    return backend.gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
 
 
 def _kept(mask, b):
@@ -171,7 +171,7 @@ def _kept(mask, b):
 
 
 def _merged(part, group):
-    """G ``(N, heads, m, n)`` and lse ``(N, heads, n)`` of all ranks from this rank's share.
+    """G ``(N, heads, m, n)`` and lse ``(N, heads, n)`` of all ranks from this rank's partial.
 
     One message: lse travels as more rows of G, in whose dtype its bits are read.
     """
@@ -185,8 +185,8 @@ def _merged(part, group):
     pivot = most.masked_fill(most == -torch.inf, 0)
     total = (log_weights - pivot).exp().sum(0)
     lse = (pivot + total.log()).masked_fill(total == 0, torch.inf)
-    shares = (log_weights - lse).exp().to(g.dtype)
-    return (shares.unsqueeze(3) * g).sum(0), lse
+    weights = (log_weights - lse).exp().to(g.dtype)
+    return (weights.unsqueeze(3) * g).sum(0), lse
 
 
 def _of_all_ranks(x, group):

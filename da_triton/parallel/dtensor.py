@@ -10,10 +10,10 @@ def register_dtensor() -> None:
     """Lets DTensors sharded over the batch or over the heads into ``torch.ops.da_triton.*``.
 
     Afterwards ``backend="triton"`` runs each rank's kernels on its shard: axis 0 of every tensor,
-    and axis 1 of maps ``(N, heads·c, *positions)`` if the ranks divide the heads; of the block the
-    batch alone, its weights replicated and their gradients partial sums. Other placements are
-    redistributed first, except heads that the ranks do not divide, which DTensor itself refuses.
-    Positions are never a shard here: give ``process_group`` for that.
+    and axis 1 of activations ``(N, heads·c, *positions)`` if the ranks divide the heads; of the
+    block the batch alone, its weights replicated and their gradients partial sums. Other placements
+    are redistributed first, except heads that the ranks do not divide, which DTensor itself
+    rejects. Positions are never a shard here: give ``process_group`` for that.
 
     ``torch.distributed.tensor.experimental.register_sharding`` is not enough: it keeps a rule's
     answer without regard to bools, such as whose gradient is needed, and knows no list of results.

@@ -1,1 +1,1 @@
-"""What a block costs in each association order and route, and which one runs."""
+"""Cost of a block in each association order and route, and the choice between them."""

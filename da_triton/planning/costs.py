@@ -1,4 +1,4 @@
-"""What a block costs, by association order and route: operations, bytes and launches, from shapes.
+"""Cost of a block by association order and route: operations, bytes and launches, from shapes.
 
 One sample, MACs as in the table of the derivation:
 
@@ -10,14 +10,14 @@ One sample, MACs as in the table of the derivation:
 A step is a launch, or a few that belong together. ``elements`` are the tensors with positions that
 it moves to and from memory, once each; what a step reads again while it is still in the
 L2 cache is not counted twice. ``requested`` is what its programs ask of that cache: a
-tile of positions asks for all weights that it is multiplied with, so short tiles ask for much.
+tile of positions loads all weights that it is multiplied with, so short tiles load more.
 """
 
 from typing import NamedTuple
 
 from .shapes import CoreLimits, Cost, Limits, Shape, Step
 
-BLOCK = 128  # features or maps in a block of kernels that walk over them, half precision
+BLOCK = 128  # features or descriptors in a block of kernels that walk over them, half precision
 L2 = 50e6  # bytes, of an H200; half of it is taken to hold X
 POSITIONS = 64  # in a block of the core's gather, with most of its tiles
 
@@ -57,7 +57,7 @@ def order_cost(
     """The cost of one sample's forward pass in ``order`` on the unfused route."""
     small = channels * c_m * c_n // heads
     core = c_m * c_n // heads
-    # V: read X, write V, read V again in distribute. B: likewise with gather.
+    # V: read X, write V, read V again in distribute. B: the same with gather.
     per_position, elements, small_total = 2 * channels * c_n, 2 * channels + 4 * c_n, 0
     if order.from_x:
         per_position += channels * c_n
@@ -68,7 +68,7 @@ def order_cost(
         elements += channels + 2 * c_m  # X read, A written and read again
     if order.through_h:
         per_position += channels * c_n
-        # Each head's share of the output is written, then they are added.
+        # Each head's partial output is written, then they are added.
         elements += channels if heads == 1 else channels * (2 * heads + 1)
         small_total += small
     else:
@@ -142,26 +142,26 @@ def gather_steps(
     combined = core_splits > 1 and not (order.through_h or order.from_x)
     core = Step(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
-        1 + combined, 0 if _whole(s, features, BLOCK) else _asked(s, features, BLOCK),
+        1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _asked(s, features, BLOCK),
     )  # fmt: skip
     return [*steps, core, descriptors] if order.through_h or order.from_x else [*steps, core]
 
 
 def distribute_steps(
-    s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, whole: bool = True,
+    s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, channels_fit: bool = True,
     v_is_there: bool = False,
 ) -> list[Step]:  # fmt: skip
     """Forward, from G or H to the output. ``cached``: X is still in the L2 cache.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``whole``: that
-    kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
+    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``channels_fit``:
+    that kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
     """
     c, length, out = s.channels, s.length, s.out_channels
     x = 0 if cached else c
     if block_l:
         macs = length * s.c_n * (c + out)
         asked = (c + out) * length
-        if not whole:
+        if not channels_fit:
             asked += length * (c + s.c_n * (c + out) // block_l)
         return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, asked)]
     features = out * s.heads if order.through_h else s.c_m
@@ -170,7 +170,7 @@ def distribute_steps(
     if core.full_n:
         asked = elements + -(-length // core.full_n) * features * s.c_n // s.heads
         steps = [Step("distribute", False, macs, elements, 0, 1, asked)]
-    elif _whole(s, features // s.heads, core.tile):
+    elif _g_fits_one_tile(s, features // s.heads, core.tile):
         steps = [Step("distribute", False, macs, elements)]
     else:
         asked = s.c_n * length + _asked(s, features // s.heads, core.tile)
@@ -193,7 +193,7 @@ def fused_backward_steps(
 ) -> list[Step]:
     """In order XH: pass 1 again, then two passes over X and dO, then the weights.
 
-    ``block_l``: positions in a tile of the second of those passes. ``blocks``: of maps in pass 1.
+    ``block_l``: positions in a tile of the second of those passes. ``blocks``: of n in pass 1.
     ``saved_v``: V is read instead of projected from X.
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
@@ -236,8 +236,9 @@ def unfused_backward_steps(
 ) -> list[Step]:
     """Vendor GEMMs around the core's backward kernels.
 
-    Where a program holds neither all of G nor all maps of its positions, blocks of maps read the
-    features again and blocks of features the maps, and r is a product of its own.
+    Where a program holds neither all of G nor the full n of its positions, tiles of n read the
+    features again and blocks of features read the logits again, and rowsum_v is a product of its
+    own.
     """
     c, k, m, length, out = s.channels, s.c_n, s.c_m, s.length, s.out_channels
     product, small = length * m * k // s.heads, c * m * k // s.heads
@@ -251,7 +252,7 @@ def unfused_backward_steps(
         return elements + -(-length // core.full_n_backward) * features * k // s.heads
 
     if not order.through_h:
-        again = 0 if core.full_n_backward or _whole(s, m // s.heads, core.tile) else 1
+        again = 0 if core.full_n_backward or _g_fits_one_tile(s, m // s.heads, core.tile) else 1
         z = product if s.reconstruct else 0
         if s.reconstruct:
             steps.append(Step("dZ", True, length * c * m, (c + m) * length))
@@ -264,7 +265,7 @@ def unfused_backward_steps(
         if s.reconstruct:
             steps.append(Step("dWo", False, length * c * m, (c + m) * length, 0, 2))
     else:
-        again = 0 if core.full_n_backward or _whole(s, out, core.tile) else 1
+        again = 0 if core.full_n_backward or _g_fits_one_tile(s, out, core.tile) else 1
         elements = (out * s.heads + 3 * k) * length
         steps.append(
             Step("dV", False, (1 + again) * length * out * k, elements, 0, 1 + 2 * again,
@@ -284,7 +285,7 @@ def unfused_backward_steps(
         steps.append(Step("dM, dWa", True, 2 * small, 0, 4 * k * c, 5))
     last = (rows + 2 * c + out) * length
     steps.append(Step("dX", True, length * c * rows, last))
-    steps.append(Step("weights of the maps", False, length * c * rows, (c + rows) * length, 0, 2))
+    steps.append(Step("weights of A, B, V", False, length * c * rows, (c + rows) * length, 0, 2))
     return steps
 
 
@@ -293,11 +294,11 @@ def _operands(s: Shape, rows: int) -> Step:
     return Step("stacked weights", False, 0, 2 * rows * s.channels // max(1, s.batch))
 
 
-def _whole(s: Shape, features: int, tile: int) -> bool:
+def _g_fits_one_tile(s: Shape, features: int, tile: int) -> bool:
     return max(features, s.c_n // s.heads) <= tile
 
 
 def _asked(s: Shape, features: int, tile: int) -> int:
-    """Elements that a product of G with maps asks for in tiles: each block asks for the other's."""
+    """Elements that a tiled product of G with activations loads: each tile loads the other's."""
     per_n, per_feature = -(-features // tile), -(-s.c_n // s.heads // tile)
     return s.length * s.heads * (s.c_n // s.heads * per_n + features * (per_feature + 1))

@@ -1,4 +1,4 @@
-"""What runs, from shapes alone; nothing is measured.
+"""Chooses order and route from shapes with a static cost model; nothing is timed at run time.
 
 For the operations of the ``torch`` backend only the association order is chosen: each order's
 modelled time is a line over the number of positions L, so the best order is a few intervals of L.
@@ -37,13 +37,13 @@ from .shapes import Cost, Limits, Shape, Step
 # only to rank the orders.
 MATRIX_RATE = 395e12  # MACs a second in half precision
 FLOAT32_RATE = 25e12  # MACs a second in float32
-BANDWIDTH = 4.3e12  # bytes a second
-CPU_RATE = 1e11  # MACs a second of two cores
+BANDWIDTH = 4.3e12  # bytes/s
+CPU_RATE = 1e11  # MAC/s of two cores
 
 
 def seconds(cost: Cost, itemsize: int, cpu: bool = False) -> float:
     """Modelled time of one sample; a ranking, not a prediction."""
-    if cpu:  # one rate for every product, and maps stay in the cache between them
+    if cpu:  # one rate for every product, and tensors stay in the cache between them
         return cost.all_macs / CPU_RATE
     rate = MATRIX_RATE if itemsize == 2 else FLOAT32_RATE
     return cost.macs / rate + cost.small_macs / FLOAT32_RATE + cost.elements * itemsize / BANDWIDTH
@@ -119,7 +119,7 @@ class Route(NamedTuple):
     distribute: str
     backward: str
     backward_order: Order  # of an unfused backward pass; XH of a fused one
-    chunk: int  # samples that go through both passes before the next ones start
+    batch_chunk: int  # samples that go through both passes before the next ones start
 
     def __str__(self) -> str:
         forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
@@ -138,23 +138,24 @@ class PlannedRoute(NamedTuple):
 
 # Shares of the matrix rate that vendor GEMMs and our kernels are taken to reach, time of a
 # launch in a CUDA graph, L2 cache: assumptions to rank routes with, none measured.
-LIBRARY_SHARE, KERNEL_SHARE = 0.85, 0.6
+VENDOR_EFFICIENCY, KERNEL_EFFICIENCY = 0.85, 0.6
 NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
 LAUNCH = 2.0e-6  # seconds, start and tail included
-CACHE_BANDWIDTH = 5.5e12  # bytes a second that programs can ask of the L2 cache
+CACHE_BANDWIDTH = 5.5e12  # bytes/s from the L2 cache
 CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
 
 
-def modelled(steps: tuple[Step, ...], s: Shape, chunks: int = 1) -> float:
+def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
     """Seconds of a batch: of each step the larger of its operations and its bytes, and launches."""
     rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
     total = 0.0
     for step in steps:
-        share = LIBRARY_SHARE if step.library else KERNEL_SHARE
+        efficiency = VENDOR_EFFICIENCY if step.library else KERNEL_EFFICIENCY
         narrow = 1.0 if step.library or s.wide else NARROW_SHARE
         asked = step.requested * s.itemsize / CACHE_BANDWIDTH
-        busy = max(step.macs / (rate * share), step.bytes(s.itemsize) / BANDWIDTH, asked) / narrow
-        total += busy * s.batch + step.launches * chunks * LAUNCH
+        moved = step.bytes(s.itemsize) / BANDWIDTH
+        busy = max(step.macs / (rate * efficiency), moved, asked) / narrow
+        total += busy * s.batch + step.launches * batch_chunks * LAUNCH
     return total
 
 
@@ -183,17 +184,17 @@ def routes(
     for o in (order,) if order else orders(s.reconstruct):
         fused_gather, fused_distribute = fused_tiles(o, limits)
         for one, two in itertools.product({fused_gather, 0}, {fused_distribute, 0}):
-            chunk = _chunk(s) if one and two else max(1, s.batch)
-            num_splits = max(1, limits.num_sms // max(1, min(s.batch, chunk)))
-            cached = chunk * _bytes(s) <= CACHE
+            batch_chunk = _batch_chunk(s) if one and two else max(1, s.batch)
+            num_splits = max(1, limits.num_sms // max(1, min(s.batch, batch_chunk)))
+            cached = batch_chunk * _bytes(s) <= CACHE
             both = not one and not two
             steps = (
                 *gather_steps(s, o, one, num_splits, limits.blocks_of_n, both),
-                *distribute_steps(s, o, two, limits.core, cached, limits.whole, both),
+                *distribute_steps(s, o, two, limits.core, cached, limits.channels_fit, both),
             )
             gather, distribute = ("fused" if way else "unfused" for way in (one, two))
-            route = Route(o, gather, distribute, kind, backward_order, chunk)
-            seconds = modelled(steps, s, math.ceil(s.batch / chunk))
+            route = Route(o, gather, distribute, kind, backward_order, batch_chunk)
+            seconds = modelled(steps, s, math.ceil(s.batch / batch_chunk))
             found.append(PlannedRoute(route, steps, backward_steps, seconds, backward_seconds))
     return tuple(sorted(found, key=lambda planned: planned.seconds))
 
@@ -218,7 +219,7 @@ def _bytes(s: Shape) -> int:
     return s.channels * s.length * s.itemsize
 
 
-def _chunk(s: Shape) -> int:
+def _batch_chunk(s: Shape) -> int:
     """Samples whose X stays in the cache between two passes; all, where not even one does."""
     fitting = CACHE // _bytes(s)
     if fitting == 0 or fitting >= s.batch:
@@ -227,7 +228,7 @@ def _chunk(s: Shape) -> int:
 
 
 def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
-    """Whether forward keeps V for backward. "auto": if projecting it again is a tenth of a step.
+    """Whether forward saves V for backward. "auto": if projecting it again is a tenth of a step.
 
     In MACs of a position, in the paper's order: forward, backward (twice as much), and
     what backward projects again. Where bytes decide, it costs less still: X is read anyway.

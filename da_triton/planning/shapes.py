@@ -28,10 +28,10 @@ class Step(NamedTuple):
     name: str
     library: bool  # a library's matrix product, or a kernel of ours
     macs: int
-    elements: int = 0  # of maps with positions, in the input's dtype
+    elements: int = 0  # of tensors with positions, in the input's dtype
     fp32_elements: int = 0  # float32
     launches: int = 1
-    requested: int = 0  # elements, of kernels that ask for more than ``elements``
+    requested: int = 0  # elements, where kernels load more than ``elements``
 
     def bytes(self, itemsize: int) -> int:
         return self.elements * itemsize + self.fp32_elements * max(4, itemsize)
@@ -50,15 +50,15 @@ class Cost(NamedTuple):
 
 
 class CoreLimits(NamedTuple):
-    """What the unfused route's kernels hold of a shape."""
+    """Tile limits of the unfused route's kernels for a shape."""
 
     tile: int  # the largest G, in either direction, that one program of the core holds
-    full_n: int  # positions in a tile with all maps of a head; 0 where no program holds them
+    full_n: int  # positions in a tile with the full n of a head; 0 where no program holds them
     full_n_backward: int
 
 
 class Limits(NamedTuple):
-    """What the kernels can do for a shape on a GPU; ``ops.triton.plan`` finds it."""
+    """Limits of the kernels for a shape on a GPU, from ``ops.triton.plan``."""
 
     num_sms: int
     gather_from_x: int  # positions in a tile; 0 where the kernel does not fit
@@ -66,5 +66,5 @@ class Limits(NamedTuple):
     project_distribute: int
     backward: int  # of the pass that writes dX
     blocks_of_n: int  # of gather_from_x
-    whole: bool  # project_distribute keeps all channels of a tile resident
+    channels_fit: bool  # project_distribute holds all channels of a tile
     core: CoreLimits

@@ -1,4 +1,4 @@
-"""Which compilers miscompile matrix products for which GPUs, from public reports."""
+"""Compilers known to miscompile matrix products, per GPU, from public reports."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from . import launch
 
 
 class Compiler(NamedTuple):
-    """What makes code for a GPU: capability, and versions of Triton and ptxas."""
+    """The code generator for a GPU: capability, and versions of Triton and ptxas."""
 
     capability: tuple[int, int]
     triton: tuple[int, ...]
@@ -66,7 +66,7 @@ def affected(device):
         return ()
     found = faults(compiler(device))
     if wish == "1" and not found:
-        return (Fault("none", "DA_TRITON_PROVE=1 asks for proofs", lambda c: True),)
+        return (Fault("none", "DA_TRITON_PROVE=1 requests proofs", lambda c: True),)
     return found
 
 
@@ -75,7 +75,7 @@ def faults(made_by: Compiler) -> tuple[Fault, ...]:
 
 
 def compiler(device) -> Compiler:
-    """What compiles kernels for a CUDA device."""
+    """The compiler of kernels for a CUDA device."""
     capability = torch.cuda.get_device_capability(device)
     return Compiler(capability, _numbers(triton.__version__), _numbers(ptxas(capability)[0]))
 

@@ -115,7 +115,7 @@ class _Spec:
         return "written" if name in self.writes else self.roles.get(name, name)
 
     def results(self, returned, arguments):
-        """What a call returned and wrote; partial results, whose number is free, put together."""
+        """Results and outputs of a call; partials, whose number may vary, are merged."""
         found = [*tensors(returned), *(t for n in self.writes for t in tensors(arguments[n]))]
         if self.name in ("gather_partials", "gather_from_x", "gather_from_a"):
             acc, mx, total = stand_ins.merged(*(t.double() for t in found))
@@ -166,7 +166,7 @@ def _examined(spec, given):
 
 
 def _verdict(spec, given):
-    """What is known of a case, or what a proof finds; None where nothing can be proved now."""
+    """The known verdict on a case, or a proof's; None where nothing can be proved now."""
     device = next(tensors(given)).device
     case = spec.case(given)
     key = f"{spec.name} {device} {case}"

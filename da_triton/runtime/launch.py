@@ -1,6 +1,6 @@
-"""What every launcher needs on the host: strides and their alignment, chunks, dtypes, the device.
+"""Host-side launch helpers: strides and alignment, split of positions, dtypes, device guard.
 
-Positions are split into chunks, one program each, so that a launch has about one wave of programs.
+Positions are split over programs so that a launch has about one wave of programs.
 
 Everything about a launch but addresses and scales follows from the shapes, strides, dtypes and
 device of its tensors, the flags, and PyTorch's TF32 switch. It is found once per such signature
@@ -30,7 +30,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # of sums
 # Without a GPU (interpreted kernels) the split over positions is made for this many SMs: few
-# enough to keep interpreted launches short, enough to exercise the combination of chunks.
+# enough to keep interpreted launches short, enough to exercise the merging of partials.
 INTERPRETED_SMS = 4
 INTERPRETER = threading.RLock()
 
@@ -47,14 +47,14 @@ def strides(x, align):
     return tuple(s) if align == 1 else (*[stride // align for stride in s[:-1]], s[-1])
 
 
-def alignment(*maps):
+def alignment(*activations):
     """The unit (8, 4, 2 or 1) in which a launch passes strides and the number of positions.
 
     The compiler sees divisibility by 16 of an argument and nothing smaller, so with 196 positions a
     row every load would be 2 bytes wide. Given 49 units of 4, it sees rows aligned to 8 bytes.
     """
-    rows = [maps[0].shape[-1]]
-    for x in maps:
+    rows = [activations[0].shape[-1]]
+    for x in activations:
         if x.stride(-1) != 1:
             return 1  # rows are not contiguous
         rows += strides(x, 1)[:-1]
@@ -96,7 +96,7 @@ def is_recorded():
 
 
 def leave_unrecorded():
-    """What is done now is not to be repeated."""
+    """Marks what is done now as not to be repeated."""
     if _thread.recorder is not None:
         _thread.recorder.complete = False
 
@@ -113,8 +113,8 @@ def trial(num_splits, tiles):
         _thread.num_splits, _thread.tiles = before
 
 
-def chunks(programs, length, tile, device):
-    """(blocks of positions in a chunk, number of chunks) that fill the GPU about once.
+def split_positions(programs, length, tile, device):
+    """``(blocks_per_split, num_splits)`` that fill the GPU about once.
 
     ``programs``: how many programs there are without splitting positions.
     """
@@ -167,9 +167,9 @@ _prepared = signatures.Table()
 
 
 def prepared(build, tensors, *flags):
-    """What ``build(*tensors, *flags)`` returns, built once per signature.
+    """Returns ``build(*tensors, *flags)``, built once per signature.
 
-    ``build`` reads of the tensors, any of which but the first may be None, their shapes, strides,
+    ``build`` reads of the tensors, all but the first may be None, their shapes, strides,
     dtypes and device alone, and returns nothing that holds them: mostly a ``Launch``.
     """
     if _thread.tiles is not None:
@@ -210,12 +210,12 @@ def tf32(x):
 class Launch:
     """A kernel with its grid and every argument but the tensors and scales, which come first.
 
-    ``kernel``: one, or ``{impl: kernel}`` of which the tile chooses.
+    ``kernel``: one, or ``{impl: kernel}`` from which the tile chooses.
 
     ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
-    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``maps``, whose strides are
-    in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0 without one; and
-    BLOCKS_PER_SPLIT and NUM_SPLITS, which multiply ``programs``.
+    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``activations``, whose
+    strides are in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0
+    without one; and BLOCKS_PER_SPLIT and NUM_SPLITS, which multiply ``programs``.
 
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
     FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
@@ -223,8 +223,8 @@ class Launch:
     """
 
     def __init__(
-        self, kernel, like, tile, programs, *, maps=None, strided=None, again=False, num_warps=None,
-        **values,
+        self, kernel, like, tile, programs, *, activations=None, strided=None, again=False,
+        num_warps=None, **values,
     ):  # fmt: skip
         kernel = implementation(kernel, tile)
         sizes, constants, steps = _arguments(kernel.fn)
@@ -242,15 +242,15 @@ class Launch:
             if _thread.tiles is not None:
                 blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
                 _thread.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")
-        if maps:
-            align = alignment(*maps.values())
-            length = next(iter(maps.values())).shape[-1]
+        if activations:
+            align = alignment(*activations.values())
+            length = next(iter(activations.values())).shape[-1]
             found["ALIGN"], found["L_UNITS"] = align, length // align
-            for name, x in maps.items():
+            for name, x in activations.items():
                 found.update(zip(steps[name], strides(x, align), strict=True))
             if "NUM_SPLITS" in sizes and "NUM_SPLITS" not in values:
-                found["BLOCKS_PER_SPLIT"], num_splits = chunks(programs, length, tile, like.device)
-                found["NUM_SPLITS"] = num_splits
+                per_split, num_splits = split_positions(programs, length, tile, like.device)
+                found |= {"BLOCKS_PER_SPLIT": per_split, "NUM_SPLITS": num_splits}
                 programs *= num_splits
         for name, x in (strided or {}).items():
             found.update(zip(steps[name], (0, 0) if x is None else x.stride(), strict=True))

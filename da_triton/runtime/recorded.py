@@ -1,6 +1,6 @@
 """The host's part of a call, recorded once and then repeated: allocations, launches, products.
 
-Which kernels a pass launches, and on which parts of which tensors, follows from metadata alone. So
+The kernels that a pass launches, and the tensors they take, follow from metadata alone. So
 the eighth call with the same metadata is recorded, and later ones skip the launchers: they
 allocate, add offsets to addresses, launch, and call the library. Like a CUDA graph, a recording
 leaves out what was decided before; unlike one, it takes tensors at any address, runs on any stream
@@ -43,7 +43,7 @@ Found = tuple[Tensor | None, ...]
 
 
 class Recorded:
-    """``function`` of tensors, any of which but the first may be None, that returns such a tuple.
+    """``function`` of tensors, all but the first may be None, that returns such a tuple.
 
     It must depend on their metadata alone, and call only kernels of this package and operations of
     ATen. All calls must have the metadata of the first, unless ``compared``: then those with other
@@ -293,7 +293,7 @@ class _Recorder(TorchDispatchMode):
         return _View(number, start // x.itemsize, tuple(x.shape), x.stride())
 
     def program(self, results: Found) -> Program | None:
-        """What repeats the recorded call; None where that is not known."""
+        """The repetition of the recorded call; None where that is not known."""
         views = [None if r is None else self._view(r) for r in results]
         if not (self.complete and self.steps):
             return None

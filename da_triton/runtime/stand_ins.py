@@ -53,10 +53,10 @@ def gather_partials(sources, logit_scale):
 
 
 def _partials(a, z, mask):
-    """Of features a and logits z, ``(N, heads, channels, L)``."""
+    """Partial gather of features a and logits z, ``(N, heads, channels, L)``."""
     if mask is not None:
-        kept = mask.bool()[:, None, None]
-        a, z = a.masked_fill(~kept, 0), z.masked_fill(~kept, -torch.inf)
+        masked = ~mask.bool()[:, None, None]
+        a, z = a.masked_fill(masked, 0), z.masked_fill(masked, -torch.inf)
     mx = z.amax(-1)
     p = (z - mx.masked_fill(mx == -torch.inf, 0)[..., None]).exp()
     acc = _dot(p.to(a.dtype), a.mT)
@@ -182,7 +182,7 @@ def merge_partials(
     nothing = total == 0
     lse.copy_((mx + total.log()).masked_fill(nothing, torch.inf) if mask else mx + total.log())
     total = total.masked_fill(nothing, 1) if mask else total
-    found = (acc / total[..., None]).mT  # (N, features, maps)
+    found = (acc / total[..., None]).mT  # (N, features, total_n)
     m = found.contiguous() if want_m else None
     per_head = found.unflatten(2, (heads, -1)).movedim(2, 1)
     if from_x:
@@ -218,14 +218,15 @@ def outer_product(t, x):
 
 
 def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
-    heads, maps = g.shape[1], dh.shape[2]
+    heads, total_n = g.shape[1], dh.shape[2]
     (partials,), (sums,) = outer_product(t, x)
     half = t.shape[1] // 2
     by_head = dh.unflatten(2, (heads, -1))
     dwo = scale * torch.einsum("nohk,nhmk->ohm", by_head, g).flatten(1)
     dwa = torch.einsum("nhmk,nchk->hmc", dg, m.unflatten(2, (heads, -1))).flatten(0, 1)
     found = (
-        dwa, dg.sum((0, 3)).flatten(), partials[half : half + maps], partials[:maps], sums[:maps],
+        dwa, dg.sum((0, 3)).flatten(),
+        partials[half : half + total_n], partials[:total_n], sums[:total_n],
         dwo, by_head[:, :, 0].sum((0, 2)),
     )  # fmt: skip
     return tuple(t.to(like.dtype).contiguous() for t in found)

@@ -35,7 +35,7 @@ SHIPPED = Path(__file__).parents[1] / "kernels" / "tiles"
 
 
 class Tile(NamedTuple):
-    """What a launch takes: block sizes in features, maps and positions, and compiler options."""
+    """Parameters of a launch: block sizes along m, n and positions, and compiler options."""
 
     block_m: int
     block_n: int
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What an entry of a table is found by."""
+    """The key of a table's entry."""
 
     kernel: str
     variant: str  # PLAIN, or what needs a tile of its own: "mask", "v" (V written or given), …
@@ -173,7 +173,7 @@ ANY = 1 << 30
 
 
 class Blocks(NamedTuple):
-    """Least and most features (or channels) and maps in a block, as powers of two.
+    """Least and most features (or channels) and descriptors in a block, as powers of two.
 
     ``walks``: axes on which the kernel walks over smaller blocks, if the table has no larger ones.
     """
@@ -184,7 +184,7 @@ class Blocks(NamedTuple):
 
 
 BLOCKS = {
-    # of the core: all of G in a program; blocks of G; all maps; statistics
+    # of the core: all of G in a program; blocks of G; full n; statistics
     "distribute": Blocks(),
     "distribute_backward": Blocks(),
     "gather_backward": Blocks(),
@@ -209,7 +209,7 @@ BLOCKS = {
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # of kernels with others than "pointers"
-CORE = list(BLOCKS)[:7]  # those of which an SM should hold two, if they are small
+CORE = list(BLOCKS)[:7]  # an SM should hold two programs of these, if they are small
 # Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
 # and in tests.
 STATISTICS = {
@@ -218,19 +218,19 @@ STATISTICS = {
 INTERPRETED = Entry(32, 4, 1)
 
 
-def blocks(kernel: str, tile_class: str, features: int, maps: int) -> tuple[int, int]:
+def blocks(kernel: str, tile_class: str, features: int, descriptors: int) -> tuple[int, int]:
     """``(block_m, block_n)`` of a kernel, the largest if it walks."""
     least, (m, n, _) = SMALLEST[tile_class], BLOCKS[kernel]
     block_m = min(_power(features, max(m[0], least)), m[1])
-    block_n = min(_power(maps, max(n[0], least)), n[1])
+    block_n = min(_power(descriptors, max(n[0], least)), n[1])
     if kernel == "gather_from_x":
         block_n = min(block_n, max(32, LARGEST_G_TILE["half"] ** 2 // block_m))
     return block_m, block_n
 
 
-def _walked(kernel, tile_class, features, maps) -> Iterator[tuple[int, int]]:
+def _walked(kernel, tile_class, features, descriptors) -> Iterator[tuple[int, int]]:
     """The block sizes to look up, in order."""
-    m, n = blocks(kernel, tile_class, features, maps)
+    m, n = blocks(kernel, tile_class, features, descriptors)
     walks = BLOCKS[kernel].walks
     for block_n in _halves(n) if "n" in walks else [n]:
         for block_m in _halves(m) if "m" in walks else [m]:
@@ -253,13 +253,13 @@ def g_fits_one_tile(x, c_m, c_n):
     return max(c_m, c_n) <= LARGEST_G_TILE[POLICIES[x.dtype].tile_class]
 
 
-def channels_fit(features, maps):
+def channels_fit(features, descriptors):
     """Whether ``project_distribute`` keeps a tile of X, with all its channels, between products."""
-    return _power(features, 64) * _power(maps, 32) <= LARGEST_G_TILE["half"] ** 2
+    return _power(features, 64) * _power(descriptors, 32) <= LARGEST_G_TILE["half"] ** 2
 
 
 def packed_cols(heads, c_n):
-    """(heads, maps of a head) in a tile with all maps of all heads: powers of two."""
+    """(heads, n of a head) in a tile with the full n of all heads: powers of two."""
     head_block = _power(heads, 1)
     return head_block, max(_power(c_n, 1), 32 // head_block)
 
@@ -272,32 +272,36 @@ def packed(heads, c_n, block_n):
 # --- the lookup -----------------------------------------------------------------------------------
 
 
-def tile(kernel: str, x: torch.Tensor, features: int, maps: int, variant: str = PLAIN) -> Tile:
+def tile(
+    kernel: str, x: torch.Tensor, features: int, descriptors: int, variant: str = PLAIN
+) -> Tile:
     """The tile of a kernel for tensors like x, with these features (or channels) and n.
 
     Raises:
         KeyError: no tile of the kernel fits (see ``fits``).
     """
-    found = _of(kernel, x, features, maps, variant)
+    found = _of(kernel, x, features, descriptors, variant)
     if found is None:
-        found = _rule(kernel, POLICIES[x.dtype].tile_class, features, maps)
+        found = _rule(kernel, POLICIES[x.dtype].tile_class, features, descriptors)
     if found is None:
-        raise KeyError(f"{kernel} has no tile for {features} features and {maps} maps")
+        raise KeyError(
+            f"{kernel} has no tile for {features} features and {descriptors} descriptors"
+        )
     return found
 
 
-def fits(kernel: str, x: torch.Tensor, features: int, maps: int) -> bool:
-    """Whether a kernel has a tile that does not spill: bf16, no mask, 28×28 and 14×14 maps.
+def fits(kernel: str, x: torch.Tensor, features: int, descriptors: int) -> bool:
+    """Whether a kernel has a tile that does not spill: bf16, no mask, 28×28 and 14×14 positions.
 
     With a mask, or rows of odd length, some tiles spill; results do not change.
     """
-    return _of(kernel, x, features, maps, PLAIN) is not None
+    return _of(kernel, x, features, descriptors, PLAIN) is not None
 
 
-def _of(kernel, x, features, maps, variant):
+def _of(kernel, x, features, descriptors, variant):
     device = x.device
     facts = architecture(device), gpu(device)
-    return find(kernel, POLICIES[x.dtype].tile_class, features, maps, variant, *facts)
+    return find(kernel, POLICIES[x.dtype].tile_class, features, descriptors, variant, *facts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -305,13 +309,13 @@ def find(
     kernel: str,
     tile_class: str,
     features: int,
-    maps: int,
+    descriptors: int,
     variant: str,
     arch: str,
     gpu_name: str = "",
 ) -> Tile | None:
-    """What the tables have: of the GPU ``gpu_name``, if it is given, and of its architecture."""
-    sizes = list(_walked(kernel, tile_class, features, maps))
+    """The entry tuned on the GPU ``gpu_name``, if given, else the one of its architecture."""
+    sizes = list(_walked(kernel, tile_class, features, descriptors))
     tables = tuned(gpu_name), shipped(arch)
     for wanted in dict.fromkeys((variant, PLAIN)):
         for block in sizes:
@@ -322,11 +326,11 @@ def find(
     return None
 
 
-def _rule(kernel, tile_class, features, maps):
+def _rule(kernel, tile_class, features, descriptors):
     entry = STATISTICS.get(kernel)
     if entry is None and tile_class != "half" and kernel not in CORE and kernel != "full_n":
         entry = INTERPRETED
-    key = Key(kernel, PLAIN, tile_class, *blocks(kernel, tile_class, features, maps))
+    key = Key(kernel, PLAIN, tile_class, *blocks(kernel, tile_class, features, descriptors))
     return None if entry is None else _tile(key, entry)
 
 
@@ -354,7 +358,7 @@ def shipped(arch: str) -> Table:
 
 @functools.cache
 def tuned(gpu_name: str) -> Table:
-    """What was tuned on a GPU: a table in the user's folder over one that ships.
+    """Entries tuned on a GPU: a table in the user's folder takes precedence over a shipped one.
 
     A table that cannot be read, is of another version of Triton, or has an entry that no kernel
     could take is left out; that is warned of once.
@@ -389,7 +393,7 @@ def tuned_files(gpu_name: str) -> list[Path]:
 
 
 def file_name(gpu_name: str) -> str:
-    """Of the table of a GPU."""
+    """Name of the file that holds a GPU's table."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json"
 
 

@@ -104,9 +104,9 @@ def random(value, axes, role, generator):
     sizes = [few(letter, size) for letter, size in zip(letters, value.shape, strict=True)]
     x = like(value, sizes)
     if value.dtype == torch.uint8:
-        kept = torch.rand(x.shape, generator=generator, device=x.device) < 0.7
-        kept[..., 0] = True  # a map without positions has no finite log-sum-exp
-        return fill(x, kept)
+        mask = torch.rand(x.shape, generator=generator, device=x.device) < 0.7
+        mask[..., 0] = True  # an attention map without positions has no finite log-sum-exp
+        return fill(x, mask)
     if role == "written":
         return fill(x, torch.full(x.shape, torch.nan, device=x.device))
     numbers = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)

@@ -40,7 +40,7 @@ def layer(*args, **options):
 mask = torch.ones(2, 5, dtype=torch.bool)
 meta = x6.to("meta")
 
-REFUSALS = [
+ERRORS = [
     (gather(a=[1]), TypeError, "a must be a torch.Tensor, got list"),
     (gather(a=torch.zeros(2, 4)), ValueError, r"1, 2 or 3 position axes, got shape \(2, 4\)"),
     (gather(a=torch.zeros(1, 1, 1, 1, 1, 1)), ValueError, "flatten the extra ones"),
@@ -71,11 +71,15 @@ REFUSALS = [
     (distribute(g=torch.zeros(2, 1, 0, 4)), ValueError, "none of them 0 but N"),
     (distribute(g=torch.zeros(3, 1, 3, 4)), ValueError, "g and v must have the same batch"),
     (distribute(v=x6), ValueError, r"heads·n = 1·4 channels to fit g \(2, 1, 3, 4\), got 6"),
-    (distribute(g=torch.zeros(2, 1, 3, 4).half()), TypeError, "or float32 beside lower-prec"),
+    (distribute(g=torch.zeros(2, 1, 3, 4).half()), TypeError, "or float32 if v is half"),
     (distribute(v=x4.double()), TypeError, "got torch.float32 and torch.float64"),
     (distribute(v=x4.to("meta")), RuntimeError, "g and v must be on one device"),
     (distribute(scale=None), TypeError, "scale must be a Python number, int or float, got NoneT"),
-    (core(v=x4), ValueError, "b and v must have the same number of maps, got 6 and 4"),
+    (
+        core(v=x4),
+        ValueError,
+        r"b and v must have the same number of channels \(heads·n\), got 6 and 4",
+    ),
     (core(v=x6.half()), TypeError, "a and v must share one dtype"),
     (core(v=torch.zeros(3, 6, 5)), ValueError, "b and v must have the same batch"),
     (core(v=x6[0]), ValueError, r"v must be \(N, channels, \*positions\)"),
@@ -94,7 +98,11 @@ REFUSALS = [
     (block(weight_a=torch.zeros(4)), ValueError, r"weight_a must be \(out, in\)"),
     (block(weight_b=torch.zeros(4, 4, 3, 3)), ValueError, "trailing axes of size 1"),
     (block(weight_v=torch.zeros(4, 5)), ValueError, "weight_v must take 4 channels"),
-    (block(weight_v=torch.zeros(6, 4)), ValueError, "same number of maps, got 4 and 6"),
+    (
+        block(weight_v=torch.zeros(6, 4)),
+        ValueError,
+        r"must give the same number of channels \(heads·n\), got 4 and 6",
+    ),
     (block(weight_out=torch.zeros(4, 5)), ValueError, "weight_out must take 4 channels"),
     (block(bias_a=torch.zeros(5)), ValueError, r"bias_a must have shape \(4,\), got \(5,\)"),
     (block(bias_b=torch.zeros(5)), ValueError, r"bias_b must have shape \(4,\)"),
@@ -111,7 +119,7 @@ REFUSALS = [
     (block(order="XH", backend="eager"), ValueError, "Use backend='torch' for another order"),
     (block(recompute="yes"), ValueError, "recompute must be one of True, False, 'auto'"),
     (block(recompute=1), ValueError, "got 1"),
-    (block(recompute=True, backend="eager"), ValueError, "keeps what PyTorch keeps"),
+    (block(recompute=True, backend="eager"), ValueError, "autograd decides what is saved"),
     (block(mask=mask), ValueError, r"\(2, 3, 3\) or \(N, 1, \*positions\) of x"),
     (layer(0), ValueError, "in_channels must be a positive integer, got 0"),
     (layer(4, 2.5), ValueError, "c_m must be a positive integer, got 2.5"),
@@ -129,7 +137,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), REFUSALS, ids=[r[2][:40] for r in REFUSALS])
-def test_refusal(call, kind, message):
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS, ids=[r[2][:40] for r in ERRORS])
+def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()

@@ -1,7 +1,7 @@
-"""Wrong and odd arguments, one or two at a time: a refusal that names the argument, or the answer.
+"""Wrong and odd arguments, one or two at a time: an error that names the argument, or the answer.
 
 Every argument of every public function, and of the layers, is spoiled in every way below. What is
-refused must be refused by this package, with the documented types and a message that says which
+rejected must be rejected by this package, with the documented types and a message that says which
 argument it is; what is not must equal the definition in float64.
 """
 
@@ -24,7 +24,7 @@ from da_triton import DoubleAttention, integrations
 from support.numerics import DEVICE
 
 PACKAGE = Path(da_triton.__file__).parent
-REFUSALS = (ValueError, TypeError, RuntimeError)
+ERRORS = (ValueError, TypeError, RuntimeError)
 KINDS = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -200,12 +200,12 @@ def wide(value):
 
 
 def outcome(call, given, backend):
-    """ "refused", or "right"; AssertionError where it is neither."""
+    """ "rejected", or "right"; AssertionError where it is neither."""
     try:
         found = call(**given, backend=backend)
-    except REFUSALS as error:
-        refused(error, {*given, "extra_a", "extra_b"})
-        return "refused"
+    except ERRORS as error:
+        rejected(error, {*given, "extra_a", "extra_b"})
+        return "rejected"
     expected = call(**{k: wide(v) for k, v in given.items()}, backend="eager")
     assert found.shape == expected.shape
     if found.device.type == "meta":
@@ -221,7 +221,7 @@ def outcome(call, given, backend):
     return "right"
 
 
-def refused(error, names):
+def rejected(error, names):
     last = traceback.extract_tb(error.__traceback__)[-1]
     assert PACKAGE in Path(last.filename).parents, f"from inside {last.filename}: {error!r}"
     assert {*re.findall(r"\w+", str(error).lower())} & names, f"names no argument: {error!r}"
@@ -254,8 +254,8 @@ def spoil(given, argument, way):
 
 
 def tally(name, backend, chosen):
-    """How many were refused and how many were right; fails with a list of those that were not."""
-    faults, count = [], {"refused": 0, "right": 0}
+    """How many were rejected and how many were right; fails with a list of those that were not."""
+    faults, count = [], {"rejected": 0, "right": 0}
     for spoils in chosen:
         torch.manual_seed(0)
         call, given = CALLS[name]()
@@ -287,7 +287,7 @@ def test_one_argument(name, backend):
 def test_two_arguments(name, backend):
     known = [(one, two) for one, two in itertools.combinations(cases(name), 2) if one[0] != two[0]]
     count = tally(name, backend, random.Random(0).sample(known, 150))
-    assert count["refused"] > 50
+    assert count["rejected"] > 50
 
 
 # --- what is made -------------------------------------------------------------------------------
@@ -323,17 +323,17 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_any_argument_is_taken_or_refused_by_name(name):
-    """With each argument replaced by each of many things: made, or refused by name."""
+def test_any_argument_is_taken_or_rejected_by_name(name):
+    """With each argument replaced by each of many things: made, or rejected by name."""
     function, usual = MADE[name]
-    faults, count = [], {"refused": 0, "made": 0}
+    faults, count = [], {"rejected": 0, "made": 0}
     for argument, other in itertools.product(usual, OTHERS):
         try:
             made = function(**usual | {argument: other})
-        except REFUSALS as error:
+        except ERRORS as error:
             try:
-                refused(error, {*usual, "in_channels"})
-                count["refused"] += 1
+                rejected(error, {*usual, "in_channels"})
+                count["rejected"] += 1
             except AssertionError as fault:
                 faults.append(f"{argument} = {other!r}: {fault}")
         except Exception as error:

@@ -70,15 +70,15 @@ def block(x, weight_a, bias_a, weight_out, bias_out):
     )
 
 
-maps = {name: torch.randn(2, 4, 5) for name in ("a", "b", "v")}
+activations = {name: torch.randn(2, 4, 5) for name in ("a", "b", "v")}
 tokens = {name: torch.randn(2, 4, 3) for name in ("extra_a", "extra_b")}
 weights = {
     "x": torch.randn(2, 4, 5), "weight_a": torch.randn(4, 4), "bias_a": torch.randn(4),
     "weight_out": torch.randn(4, 4), "bias_out": torch.randn(4),
 }  # fmt: skip
-CALLS = [(core, maps | tokens, name) for name in maps | tokens]
+CALLS = [(core, activations | tokens, name) for name in activations | tokens]
 CALLS += [(block, weights, name) for name in weights]
-CALLS += [(da_triton.distribute, {"g": torch.randn(2, 1, 3, 4), "v": maps["v"]}, "g")]
+CALLS += [(da_triton.distribute, {"g": torch.randn(2, 1, 3, 4), "v": activations["v"]}, "g")]
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize")
@@ -99,10 +99,10 @@ def test_a_conversion_that_a_message_names(call, values, name, change, recwarn):
 ])  # fmt: skip
 def test_masks(change):
     mask = torch.tensor([[True, False, True, True, False]] * 2)
-    expected = da_triton.gather(maps["a"], maps["b"], mask=mask)
+    expected = da_triton.gather(activations["a"], activations["b"], mask=mask)
 
     def call(mask):
-        return da_triton.gather(maps["a"], maps["b"], mask=mask)
+        return da_triton.gather(activations["a"], activations["b"], mask=mask)
 
     result, done = follow(call, mask=change(mask))
     assert done
@@ -145,7 +145,7 @@ def test_sizes(sizes):
     assert varlen.mask_from_sizes(sizes, (2, 2)).sum() == sizes.prod()
 
 
-def test_nested_maps_are_packed():
+def test_nested_tensors_are_packed():
     x = torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(4, 5)])
     with pytest.raises(TypeError, match="must not be a nested tensor") as caught:
         da_triton.gather(x, x)

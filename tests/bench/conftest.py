@@ -10,6 +10,7 @@ from bench import networks, providers, stages, workloads
 from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
+from bench.problems import FORWARD
 from bench.stages import STAGES, Settings
 from bench.workloads import Workload
 from support import fakes
@@ -62,6 +63,16 @@ def bench(timer):
 
 
 @pytest.fixture
+def measured(bench, tiny):
+    """The rows of a group, with changes to the bench."""
+
+    def measured(group, mode=FORWARD, workload=tiny, **changes):
+        return dataclasses.replace(bench, **changes).measure(workload, mode, group)
+
+    return measured
+
+
+@pytest.fixture
 def variant(eager):
     """Providers made from the baseline: another name, setup or launch mode; not a baseline."""
 
@@ -74,13 +85,13 @@ def variant(eager):
 
 @pytest.fixture
 def settings(monkeypatch, children, tmp_path):
-    """Those of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
+    """The settings of a CPU: the torch backend in Triton's place, nothing captured, small sizes."""
     monkeypatch.setitem(stages.scaling.AXES, "L", [8, 16, 32])
     base = dataclasses.replace(stages.scaling.BASE, c=8, c_m=4, c_n=4)
     monkeypatch.setattr(stages.scaling, "BASE", base)
     monkeypatch.setattr(stages, "seconds", lambda *args: (2.0, 1.0))
     monkeypatch.setattr(stages, "compute_sanitizer", lambda: None)
-    monkeypatch.setattr("bench.tune.path_of", lambda card: tmp_path / "data" / f"{card}.json")
+    monkeypatch.setattr("bench.tune.path_of", lambda gpu: tmp_path / "data" / f"{gpu}.json")
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     plain = [p for p in providers.plain("torch") if not p.channels_last]
     network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))

@@ -90,17 +90,14 @@ def test_processes_after_tuning_are_new(run, tiny):
     """A process reads the table once, so one from before would measure the old tiles."""
     seen = []
 
-    def rest(run, budget):
-        seen.append(run.worker._process)
-        return "done"
+    def seeing(stage):
+        def run(run, budget):
+            seen.append(run.worker._process)
+            return stage(run, budget)
 
-    original = stages.tuning
+        return run
 
-    def tuning(run, budget):
-        seen.append(run.worker._process)
-        return original(run, budget)
-
-    chosen = {"eager": stages.eager, "tune": tuning, "rest": rest}
+    chosen = {"eager": stages.eager, "tune": seeing(stages.tuning), "memory": seeing(lambda *_: "")}
     made = [s._replace(run=chosen[s.name]) for s in STAGES if s.name in chosen]
     run(*chosen, workloads=[tiny], known=made)
     assert seen[0] is not None
@@ -194,19 +191,15 @@ def test_warnings_of_workers_are_in_the_report(run, out, tiny, variant):
     assert (out / "report.md").read_text().count("da_triton does not use its kernel 'a'") == 1
 
 
-def test_a_stage_that_fails_does_not_end_the_run(run, out, tiny, monkeypatch, capsys):
+def test_a_stage_that_fails_does_not_end_the_run(run, out, tiny, capsys):
     def fails(*args):
         raise MemoryError("too large")
 
-    monkeypatch.setattr(stages, "REST", ((stages.whole_networks, 1),))
-    code, frame = run("eager", "rest", workloads=[tiny], sweeps=fails)
+    code, frame = run("eager", "networks", workloads=[tiny], sweeps=fails)
     assert code == 1
     assert {*frame["workload"]} == {"net"}
     assert "failed: MemoryError: too large" in capsys.readouterr().out
     assert "in fails" in logged(out, "eager-error.txt")
-    monkeypatch.setattr(stages.networks, "variants", fails)
-    run("rest", workloads=[tiny])
-    assert "whole networks: failed: MemoryError: too large" in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_drawn_is_written(run, out, tiny, monkeypatch, capsys):
@@ -221,7 +214,7 @@ def test_a_report_that_cannot_be_drawn_is_written(run, out, tiny, monkeypatch, c
 
 
 def test_used_up_budget(run, out, capsys):
-    code, frame = run("tests", "eager", "rest", seconds=0)
+    code, frame = run("tests", "eager", "memory", seconds=0)
     assert code == 1  # the tests did not run
     assert frame is None
     assert {x["result"] for x in facts(out)["stages"].values()} == {"not run, for lack of time"}

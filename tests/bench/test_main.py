@@ -14,6 +14,7 @@ from bench import (
     cli,
     environment,
     first_call,
+    isolation,
     measure,
     networks,
     problems,
@@ -21,6 +22,8 @@ from bench import (
     report,
     roofline,
     scaling,
+    stages,
+    workloads,
 )
 from bench.measure import OK, Effort
 from bench.workloads import WORKLOADS
@@ -118,7 +121,7 @@ def gpu_calls(monkeypatch):
 
 def test_gpu_runs_every_stage_with_the_sum_of_their_seconds(table, tmp_path, gpu_calls):
     assert cli.main(["gpu", "--out", str(tmp_path)]) == 7
-    names = ["smoke", "tests", "eager", "compiled", "tune", "rest"]
+    names = [stage.name for stage in stages.STAGES]
     assert gpu_calls == [(tmp_path, list(table), 1560, names, [])]
 
 
@@ -358,33 +361,28 @@ def test_modes_add_up():
             assert both == one + two
 
 
-CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR")
-
-
-def test_first_calls_of_fresh_processes(monkeypatch):
-    (eager,) = providers.select(["eager"], "eager", torch.device("cpu"), torch.float32, ["nchw"])
-    monkeypatch.setenv("TRITON_CACHE_DIR", "not this")
+def test_first_calls_of_fresh_processes(monkeypatch, children):
+    cpu = torch.device("cpu")
+    (eager,) = providers.select(["eager"], "eager", cpu, torch.float32, ["nchw"])
     folders = []
-    fresh = first_call._fresh
 
-    def spied(arguments, environment, limit):
-        folders.append(environment["TRITON_CACHE_DIR"])
-        parents = {os.path.dirname(environment[name]) for name in CACHE_VARIABLES}
-        assert parents == {os.path.dirname(folders[-1])}
-        assert os.path.isdir(os.path.dirname(folders[-1]))
-        return fresh(arguments, environment, limit)
+    def seen(log, environment):
+        folders.append({name: os.path.dirname(path) for name, path in environment.items()})
+        return isolation.Worker(log, environment)
 
-    monkeypatch.setattr(first_call, "_fresh", spied)
-    arguments = ["yolo_p5_b1", eager, problems.FORWARD, torch.float32, torch.device("cpu")]
-    cold, warm = first_call.seconds(*arguments)
+    monkeypatch.setattr(first_call, "Worker", seen)
+    work = workloads.select(["yolo_p5_b1"], "all")[0]
+    cold, warm = first_call.seconds(work, eager, problems.FORWARD, torch.float32, cpu)
     assert 0 < cold < 60
     assert 0 < warm < 60
-    assert folders[0] == folders[1] != "not this"
-    with pytest.raises(RuntimeError, match=r"first call of 'eager'.*did you mean 'yolo_p5_b1'"):
-        first_call.seconds("yolo_p5_b", *arguments[1:])
+    assert folders[0] == folders[1]
+    assert {*folders[0]} == {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR"}
+    broken = dataclasses.replace(eager, setup=fakes.fails)
+    with pytest.raises(RuntimeError, match=r"first call of 'eager': failed: .*out of memory"):
+        first_call.seconds(work, broken, problems.FORWARD, torch.float32, cpu)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="first call of 'eager': killed after 0 s"):
-        first_call.seconds(*arguments, limit=0.2)
+        first_call.seconds(work, eager, problems.FORWARD, torch.float32, cpu, limit=0.2)
     assert time.monotonic() - start < 3
 
 

@@ -40,7 +40,7 @@ def checked(tmp_path, seconds=60.0):
     [
         (CLEAN, "0 errors, exit status 0"),
         (FAULTY, "3 errors, exit status 86"),
-        (f"{CLEAN}; sys.exit(1)", "0 errors, exit status 1"),  # no clean run
+        (f"{CLEAN}; sys.exit(1)", "0 errors, exit status 1"),  # not a clean run
         ("print('Target application terminated')", "no summary, exit status 0"),
     ],
 )

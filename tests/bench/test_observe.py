@@ -1,4 +1,4 @@
-"""Timers, what is read beside times, and a CUDA context that is lost."""
+"""Timers, what is read besides times, and a CUDA context that is lost."""
 
 import dataclasses
 import sys
@@ -8,19 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import measure, networks
-from bench.measure import (
-    CONTEXT_LOST,
-    OK,
-    Budget,
-    ContextLostError,
-    Effort,
-    describe,
-    usable,
-)
-from bench.observe import FLUSHES_AHEAD, CudaTimer, WallTimer
+from bench import measure
+from bench.measure import CONTEXT_LOST, OK, Budget, ContextLostError, Effort
+from bench.observe import FLUSHES_AHEAD, CudaTimer, WallTimer, describe, usable
 from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
+
+LOST = "CUDA error: an illegal memory access was encountered"
 
 
 def test_wall_timer_measures_the_call():
@@ -35,26 +29,18 @@ def test_l2_holds_clean_lines_of_another_buffer_when_the_clock_starts(
 ):
     """A read of a buffer that nothing writes comes after all writes, before the start event."""
     events = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            pass
-
-        def record(self):
-            events.append("record")
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, end):
-            return 1.5
+    event = types.SimpleNamespace(
+        record=lambda: events.append("record"),
+        synchronize=lambda: None,
+        elapsed_time=lambda end: 1.5,
+    )
 
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             events.append((function.overloadpacket.__name__, args[0].data_ptr(), args[0].nbytes))
             return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
     timer = CudaTimer("cpu", flush_bytes=4096)
     with Log():
@@ -65,63 +51,44 @@ def test_l2_holds_clean_lines_of_another_buffer_when_the_clock_starts(
     assert events == [*writes, *read, *waits, "record", "call", "record"]
 
 
-def test_cudnn_searches_for_every_provider_and_is_restored(bench, tiny, eager, variant):
+def test_cudnn_searches_for_every_provider_and_is_restored(measured, eager, variant):
     seen = []
 
     def setup(problem):
         closure = eager.setup(problem)
-        seen.append(torch.backends.cudnn.benchmark)
 
         def run():
             seen.append(torch.backends.cudnn.benchmark)
             return closure()
 
+        run()
         return run
 
-    def fails(problem):
+    def interrupted(problem):
         raise KeyboardInterrupt
 
     assert not torch.backends.cudnn.benchmark
-    bench.measure(tiny, STEP, [variant("ours", setup)])
+    measured([variant("ours", setup)], STEP)
     assert len(seen) > 4
     assert all(seen)
     with pytest.raises(KeyboardInterrupt):
-        bench.measure(tiny, FORWARD, [variant("bad", fails)])
-    assert not torch.backends.cudnn.benchmark
-
-
-def test_cudnn_searches_for_networks(bench):
-    seen = []
-
-    def make(block):
-        seen.append(torch.backends.cudnn.benchmark)
-        return torch.nn.Conv2d(3, 3, 1)
-
-    shape = (1, 3, 4, 4)
-    network = networks.Network("n", make, lambda net, x: net(x).mean(), shape, shape)
-    bench.measure(network, FORWARD, networks.variants("torch", False))
-    assert seen == [True] * 6
+        measured([variant("bad", interrupted)])
     assert not torch.backends.cudnn.benchmark
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What is measured on a GPU only, without one; what is counted, in order."""
+    """Replaces readings that need a GPU; the closures whose launches were counted."""
     counted = []
-
-    def launches(closure):
-        counted.append(closure)
-        return 7
-
     monkeypatch.setattr(measure, "on_gpu", lambda device: True)
     monkeypatch.setattr(measure, "usable", lambda device: True)
     monkeypatch.setattr(measure, "peak_bytes", lambda closure: 1000)
     monkeypatch.setattr(measure, "host_microseconds", lambda closure: 5.0)
-    monkeypatch.setattr(measure, "launches", launches)
+    monkeypatch.setattr(measure, "launches", lambda closure: counted.append(closure) or 7)
     return counted
 
 
-def test_launches_are_counted_after_all_timing(bench, table, variant, timer, as_on_a_gpu):
+def test_launches_are_counted_after_all_timing(bench, table, variant, as_on_a_gpu):
     """A profiler that has once run slows later launches."""
     added = []
 
@@ -153,43 +120,49 @@ def test_failing_counters_leave_the_timing(bench, tiny, eager, monkeypatch, as_o
 
 
 def test_used_up_budget_counts_nothing(bench, tiny, eager, as_on_a_gpu):
-    bench = dataclasses.replace(bench, budget=Budget(0))
     row = {}
-    bench.count_launches([(row, tiny, FORWARD, eager)])
+    dataclasses.replace(bench, budget=Budget(0)).count_launches([(row, tiny, FORWARD, eager)])
     assert "launches" not in row
 
 
-def test_rows_of_ours_name_the_kernels_that_were_not_used(bench, tiny, variant, monkeypatch):
-    group = [variant("eager"), variant("triton"), variant("compile triton")]
+@pytest.mark.parametrize("replaced", [("a", "b"), (), None])
+def test_rows_of_ours_name_the_kernels_that_were_not_used(measured, variant, monkeypatch, replaced):
+    """None: Triton is not installed, so the module was never imported."""
     module = "da_triton.runtime.guard"
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ("a", "b")))
-    rows = bench.measure(tiny, FORWARD, group)
-    assert [row.get("kernels_not_used") for row in rows] == [None, "a, b", "a, b"]
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: ()))
-    assert not any("kernels_not_used" in row for row in bench.measure(tiny, FORWARD, group))
-    monkeypatch.delitem(sys.modules, module)  # as without Triton
-    assert not any("kernels_not_used" in row for row in bench.measure(tiny, FORWARD, group))
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(replaced=lambda: replaced))
+    if replaced is None:
+        monkeypatch.delitem(sys.modules, module)
+    rows = measured([variant("eager"), variant("triton"), variant("compile triton")])
+    named = ", ".join(replaced or ()) or None
+    assert [row.get("kernels_not_used") for row in rows] == [None, named, named]
+
+
+# --- a CUDA context that is lost ------------------------------------------------------------------
 
 
 def test_lost_context_ends_the_run_with_every_row_added(bench, table, eager, variant, monkeypatch):
     """In setup: neither those before nor those after it can be timed in this process."""
-    broken = []
+    broken, later = [], []
 
     def fails(problem):
         broken.append(None)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(LOST)
 
     monkeypatch.setattr(measure, "usable", lambda device: not broken)
     rows = []
-    sweeps = [[eager], [eager, variant("bad", fails), variant("ours")], [variant("later")]]
+    after = variant("ours", later.append)
     with pytest.raises(ContextLostError, match="in group 3"):
-        bench.run(table, sweeps, rows.extend, [FORWARD])
-    failed = "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+        bench.run(
+            table, [[eager], [eager, variant("bad", fails), after], [after]], rows.extend, [FORWARD]
+        )
+    failed = f"failed: RuntimeError: {LOST}"
     assert [row["status"] for row in rows] == [OK, OK, CONTEXT_LOST, failed, CONTEXT_LOST]
+    assert not later
 
 
-def test_context_lost_while_timing(bench, tiny, eager, variant, monkeypatch):
-    """Those that have enough repetitions keep them."""
+@pytest.mark.parametrize(("rounds_min", "status"), [(1, OK), (2, CONTEXT_LOST)])
+def test_context_lost_while_timing(bench, tiny, eager, variant, monkeypatch, rounds_min, status):
+    """Providers with enough repetitions by then keep them."""
     calls = []
 
     def breaks(problem):
@@ -198,24 +171,18 @@ def test_context_lost_while_timing(bench, tiny, eager, variant, monkeypatch):
         def run():
             calls.append(None)
             if len(calls) == 2 + 2:  # warm-up, check; then in the second round, as its first
-                raise RuntimeError("CUDA error")
+                raise RuntimeError(LOST)
             return closure()
 
         return run
 
     monkeypatch.setattr(measure, "usable", lambda device: len(calls) < 4)
-    bench = dataclasses.replace(bench, effort=Effort(1, 1, 3, seconds=1e9))
+    bench = dataclasses.replace(bench, effort=Effort(1, rounds_min, 3, seconds=1e9))
     rows = []
     with pytest.raises(ContextLostError):
         bench.run([tiny], [[eager, variant("bad", breaks)]], rows.extend)
-    assert [row["status"] for row in rows] == [OK, "failed: RuntimeError: CUDA error"]
-    assert rows[0]["repetitions"] == 1
-    calls.clear()
-    bench = dataclasses.replace(bench, effort=Effort(1, 2, 3, seconds=1e9))
-    rows.clear()
-    with pytest.raises(ContextLostError):
-        bench.run([tiny], [[eager, variant("bad", breaks)]], rows.extend)
-    assert rows[0]["status"] == CONTEXT_LOST
+    assert [row["status"] for row in rows] == [status, f"failed: RuntimeError: {LOST}"]
+    assert rows[0].get("repetitions") == (1 if status == OK else None)
 
 
 def test_failure_with_a_usable_context_goes_on(bench, table, variant):
@@ -229,23 +196,22 @@ def test_failure_with_a_usable_context_goes_on(bench, table, variant):
 
 def test_what_makes_a_process_unusable(monkeypatch):
     """A sticky error, a capture that has not ended, an allocator that believes in one."""
-    cuda = torch.device("cuda")
-    assert not usable(cuda)  # there is none
-    assert usable(torch.device("cpu"))
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert usable(cuda)
 
     def asserts():
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
-    monkeypatch.setattr(torch.cuda, "empty_cache", asserts)
-    assert not usable(cuda)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not usable(cuda)
+    cuda, ones = torch.device("cuda"), torch.ones
+    assert not usable(cuda)  # there is none
+    assert usable(torch.device("cpu"))
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    for capturing, empty_cache, expected in (
+        (False, lambda: None, True),
+        (False, asserts, False),
+        (True, lambda: None, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+        assert usable(cuda) == expected
 
 
 def test_cause_of_a_failed_capture_is_described():

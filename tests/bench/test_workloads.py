@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from bench import workloads
-from bench.measure import OK
-from bench.problems import FORWARD
 from bench.workloads import WORKLOADS, UsageError, select
 
 CPU = torch.device("cpu")
@@ -30,9 +28,7 @@ def test_selections_grow():
 def test_small_workloads_are_in_the_default_selection_and_have_one_batch():
     small = [w for w in WORKLOADS if w.small]
     assert len(small) == 8
-    for work in small:
-        assert work.selection == "default"
-        assert work.cpu_n == work.n
+    assert all(w.selection == "default" and w.cpu_n == w.n for w in small)
 
 
 def test_named_workloads_in_table_order(table):
@@ -49,31 +45,23 @@ def test_unknown_name_suggests_the_nearest(name, near):
 
 
 def test_batch_depends_on_the_device(tiny):
-    assert tiny.batch(CPU) == 2
-    assert tiny.batch(torch.device("cuda")) == 4
-    assert tiny.features(CPU, seed=0).shape == (2, 8, 4, 5)
+    assert (tiny.batch(CPU), tiny.batch(torch.device("cuda"))) == (2, 4)
 
 
-def test_features_are_reproducible(tiny):
-    first, again, other = (tiny.features(CPU, seed) for seed in (0, 0, 1))
+@pytest.mark.parametrize("name", ["small_64_14x14_n8", "photo_china"])
+def test_features(name):
+    pytest.importorskip("sklearn")
+    (work,) = select([name], "all")
+    first, again, other = (work.features(CPU, seed) for seed in (0, 0, 1))
+    assert first.shape == other.shape == (work.cpu_n, work.c, *work.positions)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert first.mean().abs() < (1e-4 if work.photographs else 1e-2)
+    assert 0.9 < first.std() < 1.1
 
 
-def test_photograph_features():
-    pytest.importorskip("sklearn")
-    (photo,) = (w for w in WORKLOADS if w.photographs)
-    china, again, flower = (photo.features(CPU, seed) for seed in (0, 0, 1))
-    assert china.shape == flower.shape == (1, photo.c, *photo.positions)
-    assert torch.equal(china, again)
-    assert not torch.equal(china, flower)
-    assert china.mean().abs() < 1e-4
-    assert 0.9 < china.std() < 1.1
-
-
-def test_missing_photograph_is_a_row(bench, eager, monkeypatch):
+def test_input_that_cannot_be_made_becomes_rows(measured, eager, variant, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    (photo,) = (w for w in WORKLOADS if w.photographs)
-    (row,) = bench.measure(photo, FORWARD, [eager])
-    assert row["status"] != OK
-    assert "needs scikit-learn" in row["status"]
+    rows = measured([eager, variant("other")], workload=select(["photo_china"], "all")[0])
+    assert len(rows) == 2
+    assert all("needs scikit-learn" in row["status"] for row in rows)

@@ -242,7 +242,7 @@ def test_a_subclass_decides_for_itself():
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(2, 8), torch.randn(2, 8, 1, 2, 3, 4)])
-def test_what_is_not_a_feature_map_gets_the_message_of_feature_maps(wrong):
+def test_input_that_is_not_a_feature_map_gets_the_usual_message(wrong):
     for training in (True, False):
         with pytest.raises(ValueError, match=r"must be \(N, channels, \*positions\)"):
             ResidualDoubleAttention(8).train(training)(wrong)

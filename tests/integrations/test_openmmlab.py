@@ -83,7 +83,7 @@ def test_a_second_registration_does_nothing():
     assert len(MODELS) == size
 
 
-def test_a_taken_name_is_refused():
+def test_a_taken_name_is_rejected():
     MODELS.register_module(name=NAME, module=nn.Identity)
     with pytest.raises(RuntimeError, match=r"Identity.*module_dict\.pop"):
         register_openmmlab()

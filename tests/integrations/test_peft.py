@@ -111,7 +111,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS.keys())
-def test_other_adapters_take_maps_of_any_rank(config):
+def test_other_adapters_take_any_number_of_position_axes(config):
     ours, plain = adapted(config(), "layer")
     with ours.disable_adapter():
         before = ours(images())
@@ -168,7 +168,7 @@ def test_two_adapters_and_copies(kind):
 
 
 @each_rank
-def test_maps_and_streams_with_lora(positions):
+def test_attention_maps_and_streams_with_lora(positions):
     """As with weights that the adapters were merged into."""
     ours, _ = adapted(lora(), "layer")
     merged = core(copy.deepcopy(ours).merge_and_unload())

@@ -64,7 +64,7 @@ IGNORED = {
     "nothing": lambda net: [],
     "block": lambda net: [net.block],
     "children": lambda net: list(core(net).children()),
-    "maps": lambda net: [core(net).convB, core(net).convV],
+    "B and V": lambda net: [core(net).convB, core(net).convV],
     "inside": lambda net: [core(net).conv_reconstruct, net.stem],
 }
 
@@ -211,7 +211,7 @@ def test_masks_and_parametrisations(kind, change, training):
 
 @pytest.mark.parametrize("change", [by_magnitude, weight_norm, spectral_norm, older_spectral_norm])
 @pytest.mark.parametrize("positions", RANKS, ids=["1d", "2d", "3d"])
-def test_masks_and_parametrisations_on_maps_of_any_rank(change, positions):
+def test_masks_and_parametrisations_with_any_number_of_position_axes(change, positions):
     pair = (randomize(cls(16, 8, 8).double()).eval() for cls in KINDS["layer"])
     ours, plain = (changed(block, change) for block in pair)
     x = torch.randn(16, 16, *positions, dtype=torch.float64)

@@ -98,7 +98,7 @@ def test_after_training(kind, quantiser):
 
 
 @each_rank
-def test_maps_of_any_rank(positions):
+def test_any_number_of_position_axes(positions):
     check("layer", images(positions), 0.03)
 
 

@@ -156,12 +156,12 @@ def test_compiles_in_one_graph_in_both_modes():
         ({"heads": 3}, "heads"),
     ],
 )
-def test_refusals(options, message):
+def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ResidualDoubleAttention(16, 8, 8, **options)
 
 
-def test_wrong_input_is_refused_in_both_modes():
+def test_wrong_input_is_rejected_in_both_modes():
     for training in (True, False):
         with pytest.raises(ValueError, match="16"):
             ResidualDoubleAttention(16).train(training)(torch.randn(2, 8, 3, 3))

@@ -212,7 +212,7 @@ def test_resnet_inside_a_larger_model():
         (lambda: nn.ModuleDict({"a": small_torchvision()}), [""], "ModuleDict, which is never"),
     ],
 )
-def test_refusals_leave_the_model_alone(make, positions, message):
+def test_errors_leave_the_model_unchanged(make, positions, message):
     model = make()
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -221,7 +221,7 @@ def test_refusals_leave_the_model_alone(make, positions, message):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_twice_is_refused():
+def test_twice_is_rejected():
     model = insert_double_attention(small_torchvision())
     with pytest.raises(ValueError, match="has a double attention block already"):
         insert_double_attention(model)
@@ -307,7 +307,7 @@ def test_video_gives_a_still_clip_the_answer_of_its_image():
         assert relative_rms(video(clip), image(x)) < 1e-5
 
 
-def test_video_refuses_norms_that_have_no_time():
+def test_video_rejects_norms_that_have_no_time():
     with pytest.raises(ValueError, match="Leave norm_layer out"):
         a2_resnet50_video(norm_layer=torchvision.ops.FrozenBatchNorm2d)
 

@@ -101,12 +101,12 @@ def test_channels_last():
     x = image().double()
     expected = model(x)
     model.to(memory_format=torch.channels_last)
-    maps = []
+    activations = []
     for block in blocks(model):
-        block.register_forward_hook(lambda module, args, out: maps.append((args[0], out)))
+        block.register_forward_hook(lambda module, args, out: activations.append((args[0], out)))
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
-    assert len(maps) == 8
-    for given, result in maps:
+    assert len(activations) == 8
+    for given, result in activations:
         assert result.is_contiguous(memory_format=torch.channels_last)
         assert given.is_contiguous(memory_format=torch.channels_last)
 

@@ -94,7 +94,7 @@ def test_backends_and_masks(backend):
 
 
 @each_rank
-def test_maps_and_streams(positions):
+def test_attention_maps_and_streams(positions):
     """As with weights that were dequantised."""
     ours = core(quantised(blocks("layer")[0]))
     dense = blocks("layer")[0]

@@ -169,9 +169,9 @@ def test_forward_and_backward(model, outputs):
     register_ultralytics()
     network = YOLO(ultralytics_config(model, outputs)).model.train()
     assert predict(network.eval(), torch.rand(2, 3, 64, 96)).shape == (2, 84, 12 * 8 + 6 * 4 + 6)
-    maps = features(network.train(), torch.rand(2, 3, 64, 64))
-    assert [tuple(m.shape[2:]) for m in maps] == [(8, 8), (4, 4), (2, 2)]
-    sum(m.square().sum() for m in maps).backward()
+    activations = features(network.train(), torch.rand(2, 3, 64, 64))
+    assert [tuple(m.shape[2:]) for m in activations] == [(8, 8), (4, 4), (2, 2)]
+    sum(m.square().sum() for m in activations).backward()
     for block in blocks(network.model).values():
         assert block.norm.weight.grad.any()
 

@@ -45,21 +45,21 @@ def test_fresh_process(trained, data, tmp_path):
         assert not any(name.startswith("da_triton") for name in sys.modules)
         yolo = YOLO(best)
         with torch.no_grad():
-            maps = yolo.model(x)[0]
+            predicted = yolo.model(x)[0]
         boxes = yolo.predict(image, conf=1e-4, **quick)[0].boxes.data
         fitness = yolo.val(data=data, **quick).fitness
         traced = torch.jit.load(yolo.export(format="torchscript", imgsz=64, device="cpu"))(x[:1])
         yolo.train(data=data, epochs=1, project=runs, name="second", **training)
-        torch.save([maps, boxes, fitness, traced, yolo.model.state_dict()], "found.pt")
+        torch.save([predicted, boxes, fitness, traced, yolo.model.state_dict()], "found.pt")
     """
     done = fresh(code, tmp_path, best, image, data, tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    maps, boxes, fitness, traced, after = torch.load(tmp_path / "found.pt", weights_only=False)
+    predicted, boxes, fitness, traced, after = torch.load(tmp_path / "found.pt", weights_only=False)
 
     yolo = YOLO(best)
     before = copy.deepcopy(yolo.model.state_dict())
-    torch.testing.assert_close(predict(yolo.model, x), maps)
-    torch.testing.assert_close(traced, maps[:1], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(predict(yolo.model, x), predicted)
+    torch.testing.assert_close(traced, predicted[:1], rtol=1e-4, atol=1e-3)
     here = yolo.predict(image, conf=1e-4, **QUICK)[0].boxes.data
     assert len(here)
     torch.testing.assert_close(here, boxes, rtol=1e-4, atol=1e-3)

@@ -19,8 +19,8 @@ from da_triton.runtime import tiles
 
 ARCHITECTURES = table.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
-# A few registers that are spilled, once: with maps that fill no row of 16 bytes, where every tile
-# tried spills, and with 128 maps, where a tile that does not is half as long.
+# A few registers that are spilled, once: with rows that are no multiple of 16 bytes, where every
+# tile tried spills, and with n = 128, where a tile that does not is half as long.
 ACCEPTED = {
     ("gfx942", "block_bwd_gather", 19): 8,
     ("sm_90", "block_bwd_gather", 128): 12,
@@ -120,9 +120,9 @@ def test_warpgroup_instructions():
 
 @each_architecture
 def test_loads_of_activations_are_wide(arch):
-    """At least 8 bytes for 28×28 and 14×14 maps in NCHW, 16 in channels-last memory.
+    """At least 8 bytes for 28×28 and 14×14 positions in NCHW, 16 in channels-last memory.
 
-    Narrower loads are of statistics: one number a map, a position or a row of the mask. AMD's
+    Narrower loads are of statistics: one number per descriptor, position or mask row. AMD's
     wavefronts have 64 lanes and its tiles are small: a lane may get 4 bytes, but never 2.
     """
     for code in kept(arch):
@@ -135,7 +135,7 @@ def test_loads_of_activations_are_wide(arch):
         least = 16 if code["layout"] == "nhwc" or code["L"] == 784 else 8
         least = least if arch in NVIDIA else 4
         assert max(code["copy_bytes"], code["load_bytes"]) >= least, table.title(code)
-        # One number a map or channel: biases, and descriptors of a number of maps like 19.
+        # One number per channel: biases, and G where n is a number like 19.
         small = 2 if is_fused(code) and code["n"] % 16 == 0 else 0
         if "HAS_BIAS" in code["flags"]:  # a lane's share of it; of rows, it would be 64 and more
             small = max(small, {"full_n": 32, "operands": 4}.get(code["kernel"], 0))

@@ -39,7 +39,7 @@ def test_without_softmax(case, dtype, poisoned):
     compare(*inputs(case, dtype), softmax=False, logit_scale=0.7, scale=-1.3)
 
 
-def test_largest_numbers_of_maps_and_features():
+def test_largest_m_and_n():
     compare(*inputs(LARGEST, torch.bfloat16))
 
 
@@ -121,7 +121,7 @@ def test_huge_logits(case, offset):
     expected = step(reference.distribute, (g.double(), v.double()), upstream)
     actual = step(core.distribute, (g, v), upstream)
     for name in expected:
-        if case.n > 1 or name != "v":  # of one map, dV is zero
+        if case.n > 1 or name != "v":  # with n = 1, dV is zero
             assert relative_rms(actual[name], expected[name]) < TOLERANCE[torch.float32], name
 
 

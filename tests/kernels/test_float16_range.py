@@ -1,4 +1,4 @@
-"""Kernels in float16, whose gradients of descriptors need not fit in it while those of maps do.
+"""Kernels in float16, where gradients of G may overflow it while those of A, B, V do not.
 
 Sums over positions make dG many times larger than what is made of it.
 """
@@ -21,7 +21,7 @@ RANGE = 32  # by which dG may exceed it
 # One for each of the kernels that read dG.
 TILED = Case("tiled", heads=1, m=40, n=520, length=120, batch=1)
 each_case = pytest.mark.parametrize("case", [CASE, *CASES[4:], TILED], ids=lambda case: case.name)
-SPLIT = [f"split_{order}" for order in ORDERS]
+UNFUSED = [f"unfused_{order}" for order in ORDERS]
 
 
 def inputs(case):
@@ -62,7 +62,7 @@ def test_gradients_of_descriptors_beyond_float16(case, excess):
 
 @pytest.mark.parametrize("excess", [0.4, 0.6, 0.99, 0.45 * RANGE, 0.99 * RANGE])
 def test_the_whole_range_of_gradients_of_descriptors(excess):
-    """Few maps of many positions, of weights that are alike."""
+    """Few descriptors of many positions, of weights that are alike."""
     a = peaky(1, 1, 8, 1500, dtype=DTYPE, deviation=0.3)
     b = peaky(1, 1, 4, 1500, dtype=DTYPE, deviation=0.1)
     compare(a, b, to(excess * LARGEST, torch.randn(1, 1, 8, 4, device=DEVICE)))
@@ -82,8 +82,8 @@ def test_digits_do_not_depend_on_the_size_of_the_gradient(case):
 
 
 @each_case
-def test_maps_of_small_gradients_beside_one_of_large_ones(case):
-    """Each map has its factor: the small ones keep their digits."""
+def test_descriptors_with_small_gradients_beside_one_with_large_ones(case):
+    """Each descriptor has its factor: the small ones keep their digits."""
     a, b, upstream = inputs(case)
     upstream[..., :1] = to(3 * LARGEST, upstream[..., :1])
     found = compare(a, b, upstream)
@@ -92,7 +92,7 @@ def test_maps_of_small_gradients_beside_one_of_large_ones(case):
 
 
 @each_case
-def test_a_map_without_positions(case):
+def test_an_attention_map_without_positions(case):
     """Its dG is ignored, however large."""
     a, b, upstream = inputs(case)
     mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3
@@ -152,7 +152,7 @@ def constant(sizes, upstream, gains=()):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("route", ["fused_xh", "fused_gather", *SPLIT])
+@pytest.mark.parametrize("route", ["fused_xh", "fused_gather", *UNFUSED])
 def test_a_block_of_a_constant_gradient(route, masked):
     """dX is of the size of dO, dG and dH of a row's sum of it."""
     sizes = Sizes(1, 32, 16, 4, 300, masked=masked)
@@ -165,7 +165,7 @@ def test_a_block_of_a_constant_gradient(route, masked):
             check(ours, truth, DTYPE, None, name)
 
 
-@pytest.mark.parametrize("route", ["fused_xh", *SPLIT])
+@pytest.mark.parametrize("route", ["fused_xh", *UNFUSED])
 def test_weights_of_a_block_of_a_constant_gradient(route):
     """Products of descriptors: of large gradients and small features."""
     sizes = Sizes(1, 32, 16, 4, 600)

@@ -32,7 +32,7 @@ def test_matches_the_definition(case, dtype, channels_last, poisoned):
     compare(*inputs(case, dtype, channels_last), logit_scale=0.7)
 
 
-def test_largest_numbers_of_maps_and_features():
+def test_largest_m_and_n():
     compare(*inputs(LARGEST, torch.bfloat16))
 
 
@@ -76,8 +76,8 @@ def test_tf32_is_pytorchs_own_switch(precision):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = precision
-        for maps, expected in ((x, precision), (x.double(), "ieee")):
-            made = gather._gathering(maps, maps, *[None] * 6, 1, 1, 0, 1, True)
+        for activations, expected in ((x, precision), (x.double(), "ieee")):
+            made = gather._gathering(activations, activations, *[None] * 6, 1, 1, 0, 1, True)
             assert made.constants["PRECISION"] == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -175,7 +175,7 @@ def test_slices_need_no_copy():
 
 
 def upstream_layouts(shape):
-    """Transposed, from ``.sum()``, broadcast over maps, and a slice."""
+    """Transposed, from ``.sum()``, broadcast over n, and a slice."""
     yield peaky(*shape[:2], shape[3], shape[2], dtype=torch.float32).mT
     yield torch.ones((), device=DEVICE).expand(shape)
     yield peaky(*shape[:3], 1, dtype=torch.float32).expand(shape)
@@ -231,15 +231,15 @@ def test_weights_sum_to_one_however_large_the_logits(case, offset):
     """Backward must round ``0.7·b`` as forward did: ``exp`` of the difference would overflow."""
     a, b, upstream = inputs(case, torch.float32)
     found = step(core.gather, (a, b + offset), upstream, logit_scale=0.7)["a"]
-    sums = upstream.double().sum(-1)  # Σ_L dA = Σ_n dG, as every map's weights sum to 1
+    sums = upstream.double().sum(-1)  # Σ_L dA = Σ_n dG: rows of P sum to 1
     assert relative_rms(found.double().sum(-1), sums) < TOLERANCE[torch.float32]
 
 
 def test_infinite_logits():
-    """−inf is weight 0; +inf and a map of −inf alone are NaN in that map, as in torch.softmax."""
+    """−inf is weight 0; +inf, or all −inf, gives NaN in that attention map, as in torch.softmax."""
     a, b, _ = inputs(CASE, torch.float32)
     b[0, 0, 2, ::3] = -math.inf
-    b[0, 1, 5, :100] = -math.inf  # a whole chunk of positions and more
+    b[0, 1, 5, :100] = -math.inf  # a whole split of the positions and more
     b[1, 0, 3, 7] = math.inf
     b[1, 1, 4] = -math.inf
     expected = reference.gather(a.double(), b.double())
@@ -250,7 +250,7 @@ def test_infinite_logits():
     assert relative_rms(actual[finite], expected[finite]) < TOLERANCE[torch.float32]
 
 
-def test_nan_stays_in_its_map_and_sample():
+def test_nan_stays_in_its_attention_map_and_sample():
     a, b, upstream = inputs(CASE, torch.float32)
     clean = step(core.gather, (a, b), upstream)
     b[1, 0, 3, 17] = math.nan
@@ -284,7 +284,7 @@ def test_weights_below_float16_still_count():
         lambda a, b: a @ b.softmax(0).mT,
         lambda a, b: a @ b.softmax(-1).detach().mT + 0 * b.sum(),
     ],
-    ids=["half the logit scale", "softmax over maps", "softmax over the batch", "no gradient of P"],
+    ids=["half the logit scale", "softmax over n", "softmax over the batch", "no gradient of P"],
 )
 def test_a_wrong_reference_is_rejected(wrong):
     a, b, upstream = inputs(CASE, torch.bfloat16)

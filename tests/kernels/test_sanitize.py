@@ -51,9 +51,9 @@ def block(sizes, way, order, backward):
     w = routes.Weights(*(normal(*shape) for shape in shapes))
     x, mask = normal(2, c, 37), mask_of(2, 37)
     options = routes.Options(2, 0.5, 0.5, 1.0, True, True)
-    for maps in (x, x.mT.contiguous().mT):
-        out, lse, g, v = routes.forward(maps, w, mask, options, route, True)
-        routes.backward(out, maps, w, mask, lse, g, v, options, route)
+    for activations in (x, x.mT.contiguous().mT):
+        out, lse, g, v = routes.forward(activations, w, mask, options, route, True)
+        routes.backward(out, activations, w, mask, lse, g, v, options, route)
 
 
 SMALL, BY_CHANNELS = (20, 6, 4), (130, 6, 68)

@@ -37,7 +37,7 @@ WORKLOADS = [
     Workload("r50_conv3", 64, 784, 256, 256),
 ]
 # Requested over compulsory bytes, forward and backward. Where G fits one tile every element of the
-# maps is asked for once, and the rest is G and its partial sums; elsewhere blocks of maps and
+# activations is asked for once, and the rest is G and its partial sums; elsewhere tiles of n and
 # features ask for them again, as in any matrix product, and caches serve that.
 LIMITS = {
     "r50_conv3_q": (1.6, 1.8),
@@ -69,11 +69,11 @@ def _measure(work, monkeypatch):
     launch.forget()
     monkeypatch.setattr(launch, "num_sms", lambda device: 132 // work.batch)
 
-    def maps(channels):
+    def activations(channels):
         x = torch.randn(1, work.heads, channels, work.length, dtype=torch.float32).bfloat16()
         return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if work.channels_last else x
 
-    a, b, v, dz = maps(work.m), maps(work.n), maps(work.n), maps(work.m)
+    a, b, v, dz = activations(work.m), activations(work.n), activations(work.n), activations(work.m)
     with traffic.count() as forward:
         g, lse = gather.gather_forward([(a, b, None)], 1.0)
         distribute.distribute_forward(g, v, 1.0, True, 1.0)
@@ -132,13 +132,13 @@ def test_launches(work, counted, monkeypatch):
 
 
 def test_splits_are_those_of_the_full_batch(monkeypatch):
-    """The reduced batch of this file's measurements leads to the same chunks."""
+    """The reduced batch of this file's measurements splits positions alike."""
     for work in WORKLOADS:
         x = torch.empty(1, dtype=torch.bfloat16)
         whole = ("distribute", "distribute_backward", "gather_backward")
         for kernel in ("gather", *(whole if tiles.g_fits_one_tile(x, work.m, work.n) else ())):
             tile = tiles.tile(kernel, x, work.m, work.n)
             monkeypatch.setattr(launch, "num_sms", lambda device: 132)
-            full = launch.chunks(work.batch, work.length, tile, x.device)
+            full = launch.split_positions(work.batch, work.length, tile, x.device)
             monkeypatch.setattr(launch, "num_sms", lambda device, n=work.batch: 132 // n)
-            assert launch.chunks(1, work.length, tile, x.device) == full
+            assert launch.split_positions(1, work.length, tile, x.device) == full

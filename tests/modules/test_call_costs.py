@@ -19,7 +19,7 @@ def make(backend):
     return DoubleAttention(16, 8, residual=True, backend=backend)
 
 
-def maps(*shape):
+def activations(*shape):
     return torch.randn(shape)
 
 
@@ -54,14 +54,14 @@ def operations(function):
 
 def test_a_small_forward_pass_on_a_cpu_takes_eight_operations():
     """Six products and two softmaxes: the sum with x is part of the last product."""
-    layer, x = make("torch"), maps(1, 16, 8, 8)
+    layer, x = make("torch"), activations(1, 16, 8, 8)
     with torch.no_grad():
         assert operations(lambda: layer(x)) == 8
         assert python_calls(lambda: layer(x)) <= 37
 
 
 def test_a_small_step_on_a_cpu():
-    layer, x = make("torch"), maps(1, 16, 8, 8).requires_grad_()
+    layer, x = make("torch"), activations(1, 16, 8, 8).requires_grad_()
     given = [x, *layer.parameters()]
     upstream = torch.ones_like(x)
     assert operations(lambda: torch.autograd.grad(layer(x), given, upstream)) == 26
@@ -72,7 +72,7 @@ def test_a_call_of_kernels_takes_few_python_functions(monkeypatch):
     """From the module to launches: three without gradients, ten in a step."""
     fused = Route(XH, "fused", "fused", "fused", XH, 64)
     monkeypatch.setattr(triton_block, "_route", lambda *_: fused)
-    layer, x = make("triton").to(DEVICE), maps(1, 16, 8, 8).to(DEVICE).requires_grad_()
+    layer, x = make("triton").to(DEVICE), activations(1, 16, 8, 8).to(DEVICE).requires_grad_()
     given = [x, *layer.parameters()]
     upstream = torch.ones_like(x)
 

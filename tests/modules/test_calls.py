@@ -24,7 +24,7 @@ def make(backend, **options):
     return DoubleAttention(16, 8, 8, residual=True, backend=backend, **options).to(DEVICE)
 
 
-def maps(*shape):
+def activations(*shape):
     return torch.randn(shape or (2, 16, 4, 5), device=DEVICE)
 
 
@@ -51,7 +51,7 @@ def close(found, expected):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("shape", [(2, 16, 4, 5), (1, 16, 7), (2, 16, 2, 3, 2), (0, 16, 4, 5)])
 def test_the_second_call_gives_the_first_ones_bits(backend, grad, shape):
-    layer, x = make(backend), maps(*shape)
+    layer, x = make(backend), activations(*shape)
     with torch.set_grad_enabled(grad):
         first, second = layer(x), layer(x)
     assert torch.equal(first, second)
@@ -60,7 +60,7 @@ def test_the_second_call_gives_the_first_ones_bits(backend, grad, shape):
 
 @each_backend
 def test_gradients_of_a_prepared_call_are_those_of_the_first(backend):
-    layer, x = make(backend), maps().requires_grad_()
+    layer, x = make(backend), activations().requires_grad_()
     given = [x, *layer.parameters()]
     first = torch.autograd.grad(layer(x).square().sum(), given)
     second = torch.autograd.grad(layer(x).square().sum(), given)
@@ -70,7 +70,7 @@ def test_gradients_of_a_prepared_call_are_those_of_the_first(backend):
 
 @each_backend
 def test_frozen_weights_and_inputs_get_no_gradient(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x, grad=True)
     layer.requires_grad_(False)
     assert not layer(x).requires_grad
@@ -82,7 +82,7 @@ def test_frozen_weights_and_inputs_get_no_gradient(backend):
 
 @each_backend
 def test_the_grad_mode_is_seen(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x, grad=True)
     with torch.no_grad():
         assert layer(x).grad_fn is None
@@ -93,7 +93,7 @@ def test_the_grad_mode_is_seen(backend):
 
 @each_backend
 def test_a_replaced_child_is_seen(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     layer.convA = nn.Conv2d(16, 8, 1, bias=False).to(DEVICE)
     close(layer(x).detach(), truth(layer, x))
@@ -103,7 +103,7 @@ def test_a_replaced_child_is_seen(backend):
 
 @each_backend
 def test_hooks_on_a_child_run(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     seen = []
     layer.convB.register_forward_hook(lambda *_: seen.append(1))
@@ -113,7 +113,7 @@ def test_hooks_on_a_child_run(backend):
 
 @each_backend
 def test_a_bias_that_is_a_buffer_or_an_attribute_is_used(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     expected = truth(layer, x)
     for conv in (layer.convA, layer.convV, layer.conv_reconstruct):
         bias = conv.bias.detach()
@@ -129,7 +129,7 @@ def test_a_bias_that_is_a_buffer_or_an_attribute_is_used(backend):
 @each_backend
 @pytest.mark.parametrize("name", ["convA", "convB", "convV", "conv_reconstruct"])
 def test_a_child_may_be_a_property(backend, name):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     expected = truth(layer, x)
     child = layer._modules.pop(name)
     layer.__class__ = type("Subclass", (DoubleAttention,), {name: property(lambda _: child)})
@@ -138,8 +138,8 @@ def test_a_child_may_be_a_property(backend, name):
 
 
 @each_backend
-def test_the_bias_of_the_maps_alone_may_be_trained(backend):
-    layer, x = make(backend), maps()
+def test_bias_b_alone_may_be_trained(backend):
+    layer, x = make(backend), activations()
     layer.requires_grad_(False)
     bias = layer.convB.bias.requires_grad_()
     for create_graph in (False, True):
@@ -149,7 +149,7 @@ def test_the_bias_of_the_maps_alone_may_be_trained(backend):
 
 @each_backend
 def test_options_of_numpy(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     expected = truth(layer, x)
     layer.heads, layer.scale, layer.logit_scale = np.int64(1), np.float32(1), np.float16(1)
     layer.softmax_v = np.True_
@@ -160,7 +160,7 @@ def test_options_of_numpy(backend):
 def test_the_number_of_threads_is_asked_at_each_call(monkeypatch):
     monkeypatch.setattr(cpu_small, "CONVOLVED_MULTIPLICATIONS", 0)
     monkeypatch.setattr(cpu_small, "NARROW", 0)
-    layer, x = make("torch", order="AZ").cpu(), maps(1, 16, 8, 8).cpu()
+    layer, x = make("torch", order="AZ").cpu(), activations(1, 16, 8, 8).cpu()
 
     def convolutions():
         with torch.no_grad(), torch.profiler.profile() as profile:
@@ -177,7 +177,7 @@ def test_the_number_of_threads_is_asked_at_each_call(monkeypatch):
 
 @each_backend
 def test_a_convolution_that_gets_a_stride_is_called(backend):
-    layer, x = make(backend), maps(1, 16, 4, 4)
+    layer, x = make(backend), activations(1, 16, 4, 4)
     warm(layer, x)
     for conv in (layer.convA, layer.convB, layer.convV):
         conv.stride = (2, 2)
@@ -193,7 +193,7 @@ def test_a_convolution_that_gets_a_stride_is_called(backend):
      ("residual", False), ("order", "XH"), ("recompute", True)],
 )  # fmt: skip
 def test_a_changed_option_is_seen(backend, name, value):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     setattr(layer, name, value)
     close(layer(x).detach(), truth_of(layer, x))
@@ -215,7 +215,7 @@ def truth_of(layer, x):
 def test_wrong_options_raise_where_right_ones_that_are_equal_were_prepared(
     backend, name, value, error
 ):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     setattr(layer, name, value)
     with pytest.raises(error, match=name):
@@ -224,13 +224,13 @@ def test_wrong_options_raise_where_right_ones_that_are_equal_were_prepared(
 
 @each_backend
 def test_wrong_tensors_raise_after_right_ones(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     with pytest.raises(ValueError, match="x must have 16 channels"):
-        layer(maps(2, 8, 4, 5))
+        layer(activations(2, 8, 4, 5))
     with pytest.raises(TypeError, match="x must be a torch"):
         layer(x.tolist())
-    layer(maps(1).expand(2, 16, 4, 5))
+    layer(activations(1).expand(2, 16, 4, 5))
     with pytest.raises(TypeError, match="x must be dense"):
         layer(x.to_sparse())  # whose strides are 0, too
     with pytest.raises(TypeError, match="must not be a nested tensor"):
@@ -243,10 +243,10 @@ def test_wrong_tensors_raise_after_right_ones(backend):
 
 @each_backend
 def test_other_dtypes_strides_and_masks_are_other_calls(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     close(layer(x.to(memory_format=torch.channels_last)).detach(), truth(layer, x))
-    crop = maps(2, 16, 6, 9)[..., 1:5, 2:7]
+    crop = activations(2, 16, 6, 9)[..., 1:5, 2:7]
     close(layer(crop).detach(), truth(layer, crop))
     mask = torch.rand(2, 4, 5, device=DEVICE) > 0.4
     for given in (mask, mask[:, None], mask.flip(1)):
@@ -258,19 +258,19 @@ def test_other_dtypes_strides_and_masks_are_other_calls(backend):
 
 @each_backend
 def test_a_tensor_that_is_negated_lazily_is_read_with_its_sign(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     negated = torch._neg_view(x)
     assert negated.is_neg()
     close(layer(negated).detach(), truth(layer, -x))
-    a, b, v = maps(2, 8, 5), maps(2, 6, 5), maps(2, 6, 5)
+    a, b, v = activations(2, 8, 5), activations(2, 6, 5), activations(2, 6, 5)
     found = da_triton.double_attention(a, torch._neg_view(b), v, backend=backend)
     close(found, da_triton.double_attention(a, -b, v, backend="eager"))
 
 
 @each_backend
 def test_autocast_is_seen(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     with torch.autocast(DEVICE, torch.float16):
         assert layer(x).dtype == torch.float32, "the sum with x"
@@ -291,7 +291,7 @@ def test_autocast_is_seen(backend):
 
 @each_backend
 def test_whatever_watches_sees_operations_after_a_prepared_call(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x, grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
@@ -307,7 +307,7 @@ def test_whatever_watches_sees_operations_after_a_prepared_call(backend):
 
 
 def test_a_counter_around_the_backward_pass_alone_sees_it():
-    layer, x = make("triton"), maps().requires_grad_()
+    layer, x = make("triton"), activations().requires_grad_()
     y = layer(x)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
@@ -318,7 +318,7 @@ def test_a_counter_around_the_backward_pass_alone_sees_it():
 
 @each_backend
 def test_gradients_of_gradients(backend):
-    layer, x = make(backend).double(), maps().double().requires_grad_()
+    layer, x = make(backend).double(), activations().double().requires_grad_()
 
     def second(layer):
         (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
@@ -335,7 +335,7 @@ def test_gradients_of_gradients(backend):
 
 @each_backend
 def test_what_follows_may_change_the_result_in_place(backend):
-    layer, x = make(backend), maps().requires_grad_()
+    layer, x = make(backend), activations().requires_grad_()
     for memory in (torch.contiguous_format, torch.channels_last):
         y = layer(x.to(memory_format=memory))
         y.mul_(2).relu_().sum().backward()
@@ -343,7 +343,7 @@ def test_what_follows_may_change_the_result_in_place(backend):
 
 @each_backend
 def test_nothing_prepared_keeps_tensors_alive(backend):
-    layer, x = make(backend), maps().requires_grad_()
+    layer, x = make(backend), activations().requires_grad_()
     layer(x).sum().backward()
     da_triton.double_attention(x, x, x, backend=backend)
     kept = [weakref.ref(t) for t in (x, *layer.parameters())]
@@ -356,8 +356,8 @@ def test_the_table_is_bounded(monkeypatch):
     monkeypatch.setattr(signatures, "LIMIT", 4)
     layer = make("torch")
     for length in range(3, 12):
-        layer(maps(1, 16, length))
-        da_triton.gather(maps(1, 16, length), maps(1, 16, length), backend="torch")
+        layer(activations(1, 16, length))
+        da_triton.gather(activations(1, 16, length), activations(1, 16, length), backend="torch")
     assert len(calls._table.found) == len(functional._table.found) == 4
     signatures.forget()
     assert len(calls._table.found) == len(functional._table.found) == 0
@@ -366,7 +366,7 @@ def test_the_table_is_bounded(monkeypatch):
 @each_backend
 def test_threads_share_what_is_prepared(backend):
     layer = make(backend)
-    given = [maps(1, 16, length) for length in (3, 4, 5, 6)] * 6
+    given = [activations(1, 16, length) for length in (3, 4, 5, 6)] * 6
 
     def run(x):
         with torch.no_grad():
@@ -380,7 +380,7 @@ def test_threads_share_what_is_prepared(backend):
 
 @each_backend
 def test_copies_are_prepared_on_their_own_weights(backend):
-    layer, x = make(backend), maps()
+    layer, x = make(backend), activations()
     warm(layer, x)
     twin = copy.deepcopy(layer)
     with torch.no_grad():
@@ -391,7 +391,7 @@ def test_copies_are_prepared_on_their_own_weights(backend):
 
 @each_backend
 def test_the_functions_give_the_same_bits_again_and_the_same_errors(backend):
-    a, b, v = maps(2, 8, 3, 3), maps(2, 6, 3, 3), maps(2, 6, 4)
+    a, b, v = activations(2, 8, 3, 3), activations(2, 6, 3, 3), activations(2, 6, 4)
     first = da_triton.double_attention(a, b, v, backend=backend)
     assert torch.equal(da_triton.double_attention(a, b, v, backend=backend), first)
     g = da_triton.gather(a, b, backend=backend)

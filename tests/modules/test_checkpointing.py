@@ -99,7 +99,7 @@ def test_a_watcher_of_one_run_changes_no_gradient(watch, backend, make, reentran
 
 @pytest.mark.parametrize("shape", [(2, 6, 7), (2, 6, 3, 4), (2, 6, 2, 3, 4)])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_bias_of_the_maps_has_a_gradient_of_zero(backend, shape):
+def test_bias_b_has_a_gradient_of_zero(backend, shape):
     block, x = DoubleAttention(6, 4, 4, backend=backend), torch.randn(shape)
     checkpoint(block, x, use_reentrant=False).square().sum().backward()
     assert block.convB.bias.grad.equal(torch.zeros(4))

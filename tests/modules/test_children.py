@@ -87,7 +87,9 @@ def changed(layer, change):
 @each_change
 @each_rank
 @pytest.mark.parametrize("batch", [2, 8])
-def test_maps_of_any_rank_give_what_the_plain_layer_gives(layer, change, positions, batch):
+def test_any_number_of_position_axes_gives_what_the_plain_layer_gives(
+    layer, change, positions, batch
+):
     """A batch as large as the channels is where a wrong rank would go unseen."""
     torch._dynamo.reset()
     twin, x = changed(layer, change), torch.randn(batch, 8, *positions)
@@ -132,7 +134,7 @@ def test_a_child_without_a_convolution_says_how_many_axes_it_takes(layer, positi
 
     x = torch.randn(2, 8, *positions)
     plain, layer.convA = copy.deepcopy(layer), Shifted(layer.convA)
-    with pytest.raises(ValueError, match=r"Shifted replaces a convolution .* got maps with \d\."):
+    with pytest.raises(ValueError, match=r"Shifted replaces a .* got an input with \d\."):
         layer(x)
     layer.convA.kernel_size = (1,) * len(positions)
     a = layer.convA(x)

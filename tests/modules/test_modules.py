@@ -281,11 +281,11 @@ def test_attention_maps_of_logits_that_half_precision_cannot_scale(dtype):
             conv.weight.copy_(torch.eye(2)[..., None, None])
             conv.bias.zero_()
     x = torch.linspace(-4e4, 4e4, 40, device=DEVICE).view(1, 2, 20).to(dtype)
-    maps = (100 + torch.arange(40, device=DEVICE).view(1, 20, 2).mT % 7 / 2).to(dtype)
+    activations = (100 + torch.arange(40, device=DEVICE).view(1, 20, 2).mT % 7 / 2).to(dtype)
     p, _ = block.attention_maps(x)
-    _, q = block.attention_maps(maps)
+    _, q = block.attention_maps(activations)
     check(p, (2 * x.double()).softmax(-1)[:, None], dtype)
-    check(q, (0.3 * maps.double()).softmax(1)[:, None], dtype)
+    check(q, (0.3 * activations.double()).softmax(1)[:, None], dtype)
 
 
 def test_the_layer_is_the_function():

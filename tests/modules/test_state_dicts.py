@@ -60,7 +60,7 @@ def test_a_replaced_child_keeps_its_own_shape(kind):
 
 
 def test_nothing_is_swallowed():
-    """A file that holds the last convolution twice, unknown names, wrong shapes: all refused."""
+    """A file that holds the last convolution twice, unknown names, wrong shapes: all rejected."""
     state = source()
     twice = {**state, "proj.weight": state["conv_reconstruct.weight"] + 1}
     with pytest.raises(RuntimeError, match=r"Unexpected key.*proj\.weight"):

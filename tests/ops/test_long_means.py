@@ -56,15 +56,15 @@ def test_core_with_every_option(dtype):
 
 @each_dtype
 def test_gradients_of_a_sum_over_all_positions(dtype):
-    """dG is the sum of three million numbers, and overflows float16; no gradient of a map does."""
-    maps = [features(c, LONG, dtype) for c in (3, 2, 2)]
+    """dG is the sum of three million numbers and overflows float16; dA, dB and dV do not."""
+    activations = [features(c, LONG, dtype) for c in (3, 2, 2)]
 
-    def run(maps, backend):
-        leaves = [x.detach().requires_grad_() for x in maps]
+    def run(activations, backend):
+        leaves = [x.detach().requires_grad_() for x in activations]
         z = da_triton.double_attention(*leaves, backend=backend)
         return torch.autograd.grad(z, leaves, torch.ones_like(z))
 
-    found, expected = run(maps, "torch"), run([x.double() for x in maps], "eager")
+    found, expected = run(activations, "torch"), run([x.double() for x in activations], "eager")
     check(found[0], expected[0], dtype, what="dA")
     # dB is a small difference of two terms, of which bfloat16 products round one, as eager does.
     check(found[1], expected[1], dtype, what="dB", slack=4 if dtype == torch.bfloat16 else 1)

@@ -1,4 +1,4 @@
-"""What the public block keeps for backward, and holds at most, at every named workload's size."""
+"""Bytes that the public block saves for backward, and its peak, at every named workload's size."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from support.memory import Peak
 from support.numerics import DEVICE
 
 each_workload = pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
-LARGE = [w for w in WORKLOADS if not w.small]  # partial sums outweigh small maps
+LARGE = [w for w in WORKLOADS if not w.small]  # partial sums outweigh small inputs
 
 
 def tensors(work, dtype=torch.bfloat16, grad=True):
@@ -25,7 +25,7 @@ def tensors(work, dtype=torch.bfloat16, grad=True):
     return x, *(t for o, i in sizes for t in (empty(o, i), empty(o)))
 
 
-def kept(work, **options):
+def saved(work, **options):
     """Bytes that autograd holds beyond input and weights. Fake tensors: nothing is computed."""
     with torch._subclasses.FakeTensorMode():
         leaves = tensors(work)
@@ -49,15 +49,15 @@ def descriptors(work):
 
 @each_workload
 @pytest.mark.parametrize("recompute", [True, False, "auto"])
-def test_kept_for_backward(work, recompute):
+def test_saved_for_backward(work, recompute):
     length = torch.Size(work.positions).numel()
-    eager = kept(work, backend="eager")
-    ours = kept(work, backend="triton", recompute=recompute)
+    eager = saved(work, backend="eager")
+    ours = saved(work, backend="triton", recompute=recompute)
     assert eager >= 2 * (2 * work.c_m + 2 * work.c_n) * length
     if recompute is False:
-        maps = 2 * work.c_n * length
-        assert ours == descriptors(work) + maps
-        assert maps <= 0.5 * eager
+        values_of_v = 2 * work.c_n * length
+        assert ours == descriptors(work) + values_of_v
+        assert values_of_v <= 0.5 * eager
         if length >= 400:
             assert ours <= 0.5 * eager
     else:  # for "auto", projecting V again is always under a tenth of a step
@@ -89,7 +89,7 @@ def test_peak(work):
 
     with Peak() as eager, torch.no_grad():
         double_attention_block(x, *weights, heads=work.heads, residual=True, backend="eager")
-    # The output and parts of sums; or, on the unfused route, all maps in one buffer.
+    # The output and parts of sums; or, on the unfused route, A, B and V in one buffer.
     if route.distribute == "fused" == route.gather:
         assert inference.bytes <= 0.7 * eager.bytes
     elif x.shape[2] >= 400:

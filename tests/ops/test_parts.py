@@ -30,7 +30,7 @@ def problem(dtype=torch.float64, *, masked=False, tokens=False, logit_scale=1.0)
 
 
 def definition(a, b, *extra, mask, logit_scale):
-    """In float64; lse is +inf where a map has no position."""
+    """In float64; lse is +inf where an attention map has no position."""
     a, b, *extra = (x.double() for x in (a, b, *extra))
     g = reference.gather(a, b, mask=mask, extra=extra or None, logit_scale=logit_scale)
     if extra:
@@ -39,17 +39,17 @@ def definition(a, b, *extra, mask, logit_scale):
     if mask is None:
         return g, logits.logsumexp(-1)
     left = mask.any(-1)[:, None, None]
-    kept = mask[:, None, None] | ~left[..., None]  # no logsumexp of nothing: its gradient is NaN
-    lse = logits.masked_fill(~kept, -torch.inf).logsumexp(-1)
+    unmasked = mask[:, None, None] | ~left[..., None]  # all-masked logsumexp: NaN gradient
+    lse = logits.masked_fill(~unmasked, -torch.inf).logsumexp(-1)
     return g, lse.masked_fill(~left, torch.inf)
 
 
 def part(backend):
     """G, and lse from the pivot and the sum."""
-    core = ops.select(backend, torch.empty(0, device=DEVICE))
+    backend = ops.select(backend, torch.empty(0, device=DEVICE))
 
     def gather_partial(a, b, *extra, **options):
-        g, pivot, total = core.gather_partial(a, b, extra=extra or None, **options)
+        g, pivot, total = backend.gather_partial(a, b, extra=extra or None, **options)
         assert {g.dtype, pivot.dtype, total.dtype} == {torch.promote_types(a.dtype, torch.float32)}
         nothing = total == 0
         assert torch.equal(pivot == -torch.inf, nothing)
@@ -83,7 +83,7 @@ def loss(g, lse):
 def test_g_and_lse_and_their_gradients(backend, options, dtype):
     leaves, given = problem(dtype, **options)
     found, expected = part(backend)(*leaves, **given), definition(*leaves, **given)
-    slack = 2 if backend == "eager" else 1  # the definition rounds P to the maps' dtype
+    slack = 2 if backend == "eager" else 1  # the definition rounds P to the input dtype
     check(found[0], expected[0], dtype, slack=slack)
     assert torch.equal(found[1] == torch.inf, expected[1] == torch.inf)
     finite = expected[1] != torch.inf
@@ -127,11 +127,11 @@ def test_gradients_of_some_positions_from_the_g_and_lse_of_all(backend):
     g, lse = definition(*leaves, **given)
     dg, dlse = torch.randn_like(g), torch.randn_like(lse)
     expected = torch.autograd.grad((g, lse), leaves, (dg, dlse.masked_fill(lse == torch.inf, 0)))
-    core = ops.select(backend, g)
+    backend = ops.select(backend, g)
     for cut in (slice(0, 11), slice(11, LENGTH)):
         a, b = (x.detach()[..., cut] for x in leaves)
         mask, scale = given["mask"][:, cut], given["logit_scale"]
-        found = core.gather_backward(
+        found = backend.gather_backward(
             dg, a, b, mask, g.detach(), lse.detach(), dlse, scale, True, True
         )
         for ours, truth in zip(found, expected, strict=True):

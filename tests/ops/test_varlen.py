@@ -26,7 +26,7 @@ def offsets_of(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def maps(*channels, lengths=UNEVEN, dtype=torch.float64, channels_last=False, heads=HEADS):
+def activations(*channels, lengths=UNEVEN, dtype=torch.float64, channels_last=False, heads=HEADS):
     """``(1, heads, c, total)``."""
     layout = {"dtype": dtype, "channels_last": channels_last}
     return [peaky(1, heads, c, sum(lengths), **layout) for c in channels]
@@ -38,7 +38,7 @@ def tokens(lengths=UNEVEN, dtype=torch.float64):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Runs of 18 positions are views; pieces of 12 positions; sums over 25 are made in parts."""
+    """Runs of 18 positions are views; groups of 12 positions; sums over 25 are made in parts."""
     monkeypatch.setattr(triton_varlen, "LONG", 18)
     monkeypatch.setattr(aten_varlen, "WORK", 12 * HEADS * N)
     monkeypatch.setattr(aten_varlen, "FEW", 20)
@@ -49,7 +49,9 @@ def small(monkeypatch):
 
 
 def arguments(channels_last, optional, lengths):
-    a, b, v = maps(M, N, N, lengths=lengths, dtype=torch.float32, channels_last=channels_last)
+    a, b, v = activations(
+        M, N, N, lengths=lengths, dtype=torch.float32, channels_last=channels_last
+    )
     mask = torch.rand(1, sum(lengths), device=DEVICE) > 0.4 if optional else None
     extra = tokens(lengths, torch.float32) if optional else [None, None]
     return a, b, v, mask, extra, offsets_of(lengths)
@@ -109,7 +111,7 @@ def test_fakes_have_the_true_strides(kernels, lengths, channels_last):
             ),
         )
 
-    inputs = [*maps(M, N, N, **kind), offsets_of(lengths)]
+    inputs = [*activations(M, N, N, **kind), offsets_of(lengths)]
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = run(*(mode.from_tensor(x) for x in inputs))
     for x, fake in zip(run(*inputs), fakes, strict=True):
@@ -123,7 +125,7 @@ def test_fakes_have_the_true_strides(kernels, lengths, channels_last):
 @pytest.mark.usefixtures("small")
 def test_uneven_lengths(backend, optional, dtype, channels_last):
     """Views beside buckets, long sums beside short ones; against the definition in float64."""
-    a, b, v = maps(M, N, N, dtype=dtype, channels_last=channels_last)
+    a, b, v = activations(M, N, N, dtype=dtype, channels_last=channels_last)
     mask = torch.rand(1, sum(UNEVEN), device=DEVICE) > 0.4 if optional else None
     extra = tokens(dtype=dtype) if optional else []
     leaves = [x.requires_grad_() for x in (a, b, v, *extra)]
@@ -148,7 +150,7 @@ def test_uneven_lengths(backend, optional, dtype, channels_last):
 @each_backend
 @pytest.mark.usefixtures("small")
 def test_padding_has_no_weight_whatever_the_scale(backend, scale):
-    a, b = (x.flatten(1, 2) for x in maps(M, N))
+    a, b = (x.flatten(1, 2) for x in activations(M, N))
     options = {"heads": HEADS, "logit_scale": scale, "cu_seqlens": offsets_of(UNEVEN)}
     check(
         da_triton.gather(a, b, backend=backend, **options),
@@ -160,7 +162,7 @@ def test_padding_has_no_weight_whatever_the_scale(backend, scale):
 @each_backend
 @pytest.mark.usefixtures("small")
 def test_values_that_are_not_finite_stay_in_their_sequence(backend):
-    a, b, v = (x.flatten(1, 2) for x in maps(M, N, N))
+    a, b, v = (x.flatten(1, 2) for x in activations(M, N, N))
     end = sum(UNEVEN[:8])  # the last position of a sequence, which padding repeats
     for x in (a, b, v):
         x[..., end - 1] = torch.inf
@@ -179,7 +181,9 @@ def test_launches_do_not_grow_with_the_number_of_sequences():
     """Lengths of 50 to 60 are one bucket; those of 10 to 40 are six."""
 
     def count(lengths):
-        a, b, v = (x.flatten(1, 2) for x in maps(M, N, N, lengths=lengths, dtype=torch.float32))
+        a, b, v = (
+            x.flatten(1, 2) for x in activations(M, N, N, lengths=lengths, dtype=torch.float32)
+        )
         tensors = [x.requires_grad_() for x in (a, b, v)]
         options = {"cu_seqlens": offsets_of(lengths), "heads": HEADS, "backend": "triton"}
         with launches.count() as forward:
@@ -239,7 +243,9 @@ class Operations(TorchDispatchMode):
 @each_layout
 def test_a_run_of_equal_lengths_is_not_copied(channels_last):
     lengths = (6, 6, 6)
-    a, b, v = maps(M, N, N, lengths=lengths, dtype=torch.float32, channels_last=channels_last)
+    a, b, v = activations(
+        M, N, N, lengths=lengths, dtype=torch.float32, channels_last=channels_last
+    )
     with Operations() as seen:
         g, _ = triton_varlen.gather(a, b, None, None, None, lengths, 1.0)
         triton_varlen.distribute(g, v, lengths, 1.0, True, 1.0)
@@ -250,7 +256,7 @@ def test_a_run_of_equal_lengths_is_not_copied(channels_last):
 
 def test_a_sequence_costs_two_products_and_a_softmax():
     lengths = tuple(range(1, 33))
-    a, b, v = maps(M, N, N, lengths=lengths, dtype=torch.float32)
+    a, b, v = activations(M, N, N, lengths=lengths, dtype=torch.float32)
     with Operations() as seen:
         g, _ = aten_varlen.gather(a, b, None, None, None, lengths, 1.0)
         aten_varlen.distribute(g, v, lengths, 1.0, True, 1.0)
@@ -268,7 +274,7 @@ def test_a_sequence_costs_two_products_and_a_softmax():
 @each_backend
 def test_derivatives_of_derivatives(backend):
     lengths = [1, 0, 2]
-    inputs = [x.flatten(1, 2) for x in maps(M, N, N, lengths=lengths)]
+    inputs = [x.flatten(1, 2) for x in activations(M, N, N, lengths=lengths)]
     extra = [x.flatten(1, 2) for x in tokens(lengths)]
     mask = torch.rand(1, sum(lengths), device=DEVICE) > 0.3
 
@@ -286,7 +292,7 @@ def test_derivatives_of_derivatives(backend):
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad", "hessian", "jvp"])
 def test_transforms(backend, transform):
     lengths = [2, 0, 3, 2]
-    a, b, v = (x.flatten(1, 2) for x in maps(M, N, N, lengths=lengths))
+    a, b, v = (x.flatten(1, 2) for x in activations(M, N, N, lengths=lengths))
 
     def function(backend):
         def loss(b):

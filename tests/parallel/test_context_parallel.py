@@ -17,7 +17,7 @@ from da_triton.ops.aten import core as aten
 from da_triton.parallel.context_parallel import WireBytes, wire_bytes
 from support import ranks
 from support.numerics import check, relative_rms
-from support.splits import CUTS, LENGTH, block, image, leaves, maps, own, trained
+from support.splits import CUTS, LENGTH, activations, block, image, leaves, own, trained
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
@@ -66,14 +66,14 @@ def core_on_a_rank(rank, cuts, backend, dtype):
             options["extra"] = [x.to(dtype) for x in options["extra"]]
         group = distributed.group.WORLD
         found[name] = core(
-            *leaves(maps(dtype), rank, cuts), process_group=group, backend=backend, **options
+            *leaves(activations(dtype), rank, cuts), process_group=group, backend=backend, **options
         )
     return found
 
 
 def check_core(found, name, options, dtype):
     """Slices behind each other are the whole; gradients of tokens are sums, all of it rank 0's."""
-    expected = core(*leaves([x.double() for x in maps(dtype)]), backend="eager", **options)
+    expected = core(*leaves([x.double() for x in activations(dtype)]), backend="eager", **options)
     for i, whole in enumerate(expected):
         if i < 4:
             check(torch.cat([slices[i] for slices in found], -1), whole, dtype, what=(name, i))
@@ -101,7 +101,7 @@ def test_a_softmax_over_each_slice_alone_is_rejected():
             given = dict(options)
             if "mask" in given:
                 given["mask"] = own(given["mask"], rank, cuts)
-            local.append(core(*leaves(maps(), rank, cuts), **given))
+            local.append(core(*leaves(activations(), rank, cuts), **given))
         with pytest.raises(AssertionError):
             check_core(local, name, options, torch.float64)
 
@@ -117,15 +117,15 @@ def test_weights_far_from_zero_keep_their_digits():
 
 
 def bits(rank, cuts):
-    a, b, _ = maps(torch.float32)
-    pieces = leaves([a, b], rank, cuts)
+    a, b, _ = activations(torch.float32)
+    shards = leaves([a, b], rank, cuts)
     found = []
     for backend in ("torch", "triton"):
         for _ in range(2):
             g = da_triton.gather(
-                *pieces, heads=2, backend=backend, process_group=distributed.group.WORLD
+                *shards, heads=2, backend=backend, process_group=distributed.group.WORLD
             )
-            grads = torch.autograd.grad((g * (rank + 1)).sin().sum(), pieces)
+            grads = torch.autograd.grad((g * (rank + 1)).sin().sum(), shards)
             found.append([g.detach(), *grads])
     return found
 
@@ -140,20 +140,20 @@ def test_the_same_bits_on_every_rank_and_every_time(tmp_path):
 
 
 def infinite(rank, cuts):
-    a, b, _ = maps()
+    a, b, _ = activations()
     b[:, 0, : cuts[1]] = -torch.inf
     b[:, 1] = -torch.inf
-    pieces = leaves([a, b], rank, cuts)
+    shards = leaves([a, b], rank, cuts)
     found = []
     for backend in ("torch", "triton"):
-        g = da_triton.gather(*pieces, backend=backend, process_group=distributed.group.WORLD)
-        found.append([g.detach(), *torch.autograd.grad(g.square().sum(), pieces)])
+        g = da_triton.gather(*shards, backend=backend, process_group=distributed.group.WORLD)
+        found.append([g.detach(), *torch.autograd.grad(g.square().sum(), shards)])
     return found
 
 
 def test_logits_of_minus_infinity_in_one_slice_or_in_all(tmp_path):
     cuts = CUTS[2]
-    a, b, _ = maps()
+    a, b, _ = activations()
     b[:, 0, : cuts[1]] = -torch.inf
     wide = leaves([a, torch.cat([b[:, :1], b[:, 2:]], 1)])
     g = da_triton.gather(*wide, backend="eager")
@@ -161,7 +161,7 @@ def test_logits_of_minus_infinity_in_one_slice_or_in_all(tmp_path):
     grads = torch.autograd.grad(2 * g.square().sum(), wide)
     for found in zip(*ranks.run(2, infinite, tmp_path, cuts), strict=True):
         for rank, (g_, da, db) in enumerate(found):
-            assert not g_[..., 1].any(), "a map without weight on any rank"
+            assert not g_[..., 1].any(), "an attention map without weight on any rank"
             assert not db[:, 1].any()
             check(torch.cat([g_[..., :1], g_[..., 2:]], -1), g, torch.float64)
             check(da, own(grads[0], rank, cuts), torch.float64)
@@ -170,7 +170,7 @@ def test_logits_of_minus_infinity_in_one_slice_or_in_all(tmp_path):
 
 
 def half_precision(rank, cuts, backend):
-    a, b, v = (own(x, rank, cuts) for x in maps(torch.float32))
+    a, b, v = (own(x, rank, cuts) for x in activations(torch.float32))
     group = distributed.group.WORLD
     with torch.autocast("cpu", dtype=torch.bfloat16):
         g = da_triton.gather(a, b, backend=backend, process_group=group)
@@ -181,7 +181,7 @@ def half_precision(rank, cuts, backend):
 @each_backend
 def test_autocast(backend, tmp_path):
     found = ranks.run(2, half_precision, tmp_path, CUTS[2], backend)
-    a, b, v = (x.bfloat16().double() for x in maps(torch.float32))
+    a, b, v = (x.bfloat16().double() for x in activations(torch.float32))
     for g, z in found:
         assert g.dtype == z.dtype == torch.bfloat16
         check(g, da_triton.gather(a, b), torch.bfloat16)
@@ -190,7 +190,7 @@ def test_autocast(backend, tmp_path):
 
 
 def nothing_to_do(rank, cuts):
-    empty = leaves([x[:0] for x in maps()], rank, cuts)
+    empty = leaves([x[:0] for x in activations()], rank, cuts)
     return core(*empty, process_group=distributed.group.WORLD)[:2]
 
 
@@ -203,18 +203,18 @@ def two_groups(rank, cuts):
     """Ranks 0 and 1 share the positions of sample 0, ranks 2 and 3 those of sample 1."""
     groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
     sample = rank // 2
-    pieces = [own(x[sample : sample + 1], rank % 2, cuts) for x in maps()]
+    shards = [own(x[sample : sample + 1], rank % 2, cuts) for x in activations()]
     with pytest.raises(TypeError, match="this rank belongs to"):
-        da_triton.double_attention(*pieces, process_group=groups[1 - sample])
+        da_triton.double_attention(*shards, process_group=groups[1 - sample])
     tokens = problems()["tokens"]["extra"]
-    return core(*leaves(pieces), extra=tokens, process_group=groups[sample])
+    return core(*leaves(shards), extra=tokens, process_group=groups[sample])
 
 
 def test_a_group_of_some_of_the_ranks(tmp_path):
     found = ranks.run(4, two_groups, tmp_path, CUTS[2])
     tokens = problems()["tokens"]["extra"]
     for sample in range(2):
-        one = [x[sample : sample + 1] for x in maps()]
+        one = [x[sample : sample + 1] for x in activations()]
         z, *grads = core(*leaves(one), extra=tokens)
         first, second = found[2 * sample : 2 * sample + 2]
         check(torch.cat([first[0], second[0]], -1), z, torch.float64)
@@ -223,14 +223,14 @@ def test_a_group_of_some_of_the_ranks(tmp_path):
 
 
 def differentiated_twice(rank):
-    a, b, _ = leaves(maps())
+    a, b, _ = leaves(activations())
     g = da_triton.gather(a, b, process_group=distributed.group.WORLD)
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(g.sum(), a, create_graph=True)
     return True
 
 
-def test_a_second_derivative_is_refused(tmp_path):
+def test_a_second_derivative_is_rejected(tmp_path):
     assert all(ranks.run(2, differentiated_twice, tmp_path))
 
 
@@ -336,7 +336,8 @@ def test_compiled_without_a_break_and_once_for_all_sizes_and_scales(backend, tmp
     assert all(map(all, ranks.run(2, compiled_on_a_rank, tmp_path, backend)))
 
 
-# --- copies, refusals -----------------------------------------------------------------------------
+# --- copies, errors
+# --------------------------------------------------------------------------------
 
 
 def copied(rank):
@@ -355,14 +356,14 @@ def copied(rank):
     return loaded(image()), copy.deepcopy(loaded).process_group
 
 
-def test_copies_share_the_group_and_pickles_are_refused(tmp_path):
+def test_copies_share_the_group_and_pickles_are_rejected(tmp_path):
     for alone, group in ranks.run(2, copied, tmp_path):
         assert group is None
         check(alone, block()(image()), torch.float64)
 
 
-def refused(rank):
-    a, b, v = maps()
+def rejected(rank):
+    a, b, v = activations()
     group = distributed.group.WORLD
     for call, message in (
         (lambda: da_triton.gather(a, b, backend="eager", process_group=group), "on one device"),
@@ -375,13 +376,13 @@ def refused(rank):
     return True
 
 
-def test_choices_that_cannot_be_split_are_refused(tmp_path):
-    assert all(ranks.run(1, refused, tmp_path))
+def test_choices_that_cannot_be_split_are_rejected(tmp_path):
+    assert all(ranks.run(1, rejected, tmp_path))
 
 
 @pytest.mark.parametrize("group", ["world", 0, object()])
-def test_something_else_than_a_group_is_refused(group):
-    a, b, v = maps()
+def test_something_else_than_a_group_is_rejected(group):
+    a, b, v = activations()
     for call in (
         lambda: da_triton.gather(a, b, process_group=group),
         lambda: da_triton.double_attention(a, b, v, process_group=group),
@@ -445,7 +446,7 @@ def test_a_block_gathers_again_only_if_it_recomputes(recompute, tmp_path):
 
 
 def test_bytes_of_a_large_image():
-    """128 features, 128 maps; x of 256 channels at 2²⁴ positions, in float32."""
+    """128 features, 128 descriptors; x of 256 channels at 2²⁴ positions, in float32."""
     assert wire_bytes(1, 1, 128, 128, ranks=4) == WireBytes(199_680, 196_608)
     assert 40_000 * sum(wire_bytes(1, 1, 128, 128, ranks=4)) < 4 * 256 * 2**24
     assert wire_bytes(1, 1, 128, 128, ranks=1) == (0, 0)

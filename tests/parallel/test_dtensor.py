@@ -14,7 +14,7 @@ from da_triton import reference
 from da_triton.parallel.dtensor import register_dtensor
 from support import ranks
 from support.numerics import check
-from support.splits import LENGTH, block, image, maps, trained
+from support.splits import LENGTH, activations, block, image, trained
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.skipif(
 def sharded_core(rank, axis, needs):
     register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    whole = [x[:2].clone().requires_grad_(need) for x, need in zip(maps(), needs, strict=True)]
+    whole = [
+        x[:2].clone().requires_grad_(need) for x, need in zip(activations(), needs, strict=True)
+    ]
     mask = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(8)) > 0.4
     z = da_triton.double_attention(*whole, heads=2, mask=mask, backend="eager")
     z.square().sum().backward()
@@ -129,7 +131,7 @@ def core_of_tensors(rank):
     scale = torch.tensor(0.7, dtype=torch.float64)
     for axis in (0, 1):
         found = []
-        a, b, v = (x[:2].unflatten(1, (2, -1)) for x in maps())
+        a, b, v = (x[:2].unflatten(1, (2, -1)) for x in activations())
         for tensors in ([a, b, v], [distribute_tensor(x, mesh, [Shard(axis)]) for x in (a, b, v)]):
             with CommDebugMode() as sent:
                 found.append(each_of_the_core(*tensors, scale))
@@ -156,11 +158,11 @@ def test_the_core_on_shards_with_scales_that_change(tmp_path):
 def redistributed(rank):
     register_dtensor()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    a, b, _ = (distribute_tensor(x, mesh, [Shard(2)]) for x in maps())
+    a, b, _ = (distribute_tensor(x, mesh, [Shard(2)]) for x in activations())
     return da_triton.gather(a, b, heads=2, backend="triton").full_tensor()
 
 
 def test_shards_of_the_positions_are_gathered_first(tmp_path):
-    expected = reference.gather(*(x.unflatten(1, (2, -1)) for x in maps()[:2]))
+    expected = reference.gather(*(x.unflatten(1, (2, -1)) for x in activations()[:2]))
     for g in ranks.run(2, redistributed, tmp_path):
         check(g, expected, torch.float64)

@@ -5,11 +5,11 @@ import torch
 from torch import distributed
 
 from support import ranks
-from support.numerics import check
+from support.numerics import DEVICE, check
 from support.splits import LENGTH, block, image, own, trained
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and distributed.is_nccl_available()), reason="needs a GPU: NCCL"
+    not (DEVICE == "cuda" and distributed.is_nccl_available()), reason="needs a GPU: NCCL"
 )
 
 

@@ -83,8 +83,8 @@ def test_intervals_cover_every_length_once():
         assert end == start
 
 
-def test_short_maps_take_the_papers_order_and_few_maps_the_fused_one():
-    """The two ends that the derivation names: conv4 of a ResNet, and 19 maps for segmentation."""
+def test_few_positions_take_the_papers_order_and_few_descriptors_the_fused_one():
+    """The two ends that the derivation names: conv4 of a ResNet, and n = 19 for segmentation."""
     assert choose_order(1024, 512, 512, 1, 196, 2, True) == AZ
     assert choose_order(512, 512, 19, 1, 8192, 2, True) == XH
 
@@ -195,7 +195,7 @@ def test_wide_dtypes_take_the_split_route(itemsize):
 
 
 def test_no_route_that_spills_is_offered():
-    """Far too many channels and maps for any fused kernel of pass 1 or backward."""
+    """Far too many channels and descriptors for any fused kernel of pass 1 or backward."""
     s = Shape(4, 2048, 512, 512, 1, 784, 2, True)
     limits = limits_of(s)
     assert not limits.gather_from_x
@@ -205,20 +205,20 @@ def test_no_route_that_spills_is_offered():
         assert option.route.backward == "unfused"
 
 
-def test_chunks_keep_x_in_the_cache():
+def test_batch_chunks_keep_x_in_the_cache():
     s = Shape(64, 256, 64, 64, 1, 6400, 2, True)
     route = planner.routes(s, limits_of(s), XH)[0].route
     assert route.gather == route.distribute == "fused"
     per_sample = s.channels * s.length * s.itemsize
-    assert 1 < route.chunk * per_sample <= planner.CACHE < 2 * route.chunk * per_sample
+    assert 1 < route.batch_chunk * per_sample <= planner.CACHE < 2 * route.batch_chunk * per_sample
 
 
 @pytest.mark.parametrize(("value", "expected"), [(True, False), (False, True), ("auto", False)])
-def test_v_is_kept_only_if_asked_for(value, expected):
+def test_v_is_saved_only_if_requested(value, expected):
     """Projecting it again is under a tenth of a step at every ratio of channels here."""
     for c, m, n in itertools.product((16, 256, 2048), (8, 128, 512), (8, 128, 512)):
-        kept = planner.saves_v(c, m, n, 1, value)
-        assert kept == expected or (value == "auto" and n > m)
+        saved = planner.saves_v(c, m, n, 1, value)
+        assert saved == expected or (value == "auto" and n > m)
 
 
 def test_plan_shows_what_would_run():
@@ -254,6 +254,6 @@ def test_plan_of_an_order_of_choice():
         (((1, 256, 9), 64, 64), {"device": "cpu"}, RuntimeError, "needs a CUDA device"),
     ],
 )
-def test_plan_refuses(arguments, options, error, message):
+def test_plan_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         da_triton.plan(*arguments, **options)

@@ -55,7 +55,7 @@ def proofs(monkeypatch):
     return names
 
 
-def maps(length=70, dtype=DTYPE, batch=2):
+def activations(length=70, dtype=DTYPE, batch=2):
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(batch, 1, c, length, generator=generator) for c in (24, 20))
     return a.to(DEVICE, dtype), b.to(DEVICE, dtype)
@@ -91,39 +91,39 @@ def lying(monkeypatch, lie=corrupt):
 
 
 def test_a_right_kernel_is_proved_once_and_used(suspect, proofs):
-    a, b = maps()
+    a, b = activations()
     plain = gather.gather_forward.__wrapped__([(a, b, None)], 0.7)
     assert torch.equal(gathered(a, b), plain[0])
     assert proofs == ["gather_forward"]
     assert guard.replaced() == ()
     gathered(a, b)
-    gathered(*maps(length=134))  # more positions, aligned alike: the same code
+    gathered(*activations(length=134))  # more positions, aligned alike: the same code
     assert proofs == ["gather_forward"]
-    gathered(*maps(length=71))  # aligned differently
-    gathered(*maps(dtype=torch.bfloat16))
+    gathered(*activations(length=71))  # aligned differently
+    gathered(*activations(dtype=torch.bfloat16))
     assert proofs == ["gather_forward"] * 3
 
 
 def test_a_verdict_is_remembered_by_the_next_process(suspect, proofs, monkeypatch):
-    gathered(*maps())
+    gathered(*activations())
     (file,) = suspect.iterdir()
     assert json.loads(file.read_text())["verdict"]["kernel"] == "gather_forward"
     forget(monkeypatch)
-    gathered(*maps())
+    gathered(*activations())
     assert len(proofs) == 1
     forget(monkeypatch)
     monkeypatch.setattr(verdicts, "context", lambda device: {"driver": 1, "triton": "9"})
-    gathered(*maps())  # another driver or compiler
+    gathered(*activations())  # another driver or compiler
     assert len(proofs) == 2
     for damaged in suspect.iterdir():
         damaged.write_text("{")
     forget(monkeypatch)
-    gathered(*maps())
+    gathered(*activations())
     assert len(proofs) == 3
 
 
 def test_a_kernel_that_is_wrong_is_not_used(suspect, monkeypatch):
-    a, b = maps()
+    a, b = activations()
     lying(monkeypatch)
     with pytest.warns(UserWarning, match="does not use its kernel 'gather_forward'") as caught:
         found = gathered(a, b)
@@ -136,7 +136,7 @@ def test_a_kernel_that_is_wrong_is_not_used(suspect, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(gathered(a, b), found)
-        gathered(*maps(length=71))  # one warning per kernel
+        gathered(*activations(length=71))  # one warning per kernel
     forget(monkeypatch)
     with pytest.warns(UserWarning, match="gather_forward"):  # remembered; said in each process
         assert torch.equal(gathered(a, b), found)
@@ -144,7 +144,7 @@ def test_a_kernel_that_is_wrong_is_not_used(suspect, monkeypatch):
 
 def test_the_check_sees_what_the_layer_would_not(suspect, monkeypatch):
     """The corruption is below what a root mean square over all of G would show."""
-    a, b = maps()
+    a, b = activations()
     right = gather.gather_forward.__wrapped__([(a, b, None)], 0.7)[0]
     lying(monkeypatch)
     wrong = gather.gather_forward.__wrapped__([(a, b, None)], 0.7)[0]
@@ -157,14 +157,14 @@ def test_a_kernel_that_is_not_deterministic_is_not_used(suspect, monkeypatch):
     turns = iter(range(1000))
     lying(monkeypatch, lambda a, b, mask, acc, *_: acc.view(-1)[:4].add_(1e-5 * next(turns)))
     with pytest.warns(UserWarning, match="different results on the same input"):
-        gathered(*maps())
+        gathered(*activations())
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(suspect, monkeypatch):
     def fail(*_):
         raise RuntimeError("PassManager::run failed\nmore")
 
-    a, b = maps()
+    a, b = activations()
     lying(monkeypatch, fail)
     with pytest.warns(UserWarning, match="RuntimeError: PassManager::run failed"):
         found = gathered(a, b)
@@ -177,7 +177,7 @@ def test_a_kernel_that_does_not_compile_is_not_used(suspect, monkeypatch):
     [torch.OutOfMemoryError("no memory"), RuntimeError("Triton Error [CUDA]: out of memory")],
 )
 def test_without_memory_for_a_proof_the_kernel_runs_as_it_is(error, suspect, proofs, monkeypatch):
-    a, b = maps()
+    a, b = activations()
     once = [error]
 
     def fail(*_):
@@ -197,7 +197,7 @@ def test_what_fails_beside_the_kernel_does_not_indict_it(suspect, proofs, monkey
         raise RuntimeError("cuBLAS is not there")
 
     monkeypatch.setattr(guard.LAUNCHERS["gather_forward"], "stand_in", fail)
-    a, b = maps()
+    a, b = activations()
     plain = gather.gather_forward.__wrapped__([(a, b, None)], 0.7)[0]
     for _ in range(5):
         assert torch.equal(gathered(a, b), plain)
@@ -212,7 +212,7 @@ def test_a_kernel_that_faults_is_not_used_by_the_next_process(suspect, monkeypat
     def fault(*_):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    a, b = maps()
+    a, b = activations()
     lying(monkeypatch, fault)
     with pytest.raises(RuntimeError, match="'gather_forward' faulted: AcceleratorError: CUDA"):
         gathered(a, b)
@@ -223,7 +223,7 @@ def test_a_kernel_that_faults_is_not_used_by_the_next_process(suspect, monkeypat
 
 
 def test_nothing_is_proved_while_a_graph_is_captured(suspect, proofs, monkeypatch):
-    a, b = maps()
+    a, b = activations()
     plain = gather.gather_forward.__wrapped__([(a, b, None)], 0.7)[0]
     monkeypatch.setattr(guard, "_capturing", lambda: True)
     with pytest.warns(UserWarning, match="captured into a CUDA graph before it was proved"):
@@ -240,7 +240,7 @@ def test_nothing_is_proved_while_a_graph_is_captured(suspect, proofs, monkeypatc
 
 @pytest.mark.parametrize("next_process", [False, True])
 def test_a_kernel_that_is_known_to_be_wrong_is_not_captured(next_process, suspect, monkeypatch):
-    a, b = maps()
+    a, b = activations()
     lying(monkeypatch)
     with pytest.warns(UserWarning, match="does not use"):
         found = gathered(a, b)
@@ -258,11 +258,11 @@ def test_a_folder_that_cannot_be_written(suspect, proofs, monkeypatch):
     file.write_text("")
     monkeypatch.setenv("DA_TRITON_CACHE_DIR", str(file))
     with pytest.warns(UserWarning, match="cannot remember it.*DA_TRITON_CACHE_DIR"):
-        gathered(*maps())
+        gathered(*activations())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        gathered(*maps())
-        gathered(*maps(length=71))
+        gathered(*activations())
+        gathered(*activations(length=71))
     assert len(proofs) == 2
 
 
@@ -297,16 +297,16 @@ def test_processes_share_what_they_find(tmp_path):
 
 
 def test_float32_is_proved_where_pytorch_allows_tf32(suspect, proofs, monkeypatch):
-    gathered(*maps(dtype=torch.float32))
+    gathered(*activations(dtype=torch.float32))
     assert not proofs
     monkeypatch.setattr(verdicts, "allows_tf32", lambda: True)
-    gathered(*maps(dtype=torch.float32))
+    gathered(*activations(dtype=torch.float32))
     assert proofs == ["gather_forward"]
 
 
 def test_elsewhere_nothing_is_proved(proofs):
     assert not compilers.affected(torch.device("cpu"))
-    gathered(*maps())
+    gathered(*activations())
     assert not proofs
 
 
@@ -357,7 +357,7 @@ def test_one_variable_proves_everywhere(monkeypatch):
 
 def test_tf32_is_examined_apart(monkeypatch):
     monkeypatch.setattr(trials, "LONGEST", 256)
-    a, b = maps(dtype=torch.float32)
+    a, b = activations(dtype=torch.float32)
     with guard.examine(1) as verdicts:
         gathered(a, b)
         with matmul_precision("tf32"):
@@ -367,7 +367,7 @@ def test_tf32_is_examined_apart(monkeypatch):
 
 def test_a_mask_of_few_positions(monkeypatch):
     """No sample of the trial is hidden whole."""
-    a, b = maps(length=1)
+    a, b = activations(length=1)
     mask = torch.tensor([[True], [True]], device=DEVICE)
     with guard.examine(1) as verdicts:
         core.gather(a, b, mask=mask)
@@ -375,12 +375,12 @@ def test_a_mask_of_few_positions(monkeypatch):
 
 
 def test_proofs_in_backward_inference_and_compiled_code(suspect, proofs):
-    a, b = (t.requires_grad_() for t in maps())
+    a, b = (t.requires_grad_() for t in activations())
     call = torch.compile(gathered, backend="aot_eager", fullgraph=True)
     call(a, b).square().sum().backward()
     assert proofs == ["gather_forward", "gather_backward"]
     with torch.inference_mode():
-        gathered(*maps(length=71))
+        gathered(*activations(length=71))
     assert proofs == ["gather_forward", "gather_backward", "gather_forward"]
     assert not guard.replaced()
 
@@ -391,7 +391,7 @@ def test_every_launch_of_a_block_can_be_proved(monkeypatch):
     given = inputs(CASES["odd"], DTYPE, False)
     x = given[0]
     with guard.examine(2) as verdicts:
-        for name in ("fused_xh", "fused_ah", "fused_gather_a_h", "split_AZ", "split_XH"):
+        for name in ("fused_xh", "fused_ah", "fused_gather_a_h", "unfused_AZ", "unfused_XH"):
             run(ROUTES[name], CASES["odd"], *given)
         gather.gather_forward([(x[:, None], x[:, None], None)], 1.0)
         g = torch.randn(2, 1, 8, 40, device=DEVICE)
@@ -403,10 +403,10 @@ def test_every_launch_of_a_block_can_be_proved(monkeypatch):
 
 
 def test_examining_leaves_out_what_is_remembered(suspect, proofs, monkeypatch):
-    gathered(*maps())
+    gathered(*activations())
     with guard.examine(2) as verdicts:
-        gathered(*maps())
-        gathered(*maps())
+        gathered(*activations())
+        gathered(*activations())
     assert proofs == ["gather_forward"] * 2
     assert [v.kernel for v in verdicts] == ["gather_forward"]
     monkeypatch.setattr(

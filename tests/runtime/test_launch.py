@@ -1,4 +1,4 @@
-"""Host decisions of a launch: strides and their unit, chunks, memory formats, tiles."""
+"""Host decisions of a launch: strides and their unit, split of positions, memory formats, tiles."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from da_triton.kernels import prologue
 from da_triton.runtime import launch, tiles
 
 
-def maps(length, channels=32, rows=None):
+def activations(length, channels=32, rows=None):
     return torch.empty(2, 1, channels, rows or length, device="meta")[..., :length]
 
 
@@ -17,16 +17,16 @@ def maps(length, channels=32, rows=None):
 )
 def test_alignment(length, rows, unit):
     """The largest unit of rows that the compiler would not see by itself."""
-    x = maps(length, rows=rows)
+    x = activations(length, rows=rows)
     assert launch.alignment(x) == unit
     n, h, c, last = launch.strides(x, unit)
     assert (n * unit, h * unit, c * unit, last) == (x.stride(0), 0, x.stride(2), 1)
 
 
-def test_alignment_is_that_of_all_maps():
-    assert launch.alignment(maps(196), maps(196, rows=198)) == 2
-    assert launch.alignment(maps(196), maps(196).mT.contiguous().mT) == 1
-    assert launch.alignment(maps(196)[:, :, ::2]) == 4
+def test_alignment_is_that_of_all_activations():
+    assert launch.alignment(activations(196), activations(196, rows=198)) == 2
+    assert launch.alignment(activations(196), activations(196).mT.contiguous().mT) == 1
+    assert launch.alignment(activations(196)[:, :, ::2]) == 4
 
 
 def test_strides_of_axes_of_one_element_are_zero():
@@ -36,13 +36,13 @@ def test_strides_of_axes_of_one_element_are_zero():
 
 @pytest.mark.parametrize("programs", [1, 3, 16, 64, 132, 1000])
 @pytest.mark.parametrize("length", [1, 49, 784, 6400, 2**21])
-def test_chunks_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
+def test_splits_cover_all_positions_in_about_one_wave(programs, length, monkeypatch):
     monkeypatch.setattr(launch, "num_sms", lambda device: 132)
     tile = tiles.Tile(64, 64, 64, 4, 2, 1)
-    blocks, chunks = launch.chunks(programs, length, tile, None)
-    assert blocks * chunks * 64 >= length
-    assert blocks * (chunks - 1) * 64 < length, "no empty chunk"
-    assert chunks * programs <= max(132, programs)
+    blocks, splits = launch.split_positions(programs, length, tile, None)
+    assert blocks * splits * 64 >= length
+    assert blocks * (splits - 1) * 64 < length, "no empty split"
+    assert splits * programs <= max(132, programs)
 
 
 def test_memory_formats():
@@ -58,14 +58,16 @@ def test_memory_formats():
     ("rows", "length", "channels_last", "expected"),
     [
         ([64, 24, 24], 196, False, True),
-        ([64, 19, 19], 196, False, False),  # the second map of 19 would begin at 8 bytes
+        ([64, 19, 19], 196, False, False),  # the second 19 channels would begin at 8 bytes
         ([64, 20, 20], 196, False, True),
         ([64, 19, 19], 49, False, True),  # rows of 49 are never wide
         ([64, 24, 24], 49, True, True),
         ([64, 20, 20], 196, True, False),
     ],
 )
-def test_maps_share_a_tensor_only_where_their_rows_stay_wide(rows, length, channels_last, expected):
+def test_activations_share_a_tensor_only_where_their_rows_stay_wide(
+    rows, length, channels_last, expected
+):
     x = torch.empty(2, 32, length, dtype=torch.bfloat16)
     x = x.mT.contiguous().mT if channels_last else x
     assert prologue._side_by_side(x, rows) == expected

@@ -87,7 +87,7 @@ def both(self, tensors, scales=()):
     assert received[-2] == received[-1], received[-2:]
 
 launch.Launch.__call__ = both
-SPLIT = [
+UNFUSED = [
     Route(AZ, "unfused", "unfused", "unfused", AZ, 64),
     Route(XH, "unfused", "unfused", "unfused", XH, 64),
     Route(AH, "fused", "fused", "unfused", AH, 64),
@@ -96,7 +96,7 @@ SPLIT = [
 for last in (False, True):
     for offset in (0, 1):
         for masked in (False, True):
-            for route in (FUSED, FUSED._replace(chunk=1), *SPLIT):
+            for route in (FUSED, FUSED._replace(batch_chunk=1), *UNFUSED):
                 x, w = rows(2, 64, 196, last, offset), weights(64, 32, 48, offset)
                 keep = empty(2, 196, dtype=torch.uint8, offset=offset) if masked else None
                 for save_v in (False, True):

@@ -61,7 +61,7 @@ def make(c=16, m=8, n=8, **options):
     return DoubleAttention(c, m, n, **{"residual": True, **options}, backend="triton").to(DEVICE)
 
 
-def maps(*shape, last=False, **how):
+def activations(*shape, last=False, **how):
     x = torch.randn(shape or (2, 16, 4, 5), device=DEVICE, **how)
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
@@ -101,7 +101,7 @@ def check(layer, given):
 def test_a_repeated_step_gives_the_bits_of_a_first_one(route, last, poisoned):
     layer = make(recompute=last)
     with mock.patch.object(triton_block, "_route", return_value=ROUTES[route]):
-        check(layer, [(maps(last=last), maps(last=last)) for _ in range(3)])
+        check(layer, [(activations(last=last), activations(last=last)) for _ in range(3)])
 
 
 @pytest.mark.parametrize(
@@ -114,18 +114,18 @@ def test_options_and_masks(options, shape, poisoned):
     given = []
     for _ in range(3):
         mask = torch.rand(shape[0], *shape[2:], device=DEVICE) > 0.3
-        given.append((maps(*shape), maps(*shape), mask))
+        given.append((activations(*shape), activations(*shape), mask))
     check(layer, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype):
     layer = make(order="AH").to(dtype)
-    check(layer, [(maps(dtype=dtype), maps(dtype=dtype)) for _ in range(3)])
+    check(layer, [(activations(dtype=dtype), activations(dtype=dtype)) for _ in range(3)])
 
 
 def test_a_call_without_gradients_is_repeated_apart(poisoned):
-    layer, given = make(), [maps() for _ in range(4)]
+    layer, given = make(), [activations() for _ in range(4)]
     expected = [step(layer, x, x)[0] for x in given]
     with torch.no_grad():
         for x in given[:2]:
@@ -139,11 +139,11 @@ def test_a_call_without_gradients_is_repeated_apart(poisoned):
 
 def test_what_needs_a_gradient_is_seen():
     layer = make()
-    x, upstream = maps(), maps()
+    x, upstream = activations(), activations()
     for frozen in ([], ["convA"], ["convB", "convV"], ["convA", "convB", "convV"]):
         for name, child in layer.named_children():
             child.requires_grad_(name not in frozen)
-        check(layer, [(maps(), maps()) for _ in range(3)])
+        check(layer, [(activations(), activations()) for _ in range(3)])
     layer.requires_grad_(True)
     full = step(layer, x, upstream)
     for wanted in (["convV.weight"], ["convA.bias", "convB.bias"]):
@@ -167,8 +167,8 @@ def unaligned(x):
 def test_gradients_come_in_any_form(form):
     layer = make()
     for _ in range(3):
-        grad = form(maps(2, 16, 4, 4))
-        x = maps(*grad.shape)
+        grad = form(activations(2, 16, 4, 4))
+        x = activations(*grad.shape)
         found, expected = step(layer, x, grad), step(layer, x, grad.clone().contiguous())
         for y, z in zip(found, expected, strict=True):
             torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
@@ -176,7 +176,7 @@ def test_gradients_come_in_any_form(form):
 
 def test_a_gradient_may_be_the_input():
     """Where it is in the recorded call, the next attempt is the fourth call."""
-    layer, given = make(), [maps() for _ in range(3)]
+    layer, given = make(), [activations() for _ in range(3)]
     check(layer, [(given[0], given[1]), (given[1], given[2]), (given[2], given[2])])
     x = given[0]
     expected = step(layer, x, x)
@@ -218,7 +218,7 @@ def with_other_data(layer, x, upstream):
 @pytest.mark.parametrize("change", [through_default_hooks, through_own_hooks, with_other_data])
 def test_what_was_saved_may_have_other_strides(change):
     layer = make()
-    given = [(maps(last=True), maps(last=True)) for _ in range(3)]
+    given = [(activations(last=True), activations(last=True)) for _ in range(3)]
     expected = [step(layer, *arguments) for arguments in given]  # recorded, too
     for arguments, wanted in zip(given, expected, strict=True):
         for y, z in zip(change(layer, *arguments), wanted, strict=True):
@@ -226,7 +226,7 @@ def test_what_was_saved_may_have_other_strides(change):
 
 
 def test_a_weight_that_lost_rows_raises():
-    layer, x = make(), maps().requires_grad_()
+    layer, x = make(), activations().requires_grad_()
     for _ in range(3):
         step(layer, x, x.detach().clone())
     y = layer(x)
@@ -256,7 +256,7 @@ def runs_launchers(layer, x):
 )  # fmt: skip
 def test_what_observes_launches_sees_those_of_the_launchers(monkeypatch, owner, name, value):
     monkeypatch.setattr(triton_block, "_route", lambda *_: ROUTES["fused from A"])
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     warm(layer, x)
     assert not runs_launchers(layer, x)
     with monkeypatch.context() as patched:
@@ -266,7 +266,7 @@ def test_what_observes_launches_sees_those_of_the_launchers(monkeypatch, owner, 
 
 
 def test_trials_and_examinations_see_launches():
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     warm(layer, x)
     with launch.trial(2, []):
         assert runs_launchers(layer, x)
@@ -277,9 +277,9 @@ def test_trials_and_examinations_see_launches():
 
 
 def test_a_counter_around_the_backward_pass_sees_its_operator():
-    layer, x = make(), maps().requires_grad_()
+    layer, x = make(), activations().requires_grad_()
     for _ in range(3):
-        step(layer, x, maps())
+        step(layer, x, activations())
     y = layer(x)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
@@ -290,7 +290,7 @@ def test_a_subclass_as_gradient_is_not_read_by_its_address():
     class Subclass(torch.Tensor):
         pass
 
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     for _ in range(3):
         expected = step(layer, x, torch.ones_like(x))
     with launchers() as ran:
@@ -304,7 +304,7 @@ class Mode(TorchFunctionMode):
 
 
 def test_a_default_device_does_not_count_as_a_mode():
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     torch.set_default_device(DEVICE)
     try:
         assert not runs_launchers(layer, warm(layer, x))
@@ -323,7 +323,7 @@ def test_where_another_device_is_current_each_launch_is_recorded_once(monkeypatc
         yield
         current.pop()
 
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     monkeypatch.setattr(triton_block, "_route", lambda *_: ROUTES["fused"])
     monkeypatch.setattr(launch, "stream_of", lambda _: repeatable.STREAM if current else None)
     monkeypatch.setattr(torch.cuda, "device", device)
@@ -338,7 +338,7 @@ def test_where_another_device_is_current_each_launch_is_recorded_once(monkeypatc
 
 
 def test_what_a_capture_leaves_unproved_is_not_recorded(monkeypatch):
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     monkeypatch.setattr(guard, "watched", lambda: True)
     monkeypatch.setattr(guard, "_concerns", lambda args: True)
     monkeypatch.setattr(guard, "_verdict", lambda *_: None)
@@ -348,7 +348,7 @@ def test_what_a_capture_leaves_unproved_is_not_recorded(monkeypatch):
 
 
 def test_the_tf32_switch_is_read_at_every_call():
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -362,7 +362,7 @@ def test_the_tf32_switch_is_read_at_every_call():
 
 
 def test_addresses_that_16_does_not_divide_go_the_long_way():
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     odd = unaligned(x)
     warm(layer, odd)
     assert runs_launchers(layer, odd)
@@ -379,7 +379,7 @@ def test_addresses_that_16_does_not_divide_go_the_long_way():
 
 def test_tensors_that_overlap_are_not_recorded():
     """An address would not say which of them is meant; elsewhere they may be two."""
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     own = layer.convB.weight
     layer.convB.weight = layer.convV.weight
     warm(layer, x)
@@ -395,7 +395,7 @@ def test_tensors_that_overlap_are_not_recorded():
 
 
 def test_views_of_one_buffer_may_lie_elsewhere_later():
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     flat = torch.cat([layer.convB.weight.flatten(), layer.convV.weight.flatten()]).detach()
     halves = flat.view(2, 8, 16, 1, 1)
     twin = make()
@@ -408,7 +408,7 @@ def test_views_of_one_buffer_may_lie_elsewhere_later():
 
 
 def test_nothing_is_kept_alive():
-    layer, x, upstream = make(), maps(), maps()
+    layer, x, upstream = make(), activations(), activations()
     kept = []
     for _ in range(4):
         found = step(layer, x, upstream)
@@ -420,7 +420,7 @@ def test_nothing_is_kept_alive():
 
 
 def test_threads_repeat_one_recording():
-    layer, given = make(), [maps() for _ in range(4)] * 4
+    layer, given = make(), [activations() for _ in range(4)] * 4
 
     def run(x):
         with torch.no_grad():
@@ -440,9 +440,9 @@ def test_forms_of_gradients_are_bounded(monkeypatch):
     monkeypatch.setattr(
         triton_block.Call, "plan", lambda self, *a: calls.append(self) or original(self, *a)
     )
-    layer, x = make(), maps()
-    upstream = [maps(), maps(last=True), torch.ones((), device=DEVICE).expand(x.shape)]
-    for grad in upstream * 2:
+    layer, x = make(), activations()
+    expanded = torch.ones((), device=DEVICE).expand(x.shape)
+    for grad in [activations(), activations(last=True), expanded] * 2:
         step(layer, x, grad)
     (call,) = calls
     assert len(call.recorded_gradients) == 2
@@ -450,7 +450,7 @@ def test_forms_of_gradients_are_bounded(monkeypatch):
 
 def test_temporaries_of_kernels_are_one_allocation(monkeypatch):
     monkeypatch.setattr(triton_block, "_route", lambda *_: ROUTES["fused"])
-    layer, x = make(), maps()
+    layer, x = make(), activations()
     warm(layer, x)
     allocate = mock.Mock(side_effect=torch.empty_strided)
     monkeypatch.setattr(torch, "empty_strided", allocate)

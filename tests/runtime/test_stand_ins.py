@@ -25,7 +25,7 @@ def test_every_stand_in_has_its_launcher():
 
 
 @pytest.mark.parametrize(("case", "channels_last"), [("odd", True), ("wide", False)])
-@pytest.mark.parametrize("route", [r for r in ROUTES if "chunks" not in r])
+@pytest.mark.parametrize("route", [r for r in ROUTES if "batch_chunks" not in r])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_a_block_of_stand_ins(dtype, route, case, channels_last, monkeypatch):
     """Where every kernel is wrong: correct results, and no kernel that multiplies runs."""
@@ -55,7 +55,7 @@ def test_one_stand_in_among_kernels(name, monkeypatch):
     monkeypatch.setattr(guard, "_use", lambda spec, args, kwargs: spec.name != name)
     given = inputs(CASES["odd"], torch.float32, True)
     expected = definition(CASES["odd"], *given, torch.float64)
-    for route in ("fused_xh", "fused_gather_a_h", "split_XZ"):
+    for route in ("fused_xh", "fused_gather_a_h", "unfused_XZ"):
         found = run(ROUTES[route], CASES["odd"], *given)
         for what, ours, truth in zip(NAMES, found, expected, strict=True):
             check(ours, truth, torch.float32, None, f"{route} {what}", 2)

@@ -15,14 +15,14 @@ from da_triton.precision import POLICIES
 from da_triton.runtime import folders, launch, tiles, verdicts
 from da_triton.runtime.tiles import ARCHITECTURES, BLOCKS, PLAIN, Entry, Key
 
-CARD = "NVIDIA Test (80GB)"
+GPU = "NVIDIA Test (80GB)"
 KEY = Key("gather_from_x", PLAIN, "half", 64, 32)
 X = torch.empty(1, dtype=torch.bfloat16)
 each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
-def found(kernel, variant=PLAIN, arch="sm_90", card="", sizes=(64, 32)):
-    return tiles.find(kernel, "half", *sizes, variant, arch, card)
+def found(kernel, variant=PLAIN, arch="sm_90", gpu="", sizes=(64, 32)):
+    return tiles.find(kernel, "half", *sizes, variant, arch, gpu)
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def put(folder, entries, **header):
-    """Writes a table of CARD, and has it read."""
-    path = folder / tiles.file_name(CARD)
+    """Writes a table of GPU, and has it read."""
+    path = folder / tiles.file_name(GPU)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tiles.text({"gpu": CARD, "triton": triton.__version__, **header}, entries))
+    path.write_text(tiles.text({"gpu": GPU, "triton": triton.__version__, **header}, entries))
     launch.forget()
     return path
 
@@ -87,8 +87,8 @@ def test_kernels_of_the_core_have_a_tile_for_any_size_and_dtype(arch):
 
 
 @each_architecture
-def test_tiles_with_all_maps_come_in_pairs_for_every_architecture(arch):
-    """Forward and backward up to 512 maps: where one is missing, the other is never asked for."""
+def test_full_n_tiles_come_in_pairs_for_every_architecture(arch):
+    """Forward and backward up to n = 512: where one is missing, the other is never asked for."""
     keys = [k for k in tiles.shipped(arch) if k[:1] + k[2:3] == ("full_n", "half")]
     expected = {(v, n) for v in (PLAIN, "gradient") for n in (32, 64, 128, 256, 512)}
     assert {(k.variant, k.block_n) for k in keys} == expected
@@ -112,12 +112,12 @@ def test_sizes_are_rounded_up_to_a_block():
     assert found("gather_from_x", sizes=(40, 19)) == found("gather_from_x")
     assert found("gather", sizes=(2000, 33))[:2] == (128, 64)  # it walks over features
     assert found("gather_from_x", sizes=(2000, 33)) is None
-    assert found("gather_from_x", sizes=(256, 512)).block_n == 64  # of all channels, fewer maps
+    assert found("gather_from_x", sizes=(256, 512)).block_n == 64  # of all channels, smaller n
 
 
 def test_fused_kernel_without_an_entry_has_no_tile():
     assert not tiles.fits("gather_from_x", X, 2000, 33)
-    with pytest.raises(KeyError, match="gather_from_x has no tile for 2000 features and 33 maps"):
+    with pytest.raises(KeyError, match="no tile for 2000 features and 33 descriptors"):
         tiles.tile("gather_from_x", X, 2000, 33)
 
 
@@ -134,32 +134,32 @@ def test_tuned_over_shipped_over_rule(folder):
     (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
     put(folder, {KEY: Entry(32, 4, 1, "pointers", "1.00 us"), statistics: Entry(32, 8, 1)})
     assert found(KEY.kernel)[2:5] == (128, 8, 3)
-    assert found(KEY.kernel, card=CARD)[2:5] == (32, 4, 1)
-    assert found(KEY.kernel, "mask", card=CARD)[2:5] == (64, 8, 3)  # of its own
-    assert found(KEY.kernel, "v", card=CARD)[2:5] == (32, 4, 1)  # as plain
-    assert found("delta", card=CARD)[2:5] == (32, 8, 1)
+    assert found(KEY.kernel, gpu=GPU)[2:5] == (32, 4, 1)
+    assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (64, 8, 3)  # of its own
+    assert found(KEY.kernel, "v", gpu=GPU)[2:5] == (32, 4, 1)  # as plain
+    assert found("delta", gpu=GPU)[2:5] == (32, 8, 1)
     assert tiles.tile("delta", X, 64, 32)[2:5] == tiles.STATISTICS["delta"][:3]
     put(folder, {KEY._replace(variant="mask"): Entry(16, 4, 1)})
-    assert found(KEY.kernel, "mask", card=CARD)[2:5] == (16, 4, 1)
-    assert found(KEY.kernel, card=CARD)[2:5] == (128, 8, 3)
+    assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (16, 4, 1)
+    assert found(KEY.kernel, gpu=GPU)[2:5] == (128, 8, 3)
 
 
 def test_user_folder_over_tuned_tables_that_ship(folder):
     other = KEY._replace(block_n=64)
     put(tiles.SHIPPED / "tuned", {KEY: Entry(16, 4, 1), other: Entry(16, 8, 1)})
     put(folder, {KEY: Entry(64, 4, 2)})
-    assert tiles.tuned(CARD) == {KEY: Entry(64, 4, 2), other: Entry(16, 8, 1)}
-    assert tiles.tuned("Another card") == {}
+    assert tiles.tuned(GPU) == {KEY: Entry(64, 4, 2), other: Entry(16, 8, 1)}
+    assert tiles.tuned("Another GPU") == {}
 
 
 def test_tile_of_a_gpu_is_the_tuned_one(folder, monkeypatch):
     put(folder, {KEY: Entry(16, 2, 1)})
-    monkeypatch.setattr(tiles, "gpu", lambda device: CARD)
+    monkeypatch.setattr(tiles, "gpu", lambda device: GPU)
     assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 1, "pointers")
 
 
 def test_verdicts_are_of_the_tiles_that_were_tuned(folder, monkeypatch):
-    monkeypatch.setattr(tiles, "gpu", lambda device: CARD)
+    monkeypatch.setattr(tiles, "gpu", lambda device: GPU)
     found = set()
     for warps in (2, 4):
         put(folder, {KEY: Entry(16, warps, 1)})
@@ -173,7 +173,7 @@ def test_folder_of_tuned_tables(monkeypatch):
     assert str(folders.tiles()) == "/cache/tiles"
     monkeypatch.setenv("DA_TRITON_TILES", "/tables")
     assert str(folders.tiles()) == "/tables"
-    assert tiles.file_name(CARD) == "nvidia-test-80gb.json"
+    assert tiles.file_name(GPU) == "nvidia-test-80gb.json"
 
 
 ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, "pointers", ""]
@@ -202,7 +202,7 @@ def test_tuned_table_that_makes_no_sense_is_ignored_with_one_warning(folder, cha
     path.write_text(text)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert [tiles.tuned(CARD) for _ in range(2)] == [{}, {}]
+        assert [tiles.tuned(GPU) for _ in range(2)] == [{}, {}]
     assert len(seen) == 1
     assert "da_triton ignores the tuned tiles in" in str(seen[0].message)
     assert expected in str(seen[0].message)

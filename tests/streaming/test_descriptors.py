@@ -63,7 +63,7 @@ def test_frame_by_frame_equals_all_at_once(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scale_of_logits_rounds_alike_with_and_without_gradients(dtype):
-    """The kernels scale in float32, whatever the maps are."""
+    """The kernels scale in float32, whatever the input dtype."""
     a, b = video(3, dtype)
     for wanted in (False, True):
         frames = [x.clone().requires_grad_(wanted) for x in b]
@@ -144,7 +144,7 @@ def test_a_thousand_frames(dtype, offset):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_pivot_of_the_kernels_loses_no_digits(masked):
-    """Their lse is float64 beside float32 maps, and the state is float32."""
+    """Their lse is float64 for float32 inputs, and the state is float32."""
     a, b = video(8, torch.float32)
     b = [y + 300 for y in b]
     masks = [torch.ones(2, x.shape[2], dtype=torch.bool, device=DEVICE) for x in a]
@@ -377,11 +377,11 @@ def test_causal_is_the_layer_on_the_frames_so_far(window):
 def test_decay_of_a_stream():
     layer = DoubleAttention(6, dtype=torch.float64, device=DEVICE)
     stream, x = StreamingDoubleAttention(layer, decay=0.5), clip()
-    maps = []
+    projected = []
     for t in range(5):
         y = stream(x[:, :, t])
-        maps.append([conv(x[:, :, t]).flatten(2) for conv in (layer.convA, layer.convB)])
-    a, b = zip(*maps, strict=True)
+        projected.append([conv(x[:, :, t]).flatten(2) for conv in (layer.convA, layer.convB)])
+    a, b = zip(*projected, strict=True)
     g = da_triton.gather(torch.cat(a, -1), torch.cat(aged(b, 0.5), -1))
     last = layer.conv_reconstruct(da_triton.distribute(g, layer.convV(x[:, :, -1])))
     check(y, last, torch.float64)

@@ -87,7 +87,7 @@ def test_a_video_that_fades(decay, logit):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("logit", [0.0, 3000.0, -1e5])
 def test_gradients_through_forgetting(dtype, logit):
-    """The reference starts from the rounded maps; float16 has no 1e5."""
+    """The reference starts from the rounded inputs; float16 has no 1e5."""
     logit = max(logit, -6e4) if dtype == torch.float16 else logit
     a, b = (torch.randn(4, 2, 3, 5, device=DEVICE) + shift for shift in (1.0, logit))
     a, b = (x.to(dtype).requires_grad_() for x in (a, b))
@@ -106,7 +106,7 @@ def test_gradients_through_forgetting(dtype, logit):
         check(actual, expected, dtype)
 
 
-def test_an_empty_state_and_a_masked_map_have_nothing_to_forget():
+def test_an_empty_state_and_a_masked_attention_map_have_nothing_to_forget():
     nothing = torch.zeros(1, 1, dtype=torch.bool, device=DEVICE)
     for state in (start(), start().update(*frame(1.0, 1e5), mask=nothing)):
         faded = state.forget(1e-30)

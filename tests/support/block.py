@@ -29,7 +29,7 @@ class Case(NamedTuple):
 FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
 ROUTES = {
     "fused_xh": FUSED,
-    "fused_xh_in_chunks": FUSED._replace(chunk=1),
+    "fused_xh_in_batch_chunks": FUSED._replace(batch_chunk=1),
     "fused_ah": FUSED._replace(order=AH),
     "fused_gather": Route(XZ, "fused", "unfused", "unfused", AH, 2),
     "fused_gather_a": Route(AZ, "fused", "unfused", "unfused", AZ, 2),
@@ -37,7 +37,7 @@ ROUTES = {
     "fused_gather_h": Route(XH, "fused", "unfused", "unfused", XH, 2),
     "fused_gather_a_h": Route(AH, "fused", "unfused", "unfused", AH, 2),
     "fused_distribute_x": Route(XH, "unfused", "fused", "fused", XH, 2),
-    **{f"split_{o}": Route(o, "unfused", "unfused", "unfused", o, 2) for o in ORDERS.values()},
+    **{f"unfused_{o}": Route(o, "unfused", "unfused", "unfused", o, 2) for o in ORDERS.values()},
 }
 CASES = {
     "plain": Case(1, 64, 32, 32, 196),
@@ -45,8 +45,8 @@ CASES = {
     "no_softmax": Case(4, 64, 32, 32, 96, softmax_v=False),
     "wide": Case(1, 160, 48, 20, 80, save_v=True),
     "a_map_a_head": Case(2, 40, 16, 2, 50, masked=True),
-    # too many maps for a tile with all channels; more than any program holds
-    "many_maps": Case(3, 64, 24, 390, 66, masked=True, save_v=True),
+    # n too large for a tile with all channels; more than any program holds
+    "large_n": Case(3, 64, 24, 390, 66, masked=True, save_v=True),
     "no_tile": Case(1, 48, 16, 520, 50, masked=True),
 }
 # What ``definition`` and ``run`` give: the block without its residual, then gradients.

@@ -28,7 +28,7 @@ CASES = [
     Case("one_map", heads=1, m=33, n=1, length=98),
     Case("full_tile", heads=1, m=128, n=128, length=196, batch=1),
     Case("many_features", heads=1, m=200, n=20, length=98),
-    Case("many_maps", heads=2, m=20, n=150, length=98, batch=1),
+    Case("large_n", heads=2, m=20, n=150, length=98, batch=1),
     Case("many_of_both", heads=1, m=130, n=130, length=196, batch=1),
 ]
 LARGEST_G_TILE = CASES[0]

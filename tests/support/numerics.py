@@ -95,7 +95,7 @@ def check_blocks(actual, expected, dtype, eager, what="", tolerance=None):
 
 
 def peaky(*shape, dtype, deviation=3.0, channels_last=False):
-    """Random maps, rounded to ``dtype``; logits of deviation ≥ 2 make a softmax with a few peaks.
+    """Random activations, rounded to ``dtype``; logits of deviation ≥ 2 give a softmax a few peaks.
 
     ``channels_last``: axes (N, heads, channels, positions) in memory as (N, positions, heads,
     channels).

@@ -25,9 +25,9 @@ class PlainBlock(nn.Module):
         n, _, height, width = image.shape
         a, b, v = (conv(image) for conv in (self.convA, self.convB, self.convV))
         shape = (n, self.heads, a.shape[1] // self.heads, height * width)
-        maps = (n, self.heads, b.shape[1] // self.heads, height * width)
-        g = a.reshape(shape) @ b.reshape(maps).softmax(-1).transpose(2, 3)
-        z = (g @ v.reshape(maps).softmax(2)).reshape(n, a.shape[1], height, width)
+        shape_n = (n, self.heads, b.shape[1] // self.heads, height * width)
+        g = a.reshape(shape) @ b.reshape(shape_n).softmax(-1).transpose(2, 3)
+        z = (g @ v.reshape(shape_n).softmax(2)).reshape(n, a.shape[1], height, width)
         y = self.conv_reconstruct(z)
         if x.dim() != 4:
             y = y.reshape(n, y.shape[1], *x.shape[2:])

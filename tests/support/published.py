@@ -49,8 +49,8 @@ class EfficientAttention(nn.Module):
         self.head_count, self.residual = head_count, residual
 
     def forward(self, x):
-        maps = (conv(x).flatten(2) for conv in (self.keys, self.queries, self.values))
-        heads = zip(*(m.chunk(self.head_count, 1) for m in maps), strict=True)
+        abv = (conv(x).flatten(2) for conv in (self.keys, self.queries, self.values))
+        heads = zip(*(m.chunk(self.head_count, 1) for m in abv), strict=True)
         parts = [(v @ k.softmax(2).transpose(1, 2)) @ q.softmax(1) for k, q, v in heads]
         y = self.reprojection(torch.cat(parts, 1).unflatten(2, x.shape[2:]))
         return x + y if self.residual else y
@@ -96,7 +96,7 @@ class ImageLinearAttention(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """GCNet (Cao et al., 2019), figure 4d: gather with one map, two transforms."""
+    """GCNet (Cao et al., 2019), figure 4d: gather with one attention map, two transforms."""
 
     def __init__(self, channels, hidden, multiply=True, add=True):
         super().__init__()

@@ -11,7 +11,7 @@ The file that DA_TRITON_RECORD names gets a JSON object per line:
                                             ``ops.aten.cpu_block``
     {"kernel", "args", "kwargs", "test"}    per distinct launch, with the first test that made it
 
-``bench.codegen.compile`` compiles the launches.
+``support.recorded`` compiles the launches.
 """
 
 import importlib.util

@@ -15,11 +15,11 @@ def own(x, rank, cuts):
 
 
 def leaves(tensors, rank=None, cuts=None):
-    pieces = tensors if rank is None else [own(x, rank, cuts) for x in tensors]
-    return [x.detach().clone().requires_grad_() for x in pieces]
+    shards = tensors if rank is None else [own(x, rank, cuts) for x in tensors]
+    return [x.detach().clone().requires_grad_() for x in shards]
 
 
-def maps(dtype=torch.float64):
+def activations(dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     return [
         (3 * torch.randn(3, c, LENGTH, generator=generator, dtype=torch.float64)).to(dtype)

@@ -15,7 +15,7 @@ here. The package itself uses the driver and a compiled kernel's launcher alone.
 The interpreter keeps bfloat16 as uint16 and computes on the bit patterns. The corrections widen to
 float32, let the original do its work, and round to nearest even. Products in TF32 are those of
 float32 there; corrected, they lose the last 13 bits of their operands, as on a GPU. Only tests use
-this; the package refuses bfloat16 there.
+this; the package rejects bfloat16 there.
 """
 
 import contextlib

@@ -123,12 +123,12 @@ def predict(network, x):
 
 
 def features(network, x):
-    """The maps that the detector reads: what it returns has another form in every version."""
-    maps = []
-    hook = network.model[-1].register_forward_pre_hook(lambda _, inputs: maps.extend(inputs[0]))
+    """The feature maps that the detector reads; the form of its output depends on the version."""
+    found = []
+    hook = network.model[-1].register_forward_pre_hook(lambda _, inputs: found.extend(inputs[0]))
     network(x)
     hook.remove()
-    return maps
+    return found
 
 
 def trainer_of(path, data, directory, **options):

@@ -1,4 +1,4 @@
-"""What the layers of a model receive when the model runs on an example."""
+"""Records the inputs of a model's layers when the model runs on an example."""
 
 from typing import Any
 

@@ -47,7 +47,7 @@ class Pattern:
 
     @staticmethod
     def known_wrong_variants(module: nn.Module) -> dict[str, Any]:
-        """What else such a layer may compute: in words, and as a function of the module, its input
+        """Other formulas of such layers: in words, and as a function of the module, its input
         and the options."""
         return {}
 
@@ -378,20 +378,20 @@ def _on_tokens(module: nn.Module) -> bool:
 
 def _q_k_v(module: nn.Module, x: Tensor) -> list[Tensor]:
     """Maps ``(N, channels, *positions)``."""
-    maps = [child(x) for child in _projections(module)]
+    projected = [child(x) for child in _projections(module)]
     if _on_tokens(module):
-        maps = [t.transpose(1, 2) for t in maps]
-    return maps if len(maps) == 3 else list(maps[0].chunk(3, dim=1))
+        projected = [t.transpose(1, 2) for t in projected]
+    return projected if len(projected) == 3 else list(projected[0].chunk(3, dim=1))
 
 
 def _by_head(module: Any, x: Tensor, norm: bool) -> Iterator[Tensor]:
     """q, k and v as ``(N, heads, positions, channels)``."""
-    maps = _q_k_v(module, module.norm(x) if norm else x)
-    return (t.flatten(2).unflatten(1, (_heads(module), -1)).transpose(2, 3) for t in maps)
+    projected = _q_k_v(module, module.norm(x) if norm else x)
+    return (t.flatten(2).unflatten(1, (_heads(module), -1)).transpose(2, 3) for t in projected)
 
 
 def _finished(module: Any, x: Tensor, z: Tensor, *, drop: bool, residual: bool) -> Tensor:
-    """What follows the attention ``(N, channels, *positions)``."""
+    """The layers after the attention ``(N, channels, *positions)``."""
     z = z.transpose(1, 2) if _on_tokens(module) else z
     last = _first(module, LAST_OF_ATTENTION)
     out = z if last is None else last(z)

@@ -124,6 +124,6 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:
-    """What unpickling and deepcopy fill with the state."""
+    """An empty replacement that unpickling and deepcopy fill with the state."""
     made = accelerated(original)
     return made.__new__(made)

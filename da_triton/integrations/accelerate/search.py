@@ -46,7 +46,7 @@ class Result:
 
     ``error``: the largest relative error in float64 of the proof, or of the nearest formula; NaN
     where none was computed.
-    ``note``: how it was proved, or why it was refused.
+    ``note``: how it was proved, or why it was skipped.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Result:
 
 @dataclasses.dataclass
 class Report:
-    """What :func:`accelerate` did. Printable."""
+    """Report of :func:`accelerate`. Printable."""
 
     replaced: list[Result] = dataclasses.field(default_factory=list)
-    refused: list[Result] = dataclasses.field(default_factory=list)
+    skipped: list[Result] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
-        for title, findings in (("replaced", self.replaced), ("refused", self.refused)):
+        for title, findings in (("replaced", self.replaced), ("skipped", self.skipped)):
             lines.append(f"{title}: {len(findings)}")
             for f in findings:
                 lines.append(f"  {f.name or '(the model)'}: {f.kind}, {f.family}; {f.note}")
@@ -106,7 +106,7 @@ def accelerate(
             with the number of layers that are done, the number of all, and the finding.
 
     Returns:
-        What was replaced, and what was not and why. Print it.
+        The layers replaced, and those skipped with the reason. Print it.
 
     Warns:
         UserWarning: nothing was replaced.
@@ -130,11 +130,11 @@ def accelerate(
             note += "; the example does not reach it"
         finding = Result(name, kind.__name__, family.name, error, note)
         if choice is None:
-            report.refused.append(finding)
+            report.skipped.append(finding)
         else:
             replace(module, choice)
             report.replaced.append(finding)
-        _tell(progress, len(report.replaced) + len(report.refused), len(candidates), finding)
+        _tell(progress, len(report.replaced) + len(report.skipped), len(candidates), finding)
     if not report.replaced:
         done = sum(isinstance(module, Accelerated) for module in model.modules())
         what = str(report) if candidates else "no layer that looks like double attention"

@@ -77,9 +77,9 @@ class Call:
 
 
 class AllInFloat64(TorchFunctionMode):
-    """Gives float64 where a forward asks for a lower precision, as ``x.float()`` does.
+    """Gives float64 where a forward requests a lower precision, as ``x.float()`` does.
 
-    In float64 such a forward would otherwise differ from its formula by roundings to float32,
+    In float64 such a forward would differ from its formula by roundings to float32,
     among which another formula could hide.
     """
 
@@ -129,7 +129,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 class Reference:
-    """What a module gives for a call, in float64, in training and in evaluation.
+    """Outputs of a module for a call, in float64, in training and in evaluation.
 
     Raises:
         UnprovableError: not one finite tensor, or it changes its own state.

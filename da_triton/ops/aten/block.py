@@ -30,7 +30,7 @@ from . import core as aten
 def block(x: Tensor, w: Weights, mask, residual, o: Options) -> Tensor:
     """``(N, C, L)`` to ``(N, C or c_m, L)``; ``mask (N, L)`` and ``residual`` may be None.
 
-    With ``recompute=True``, autograd keeps x and the weights, and projects again in backward.
+    With ``recompute=True``, autograd saves x and the weights, and projects again in backward.
     """
 
     def composed(x, *w):
@@ -87,6 +87,6 @@ def compose(x: Tensor, w: Weights, mask, residual, o: Options, order: Order) -> 
 
 
 def _gathered_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """What ba adds to G: itself, but nothing where a sample's positions are all masked."""
+    """The term that ba adds to G: ba, but 0 where a sample's positions are all masked."""
     bias = bias[:, :, None]
     return bias if mask is None else bias * mask.any(-1)[:, None, None, None]

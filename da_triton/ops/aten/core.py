@@ -4,7 +4,7 @@
 those that save time or digits: A is not copied for extra tokens, scales are folded into the matrix
 G, products are laid out so that the result already has v's memory format, logits are scaled in the
 dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
-products: that of the maps, but float32 for many positions of float16.
+products: that of the inputs, but float32 for many positions of float16.
 
 ``gather_partial``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
 are, and work in the dtype of sums, as the kernels do.
@@ -25,7 +25,7 @@ WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
 def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     """``G (N, heads, m, n)``."""
     dtype = product_dtype(b)
-    a = kept_features(a, mask)
+    a = masked_features(a, mask)
     if extra is not None:
         extra_a, extra_b = extra
         b = torch.cat([b, extra_b], -1)
@@ -65,12 +65,12 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """``reference.gather_partial``; nothing is rounded to the maps' dtype on the way."""
+    """``reference.gather_partial``; nothing is rounded to the input dtype on the way."""
     if extra is not None:
         a, b, mask = join_extra(a, b, mask, extra)
     logits = scaled_logits(b, mask, logit_scale)
     pivot, weights, total = exponentials(logits, mask is not None)
-    g = sum_over_positions(kept_features(a, mask), weights)
+    g = sum_over_positions(masked_features(a, mask), weights)
     return g / total.masked_fill(total == 0, 1)[:, :, None], pivot, total
 
 
@@ -91,7 +91,7 @@ def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
     delta = (dg * g).sum(-2)
     if dlse is not None:
         delta = delta - dlse.to(delta.dtype)
-    db = weights * (dg.mT @ kept_features(a, mask).to(dg.dtype) - delta[..., None])
+    db = weights * (dg.mT @ masked_features(a, mask).to(dg.dtype) - delta[..., None])
     return da, (logit_scale * db).to(b.dtype)
 
 
@@ -108,13 +108,13 @@ def weights_from_lse(logits, lse):
     return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
 
 
-def kept_features(a, mask):
+def masked_features(a, mask):
     """A masked position may hold anything."""
     return a if mask is None else a.masked_fill(~mask[:, None, None, :], 0)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The maps' dtype, but that of sums where it has more positions than weights can represent.
+    """The input dtype, but that of sums where it has more positions than weights can represent.
 
     A graph for any number of positions has the product that is right for all of them.
     """
@@ -125,7 +125,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _any_length(x: Tensor) -> bool:
-    """Whether what is recorded must not ask for the number of positions."""
+    """Whether a program is recorded that must not depend on the number of positions."""
     if torch.compiler.is_dynamo_compiling():
         return exporting()
     return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)

@@ -1,6 +1,6 @@
-"""What the block on a CPU is made of: when it applies, layouts, pieces, products.
+"""Parts of the block on a CPU: when it applies, layouts, tiles of positions, products.
 
-Maps are ``(g, l, channels)``: g samples, l positions of each.
+Activations are ``(g, l, channels)``: g samples, l positions of each.
 """
 
 from collections.abc import Iterator
@@ -12,21 +12,22 @@ from torch import Tensor
 from ...projection import channels_last
 from .core import WIDE_CHUNK
 
-SMALLEST_PIECE, LARGEST_PIECE = 2**20, 2**22  # elements of x, float32
-LEAST_POSITIONS = 2048  # of a piece: with fewer, products read weights more often than they pay for
-MOST_POSITIONS = 2**16  # of a piece: the sum in a softmax loses digits with more
+SMALLEST_TILE, LARGEST_TILE = 2**20, 2**22  # elements of x, float32
+LEAST_POSITIONS = 2048  # of a tile: with fewer, products read weights more often than they pay for
+MOST_POSITIONS = 2**16  # of a tile: the sum in a softmax loses digits with more
 FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
 FEW_ELEMENTS = 2**14  # of a sample: with fewer, copying sample by sample costs more than it saves
-FEW_MAPS = 8  # so few that a softmax over positions is slow where they are adjacent in memory
-NARROW = 32  # maps so few that positions, not maps, are kept adjacent in memory
+# So few that a softmax over positions is slow where they are adjacent in memory.
+FEW_DESCRIPTORS = 8
+NARROW = 32  # n so small that positions, not channels, are kept adjacent in memory
 
 
-def piece_for(cache: int | None) -> int:
-    """Elements of x in a piece, for a last-level cache of this size in bytes: an eighth of it.
+def tile_for(cache: int | None) -> int:
+    """Elements of x in a tile, for a last-level cache of this size in bytes: an eighth of it.
 
-    The rest is for the maps and what other processes have there. Where it is not known: the least.
+    The rest is for A, B, V and what other processes have there. Where it is not known: the least.
     """
-    return min(max(SMALLEST_PIECE, (cache or 0) // 8 // 4), LARGEST_PIECE)
+    return min(max(SMALLEST_TILE, (cache or 0) // 8 // 4), LARGEST_TILE)
 
 
 def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
@@ -38,18 +39,18 @@ def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
         return None
 
 
-PIECE = piece_for(last_level_cache())
+TILE = tile_for(last_level_cache())
 
 
 def position_major(x: Tensor) -> Tensor:
-    """``(N, C, L)`` as ``(N, L, C)``, copied where products of x as it lies would be slow."""
+    """``(N, C, L)`` as ``(N, L, C)``, copied where products of x in its layout would be slow."""
     tokens = x.transpose(1, 2)
     return tokens if x.stride(1) == 1 or _long_rows(x) else dense(tokens)
 
 
-def few_descriptors(x: Tensor, maps: int) -> bool:
-    """Whether few maps of ``x (N, C, L)`` would be adjacent in memory."""
-    return maps <= FEW_MAPS and not (_long_rows(x) and x.stride(1) != 1)
+def few_descriptors(x: Tensor, c_n: int) -> bool:
+    """Whether too few channels of B or V would be adjacent in memory, as those of x are."""
+    return c_n <= FEW_DESCRIPTORS and not (_long_rows(x) and x.stride(1) != 1)
 
 
 def _long_rows(x: Tensor) -> bool:
@@ -86,10 +87,10 @@ def empty_as(x: Tensor, channels: int) -> Tensor:
 
 
 def samples(tokens: Tensor) -> Iterator[slice]:
-    """Samples that are worked on together: a piece's worth, if they are dense in memory."""
+    """Samples that are computed together: as many as fill a tile, if they are dense in memory."""
     together = 1
     if tokens.is_contiguous() or tokens.mT.is_contiguous():
-        together = max(1, _piece(tokens) // (tokens.shape[1] * tokens.shape[2]))
+        together = max(1, _tile_elements(tokens) // (tokens.shape[1] * tokens.shape[2]))
     return (slice(n, n + together) for n in range(0, len(tokens), together))
 
 
@@ -105,17 +106,17 @@ def gathered_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x.view(bits) & -mask[..., None].to(bits)).view(x.dtype)
 
 
-def split_positions(x: Tensor) -> list[slice]:
-    """Equal pieces of the positions of ``x (g, L, C)``."""
+def position_tiles(x: Tensor) -> list[slice]:
+    """Equal tiles of the positions of ``x (g, L, C)``."""
     length = x.shape[1]
-    count = max(1, -(-x.numel() // _piece(x)), -(-length // MOST_POSITIONS))
+    count = max(1, -(-x.numel() // _tile_elements(x)), -(-length // MOST_POSITIONS))
     step = -(-length // count)
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
-def _piece(x: Tensor) -> int:
-    """Elements in a piece of ``x (g, L, C)``."""
-    return max(PIECE, LEAST_POSITIONS * x.shape[2])
+def _tile_elements(x: Tensor) -> int:
+    """Elements in a tile of ``x (g, L, C)``."""
+    return max(TILE, LEAST_POSITIONS * x.shape[2])
 
 
 def split(x: Tensor, heads: int) -> Tensor:
@@ -173,34 +174,34 @@ def accumulate(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
         total.addmm_(here[whole:].T, rows[whole:])
 
 
-def softmax_(maps: Tensor, heads: int) -> None:
-    """In place, over the maps of each head of ``(g, l, heads·n)``."""
-    apart, dim = _per_head(maps, heads)
+def softmax_(logits: Tensor, heads: int) -> None:
+    """In place, over n in each head of ``(g, l, heads·n)``."""
+    apart, dim = _per_head(logits, heads)
     torch.softmax(apart, dim, out=apart)
 
 
-def softmax_backward(grad: Tensor, maps: Tensor, heads: int) -> Tensor:
-    """The gradient of what ``softmax_`` was given; ``maps`` is what it made of that."""
-    apart, dim = _per_head(maps, heads)
-    grad = match_layout(grad, maps)  # a single map lies in both orders: maps decide
+def softmax_backward(grad: Tensor, q: Tensor, heads: int) -> Tensor:
+    """The gradient of what ``softmax_`` was given; ``q`` is what it made of that."""
+    apart, dim = _per_head(q, heads)
+    grad = match_layout(grad, q)  # with n = 1 both layouts match; q decides
     grad = grad.unflatten(-1, (heads, -1)) if dim == 3 else grad.mT.unflatten(1, (heads, -1))
-    found = torch._softmax_backward_data(grad, apart, dim, maps.dtype)
+    found = torch._softmax_backward_data(grad, apart, dim, q.dtype)
     return found.flatten(-2) if dim == 3 else found.flatten(1, 2).mT
 
 
-def _per_head(maps: Tensor, heads: int) -> tuple[Tensor, int]:
-    """``(g, l, heads·n)`` as a dense tensor, and the axis of it that counts the maps of a head."""
-    if maps.stride(-1) == 1:
-        return maps.unflatten(-1, (heads, -1)), 3
-    return maps.mT.unflatten(1, (heads, -1)), 2
+def _per_head(x: Tensor, heads: int) -> tuple[Tensor, int]:
+    """``(g, l, heads·n)`` as a dense tensor, and the axis of n in it."""
+    if x.stride(-1) == 1:
+        return x.unflatten(-1, (heads, -1)), 3
+    return x.mT.unflatten(1, (heads, -1)), 2
 
 
-def softmax_and_mass(
+def softmax_and_lse(
     logits: Tensor, alone: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The softmax over a piece's positions, in place, and ``log Σ exp`` of its logits.
+    """The softmax over a tile's positions, in place, and ``log Σ exp`` of its logits.
 
-    Zeros where ``mask (g, l)`` is False. The mass is None if the piece is ``alone``.
+    Zeros where ``mask (g, l)`` is False. The latter is None if the tile is ``alone``.
     """
     if mask is not None:
         logits.add_(mask[..., None].to(logits.dtype).log())  # 0 or -inf
@@ -211,11 +212,11 @@ def softmax_and_mass(
         torch.softmax(logits.mT, 2, out=logits.mT)
     if peak is None:
         return logits, None
-    nothing = peak == -torch.inf  # in this piece; in another there may be something
+    nothing = peak == -torch.inf  # in this tile; another may have some
     if nothing.any():
         logits.masked_fill_(nothing, 0)
     if alone:
         return logits, None
     # At the peak, P is 1 / Σ exp(logit − peak).
-    mass = torch.where(nothing, peak, peak - logits.amax(1, keepdim=True).log())
-    return logits, mass.squeeze(1)
+    lse = torch.where(nothing, peak, peak - logits.amax(1, keepdim=True).log())
+    return logits, lse.squeeze(1)

@@ -1,4 +1,4 @@
-r"""The block on a CPU for small inputs: the fewest operations, in one piece.
+r"""The block on a CPU for small inputs: the fewest operations, in one tile.
 
 Channel-major, ``(C, L)`` for one sample and ``(N, C, L)`` for several, whatever the memory format
 of x: only the result and dX are made in it, and all that has positions where products are large
@@ -8,7 +8,7 @@ of x: only the result and dX are made in it, and all that has positions where pr
     Q = softmax over n of Wv x + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G + bo (-H)
     Z = D Q                          out = Wo Z + bo (-Z) or Z (-H), + x
 
-Order AZ of few positions and many maps ("short") forms no T, but S = Pᵀ Q and Z = F S.
+Order AZ of few positions and many descriptors ("short") forms no T, but S = Pᵀ Q and Z = F S.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from . import block as aten_block
 from .core import WIDE_CHUNK
 
 # Measured on one and two threads, forward and training step, (N, C, c, L) from (1, 16, 8, 64) to
-# (4, 2048, 512, 49). Beyond, cpu_block is faster: its pieces stay in the cache, and it multiplies
+# (4, 2048, 512, 49). Beyond, cpu_block is faster: its tiles stay in the cache, and it multiplies
 # weights with the positions of all samples at once.
 MOST_ELEMENTS = 2**18  # of x
 MOST_WEIGHTS = 2**18  # elements of Wa, counted for each sample
@@ -59,76 +59,76 @@ class Call(direct.Call):
         self.short = few and order == AZ
         self.mm: Any = torch.mm if self.one else torch.bmm
         self.addmm: Any = torch.addmm if self.one else torch.baddbmm
-        self.core: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
-        self.t: Any = torch.t if self.core is torch.mm else _transposed
+        self.bmm: Any = torch.mm if self.one and o.heads == 1 else torch.bmm
+        self.t: Any = torch.t if self.bmm is torch.mm else _transposed
         self.softmax: Any = torch.softmax
         self.softmax_backward: Any = torch._softmax_backward_data
         wide = x.dtype == torch.float32 and min(*w.a.shape, length) > NARROW
         large = wide and w.a.numel() * length >= CONVOLVED_MULTIPLICATIONS
         if large:
-            self.mm, self.addmm, self.core = _product, _added_product, _product
+            self.mm, self.addmm, self.bmm = _product, _added_product, _product
         self.project: Any = self.mm
         self.rows = large and self.channels_last and o.heads == 1
         if self.rows:
-            self.project = self.core = _product_in_rows
+            self.project = self.bmm = _product_in_rows
             self.softmax, self.softmax_backward = _softmax_in_rows, _softmax_in_rows_backward
         return True
 
     def forward(self, x, w, mask):
-        out, kept = self._forward(x, self._spread(w))
-        return out, () if self.o.recompute is True else kept
+        out, saved = self._forward(x, self._spread(w))
+        return out, () if self.o.recompute is True else saved
 
     def _forward(self, x, w):
         o, mm, t = self.o, self.mm, self.t
         g: Any = None
-        kept_f = kept_t = kept_g = kept_z = d = g
+        saved_f = saved_t = saved_g = saved_z = d = g
         p = self.softmax(_scaled(self.project(w.b, x), o.logit_scale), -1)
         if self.from_x:
-            kept_t = t(mm(p, t(x))) if self.channels_last else mm(x, t(p))
-            g = self._affine(w.a, kept_t, w.bias_a)
+            saved_t = t(mm(p, t(x))) if self.channels_last else mm(x, t(p))
+            g = self._affine(w.a, saved_t, w.bias_a)
         else:
-            kept_f = self._affine(w.a, x, w.bias_a)
+            saved_f = self._affine(w.a, x, w.bias_a)
             if not self.short:
-                g = self.core(self._split(kept_f), t(self._split(p)))
+                g = self.bmm(self._split(saved_f), t(self._split(p)))
         if not self.short:
             d = g = _scaled(g, o.scale)
         q = self._split(_scaled(self._affine(w.v, x, w.bias_v), o.logit_scale_v))
         if o.softmax_v:
             q = self.softmax(q, -2)
         if self.short:
-            d = _scaled(self.core(t(self._split(p)), q), o.scale)
-            out = kept_z = self._join(self.core(self._split(kept_f), d))
+            d = _scaled(self.bmm(t(self._split(p)), q), o.scale)
+            out = saved_z = self._join(self.bmm(self._split(saved_f), d))
         elif self.to_z:
-            out = kept_z = self._join(self.core(g, q))
+            out = saved_z = self._join(self.bmm(g, q))
         if self.to_z:
             if w.out is not None:
-                out = self._affine(w.out, kept_z, w.bias_out, self.channels_last)
+                out = self._affine(w.out, saved_z, w.bias_out, self.channels_last)
             if self.residual:
-                out = out + x if out is kept_z else out.add_(x)
+                out = out + x if out is saved_z else out.add_(x)
         else:
-            kept_g, d = g, self._affine(w.out, g, w.bias_out if o.softmax_v else None)
+            saved_g, d = g, self._affine(w.out, g, w.bias_out if o.softmax_v else None)
             out = self._sum(x if self.residual else None, (d, q))
             if not o.softmax_v and w.bias_out is not None:
                 out.add_(w.bias_out.unsqueeze(-1))
-        return out, (p, kept_f, kept_t, kept_g, q, d, kept_z)
+        return out, (p, saved_f, saved_t, saved_g, q, d, saved_z)
 
-    def backward(self, grad, x, w, mask, kept, needs):
-        o, mm, core, t, w = self.o, self.mm, self.core, self.t, self._spread(w)
-        p, f, kept_t, g, q, d, z = kept or self._forward(x, w)[1]
+    def backward(self, grad, x, w, mask, saved, needs):
+        o, mm, bmm, t, w = self.o, self.mm, self.bmm, self.t, self._spread(w)
+        p, f, saved_t, g, q, d, z = saved or self._forward(x, w)[1]
         need_x, need_a, need_bias_a, need_b, need_v, need_bias_v, need_out, need_bias_out = needs
 
         dz = grad if not self.to_z or w.out is None else self.project(t(w.out), grad)
         dz = self._split(dz)
         if self.short:
-            ds = _scaled(core(t(self._split(f)), dz), o.scale)
-            dp, dv = core(q, t(ds)), core(self._split(p), ds)
-            df: Any = core(dz, t(d))
+            ds = _scaled(bmm(t(self._split(f)), dz), o.scale)
+            dp, dv = bmm(q, t(ds)), bmm(self._split(p), ds)
+            df: Any = bmm(dz, t(d))
         else:
-            dd, dv = core(dz, t(q)), core(t(d), dz)
+            dd, dv = bmm(dz, t(q)), bmm(t(d), dz)
             dg = _scaled(dd if self.to_z else mm(t(w.out), dd), o.scale)
             dt = mm(t(w.a), dg) if self.from_x else dg
-            dp = core(t(dt), x if self.from_x else self._split(f))
-            df = None if self.from_x else core(dt, self._split(p))
+            dp = bmm(t(dt), x if self.from_x else self._split(f))
+            df = None if self.from_x else bmm(dt, self._split(p))
         if o.softmax_v:
             dv = self.softmax_backward(dv, q, -2, q.dtype)
         dv = _scaled(self._join(dv), o.logit_scale_v)
@@ -141,7 +141,7 @@ class Call(direct.Call):
             dx = self._sum(grad if self.residual else None, first, (t(w.v), dv), (t(w.b), db))
         xt = t(x)
         if need_a:
-            da = self._summed(mm(dg, t(kept_t)) if self.from_x else mm(df, xt))
+            da = self._summed(mm(dg, t(saved_t)) if self.from_x else mm(df, xt))
         if need_bias_a:
             dbias_a = self._bias(df if self.short else self._join(dg))
         if need_b:

@@ -1,4 +1,4 @@
-"""Packed sequences in ATen operations, one sequence after another: no padding, no copies of maps.
+"""Packed sequences in ATen operations, one sequence after another: no padding, no copies.
 
 A sequence by itself has its products, written to where they belong, and a softmax over positions.
 All else is one operation for neighbours that together fit the cache: on a CPU, memory that is new
@@ -14,7 +14,7 @@ import torch
 from ...precision import HALF, accumulator, converted, lse_dtype
 from . import core as aten
 
-WORK = 2**16  # values of a map in one operation for several sequences
+WORK = 2**16  # values of a tensor in one operation for several sequences
 # Positions per sequence below which a softmax over adjacent ones is slower than to transpose first.
 FEW = 128
 
@@ -23,7 +23,7 @@ def gather(a, b, mask, extra_a, extra_b, lengths, logit_scale):
     """``G (S, heads, m, n)`` in the dtype of sums, zeros for an empty sequence; and no lse."""
     dtype = aten.product_dtype(b)
     g = a.new_empty((len(lengths), a.shape[1], a.shape[2], b.shape[2]), dtype=dtype)
-    features, each = _split(converted(aten.kept_features(a, mask), dtype), lengths), g.unbind()
+    features, each = _split(converted(aten.masked_features(a, mask), dtype), lengths), g.unbind()
 
     def use(s, p, extra_p):
         _product(features[s], p, each[s])
@@ -50,7 +50,7 @@ def gather_backward(dg, a, b, mask, extra_a, extra_b, g, _lse, lengths, logit_sc
     ]
     scales = {"beta": logit_scale, "alpha": logit_scale}
     each, delta = dg.unbind(), (dg * g).sum(-2, keepdim=True).neg().unbind()
-    features = _split(converted(aten.kept_features(a, mask), dg.dtype), lengths)
+    features = _split(converted(aten.masked_features(a, mask), dg.dtype), lengths)
     of_a, of_b = _split(da, lengths), _split(db, lengths)
 
     def use_source(s, x, p, dx, dy):
@@ -80,13 +80,13 @@ def _with_weights(use, b, mask, extra_b, lengths, logit_scale, dtype):
     """Calls ``use`` for each sequence: its number, the weights ``(heads, L, n)`` of its positions,
     and those of its tokens or None. Nothing holds them, so the next are in the same memory."""
     s = 0
-    for piece, maps, mask_ in _pieces(lengths, b, mask):
-        logits = aten.logits_in(maps, logit_scale, dtype)
+    for group, b_, mask_ in _groups(lengths, b, mask):
+        logits = aten.logits_in(b_, logit_scale, dtype)
         if mask_ is not None:
             logits = logits.masked_fill(~mask_, -torch.inf)
-        few = logits.shape[-1] < FEW * len(piece)
+        few = logits.shape[-1] < FEW * len(group)
         rows = logits.mT.contiguous() if few else logits.mT
-        for x in rows.split(piece, -2):
+        for x in rows.split(group, -2):
             tokens = None
             if extra_b is not None and x.shape[-2]:
                 tokens = aten.logits_in(extra_b[s], logit_scale, x.dtype).mT
@@ -106,7 +106,7 @@ def _weights(rows, tokens, masked, dtype):
 
 
 def _total(p, extra_p):
-    """What the weights of many positions sum to, not exactly 1: see ``aten.gather``."""
+    """Sums of weights over many positions, not exactly 1: see ``aten.gather``."""
     if p.shape[-2] <= aten.WIDE_CHUNK or p.dtype in HALF:
         return None
     total = p.sum(-2, keepdim=True)
@@ -120,9 +120,9 @@ def distribute(g, v, lengths, scale, softmax, logit_scale):
     dtype = aten.product_dtype(v)
     z = empty_like(v, g.shape[2], dtype)
     each = iter(converted(g if scale == 1 else scale * g, dtype).unbind())
-    for piece, maps, out in _pieces(lengths, v, z):
-        q = converted(_distribution_weights(maps, softmax, logit_scale, dtype), dtype)
-        for q_, z_ in zip(q.split(piece, -1), out.split(piece, -1), strict=True):
+    for group, v_, out in _groups(lengths, v, z):
+        q = converted(_distribution_weights(v_, softmax, logit_scale, dtype), dtype)
+        for q_, z_ in zip(q.split(group, -1), out.split(group, -1), strict=True):
             torch.bmm(next(each), q_, out=z_)
     return converted(z, v.dtype)
 
@@ -135,10 +135,10 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
     softmax_backward = functools.partial(torch._softmax_backward_data, input_dtype=dtype)
     each = iter(converted(g if scale == 1 else scale * g, dtype).mT.unbind())
     sums = iter(dg.unbind() if need_g else ())
-    for piece, dz_, maps, out in _pieces(lengths, dz, v, dv):
-        q = _distribution_weights(maps, softmax, logit_scale, dtype)
+    for group, dz_, v_, out in _groups(lengths, dz, v, dv):
+        q = _distribution_weights(v_, softmax, logit_scale, dtype)
         dz_, dq = converted(dz_, dtype), torch.empty_like(q) if need_v else q
-        parts = zip(*(x.split(piece, -1) for x in (dz_, q, dq)), strict=True)
+        parts = zip(*(x.split(group, -1) for x in (dz_, q, dq)), strict=True)
         for dz_s, q_s, dq_s in parts:
             if need_g:
                 _product(dz_s, q_s.mT, next(sums))
@@ -146,7 +146,7 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
                 torch.bmm(next(each), dz_s, out=dq_s)
         if need_v:
             if softmax:
-                dq = _over_maps(softmax_backward, dq, q)
+                dq = _over_n(softmax_backward, dq, q)
             out.copy_(dq if logit_scale == 1 else logit_scale * dq)
     if need_g and scale != 1:
         dg *= scale
@@ -155,11 +155,11 @@ def distribute_backward(dz, g, v, lengths, scale, softmax, logit_scale, need_g, 
 
 def _distribution_weights(v, softmax, logit_scale, dtype):
     logits = aten.logits_in(v, logit_scale, dtype)
-    return _over_maps(torch.softmax, logits) if softmax else logits
+    return _over_n(torch.softmax, logits) if softmax else logits
 
 
-def _over_maps(function, *tensors):
-    """A softmax over maps, in their memory format: torch.softmax makes contiguous copies."""
+def _over_n(function, *tensors):
+    """A softmax over n in the input's memory format: torch.softmax makes contiguous copies."""
     if tensors[0].stride(-1) == 1:
         return function(*tensors, -2)
     return function(*(x.mT for x in tensors), -1).mT
@@ -173,21 +173,21 @@ def _product(x, rows, out):
         torch.bmm(x, rows, out=out)
 
 
-def _pieces(lengths, x, *others):
+def _groups(lengths, x, *others):
     """Lengths of neighbours that share operations, and views ``(…, positions)`` of each tensor."""
     most = WORK // (x.shape[1] * x.shape[2])
-    pieces: list[list[int]] = [[]]
+    groups: list[list[int]] = [[]]
     total = 0
     for length in lengths:
         total += length
-        if total > most and pieces[-1]:
-            pieces.append([])
+        if total > most and groups[-1]:
+            groups.append([])
             total = length
-        pieces[-1].append(length)
-    sizes = [sum(piece) for piece in pieces]
+        groups[-1].append(length)
+    sizes = [sum(group) for group in groups]
     nothing = [None] * len(sizes)
     views = (nothing if y is None else y[0].split(sizes, -1) for y in (x, *others))
-    return zip(pieces, *views, strict=True)
+    return zip(groups, *views, strict=True)
 
 
 def _split(x, lengths):

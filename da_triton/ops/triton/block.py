@@ -1,8 +1,8 @@
 """The block in Triton kernels: one operator forward, one backward, and its gradients.
 
 ``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
-chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled again
-for another size, and what the operators return does not depend on the plan. Kept for
+batch chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled
+again for another size, and what the operators return does not depend on the plan. Kept for
 backward: the inputs, lse and G, and V if asked for.
 
 Second derivatives are taken through the operations of the ``torch`` backend.
@@ -91,8 +91,8 @@ class Call(direct.Call):
         out, lse, g, v = kernels.forward(x, w, _bytes(mask), self.options, self.route, self.save_v)
         return out, (lse, g, v)
 
-    def backward(self, grad, x, w, mask, kept, needs):
-        lse, g, v = kept
+    def backward(self, grad, x, w, mask, saved, needs):
+        lse, g, v = saved
         unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
         if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
@@ -128,7 +128,7 @@ def block_op(
     order: str,
     save_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The block's result, lse, G, and V (empty if not kept)."""
+    """The block's result, lse, G, and V (empty if not saved)."""
     weights = _weights(weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out)
     options = Options(heads, logit_scale, logit_scale_v, scale, softmax_v, residual)
     if x.shape[0] == 0:
@@ -148,11 +148,11 @@ def _(
 
 
 def _like_outputs(x, weight_a, weight_b, weight_out, heads, save_v):
-    batch, c_m, maps = x.shape[0], weight_a.shape[0], weight_b.shape[0]
+    batch, c_m, total_n = x.shape[0], weight_a.shape[0], weight_b.shape[0]
     out = launch.empty_rows_like(x, c_m if weight_out is None else weight_out.shape[0])
-    lse = x.new_empty((batch, maps), dtype=lse_dtype(x.dtype))
-    g = x.new_empty((batch, heads, c_m // heads, maps // heads), dtype=accumulator(x.dtype))
-    return out, lse, g, launch.empty_rows_like(x, maps) if save_v else x.new_empty(0)
+    lse = x.new_empty((batch, total_n), dtype=lse_dtype(x.dtype))
+    g = x.new_empty((batch, heads, c_m // heads, total_n // heads), dtype=accumulator(x.dtype))
+    return out, lse, g, launch.empty_rows_like(x, total_n) if save_v else x.new_empty(0)
 
 
 @torch.library.custom_op("da_triton::block_backward", mutates_args=())

@@ -73,7 +73,7 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 
 
 def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """``G (N, heads, m, n)`` in float32 (float64 for float64 maps)."""
+    """``G (N, heads, m, n)`` in float32 (float64 for float64 inputs)."""
     extra_a, extra_b = (None, None) if extra is None else extra
     return apply(Gather, a, b, mask, extra_a, extra_b, *scalars(logit_scale))[0]
 
@@ -203,9 +203,9 @@ def _gather_gradients(ctx, dg, dlse):
 def gather_gradients(dg, a, b, mask, extra_a, extra_b, g, lse, dlse, logit_scale, needs):
     """Gradients of a, b, extra_a and extra_b; None where not needed."""
     grads = [None, None, None, None]
-    for i, features, maps, masking in ((0, a, b, mask), (2, extra_a, extra_b, None)):
+    for i, values, keys, masking in ((0, a, b, mask), (2, extra_a, extra_b, None)):
         if any(needs[i : i + 2]):
-            args = dg, features, maps, masking, g, lse, dlse, logit_scale, *needs[i : i + 2]
+            args = dg, values, keys, masking, g, lse, dlse, logit_scale, *needs[i : i + 2]
             found = run(gather_backward_op, *args)
             pairs = zip(found, needs[i : i + 2], strict=True)
             grads[i : i + 2] = (x if need else None for x, need in pairs)
@@ -261,7 +261,7 @@ def distribute_backward_op(
     need_g: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dG in float32 (float64 for float64 maps) and dV; empty where not needed."""
+    """dG in float32 (float64 for float64 inputs) and dV; empty where not needed."""
     dg, dv = distribute_kernels.distribute_backward(
         dz, g, v, scale, softmax, logit_scale, need_g, need_v
     )

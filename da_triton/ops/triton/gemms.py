@@ -1,4 +1,4 @@
-"""Vendor GEMMs and small matrices around the core, and how maps are seen by head."""
+"""Vendor GEMMs and small matrices around the core, and views by head."""
 
 from ...kernels import combine
 from ...projection import project
@@ -8,10 +8,10 @@ from ...runtime import tiles
 def project_abv(x, matrices, rows, heads):
     """A, B or V for each of ``rows``, by head, without bias: ``matrices`` as ``prologue`` packs."""
     if len(matrices) == 1:
-        maps = project(x, matrices[0][: sum(rows)], None).split(rows, 1)
+        activations = project(x, matrices[0][: sum(rows)], None).split(rows, 1)
     else:
-        maps = [project(x, matrix, None) for matrix in matrices[: len(rows)]]
-    return [by_head(y, heads) for y in maps]
+        activations = [project(x, matrix, None) for matrix in matrices[: len(rows)]]
+    return [by_head(y, heads) for y in activations]
 
 
 def by_head(y, heads):
@@ -30,7 +30,7 @@ def fit(w, heads):
 
 
 def reconstructing(g, w, heads, scale):
-    """``H = scale · Wo G``, ``(N, C', maps)`` in the dtype of the weights."""
+    """``H = scale · Wo G``, ``(N, C', activations)`` in the dtype of the weights."""
     if fit(w, heads):
         return combine.reconstructing(g, w, heads=heads, scale=scale)
     per_head = w.out.unflatten(1, (heads, -1)).transpose(0, 1).to(g.dtype)

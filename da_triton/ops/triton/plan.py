@@ -22,15 +22,15 @@ TILE_CLASSES = {dtype.itemsize: policy.tile_class for dtype, policy in POLICIES.
 
 
 def kernel_limits(shape, c_out, arch, num_sms):
-    """What the planner needs to know of the kernels on a GPU."""
+    """Limits of the kernels on a GPU, for the planner."""
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
     widest, full_n = max(channels, c_out), math.prod(tiles.packed_cols(shape.heads, n))
-    whole = tiles.channels_fit(widest, full_n)
-    pass_2 = "project_distribute" if whole else "project_distribute_blocks"
+    channels_fit = tiles.channels_fit(widest, full_n)
+    pass_2 = "project_distribute" if channels_fit else "project_distribute_blocks"
 
-    def positions_of(kernel, features, maps, variant=tiles.PLAIN):
-        tile = tiles.find(kernel, tile_class, features, maps, variant, arch)
+    def positions_of(kernel, features, descriptors, variant=tiles.PLAIN):
+        tile = tiles.find(kernel, tile_class, features, descriptors, variant, arch)
         return 0 if tile is None else tile.block_l
 
     def positions(last, *others):
@@ -55,7 +55,7 @@ def kernel_limits(shape, c_out, arch, num_sms):
         project_distribute=positions((pass_2, widest, full_n), small),
         backward=positions(*backward) if shape.reconstruct else 0,
         blocks_of_n=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
-        whole=whole,
+        channels_fit=channels_fit,
         core=CoreLimits(
             tiles.LARGEST_G_TILE[tile_class],
             *(positions_of("full_n", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
@@ -71,13 +71,13 @@ def kernel_routes(shape, c_out, arch, num_sms, order=None, saved_v=False):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What would run for a shape, and why. ``print`` shows it; times are modelled, not measured."""
+    """The execution plan for a shape. ``print`` shows it; times are modelled, not measured."""
 
     shape: Shape
     device: str  # what the plan is for
     chosen: PlannedRoute
     runners_up: tuple[PlannedRoute, ...]
-    saves_v: bool  # V is kept for backward instead of projected again
+    saves_v: bool  # V is saved for backward instead of projected again
     floor: float  # seconds; see ``planner.floor``
 
     @property
@@ -92,10 +92,11 @@ class Plan:
         s = self.shape
         lines = [
             f"double attention block, N={s.batch} C={s.channels} L={s.length} c_m={s.c_m} "
-            f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes an element, on {self.device}",
+            f"c_n={s.c_n} heads={s.heads}, {s.itemsize} bytes per element, on {self.device}",
             f"  {self.route}",
-            f"  {math.ceil(s.batch / self.route.chunk)} chunk(s) of {self.route.chunk} samples; "
-            f"backward {'keeps V' if self.saves_v else 'projects V again'}",
+            f"  {math.ceil(s.batch / self.route.batch_chunk)} batch chunk(s) of "
+            f"{self.route.batch_chunk} samples; "
+            f"V {'saved' if self.saves_v else 'recomputed'} for backward",
             f"  modelled forward {self.chosen.seconds * 1e6:.1f} µs (floor "
             f"{self.floor * 1e6:.1f} µs), backward {self.chosen.backward_seconds * 1e6:.1f} µs",
             "",
@@ -130,7 +131,7 @@ def plan(
     order: str = "auto",
     recompute: bool | str = "auto",
 ) -> Plan:
-    """What ``double_attention_block`` would run on a GPU for an input of a shape, and why.
+    """The execution plan of ``double_attention_block`` on a GPU for a given input shape.
 
     Args:
         x_shape: ``(N, C, *positions)``.
@@ -141,13 +142,13 @@ def plan(
 
     Returns:
         A :class:`Plan`, with the order, the route (which steps are fused kernels and which vendor
-        GEMMs), samples in a chunk, modelled operations, bytes and launches of each step, the
+        GEMMs), samples per batch chunk, modelled operations, bytes and launches of each step, the
         floor, and the runners-up. The times come from a model with stated assumptions, not from
         measurements.
 
     Raises:
         ValueError: shape, channels, heads, order, recompute.
-        TypeError: dtype, or ``reconstruct`` that is no bool.
+        TypeError: unsupported dtype, or ``reconstruct`` is not a bool.
         RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
     """
     shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()

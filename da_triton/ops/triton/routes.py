@@ -58,11 +58,11 @@ def forward(x, w, mask, o, route, save_v):
     v = launch.empty_rows_like(x, w.v.shape[0]) if save_v else None
     lse, g = combine.empty(x, w, o.heads)
     batched = x, mask, lse, g, out, v
-    batch, chunk = x.shape[0], route.chunk
-    partials = [batched] if batch <= chunk else [
-        [None if t is None else t[i : i + chunk] for t in batched] for i in range(0, batch, chunk)
+    batch, size = x.shape[0], route.batch_chunk
+    chunks = [batched] if batch <= size else [
+        [None if t is None else t[i : i + size] for t in batched] for i in range(0, batch, size)
     ]  # fmt: skip
-    for x_, mask_, lse_, g_, out_, v_ in partials:
+    for x_, mask_, lse_, g_, out_, v_ in chunks:
         h, _ = _gather(x_, w, mask_, lse_, g_, o, route)
         project_distribute.project_distribute(
             x_, w.v, w.bias_v, h, w.bias_out, out_, v_,
@@ -72,17 +72,17 @@ def forward(x, w, mask, o, route, save_v):
 
 
 def _unfused_forward(x, w, mask, o, route, save_v):
-    """Distributes maps of V that lie in memory: through H, or through Z and the last product."""
-    kept, start = None, None
+    """Distributes from a V in memory: through H, or through Z and the last product."""
+    projected_v, start = None, None
     if save_v or route.gather == "fused":
-        kept = project(x, w.v, w.bias_v)
+        projected_v = project(x, w.v, w.bias_v)
     if not route.order.through_h and w.out is not None and (o.residual or w.bias_out is not None):
         start = launch.empty_rows_like(x, w.out.shape[0])
     lse, g = combine.empty(x, w, o.heads)
-    d, v = _gather(x, w, mask, lse, g, o, route, with_v=kept is None, start=start)
-    v, bias = (v, w.bias_v) if kept is None else (by_head(kept, o.heads), None)
+    d, v = _gather(x, w, mask, lse, g, o, route, with_v=projected_v is None, start=start)
+    v, bias = (v, w.bias_v) if projected_v is None else (by_head(projected_v, o.heads), None)
     out = _distribute(x, v, bias, d, start, w, o, route.order.through_h)
-    return out, lse, g, kept if save_v else None
+    return out, lse, g, projected_v if save_v else None
 
 
 def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
@@ -115,17 +115,17 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
 
 
 def _project(x, w, mask, o, from_x, with_v, adding):
-    """What the core gathers from, by head: ``(X or A, B, mask)``; and V, if it is wanted."""
+    """Inputs of the core's gather, by head: ``(X or A, B, mask)``; and V, if wanted."""
     weights = [] if from_x else [w.a]
     weights += [w.b, w.v] if with_v else [w.b]
     matrices, _ = prologue.prepare(x, weights, **adding)
-    maps = gemms.project_abv(x, matrices, [len(weight) for weight in weights], o.heads)
-    v = maps.pop() if with_v else None
-    return (shared(x, o.heads) if from_x else maps[0], maps[-1], mask), v
+    projected = gemms.project_abv(x, matrices, [len(weight) for weight in weights], o.heads)
+    v = projected.pop() if with_v else None
+    return (shared(x, o.heads) if from_x else projected[0], projected[-1], mask), v
 
 
 def _gather_unfused(source, w, lse, g, o, from_x):
-    """Writes lse and G with the core's kernel; returns G in the dtype of the maps."""
+    """Writes lse and G with the core's kernel; returns G in the input dtype."""
     results = g, lse.unflatten(1, (o.heads, -1))
     lowp = torch.empty_like(g, dtype=source[0].dtype)
     if not from_x:
@@ -139,7 +139,7 @@ def _gather_unfused(source, w, lse, g, o, from_x):
 
 
 def _gathered_bias(bias, lse, g):
-    """What ba adds to G: itself, but nothing to a map whose positions are all masked."""
+    """The term that ba adds to G: ba, but 0 for an attention map with all positions masked."""
     bias = bias.to(g.dtype).view(1, g.shape[1], -1, 1)
     return torch.where((lse == torch.inf)[:, :, None], 0.0, bias)
 
@@ -171,7 +171,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
 
 def _fused_backward(dout, x, w, mask, v, o, needs):
     """Pass 1 again for M, then two passes over X and dO. G and lse come again on the way."""
-    maps = w.b.shape[0]
+    total_n = w.b.shape[0]
     partials = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
     lse, g = combine.empty(x, w, o.heads)
     m, h = combine.merge_partials(
@@ -179,9 +179,9 @@ def _fused_backward(dout, x, w, mask, v, o, needs):
         want_m=True,
     )  # fmt: skip
     # In channels-last memory, rows that start at multiples of 16 elements can be loaded at once.
-    rows = -(-maps // 16) * 16 if x.stride(1) == 1 else maps
+    rows = -(-total_n // 16) * 16 if x.stride(1) == 1 else total_n
     both = launch.empty_rows_like(x, 2 * rows)
-    dv, db = both[:, :maps], both[:, rows : rows + maps]
+    dv, db = both[:, :total_n], both[:, rows : rows + total_n]
     partials = block_backward.block_bwd_distribute(
         x, dout, w.v, w.bias_v, v, h, dv,
         heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,

@@ -1,6 +1,6 @@
 r"""The block's backward pass in vendor GEMMs around the core's kernels, in any order.
 
-    maps      [A;] B, V = W X              one product, of stacked weights
+    A, B, V   [A;] B, V = W X              one product, of stacked weights
     distribution    Z-   dZ = Woᵀ dO, then dV, Q, Z and dG = dZ Qᵀ        dWo = dO Zᵀ
                     H-   dV, Q and dH = dO Qᵀ, then dG = scale · Woᵀ dH   dWo = scale · dH Gᵀ
     gather          A-   δ, then dA and dB
@@ -8,8 +8,8 @@ r"""The block's backward pass in vendor GEMMs around the core's kernels, in any 
     dX = Wᵀ [dA;] dB, dV (+ dO)            one product
     dW = [dA;] dB, dV · Xᵀ                 one kernel and the sums of its parts
 
-dA, dB and dV lie side by side as A, B and V do. A has no bias here: ba is in G, and where it is not
-in dP, it is taken out of δ.
+dA, dB and dV are adjacent in memory as A, B and V are. A has no bias here: ba is in G, and where it
+is not in dP, it is taken out of δ.
 """
 
 import torch
@@ -38,8 +38,8 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
         v, bias_v = by_head(v, o.heads), None
     runs = [rows] if len(matrices) == 1 else [[r] for r in rows]
     grads = [launch.empty_rows_like(x, sum(run)) for run in runs]
-    pieces = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
-    *da, db, dv = (by_head(t, o.heads) for t in pieces)
+    parts = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
+    *da, db, dv = (by_head(t, o.heads) for t in parts)
 
     # dV, and in the place of dB, until that is made, Q.
     through = _through_h if through_h else _through_z

@@ -146,7 +146,7 @@ def gather(a, b, mask, extra_a, extra_b, lengths, logit_scale):
 
 def gather_backward(dg, a, b, mask, extra_a, extra_b, g, lse, lengths, logit_scale, needs):
     """Gradients of a, b and the tokens; None where not needed."""
-    maps = [
+    grads = [
         empty_like(x, x.shape[2]) if need else None
         for x, need in zip((a, b), needs[:2], strict=True)
     ]
@@ -160,13 +160,13 @@ def gather_backward(dg, a, b, mask, extra_a, extra_b, g, lse, lengths, logit_sca
         da, db, *found = triton.gather_gradients(
             dg_, a_, b_, mask_, extra_a_, extra_b_, g_, lse_, None, logit_scale, needs
         )
-        for x, out in zip((da, db), maps, strict=True):
+        for x, out in zip((da, db), grads, strict=True):
             if out is not None:
                 part.put(x, out)
         for x, out in zip(found, tokens, strict=True):
             if out is not None:
                 out[part.sequences] = x
-    return *maps, *tokens
+    return *grads, *tokens
 
 
 def distribute(g, v, lengths, scale, softmax, logit_scale):

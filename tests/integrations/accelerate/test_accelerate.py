@@ -56,7 +56,7 @@ def test_layer_is_replaced_by_the_same_function(name):
     parameters, layer = list(model.parameters()), model[2]
     report = accelerate(model, x)
     assert [f.name for f in report.replaced] == ["2"]
-    assert not report.refused
+    assert not report.skipped
     assert report.replaced[0].error < 1e-12
     assert model[2] is layer
     assert isinstance(layer, Accelerated)
@@ -81,18 +81,18 @@ def test_positions_of_one_and_three_axes(kind):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_softmax_over_the_batch_is_refused_and_explained(residual):
+def test_softmax_over_the_batch_is_rejected_and_explained(residual):
     layer = published.SoftmaxOverTheBatch(12, 8, 5, residual=residual)
     with pytest.warns(UserWarning, match="replaced nothing"):
         report = accelerate(net(layer))
-    (finding,) = report.refused
+    (finding,) = report.skipped
     assert "run over the batch" in finding.note
     assert "trained again" in finding.note
     assert type(layer) is published.SoftmaxOverTheBatch
     assert "run over the batch" in str(report)
 
 
-def test_two_softmaxes_over_positions_are_refused_and_explained():
+def test_two_softmaxes_over_positions_are_rejected_and_explained():
     with pytest.warns(UserWarning, match="second softmax runs over positions"):
         accelerate(net(published.SoftmaxOverPositionsTwice(12, 8, 5)))
 
@@ -134,9 +134,9 @@ class TopOfLargeMaps(published.DoubleAttentionCopy):
         (NoGradientForB, "differ by"),
     ],
 )
-def test_what_is_only_similar_is_refused(kind, why):
+def test_what_is_only_similar_is_rejected(kind, why):
     with pytest.warns(UserWarning, match="replaced nothing"):
-        (finding,) = accelerate(net(kind(12, 8, 5))).refused
+        (finding,) = accelerate(net(kind(12, 8, 5))).skipped
     assert why in finding.note
     assert finding.error > 1e-4
 
@@ -149,7 +149,7 @@ def test_the_example_shows_what_random_inputs_do_not():
     assert len(accelerate(model, torch.randn(1, 3, 6, 6)).replaced) == 1
 
 
-def test_arguments_that_ours_lacks_are_refused():
+def test_arguments_that_ours_lacks_are_rejected():
     class WithTemperature(published.DoubleAttentionCopy):
         def forward(self, x, temperature=1.0):
             return super().forward(x)
@@ -166,7 +166,7 @@ def test_arguments_that_ours_lacks_are_refused():
         accelerate(Net(), torch.randn(X))
 
 
-def test_without_an_example_other_arguments_are_refused_too():
+def test_without_an_example_other_arguments_are_rejected_too():
     class WithTemperature(published.DoubleAttentionCopy):
         def forward(self, x, temperature=1.0):
             return super().forward(x)
@@ -299,19 +299,19 @@ def test_a_model_without_such_layers_warns():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), DoubleAttention(4))
     with pytest.warns(UserWarning, match="no layer that looks like double attention"):
         report = accelerate(model)
-    assert (report.replaced, report.refused) == ([], [])
+    assert (report.replaced, report.skipped) == ([], [])
     with pytest.warns(UserWarning, match="no accelerated layer"):
         assert restore(model) == []
 
 
-def test_instance_forward_is_refused():
+def test_instance_forward_is_rejected():
     layer = published.DoubleAttentionCopy(12, 8, 5)
     layer.forward = lambda x: x
     with pytest.warns(UserWarning, match="replaced on the instance"):
         accelerate(net(layer))
 
 
-def test_wrong_backend_is_refused():
+def test_wrong_backend_is_rejected():
     with pytest.raises(ValueError, match="backend"):
         accelerate(net(SAME["latent"]()), backend="cuda")
 
@@ -425,7 +425,7 @@ def test_compiled_in_one_graph():
     assert relative_rms(compiled(x), expected) < 1e-5
 
 
-def test_what_is_right_in_float64_alone_is_refused(monkeypatch):
+def test_what_is_right_in_float64_alone_is_rejected(monkeypatch):
     exact = EfficientAttention.forward
 
     def rough(module, x, **options):

@@ -239,7 +239,7 @@ def test_one_layer_on_the_meta_device_leaves_the_others():
     model = nn.Sequential(published.LatentLinearAttention(12), published.LatentLinearAttention(12))
     model[1].to_out.to("meta")
     report = accelerate(model)
-    assert ([f.name for f in report.replaced], [f.name for f in report.refused]) == (["0"], ["1"])
+    assert ([f.name for f in report.replaced], [f.name for f in report.skipped]) == (["0"], ["1"])
 
 
 def test_progress(capsys):
@@ -248,7 +248,7 @@ def test_progress(capsys):
     )
     seen = []
     report = accelerate(model, progress=lambda *args: seen.append(args))
-    assert seen == [(1, 2, report.replaced[0]), (2, 2, report.refused[0])]
+    assert seen == [(1, 2, report.replaced[0]), (2, 2, report.skipped[0])]
     assert capsys.readouterr() == ("", "")
     restore(model)
     accelerate(model, progress=True)

@@ -31,8 +31,8 @@ class SpatialGather(nn.Module):
 
 
 class GatherByEinsum(SpatialGather):
-    def forward(self, features, maps):
-        return torch.einsum("nkl,ncl->nck", self.weights(maps), features.flatten(2))
+    def forward(self, features, probs):
+        return torch.einsum("nkl,ncl->nck", self.weights(probs), features.flatten(2))
 
 
 class OcrGather(SpatialGather):
@@ -46,7 +46,7 @@ class GatherWithTruth(SpatialGather):
 
 
 class Head(nn.Module):
-    """A small OCR head: maps of classes, their descriptors, and attention to these."""
+    """A small OCR head: probabilities of classes, their descriptors, and attention to these."""
 
     def __init__(self, gather, *others):
         super().__init__()
@@ -93,7 +93,7 @@ def test_a_whole_head(example):
     before = [t.clone() for t in gradients(model, x)]
     report = accelerate(model, x if example else None)
     assert [f.name for f in report.replaced] == ["gather"]
-    assert not report.refused
+    assert not report.skipped
     for found, expected in zip(gradients(model, x), before, strict=True):
         assert (found - expected).norm() <= 1e-10 * (1 + expected.norm())
 
@@ -114,7 +114,7 @@ def test_the_scale_is_read_at_each_call():
     assert relative_rms(layer(*args), SpatialGather(3.0)(*args)) < 1e-5
 
 
-def test_rows_of_maps_are_contiguous():
+def test_results_of_the_ocr_form_are_contiguous():
     layer, args = OcrGather(), inputs()
     accelerate(layer)
     assert layer(*args).is_contiguous()
@@ -230,7 +230,7 @@ def test_other_gathers_are_left(kind, why):
     assert type(layer) is kind
 
 
-def test_maps_of_another_size_in_the_example():
+def test_an_example_with_other_positions():
     with pytest.warns(UserWarning, match="it also takes arguments of different sizes"):
         accelerate(GatherResized(), (torch.randn(FEATS), torch.randn(2, 5, 3, 4)))
 

@@ -41,9 +41,9 @@ class Tokens(nn.Module):
 
     def forward(self, x, mask=None):
         y = self.norm(x) if self.steps.get("norm") else x
-        maps = [getattr(self, name)(y) for name in self.names]
-        maps = maps if len(maps) == 3 else maps[0].chunk(3, -1)
-        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in maps)
+        projected = [getattr(self, name)(y) for name in self.names]
+        projected = projected if len(projected) == 3 else projected[0].chunk(3, -1)
+        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in projected)
         if mask is not None:
             k = k.masked_fill(~mask[:, None, :, None], -torch.inf)
         y = self.core(q, k, v).transpose(1, 2).flatten(2)
@@ -111,7 +111,7 @@ def test_layer_is_replaced_by_the_same_function(name):
     before, keys = gradients(model, x), list(model.state_dict())
     report = accelerate(model, x)
     assert [f.family for f in report.replaced] == ["linear attention on tokens"]
-    assert not report.refused
+    assert not report.skipped
     assert report.replaced[0].error < 1e-12
     assert isinstance(layer, Accelerated)
     assert list(model.state_dict()) == keys
@@ -137,7 +137,7 @@ def test_a_token_transformer():
     before = gradients(model, x)
     report = accelerate(model, x)
     assert [f.name for f in report.replaced] == ["0.attention", "1.attention", "2.attention"]
-    assert not report.refused
+    assert not report.skipped
     for found, expected in zip(gradients(model, x), before, strict=True):
         assert (found - expected).norm() <= 1e-4 * (1 + expected.norm())
     twin = copy.deepcopy(model)
@@ -281,9 +281,9 @@ def test_another_meaning_of_a_class_is_tried_first(monkeypatch):
 
     def comparisons(count):
         compared.clear()
-        with pytest.warns(UserWarning, match=f"refused: {count}"):
+        with pytest.warns(UserWarning, match=f"skipped: {count}"):
             report = accelerate(nn.Sequential(*(Quadratic() for _ in range(count))))
-        assert all("softmax(Q Kᵀ)" in f.note for f in report.refused)
+        assert all("softmax(Q Kᵀ)" in f.note for f in report.skipped)
         return len(compared)
 
     monkeypatch.setattr(Reference, "error", counted)
@@ -301,7 +301,7 @@ def test_a_class_with_several_meanings():
     model[1].linear = model[3].linear = model[4].linear = True
     report = accelerate(model, x)
     assert [f.name for f in report.replaced] == ["1", "3", "4"]
-    assert ["softmax(Q Kᵀ)" in f.note for f in report.refused] == [True, True]
+    assert ["softmax(Q Kᵀ)" in f.note for f in report.skipped] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def core_of(backend, gather_options, distribute_options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_case
 def test_matches_the_definition(case, dtype, masked, softmax, channels_last):
-    maps = operands(case, dtype, channels_last)
+    activations = operands(case, dtype, channels_last)
     mask = None
     if masked:
         mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.4
@@ -43,7 +43,7 @@ def test_matches_the_definition(case, dtype, masked, softmax, channels_last):
         {"softmax": softmax, "logit_scale": 0.9, "scale": 2},
     )
     ours, definition = (core_of(backend, *options) for backend in (aten, reference))
-    check_against_reference(ours, definition, maps, slack=2)
+    check_against_reference(ours, definition, activations, slack=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -74,7 +74,7 @@ def test_twice_differentiable():
     assert torch.autograd.gradgradcheck(function, (a, b))
 
 
-def test_all_masked_maps_have_zero_gradients():
+def test_fully_masked_attention_maps_have_zero_gradients():
     a, b, _ = operands(LARGEST_G_TILE, torch.float32)
     mask = torch.zeros(LARGEST_G_TILE.batch, LARGEST_G_TILE.length, dtype=torch.bool, device=DEVICE)
     g = aten.gather(a, b, mask=mask)

@@ -32,14 +32,14 @@ WAYS = {
     "samples together": {},
     "copied one by one": {"FEW_ELEMENTS": 0},
     "samples apart": {"FEW_POSITIONS": 1},
-    "pieces": {"FEW_POSITIONS": 1, "PIECE": 12 * C, "LEAST_POSITIONS": 1},
-    "wide maps": {"FEW_POSITIONS": 1, "NARROW": 1},
+    "tiles": {"FEW_POSITIONS": 1, "TILE": 12 * C, "LEAST_POSITIONS": 1},
+    "large n": {"FEW_POSITIONS": 1, "NARROW": 1},
 }
 
 
 @pytest.fixture(autouse=True)
-def _however_few_maps_and_elements(monkeypatch):
-    monkeypatch.setattr(cpu_products, "FEW_MAPS", 0)
+def _however_few_descriptors_and_elements(monkeypatch):
+    monkeypatch.setattr(cpu_products, "FEW_DESCRIPTORS", 0)
     monkeypatch.setattr(cpu_small, "MOST_ELEMENTS", 0)
 
 
@@ -56,8 +56,8 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["small", "pieces"])
-def one_piece_or_several(request, monkeypatch):
+@pytest.fixture(params=["small", "tiles"])
+def one_tile_or_several(request, monkeypatch):
     take(request.param, monkeypatch)
 
 
@@ -123,7 +123,7 @@ def test_matches_the_definition(order, heads, channels_last, dtype, way, calls):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["one head", "every option"])
-def test_fewer_positions_than_maps(options, channels_last, recompute, way, monkeypatch):
+def test_fewer_positions_than_descriptors(options, channels_last, recompute, way, monkeypatch):
     planned = []
     for kind in (cpu_block.Call, cpu_small.Call):
 
@@ -141,7 +141,7 @@ def test_fewer_positions_than_maps(options, channels_last, recompute, way, monke
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("heads", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 @pytest.mark.parametrize("order", ORDERS)
-def test_one_map_a_head(order, heads, batch, channels_last, way, calls):
+def test_one_descriptor_per_head(order, heads, batch, channels_last, way, calls):
     """It lies in both memory orders at once."""
     given = leaves(torch.float64, batch, channels_last)
     for i in (3, 4, 5, 6):
@@ -184,7 +184,7 @@ def test_masked_positions_take_no_part_whatever_they_hold(order, way):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_nothing_is_kept_when_every_position_is_masked(order):
+def test_weights_have_zero_gradients_when_every_position_is_masked(order):
     mask = torch.zeros(3, *POSITIONS, dtype=torch.bool)
     results = gradients(leaves(torch.float32), order=order, mask=mask, backend="torch")
     for name in ("weight_a", "bias_a", "weight_b", "weight_v"):
@@ -193,7 +193,7 @@ def test_nothing_is_kept_when_every_position_is_masked(order):
 
 @pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("order", ORDERS)
-def test_one_gradient_alone(order, wanted, one_piece_or_several):
+def test_one_gradient_alone(order, wanted, one_tile_or_several):
     given = leaves(torch.float64)
     options = {"order": order, "heads": 2, "residual": True, "backend": "torch"}
     expected = gradients(given, **options)
@@ -241,7 +241,7 @@ def test_a_nan_stays_in_its_sample(order, way):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_first_and_second_derivatives(order, masked, one_piece_or_several):
+def test_first_and_second_derivatives(order, masked, one_tile_or_several):
     mask = None
     if masked:
         mask = torch.rand(1, 35) > 0.4
@@ -274,33 +274,33 @@ def test_second_derivatives_of_inputs_that_depend_on_each_other():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_recomputation_keeps_nothing_and_gives_the_same(order, way):
+def test_recomputation_saves_nothing_and_gives_the_same(order, way):
     given = leaves(torch.float32)
     options = {"order": order, "residual": True, "backend": "torch"}
     results = [gradients(given, recompute=r, **options) for r in (False, True)]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    assert kept_elements(given, recompute=True, **options) == 0
+    assert saved_elements(given, recompute=True, **options) == 0
 
 
-def kept_elements(given, **options):
-    """Elements kept for backward beyond x and the weights."""
-    kept = {}
+def saved_elements(given, **options):
+    """Elements saved for backward beyond x and the weights."""
+    saved = {}
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda z: kept.__setitem__(z.data_ptr(), z.untyped_storage().nbytes() // 4) or z,
+        lambda z: saved.__setitem__(z.data_ptr(), z.untyped_storage().nbytes() // 4) or z,
         lambda z: z,
     ):
         double_attention_block(*given, **options)
-    return sum(kept[p] for p in kept if p not in {z.data_ptr() for z in given if z is not None})
+    return sum(saved[p] for p in saved if p not in {z.data_ptr() for z in given if z is not None})
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_more_is_kept_than_eager_keeps(order):
-    """Eager keeps A, P, Q, Z and G."""
+def test_no_more_is_saved_than_by_eager(order):
+    """Eager saves A, P, Q, Z and G."""
     x = torch.randn(2, 32, 40, 40, requires_grad=True)
     weights = [torch.randn(16, 32), None, torch.randn(16, 32), None, torch.randn(16, 32), None]
-    kept = kept_elements([x, *weights, torch.randn(32, 16), None], order=order, backend="torch")
-    assert kept <= 2 * (4 * 16 * 1600 + 16 * 16)
-    assert kept > 2 * 2 * 16 * 1600
+    saved = saved_elements([x, *weights, torch.randn(32, 16), None], order=order, backend="torch")
+    assert saved <= 2 * (4 * 16 * 1600 + 16 * 16)
+    assert saved > 2 * 2 * 16 * 1600
 
 
 def test_saved_tensors_are_not_changed():
@@ -310,19 +310,19 @@ def test_saved_tensors_are_not_changed():
     assert torch.equal(*first, *torch.autograd.grad(out.sum(), given[0]))
 
 
-def test_a_piece_without_mass():
-    """Every logit of a map is -inf in one piece; elsewhere there is something."""
+def test_a_tile_without_mass():
+    """Every logit of an attention map is -inf in one tile; elsewhere there is something."""
     logits = torch.randn(2, 30, 5)
     logits[0, :10, 2] = logits[1, :, 3] = -torch.inf
-    parts = [cpu_products.softmax_and_mass(b.clone(), alone=False) for b in logits.split(10, 1)]
-    share = torch.stack([mass for _, mass in parts]).softmax(0)
-    whole = torch.cat([p * s[:, None] for (p, _), s in zip(parts, share, strict=True)], 1)
+    parts = [cpu_products.softmax_and_lse(b.clone(), alone=False) for b in logits.split(10, 1)]
+    mass = torch.stack([lse for _, lse in parts]).softmax(0)
+    whole = torch.cat([p * s[:, None] for (p, _), s in zip(parts, mass, strict=True)], 1)
     torch.testing.assert_close(whole, logits.softmax(1), equal_nan=True)
 
 
-def test_long_samples_are_cut_into_equal_pieces():
-    x = torch.empty(1, 10_001, cpu_products.PIECE // 4000)
-    sizes = [x[:, piece].shape[1] for piece in cpu_products.split_positions(x)]
+def test_long_samples_are_cut_into_equal_tiles():
+    x = torch.empty(1, 10_001, cpu_products.TILE // 4000)
+    sizes = [x[:, tile].shape[1] for tile in cpu_products.position_tiles(x)]
     assert sizes == [3334, 3334, 3333]
 
 
@@ -408,10 +408,10 @@ def test_a_wrong_reference_is_rejected():
         check(right, wrong.double(), torch.float32)
 
 
-def test_a_piece_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
-    assert cpu_products.piece_for(None) == cpu_products.piece_for(2**20) == 2**20
-    assert cpu_products.piece_for(64 * 2**20) == 2 * 2**20
-    assert cpu_products.piece_for(480 * 2**20) == 2**22
+def test_a_tile_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
+    assert cpu_products.tile_for(None) == cpu_products.tile_for(2**20) == 2**20
+    assert cpu_products.tile_for(64 * 2**20) == 2 * 2**20
+    assert cpu_products.tile_for(480 * 2**20) == 2**22
     assert cpu_products.last_level_cache(tmp_path) is None
     for index, size in enumerate(["48K", "64K", "2048K", "32768K"]):
         (tmp_path / f"index{index}").mkdir()
@@ -422,22 +422,22 @@ def test_a_piece_is_an_eighth_of_the_last_level_cache_within_bounds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("maps", "length", "channels_last", "ours"),
+    ("c_n", "length", "channels_last", "ours"),
     [
-        (8, 64, False, False),  # short: copied, and then maps are adjacent
+        (8, 64, False, False),  # short: copied, and then channels are adjacent
         (8, 256, True, False),
         (8, 256, False, True),
         (9, 64, False, True),
         (9, 256, True, True),
     ],
 )
-def test_few_maps_that_are_adjacent_take_the_other_path(
-    maps, length, channels_last, ours, monkeypatch, calls
+def test_few_descriptors_that_are_adjacent_take_the_other_path(
+    c_n, length, channels_last, ours, monkeypatch, calls
 ):
-    monkeypatch.setattr(cpu_products, "FEW_MAPS", 8)
+    monkeypatch.setattr(cpu_products, "FEW_DESCRIPTORS", 8)
     x = torch.randn(2, 16, 4, length // 4)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    a, b, v = (torch.randn(c, 16) for c in (12, maps, maps))
+    a, b, v = (torch.randn(c, 16) for c in (12, c_n, c_n))
     given = (x, a, None, b, None, v, None)
     out = double_attention_block(*given, backend="torch")
     assert bool(calls) == ours

@@ -60,7 +60,7 @@ def compare(given, trained=NAMES, upstream=None, order="auto", heads=1):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [2, 6], ids=["fewer positions than maps", "more"])
+@pytest.mark.parametrize("size", [2, 6], ids=["fewer positions than descriptors", "more"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("order", "heads"), [*((order, 1) for order in ORDERS), ("AZ", 2)])

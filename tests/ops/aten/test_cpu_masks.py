@@ -11,16 +11,16 @@ from support.numerics import check
 
 C, C_M, C_N = 20, 12, 6
 WAYS = {
-    "one piece": {},
+    "one tile": {},
     "samples apart": {"FEW_POSITIONS": 1},
-    "pieces": {"FEW_POSITIONS": 1, "PIECE": 12 * C, "LEAST_POSITIONS": 1},
+    "tiles": {"FEW_POSITIONS": 1, "TILE": 12 * C, "LEAST_POSITIONS": 1},
 }
 SIZES = {"long": (5, 7), "short": (2, 2), "line": (35,), "video": (3, 3, 4)}
 
 
 @pytest.fixture(autouse=True)
-def _however_few_maps(monkeypatch):
-    monkeypatch.setattr(cpu_products, "FEW_MAPS", 0)
+def _however_few_descriptors(monkeypatch):
+    monkeypatch.setattr(cpu_products, "FEW_DESCRIPTORS", 0)
 
 
 @pytest.fixture(params=WAYS)

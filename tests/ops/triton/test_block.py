@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from da_triton import double_attention_block
-from da_triton.ops.triton import block as core
+from da_triton.ops.triton import block as triton_block
 from da_triton.ops.triton import routes as kernels
 from da_triton.planning.costs import AZ, ORDERS, XH, order_cost
 from da_triton.planning.planner import Route
@@ -30,7 +30,7 @@ def taking(monkeypatch):
     """Makes the operators take a route."""
 
     def take(route):
-        monkeypatch.setattr(core, "_route", lambda *_: ROUTES[route])
+        monkeypatch.setattr(triton_block, "_route", lambda *_: ROUTES[route])
 
     return take
 
@@ -56,12 +56,13 @@ def test_opcheck(route, channels_last, masked, save_v, taking):
         leaves = [
             t if t is None or t.dtype == torch.bool else t.requires_grad_(need) for t in tensors
         ]
-        torch.library.opcheck(core.block_op, (*leaves, *options, save_v))
+        torch.library.opcheck(triton_block.block_op, (*leaves, *options, save_v))
     tensors = [None if t is None else t.detach() for t in tensors]
-    out, *kept = core.block_op(*tensors, *options, save_v)
+    out, *saved = triton_block.block_op(*tensors, *options, save_v)
     for needs in (8 * [True], [False] + 7 * [True], [True] + 7 * [False], 4 * [False, True]):
         torch.library.opcheck(
-            core.block_backward_op, (torch.randn_like(out), *tensors, *kept, *options, needs)
+            triton_block.block_backward_op,
+            (torch.randn_like(out), *tensors, *saved, *options, needs),
         )
 
 
@@ -74,8 +75,8 @@ def test_fakes_have_the_true_strides(route, channels_last, out, taking):
     tensors, options = arguments(torch.bfloat16, channels_last, out=out)
 
     def both(tensors):
-        out, lse, g, v = core.block_op(*tensors, *options, True)
-        grads = core.block_backward_op(out, *tensors, lse, g, v, *options, 8 * [True])
+        out, lse, g, v = triton_block.block_op(*tensors, *options, True)
+        grads = triton_block.block_backward_op(out, *tensors, lse, g, v, *options, 8 * [True])
         return out, lse, g, v, *grads
 
     real = both(tensors)
@@ -88,7 +89,7 @@ def test_fakes_have_the_true_strides(route, channels_last, out, taking):
 
 def block_function(options, save_v, mask=None):
     def function(*leaves):
-        return core.Block.apply(*leaves, mask, *options, save_v)[0]
+        return triton_block.Block.apply(*leaves, mask, *options, save_v)[0]
 
     return function
 
@@ -161,7 +162,7 @@ def test_what_frozen_weights_spare(route, wanted, spared, taking):
 
 @pytest.mark.parametrize(("wanted", "spared"), [("x", 4), ("b", 2), ("a", 2)])
 def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
-    """On the unfused route, of seven: for the maps, dZ, dX, dWo, and dWa, dWb, dWv together."""
+    """On the unfused route, of seven: for A, B and V, dZ, dX, dWo, and dWa, dWb, dWv together."""
     (x, *tensors, _), (heads, *scalars) = arguments()
     w, route = kernels.Weights(*tensors), ROUTES["unfused"]
     o = kernels.Options(heads, *scalars[:-1])
@@ -236,14 +237,14 @@ def test_flop_formulas(order):
 
 @each_route
 @pytest.mark.parametrize("save_v", [False, True])
-def test_what_autograd_keeps(route, save_v, taking):
+def test_what_autograd_saves(route, save_v, taking):
     """Inputs, lse and G; V if asked for; nothing else."""
     taking(route)
     tensors, options = arguments(torch.bfloat16)
     leaves = [t.requires_grad_() for t in tensors[:-1]]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         block_function(options, save_v)(*leaves)
     given = {t.data_ptr() for t in leaves}
-    sizes = sorted(t.numel() for t in kept if t.data_ptr() not in given and t.numel())
+    sizes = sorted(t.numel() for t in saved if t.data_ptr() not in given and t.numel())
     assert sizes == sorted([2 * C_N, 2 * C_M * C_N // 2] + save_v * [2 * C_N * LENGTH])

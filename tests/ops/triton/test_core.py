@@ -103,19 +103,19 @@ def test_the_gradient_of_a_sum_over_an_empty_batch_is_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_autograd_keeps(dtype):
+def test_what_autograd_saves(dtype):
     """a, b, v and the descriptors; nothing of the size of an attention map."""
     a, b, v = (x.requires_grad_() for x in operands(LARGEST_G_TILE, dtype))
-    kept = []
+    saved = []
 
     def pack(x):
-        kept.append(x)
+        saved.append(x)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         core.distribute(core.gather(a, b), v)
     inputs = {x.data_ptr() for x in (a, b, v)}
-    small = {x.data_ptr(): x for x in kept if x.data_ptr() not in inputs}
+    small = {x.data_ptr(): x for x in saved if x.data_ptr() not in inputs}
     case = LARGEST_G_TILE
     descriptors = case.batch * case.heads * case.m * case.n
     assert sorted(x.numel() for x in small.values()) == [descriptors // case.m, descriptors]
@@ -188,7 +188,7 @@ def test_gradients_of_inputs_that_depend_on_each_other():
         check(torch.func.grad(lambda x, f=function: f(core, x))(x), expected, x.dtype)
 
 
-def test_the_backward_operators_refuse_to_be_differentiated():
+def test_the_backward_operators_cannot_be_differentiated():
     _, _, v = operands(LARGEST_G_TILE)
     g = peaky(
         LARGEST_G_TILE.batch,
@@ -227,7 +227,7 @@ def test_another_device_than_the_current_one():
     check(z, reference.distribute(reference.gather(a.double(), b.double()), v.double()), a.dtype)
 
 
-def test_where_the_kernels_refuse(monkeypatch):
+def test_obstacles_to_the_kernels(monkeypatch):
     x = torch.zeros(1, 1, 2, 3)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"'cpu'.*need a GPU.*TRITON_INTERPRET=1"):

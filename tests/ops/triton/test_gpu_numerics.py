@@ -59,7 +59,7 @@ def routes(width):
     found = {}
     for option in planner.routes(s, limits):
         route = option.route._replace(
-            backward="unfused", backward_order=option.route.order, chunk=1
+            backward="unfused", backward_order=option.route.order, batch_chunk=1
         )
         found[f"{route.order}-{route.gather}-{route.distribute}"] = route
     if limits.backward:

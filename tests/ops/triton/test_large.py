@@ -1,8 +1,9 @@
-"""Kernels and routes: maps with elements beyond 2^31, and with 2^21 positions.
+"""Kernels and routes: tensors with elements beyond 2^31, and with 2^21 positions.
 
-Memory that is never touched costs nothing on a CPU: the maps lie in a sparse file, a few pages of
-which are real, and their strides spread them so that along one axis the offset exceeds 2^31. They
-begin 2^31 behind its start: an offset that has wrapped around, as in int32, finds a hole.
+Memory that is never touched costs nothing on a CPU: activations are stored in a sparse file, a few
+pages of which are real, and their strides spread them so that along one axis the offset exceeds
+2^31. They begin 2^31 behind its start: an offset that has wrapped around, as in int32, finds a
+hole.
 """
 
 import functools
@@ -24,11 +25,11 @@ from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relat
 
 HALF = torch.float16
 AXES = ("samples", "channels", "positions")
-SPREAD = 2**31  # elements between the first and the last of a map, at least
+SPREAD = 2**31  # elements between the first and the last of a tensor, at least
 
 
 class Far:
-    """Makes maps ``(N, …, channels, L)`` that are spread over the memory along one axis."""
+    """Makes activations ``(N, …, channels, L)`` that are spread over the memory along one axis."""
 
     def __init__(self, storage: torch.Tensor, axis: str):
         self.storage, self.axis, self.start = storage, axis, SPREAD
@@ -44,7 +45,7 @@ class Far:
             "positions": (length * step, 1, step),
         }[self.axis]
         x = self.storage.as_strided((batch, channels, length), strides, self.start)
-        self.start += 2**17  # maps lie between each other, further apart than steps were rounded
+        self.start += 2**17  # tensors are interleaved, further apart than steps were rounded
         return x.unflatten(1, shape[1:-1])
 
     def copy(self, x):
@@ -74,10 +75,10 @@ def far(request, tmp_path, memory):
         path = tmp_path / "sparse"
         storage = torch.from_file(str(path), shared=True, size=size, dtype=HALF)
         path.unlink()  # the mapping stays
-    maps = Far(storage, request.param)
+    activations = Far(storage, request.param)
     del storage
-    yield maps
-    maps.free()  # before ``memory`` lets the next worker in
+    yield activations
+    activations.free()  # before ``memory`` lets the next worker in
 
 
 def test_memory_is_given_back_while_there_are_views():
@@ -89,23 +90,23 @@ def test_memory_is_given_back_while_there_are_views():
 
 
 LENGTH = 36
-CORE = {"one tile": (2, 5, 9), "all maps": (2, 130, 9), "blocks": (1, 5, 514)}  # heads, m, n
+CORE = {"one tile": (2, 5, 9), "full n": (2, 130, 9), "blocks": (1, 5, 514)}  # heads, m, n
 FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
 BLOCK = {  # the route; C, c_m, c_n
     "fused": (FUSED, (20, 6, 4)),
     "fused from A": (FUSED._replace(order=AH), (20, 6, 4)),
     "fused by channel blocks": (Route(XH, "fused", "fused", "unfused", AZ, 2), (130, 6, 68)),
-    "split AZ": (Route(AZ, "unfused", "unfused", "unfused", AZ, 2), (20, 6, 4)),
-    "split XH": (Route(XH, "unfused", "unfused", "unfused", XH, 2), (20, 6, 4)),
+    "unfused AZ": (Route(AZ, "unfused", "unfused", "unfused", AZ, 2), (20, 6, 4)),
+    "unfused XH": (Route(XH, "unfused", "unfused", "unfused", XH, 2), (20, 6, 4)),
 }
 # These take descriptors, their parts and weights, which lie in contiguous memory.
-WITHOUT_MAPS = {
+WITHOUT_ACTIVATIONS = {
     "delta", "combine", "combine_backward", "gather_combine", "sums", "weight_gradients",
 }  # fmt: skip
 
 
 def core_run(place, case):
-    """Results and gradients of the core with its maps where ``place`` puts them."""
+    """Results and gradients of the core with its activations where ``place`` puts them."""
     torch.manual_seed(0)
     heads, m, n = CORE[case]
     a, b, v, dz = (peaky(3, heads, c, LENGTH, dtype=HALF) for c in (m, n, n, m))
@@ -118,7 +119,7 @@ def core_run(place, case):
 
 
 def block_run(place, case):
-    """The same of the block, whose maps are X, the upstream gradient and what it writes."""
+    """The same of the block, whose activations are X, the upstream gradient and what it writes."""
     torch.manual_seed(0)
     route, (channels, c_m, c_n) = BLOCK[case]
     shapes = (
@@ -139,12 +140,12 @@ each_run = pytest.mark.parametrize(("run", "case"), RUNS, ids=[case for _, case 
 
 @functools.cache
 def beside(run, case, channels_last):
-    """The run with contiguous maps, in the order in which vendor GEMMs find those apart."""
+    """The run with contiguous activations, in the order in which vendor GEMMs find those apart."""
     return run(lambda x: x.mT.contiguous().mT if channels_last else x, case)
 
 
 def both(run, case, far, monkeypatch):
-    """Results with maps beside each other and apart; what kernels write lies as far away."""
+    """Results with activations adjacent and far apart; outputs of kernels are as far apart."""
     near = beside(run, case, far.axis == "positions")
     monkeypatch.setattr(launch, "empty_activations_like", far.empty_activations_like)
     monkeypatch.setattr(launch, "empty_rows_like", far.empty_rows_like)
@@ -185,15 +186,15 @@ def test_offsets_in_int32_would_show(run, case, far, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter, not on a GPU")
-def test_every_kernel_that_takes_maps_is_among_them():
+def test_every_kernel_that_takes_activations_is_among_them():
     folder = pathlib.Path(da_triton.__file__).parent / "kernels"
     sources = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     defined = {*re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)}
     with launches.count() as names:
         for run, case in RUNS:
             run(lambda x: x, case)
-    assert defined - {f"{name}_kernel" for name in WITHOUT_MAPS} == defined & {*names} - {
-        f"{name}_kernel" for name in WITHOUT_MAPS
+    assert defined - {f"{name}_kernel" for name in WITHOUT_ACTIVATIONS} == defined & {*names} - {
+        f"{name}_kernel" for name in WITHOUT_ACTIVATIONS
     }
 
 
@@ -201,7 +202,7 @@ def test_every_kernel_that_takes_maps_is_among_them():
 MANY = 2**12 if AS_ON_A_GPU and DEVICE == "cpu" else 2**21
 
 
-def long_maps(length):
+def long_activations(length):
     """a, b, v and an upstream gradient of few channels, with peaks: without any, G is noise."""
     a, b, v = (peaky(1, 1, c, length, dtype=HALF) for c in (3, 2, 2))
     return a[:, 0], b[:, 0], v[:, 0], peaky(1, 1, 3, length, dtype=HALF, deviation=1.0)[:, 0]
@@ -235,7 +236,7 @@ def _longer(tile, *given):
 @pytest.mark.usefixtures("long_tiles")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_core_with_two_million_positions(backend):
-    *inputs, upstream = long_maps(MANY)
+    *inputs, upstream = long_activations(MANY)
     compare_with_the_definition(da_triton.double_attention, inputs, upstream, backend)
 
 
@@ -243,7 +244,7 @@ def test_core_with_two_million_positions(backend):
 @pytest.mark.usefixtures("long_tiles")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_block_with_two_million_positions(backend):
-    x, *_, upstream = long_maps(MANY)
+    x, *_, upstream = long_activations(MANY)
     weights = [torch.randn(s, device=DEVICE).to(HALF) for s in ((2, 3), (2, 3), (2, 3), (3, 2))]
 
     def function(x, a, b, v, out, backend):

@@ -43,7 +43,7 @@ RUNS = [
     for case in CASES
     if route not in MIXED
     if case != "no_tile"
-    if case != "many_maps" or route.startswith("unfused") or not AS_ON_A_GPU  # no tile of 256 maps
+    if case != "large_n" or route.startswith("unfused") or not AS_ON_A_GPU  # no tile of n = 256
 ]
 
 
@@ -60,8 +60,8 @@ def test_mixed_routes(route, case, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("route", ["split_AZ", "split_XH"])
-def test_more_maps_than_a_program_holds(route, channels_last):
+@pytest.mark.parametrize("route", ["unfused_AZ", "unfused_XH"])
+def test_more_descriptors_than_a_program_holds(route, channels_last):
     """In half precision; in float32, that is more than 32."""
     compare(route, "no_tile", channels_last, torch.bfloat16)
 
@@ -88,7 +88,7 @@ def test_a_wrong_definition_is_rejected():
     wrong = definition(CASES["plain"], x, w, mask, upstream, torch.float64, logit_scale=scale)
     found = run(FUSED, CASES["plain"], x, w, mask, upstream)
     for name, ours, other in zip(NAMES, found, wrong, strict=True):
-        if name not in ("bias_a", "bias_out"):  # they do not depend on the maps
+        if name not in ("bias_a", "bias_out"):  # they do not depend on B and V
             with pytest.raises(AssertionError, match="relative RMS"):
                 check(ours, other, dtype, what=name)
 
@@ -119,7 +119,7 @@ def test_masked_positions_may_hold_anything_and_nan_stays_in_its_sample(route):
     assert torch.equal(dx_again[0], dx[0])
 
 
-@pytest.mark.parametrize("route", ["fused_xh", "split_AZ", "split_XH"])
+@pytest.mark.parametrize("route", ["fused_xh", "unfused_AZ", "unfused_XH"])
 @pytest.mark.parametrize("kind", ["stride 0", "channels last", "narrow"])
 def test_upstream_gradients_in_any_strides(route, kind):
     dtype = route_dtype(ROUTES[route])
@@ -140,7 +140,7 @@ def test_upstream_gradients_in_any_strides(route, kind):
 @pytest.mark.parametrize("bias_out", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("reconstruct", [False, True])
-@pytest.mark.parametrize("route", ["split_AZ", "split_XZ", "fused_gather_a"])
+@pytest.mark.parametrize("route", ["unfused_AZ", "unfused_XZ", "fused_gather_a"])
 def test_endings_of_the_split_route(route, reconstruct, residual, bias_out):
     """With and without the last convolution, its bias, and X; no gradient of X asked for."""
     dtype = route_dtype(ROUTES[route])

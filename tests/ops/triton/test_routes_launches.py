@@ -49,10 +49,10 @@ def counted(work, channels_last, masked):
 @pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
 def test_launches_are_few_and_those_of_the_model(work, channels_last, masked):
     s, plan, forward, backward = counted(work, channels_last, masked)
-    chunks = math.ceil(s.batch / plan.route.chunk)
-    assert len(forward) == chunks * sum(step.launches for step in plan.forward), forward
+    batch_chunks = math.ceil(s.batch / plan.route.batch_chunk)
+    assert len(forward) == batch_chunks * sum(step.launches for step in plan.forward), forward
     assert len(backward) == sum(step.launches for step in plan.backward), backward
     fused = plan.route.gather == plan.route.distribute == "fused"
-    merging = "gather_combine_kernel" in forward  # few samples of long maps
-    assert len(forward) <= (3 * chunks if fused else 5 + merging), forward
+    merging = "gather_combine_kernel" in forward  # few samples of many positions
+    assert len(forward) <= (3 * batch_chunks if fused else 5 + merging), forward
     assert len(backward) <= (7 if plan.route.backward == "fused" else 12), backward

@@ -76,7 +76,7 @@ def _measure(work, channels_last, monkeypatch):
 
     s, route = planned(work)
     length = min(s.length, LONGEST)
-    num_sms = max(1, 132 * length // s.length // min(s.batch, route.chunk))
+    num_sms = max(1, 132 * length // s.length // min(s.batch, route.batch_chunk))
     launch.forget()
     monkeypatch.setattr(launch, "num_sms", lambda device: num_sms)
     s = s._replace(batch=1, length=length)

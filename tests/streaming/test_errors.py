@@ -1,4 +1,4 @@
-"""What streaming refuses, and what it says."""
+"""Error types and messages of streaming."""
 
 import doctest
 
@@ -19,7 +19,7 @@ def with_group():
     return split
 
 
-REFUSALS = [
+ERRORS = [
     (lambda: Descriptors.init(2, 0, 4), ValueError, "m must be a positive integer, got 0"),
     (lambda: Descriptors.init(2, 3, 4, dtype=torch.float16), TypeError, "frames are float32"),
     (lambda: Descriptors.of(A, B, heads=4), ValueError, "heads must divide"),
@@ -58,13 +58,13 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), REFUSALS)
-def test_refusals(call, error, message):
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS)
+def test_errors(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
 
 
-def test_a_stream_refuses_another_batch():
+def test_a_stream_rejects_another_batch():
     stream = StreamingDoubleAttention(layer)
     stream(A)
     with pytest.raises(ValueError, match="Start a new state"):
