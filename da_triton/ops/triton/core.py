@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ...checks import DTYPES
 from ...kernels import distribute as distribute_kernels
 from ...kernels import gather as gather_kernels
+from ...kernels import gather_backward as gather_backward_kernels
 from ...precision import accumulator, lse_dtype
 from ...runtime import launch, tiles
 from ...tracing import constant
@@ -153,7 +154,7 @@ def gather_backward_op(
     """dA and dB; empty where not needed."""
     mask = None if mask is None else mask.view(torch.uint8)
     g, lse = g.contiguous(), lse.contiguous()  # torch.vmap expands them
-    da, db = gather_kernels.gather_backward(
+    da, db = gather_backward_kernels.gradients(
         dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b
     )
     return or_empty(da, a), or_empty(db, b)
