@@ -34,7 +34,10 @@ class EagerDoubleAttention(nn.Module):
         attention_maps = per_head(self.convB(x)).softmax(dim=-1)
         attention_vectors = per_head(self.convV(x)).softmax(dim=1)
         descriptors = torch.bmm(features, attention_maps.transpose(1, 2))
-        return self.reconstruct(x, torch.bmm(descriptors, attention_vectors))
+        z = torch.bmm(descriptors, attention_vectors)
+        return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))
+
+    # What the other formulations share.
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))

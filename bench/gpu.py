@@ -3,7 +3,6 @@
 It always writes a report, even if a stage crashes.
 """
 
-import dataclasses
 import os
 import signal
 import tempfile
@@ -15,7 +14,6 @@ from typing import Any
 
 from . import warm
 from .environment import environment, gpu
-from .groups import Spent
 from .isolation import Worker
 from .joined import JoinedReport
 from .measure import Budget, describe
@@ -43,8 +41,7 @@ def run_gpu(
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
-        report = _report(out, logs)
-        report.record(**environment(settings.where.device), **_warm_cache())
+        report = _report(out, logs, environment(settings.where.device) | _warm_cache())
         name = (report.environment.get("gpu") or {}).get("name", settings.where.device.type)
         report.title = f"Double attention on {name}, bfloat16"
         number = len([*logs.glob("worker-*.txt")])  # of earlier invocations
@@ -68,22 +65,18 @@ def run_gpu(
 
 def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
     """Returns True if the stage succeeded. Its seconds and its result are recorded and printed."""
-    run.spent, start, result = Spent(), time.monotonic(), "interrupted"
+    start, result = time.monotonic(), "interrupted"
     try:
         result = stage.run(run, budget) if budget.left > 0 else "not run, for lack of time"
     except Exception as error:
         (run.logs / f"{stage.name}-error.txt").write_text(traceback.format_exc())
         result = f"failed: {describe(error)}"
     finally:
-        whole = time.monotonic() - start
-        parts = dataclasses.asdict(run.spent)
-        parts = {"seconds": whole, **parts, "other": max(0.0, whole - sum(parts.values()))}
-        seconds = {name: round(value, 1) for name, value in parts.items()}
+        seconds = round(time.monotonic() - start, 1)
         recorded = run.report.environment
-        done = {stage.name: {**seconds, "result": result}}
+        done = {stage.name: {"seconds": seconds, "result": result}}
         run.report.record(stages=(recorded.get("stages") or {}) | done)
-    spent = ", ".join(f"{name} {value}" for name, value in seconds.items())
-    print(f"== {stage.name}: {spent}\n{result}\n", flush=True)
+    print(f"== {stage.name}: {seconds} s\n{result}\n", flush=True)
     run.report.written()
     return {
         "smoke": all(x["status"] == 0 for x in recorded.get("smoke", {}).values()),
@@ -91,18 +84,18 @@ def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
     }.get(stage.name, True) and not result.startswith("failed: ")
 
 
-def _report(out: Path, logs: Path) -> JoinedReport:
-    """The report of a folder. Where earlier results cannot be read, they are left as they are and
-    a new report is written to a folder inside."""
+def _report(out: Path, logs: Path, facts: dict[str, Any]) -> JoinedReport:
+    """The report of a folder. Where earlier results cannot be read or are of other code, they are
+    left as they are, and the report is in a folder inside."""
     try:
-        return JoinedReport(out, "", logs)
+        return JoinedReport(out, "", logs, facts)
     except Exception as error:
         for path in logs.iterdir():  # what could be unpacked
             path.unlink()
-        report = JoinedReport(Path(tempfile.mkdtemp(prefix="new-", dir=out)), "", logs)
-        problem = f"{out} could not be read: {describe(error)}"
-        report.record(earlier_results=problem)
-        report.remarks.append(f"Earlier results in {problem}")
+        inside = out / str(facts["code"])
+        problem = f"Earlier results in {out} are not joined: {describe(error)}"
+        report = JoinedReport(inside, "", logs, facts)
+        report.remarks.append(f"{problem}. These are in {inside}.")
         return report
 
 

@@ -16,10 +16,9 @@ import gc
 import itertools
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -43,6 +42,7 @@ from .measure import (
     on_gpu,
     progress,
 )
+from .observe import wait
 from .problems import FORWARD, STEP
 from .providers import OURS, Provider
 from .roofline import Ceilings
@@ -68,81 +68,40 @@ class Where:
     silence: float = SILENCE  # seconds without a result after which a worker is killed
 
 
-class Using(NamedTuple):
-    """The provider that runs next, by its place in the group; None if it is not one of them."""
-
-    place: int | None
-
-
-@dataclasses.dataclass
-class Spent:
-    """Seconds by what they went into; ``imports`` includes starting processes."""
-
-    imports: float = 0.0
-    compilation: float = 0.0  # setups and first calls
-    checking: float = 0.0  # inputs, the definition in float64, warm-up, memory
-    timing: float = 0.0
-
-    def __add__(self, other: "Spent") -> "Spent":
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Spent(*(a + b for a, b in pairs))
-
-
 # --- in the worker --------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class Reporting(Watch):
-    """Announces providers, ends setups that take too long, and adds up seconds."""
+    """Sends which provider runs next and rows that were timed, and ends setups that take too long.
 
-    def __init__(self, send: Callable[[Any], None], where: Where, budget: Budget) -> None:
-        self.send, self.where, self.budget = send, where, budget
-        self.start, self.spent = time.perf_counter(), Spent()
+    A number or None is the provider's place in the group; anything else is a result.
+    """
+
+    send: Callable[[Any], None]
+    where: Where
+    budget: Budget
 
     def announce(self, place: int | None) -> None:
-        self.send(Using(place))
+        self.send(place)
 
     @contextlib.contextmanager
-    def setting_up(self, place: int) -> Iterator[None]:
-        start = time.perf_counter()
+    def setting_up(self) -> Iterator[None]:
         limit, left = SETUP_SHARE * self.where.silence, self.budget.left
         fired: list[bool] = []
         try:
             with _alarm(min(limit, left), fired):
                 yield
-                if on_gpu(self.where.device):
-                    torch.cuda.synchronize()
+                wait(self.where.device)
         except Exception:
             if not fired:  # torch.compile wraps the exception in its own
                 raise
             late = OutOfTimeError() if left < limit else TimeoutError(f"{SLOW} {limit:.0f} s")
             raise late from None
-        finally:
-            self.spent.compilation += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def timing(self, place: int | None) -> Iterator[None]:
-        start = time.perf_counter()
-        self.announce(place)
-        try:
-            yield
-        finally:
-            self.spent.timing += time.perf_counter() - start
 
     def timed(self, rows: dict[int, Row]) -> None:
         self.send({place: dict(row) for place, row in rows.items()})
         self.announce(None)
-
-    def end(self) -> None:
-        """Sends what was spent.
-
-        Raises:
-            RuntimeError: no other job can run in this process.
-        """
-        s = self.spent
-        s.checking = time.perf_counter() - self.start - s.compilation - s.timing
-        self.send(s)
-        if not measure.usable(self.where.device):
-            raise RuntimeError("CUDA became unusable in this process")
 
 
 @contextlib.contextmanager
@@ -183,16 +142,16 @@ class Job:
 
     def __call__(self, send: Callable[[Any], None]) -> None:
         where, budget = self.where, Budget(self.seconds)
-        watch = Reporting(send, where, budget)
         bench = Bench(
             where.device, where.dtype, _timer(where.make_timer), where.effort, budget,
-            self.ceilings, watch,
+            self.ceilings, Reporting(send, where, budget),
         )  # fmt: skip
         try:
             send(self.measure(bench, *self.arguments))
         finally:
             gc.collect()
-        watch.end()
+        if not measure.usable(where.device):
+            raise RuntimeError("CUDA became unusable in this process")
 
 
 def _group(bench: Bench, workload: Any, mode: str, providers: Sequence[Provider]) -> dict[int, Row]:
@@ -214,8 +173,8 @@ def _warm(bench: Bench, workloads: Sequence[Any]) -> None:
 
 
 def _ceilings(bench: Bench, copy_bytes: int | None, side: int | None) -> tuple[Any, dict[str, Any]]:
-    with bench.watch.timing(None):
-        return roofline.measure(bench.timer, bench.device, bench.dtype, copy_bytes, side)
+    bench.watch.announce(None)
+    return roofline.measure(bench.timer, bench.device, bench.dtype, copy_bytes, side)
 
 
 # --- in the process that starts workers -----------------------------------------------------------
@@ -229,7 +188,6 @@ class Sweeper:
     ) -> None:
         self.worker, self.where, self.budget = worker, where, budget
         self.ceilings = ceilings
-        self.spent = Spent()
         self.hung: dict[tuple[str, ...], str] = {}  # what happened, by the keys of providers
 
     def run(
@@ -336,13 +294,11 @@ class Sweeper:
 
         Returns what went wrong; the measurements will show it again.
         """
-        start, count = time.perf_counter(), min(AT_ONCE, len(workloads))
+        count = min(AT_ONCE, len(workloads))
         seconds = WARMING_SHARE * self.budget.left
         parts = [list(workloads[i::count]) for i in range(count)]
         jobs = [Job(self.where, None, seconds, _warm, (part,)) for part in parts]
-        failures = in_parallel(jobs, seconds + MARGIN, log)
-        self.spent.compilation += time.perf_counter() - start
-        return failures
+        return in_parallel(jobs, seconds + MARGIN, log)
 
     def _measured(self, measured: Callable[..., Any], *arguments: Any) -> tuple[Any, str, Any]:
         """The last result if one came, what went wrong, and with which provider if one did."""
@@ -351,18 +307,15 @@ class Sweeper:
 
         def receive(value):
             nonlocal found, using
-            if isinstance(value, Using):
-                using = value.place
-            elif isinstance(value, Spent):
-                self.spent += value
+            if value is None or isinstance(value, int):
+                using = value
             else:
                 found = value
 
-        seconds, before = self.budget.left, self.worker.imports
+        seconds = self.budget.left
         inside = max(0.8 * seconds, seconds - MARGIN)
         job = Job(self.where, self.ceilings, inside, measured, arguments)
         failure = self.worker.run(job, seconds, receive, self.where.silence)
-        self.spent.imports += self.worker.imports - before
         return found, failure, using
 
 

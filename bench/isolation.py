@@ -96,13 +96,11 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 class Worker:
     """A process for jobs: picklable callables that are given a function to send results with.
 
-    ``environment`` is added to this process's. ``imports`` is the number of seconds from starting
-    processes until their first jobs began.
+    ``environment`` is added to this process's.
     """
 
     def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log, self.environment = log, environment
-        self.imports = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
@@ -155,9 +153,7 @@ class Worker:
                 return f"killed after {late - heard:.0f} s {SILENT}"
             kind, value = pipe.recv()
             heard = time.monotonic()
-            if kind == STARTED and self._fresh:
-                self.imports += value
-            elif kind == RESULT:
+            if kind == RESULT:
                 receive(value)
             elif kind == FAILED:
                 return f"failed: {value}"
@@ -176,7 +172,7 @@ class Worker:
     def _start(self) -> Connection:
         self._pipe, theirs = multiprocessing.Pipe()
         descriptor = theirs.fileno()
-        program = f"from bench.isolation import serve; serve({descriptor}, {time.monotonic()!r})"
+        program = f"from bench.isolation import serve; serve({descriptor})"
         command = [sys.executable, "-X", "faulthandler", "-c", program]
         with self.log.open("ab") as file:
             self._process = _start(command, file, self.environment, (descriptor,))
@@ -196,10 +192,10 @@ class Worker:
 
     def _say_where(self) -> None:
         """Has the process write its Python stack into the log."""
-        if self._process is not None and hasattr(signal, "SIGUSR1"):
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGUSR1)
-                time.sleep(0.2)
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(0.2)
 
 
 def in_parallel(jobs: Sequence[Job], limit: float, log: Path) -> list[str]:
@@ -214,29 +210,21 @@ def in_parallel(jobs: Sequence[Job], limit: float, log: Path) -> list[str]:
             worker.close()
 
 
-def serve(descriptor: int, started: float) -> NoReturn:
+def serve(descriptor: int) -> NoReturn:
     """The process behind ``Worker``: runs the jobs that arrive on a pipe.
 
     It ends with the pipe, or with the first job that fails.
     """
-    status = _serve(Connection(descriptor), started)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # a lost CUDA context can make an orderly exit hang
-
-
-def _serve(pipe: Connection, started: float) -> int:
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
-    while True:
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    pipe, status = Connection(descriptor), 0
+    while not status:
         try:
             job = pipe.recv_bytes()
         except (EOFError, OSError):
-            return 0  # the parent has ended
+            break  # the parent has ended
         try:
-            # Unpickling the first job imports what it needs. The clock is the parent's too.
-            run = ForkingPickler.loads(job)
-            pipe.send((STARTED, time.monotonic() - started))
+            run = ForkingPickler.loads(job)  # which imports what the first job needs
+            pipe.send((STARTED, None))
             run(lambda value: pipe.send((RESULT, value)))
             pipe.send((DONE, None))
         except BaseException as error:
@@ -244,7 +232,10 @@ def _serve(pipe: Connection, started: float) -> int:
             lines = str(error).strip().splitlines()
             with contextlib.suppress(OSError):  # the parent has ended
                 pipe.send((FAILED, ": ".join([type(error).__name__, *lines[:1]])))
-            return 1
+            status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a lost CUDA context can make an orderly exit hang
 
 
 def ending(status: int) -> str:

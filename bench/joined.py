@@ -1,8 +1,8 @@
 """One folder of results for several invocations of ``python -m bench gpu``.
 
 It holds at most eight files: ``results.csv``, ``report.md``, ``environment.json``, plots, the two
-files of ``scaling``, and ``logs.tar.gz``. What is added replaces an earlier row of the same
-measurement. Only a row that was cut short leaves an earlier timing of the same code in place.
+files of ``scaling``, and ``logs.tar.gz``, all of the same code. What is added replaces an earlier
+row of the same measurement; only a row that was cut short leaves an earlier timing in place.
 """
 
 import io
@@ -36,24 +36,30 @@ def assembler() -> str:
 class JoinedReport(Report):
     """The report of all invocations with one folder.
 
-    ``logs`` is a folder that its archive is unpacked into and made of; ``remarks`` are this
-    invocation's.
+    ``facts`` are those of this invocation's environment. ``logs`` is a folder that its archive is
+    unpacked into and made of; ``remarks`` are this invocation's.
+
+    Raises:
+        ValueError: the folder has results of other code.
     """
 
-    def __init__(self, out: Path, title: str, logs: Path) -> None:
+    def __init__(self, out: Path, title: str, logs: Path, facts: dict[str, Any]) -> None:
         super().__init__(out, title, METRICS)
         self.logs = logs
         self.remarks: list[str] = []
         for path in out.glob(f"*{PARTIAL}"):  # of an invocation that was killed
             path.unlink()
+        known = out / "environment.json"
+        earlier = json.loads(known.read_text(encoding="utf-8")) if known.exists() else facts
+        if earlier.get("code") != facts.get("code"):
+            raise ValueError(f"its results are of other code, {earlier.get('code')}")
         if (out / LOGS).exists():
             with tarfile.open(out / LOGS) as archive:
                 archive.extractall(logs, filter="data")
         if (logs / ROWS).exists():
             lines = (logs / ROWS).read_text(encoding="utf-8").splitlines()
             self.rows = [json.loads(line) for line in lines]
-        if (out / "environment.json").exists():
-            self.environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+        self.record(**earlier | facts)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Adds rows, with the machine and date of this invocation, and writes everything."""
@@ -61,47 +67,39 @@ class JoinedReport(Report):
         for row in rows:
             row |= {**columns(self.environment), "assembler": assembler()}
             earlier = known.get(_identity(row))
-            if not (earlier and cut_short(row) and _timed_alike(earlier, row)):
+            if not (earlier and earlier["status"] == OK and cut_short(row)):
                 known[_identity(row)] = row
         self.rows = [*known.values()]
         self.judge()
         self._save()
 
-    def objection(self, code: str | None, made_with: str | None) -> str:
-        """Why nothing that was measured of some code, compiled by some assembler, has ratios."""
-        facts = self.environment
-        known = code is not None and (facts.get("tested") or {}).get("code") == code
-        outcome = str(facts.get("tests")) if known else "they were not run on this code"
+    def objection(self, made_with: str) -> str:
+        """Why nothing that was compiled by some assembler has ratios; empty if it has."""
+        outcome = str(self.environment.get("tests", "they were not run on this code"))
         if not outcome.startswith("passed"):
             return f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}"
-        smoke = self._smoke(code, made_with)
-        if smoke is None or smoke["status"] == 0:
+        smoke = (self.environment.get("smoke") or {}).get(made_with, {"status": 0})
+        if smoke["status"] == 0:
             return ""
         if smoke["status"] == 1:
             return "THE KERNELS GAVE WRONG RESULTS in the smoke check: raw times only."
         return f"THE SMOKE CHECK DID NOT FINISH ({smoke['verdict']}): raw times only."
 
-    def _smoke(self, code: str | None, made_with: str | None) -> dict[str, Any] | None:
-        """The result of the smoke check, if it ran on this code."""
-        found = (self.environment.get("smoke") or {}).get(made_with)
-        return found if found and found.get("code") == code else None
-
     def trusts(self, row: Row) -> bool:
-        return not self.objection(row.get("code"), row.get("assembler"))
+        return not self.objection(row.get("assembler", assembler()))
 
     def judge(self) -> None:
-        """Ratios need tests that passed on the same code, and kernels that gave right results."""
-        code = self.environment.get("code")
-        objection = self.objection(code, assembler())
+        """Ratios need tests that passed, and kernels that gave right results."""
+        objection = self.objection(assembler())
         self.with_ratios = not objection
         self.notes = [objection] if objection else []
-        if self.with_ratios and self._smoke(code, assembler()) is None:
+        if self.with_ratios and assembler() not in (self.environment.get("smoke") or {}):
             self.notes.append("The smoke check was not run on this code.")
         untrusted = sum(not self.trusts(row) for row in self.rows)
         if 0 < untrusted < len(self.rows):
             self.notes.append(
-                f"{untrusted} of {len(self.rows)} rows have no ratios: they are of code that the "
-                "tests and the smoke check did not pass on."
+                f"{untrusted} of {len(self.rows)} rows have no ratios: with their assembler, the "
+                "smoke check did not pass."
             )
         self.notes += self.remarks
         stages = self.environment.get("stages") or {}
@@ -143,12 +141,6 @@ class JoinedReport(Report):
             return text
         finally:
             self._save()
-
-
-def _timed_alike(earlier: Row, row: Row) -> bool:
-    """Whether an earlier row is a timing of the kernels that a later one is about."""
-    same = all(earlier.get(name) == row.get(name) for name in ("code", "assembler"))
-    return earlier["status"] == OK and same
 
 
 def _identity(row: Row) -> tuple:

@@ -118,11 +118,8 @@ class Watch:
     def announce(self, place: int | None) -> None:
         """The provider runs next, or none of them."""
 
-    def setting_up(self, place: int) -> contextlib.AbstractContextManager:
+    def setting_up(self) -> contextlib.AbstractContextManager:
         """A setup and its first call."""
-        return contextlib.nullcontext()
-
-    def timing(self, place: int | None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def timed(self, rows: dict[int, Row]) -> None:
@@ -251,7 +248,7 @@ class Bench:
         Raises:
             _WrongError: its result is not the reference's.
         """
-        with self.watch.setting_up(place):
+        with self.watch.setting_up():
             closure = provider.setup(problem)
             if self.effort.warm_up:
                 closure()
@@ -272,7 +269,8 @@ class Bench:
             first = turn % len(ready)
             for place, row, provider, closure in (*ready[first:], *ready[:first]):
                 if row["status"] == OK:
-                    with self._noting(row), self.watch.timing(place):
+                    with self._noting(row):
+                        self.watch.announce(place)
                         ms = self.timer(closure, launches_count=provider.launch != GRAPH)
                         times[place].append(ms)
 

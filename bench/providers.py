@@ -202,20 +202,20 @@ def catalogue(launch: str = EAGER) -> list[Provider]:
         )  # fmt: skip
         return Provider(name, setup, launch, compiles=compile_mode is not None, **facts)
 
-    def of(kind):
+    def formulated(kind):
         return functools.partial(eager_block, kind=kind)
 
     torch_, triton = (functools.partial(our_block, backend=name) for name in ("torch", "triton"))
-    absorbed, flex = of(AbsorbedAttention), of(AbsorbedFlexAttention)
+    absorbed, flex = formulated(AbsorbedAttention), formulated(AbsorbedFlexAttention)
     rows = (CHANNELS_LAST,)  # the only layout of those that read X as rows of channels
     found = [
         provider("eager", eager_block, baseline=True),
         provider("triton", triton, gpu=True),
         provider("torch", torch_),
         provider("eager autocast", eager_block, autocast=True, half=True),
-        provider("einsum", of(EinsumDoubleAttention)),
-        provider("sdpa", of(AttentionCalls)),
-        provider("fla", of(LinearAttentionState), gpu=True),
+        provider("einsum", formulated(EinsumDoubleAttention)),
+        provider("sdpa", formulated(AttentionCalls)),
+        provider("fla", formulated(LinearAttentionState), gpu=True),
         provider("absorbed", absorbed, formats=rows),
         provider("absorbed unbiased", absorbed, formats=rows, unbiased=True),
         provider("compile eager", eager_block, DEFAULT),

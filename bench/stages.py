@@ -23,7 +23,7 @@ import torch
 
 from . import networks, providers, scaling
 from .first_call import seconds
-from .groups import Spent, Sweeper, Where
+from .groups import Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
 from .joined import PTXAS, JoinedReport, assembler
 from .measure import OK, Budget, Effort, describe
@@ -81,16 +81,14 @@ class Run:
     settings: Settings
     worker: Worker
     logs: Path
-    spent: Spent = dataclasses.field(default_factory=Spent)
 
     @contextlib.contextmanager
     def sweeper(self, budget: Budget) -> Iterator[Sweeper]:
-        """Adds up what it has spent, and repeats what da_triton warned of in its workers."""
+        """The report repeats what da_triton warned of in its workers."""
         sweeper = Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
         try:
             yield sweeper
         finally:
-            self.spent += sweeper.spent
             for path in (self.compiling, self.worker.log):
                 text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
                 for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
@@ -120,9 +118,7 @@ class Run:
 
 def smoke(run: Run, budget: Budget) -> str:
     """Every fused tile at full size against float64, once per assembler."""
-    code, said = run.report.environment.get("code"), []
-    earlier = run.report.environment.get("smoke") or {}
-    found = {name: facts for name, facts in earlier.items() if facts.get("code") == code}
+    found, said = dict(run.report.environment.get("smoke") or {}), []
     others = [str(path) for path in run.settings.ptxas]
     for place, name in enumerate((assembler(), *others)):
         log = run.logs / f"smoke-{place}.txt"
@@ -136,7 +132,7 @@ def smoke(run: Run, budget: Budget) -> str:
         verdict = CHECKED.get(status, str(ended))
         found[name] = {
             "status": status, "verdict": verdict, "seconds": round(ended.seconds, 1),
-            "file": facts.name, "code": code,
+            "file": facts.name,
         }  # fmt: skip
         run.report.record(smoke=found)
         said += [f"assembler {name}: {verdict}", *ended.output.strip().splitlines()[-40:]]
@@ -168,8 +164,7 @@ def tests(run: Run, budget: Budget) -> str:
     environment = {"COLUMNS": "200", **TEST_ENVIRONMENT}  # pytest cuts its lines at them
     ended = isolated(command, budget.left, run.logs / "tests.txt", environment, grace)
     outcome = outcome_of(ended)
-    commit = {name: run.report.environment.get(name) for name in ("commit", "code")}
-    run.report.record(tests=outcome, tested=commit)
+    run.report.record(tests=outcome)
     failing = re.findall(r"^(?:FAILED|ERROR) .*", ended.output, re.MULTILINE)
     more = [f"and {len(failing) - 20} more, in tests.txt"] * (len(failing) > 20)
     return "\n".join([outcome, *failing[:20], *more])

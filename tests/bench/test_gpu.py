@@ -48,10 +48,7 @@ def test_everything(run, out, table, tmp_path, capsys):
     assert found["smoke"]["of Triton"]["verdict"] == "all right"
     assert {*found["ceilings"]} == {"copy GB/s", "bfloat16 TFLOP/s"}
     assert [*found["stages"]] == [stage.name for stage in STAGES]
-    for seconds in found["stages"].values():
-        parts = ("imports", "compilation", "checking", "timing", "other")
-        assert sum(seconds[name] for name in parts) == pytest.approx(seconds["seconds"], abs=0.4)
-    assert found["stages"]["eager"]["imports"] > 0
+    assert all(stage["seconds"] >= 0 for stage in found["stages"].values())
     tiles = json.loads((tmp_path / "data" / "a fake.json").read_text())
     assert {*tiles["workloads"].split(",")} == {work.name for work in table}
     files = [path.relative_to(out) for path in out.rglob("*")]
@@ -63,7 +60,7 @@ def test_everything(run, out, table, tmp_path, capsys):
     for text in ("geometric mean", "Ceilings: copy GB/s", "gather_from_a 64x64", "1 tile measured"):
         assert text in printed
     for stage in STAGES:
-        assert f"== {stage.name}: seconds" in printed
+        assert f"== {stage.name}: " in printed
 
 
 def test_tuning_that_fails(run, tiny, tmp_path, capsys):
@@ -218,7 +215,7 @@ def test_used_up_budget(run, out, capsys):
     assert code == 1  # the tests did not run
     assert frame is None
     assert {x["result"] for x in facts(out)["stages"].values()} == {"not run, for lack of time"}
-    assert "== eager: seconds 0.0" in capsys.readouterr().out
+    assert "== eager: 0.0 s" in capsys.readouterr().out
 
 
 def test_time_that_a_stage_does_not_use_is_for_the_next(out, table, settings):
@@ -270,7 +267,6 @@ def test_kernels_are_compiled_before_anything_is_timed(run, out, tiny, monkeypat
 def test_kernels_are_compiled_in_processes_that_may_fail(tmp_path, children, tiny, monkeypatch):
     sweeper = Sweeper(Worker(tmp_path / "log"), WHERE, Budget(60))
     assert sweeper.warm([tiny], tmp_path / "log") == []  # interpreted
-    assert sweeper.spent.compilation > 0
     monkeypatch.delenv("TRITON_INTERPRET")
     (failure,) = sweeper.warm([tiny], tmp_path / "log")  # compiled, and there is no GPU
     assert failure.startswith("failed: ")

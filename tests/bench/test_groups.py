@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import time
 
 import pytest
 import torch
 
 from bench import groups, networks, providers
-from bench.groups import Spent, Sweeper, Where
+from bench.groups import Sweeper, Where
 from bench.isolation import Worker
 from bench.measure import OK, OUT_OF_TIME, Budget, Effort
 from bench.problems import FORWARD, STEP
@@ -197,16 +196,6 @@ def test_a_hang_ends_with_the_budget(sweeper, tiny, variant):
     assert -1.5 < sweeper.budget.left <= 0
 
 
-def test_seconds_by_what_they_went_into(sweeper, tiny, variant):
-    start = time.perf_counter()
-    sweeper.group(tiny, FORWARD, [variant("slow", fakes.slow)])
-    spent = sweeper.spent
-    assert spent.compilation > 0.6  # the setup and the first call
-    assert min(spent.timing, spent.checking, spent.imports) > 0
-    assert sum(dataclasses.astuple(spent)) <= time.perf_counter() - start
-    assert spent + Spent(timing=1.0) == dataclasses.replace(spent, timing=spent.timing + 1)
-
-
 def test_networks(sweeper):
     def named(make):
         return networks.Network("net", make, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
@@ -247,7 +236,6 @@ def test_a_network_that_compiles_for_ever(sweeper):
     rows = sweeper.group(network, FORWARD, chosen)
     took = "failed: TimeoutError: setup and first call took longer than 4 s"
     assert [row["status"] for row in rows] == [OK, took, OK]
-    assert sweeper.spent.compilation > 2
 
 
 def test_ceilings(sweeper):

@@ -87,7 +87,6 @@ def test_worker_serves_many_jobs(worker):
         assert worker.run(fakes.send_pid, 30, pids.append) == ""
     assert len(pids) == 3
     assert len({*pids}) == 1
-    assert 0 < worker.imports < 30
     worker.close()
     assert not alive(pids[0])
 

@@ -1,14 +1,14 @@
 """Results of several invocations of ``bench gpu`` in one folder, and which rows have ratios."""
 
-import functools
 import sys
 
+import pandas as pd
 import pytest
 
-from bench.environment import SOURCES, code, environment
+from bench.environment import SOURCES, code
 from bench.joined import LONGEST_LOG, JoinedReport
 from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME
-from support.gpu_run import CPU, FAILING, facts, logged
+from support.gpu_run import FAILING, facts, logged
 from support.rows import row
 
 
@@ -42,34 +42,29 @@ def test_a_long_log_is_cut(run, out, tiny):
     assert log.endswith("line 999999\n")
 
 
-def test_what_replaces_an_earlier_timing(out, on_code):
+def test_what_replaces_an_earlier_timing(out):
     """Being cut short says nothing of a provider; that it fails or disagrees does."""
+    (out / "logs").mkdir(parents=True)
 
     def added(status):
-        joined = JoinedReport(out, "A title", out / "logs")
-        joined.record(**environment(CPU))
+        joined = JoinedReport(out, "A title", out / "logs", {"code": "a"})
         joined.add([row(status=status)])
         (found,) = joined.rows
         return found["status"]
 
-    (out / "logs").mkdir(parents=True)
-    on_code("a")
     for status in ("failed: RuntimeError", "disagrees: relative RMS 1", "the process died with 1"):
         assert added(OK) == OK
         assert added(status) == status
     assert added(OK) == OK
     for status in (OUT_OF_TIME, CONTEXT_LOST, "killed after 150 s without a result"):
         assert added(status) == OK
-    on_code("b")
-    assert added(OUT_OF_TIME) == OUT_OF_TIME
-    assert added(OK) == OK
 
 
 def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):
     """Neither one that is ended while it packs its logs, nor one before it."""
     (out / "logs").mkdir(parents=True)
     (out / "logs.tar.gz.part").touch()
-    joined = JoinedReport(out, "A title", out / "logs")
+    joined = JoinedReport(out, "A title", out / "logs", {})
     assert not list(out.glob("*.part"))
     (out / "logs" / "a.txt").write_text("said")
     joined.pack()
@@ -83,22 +78,38 @@ def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):
             patch.setattr(name, ended)
             with pytest.raises(KeyboardInterrupt):
                 joined.pack()
-        assert sorted(path.name for path in out.iterdir()) == ["logs", "logs.tar.gz"]
+        names = {"environment.json", "logs", "logs.tar.gz"}
+        assert {path.name for path in out.iterdir()} == names
     assert (out / "logs.tar.gz").read_bytes() == before
     assert logged(out, "a.txt") == "said"
 
 
-def test_earlier_results_that_cannot_be_read_are_kept(run, out, capsys):
+def test_earlier_results_that_cannot_be_read_are_kept(run, out, on_code, capsys):
+    on_code("a")
     run("tests")
     damaged = (out / "logs.tar.gz").read_bytes()[:100]
     (out / "logs.tar.gz").write_bytes(damaged)
     code, _ = run("tests")
     assert code == 0
     assert (out / "logs.tar.gz").read_bytes() == damaged
-    (new,) = out.glob("new-*")
-    assert facts(new)["tests"] == "passed: 3 passed in 1s"
-    assert "could not be read: " in facts(new)["earlier_results"]
-    assert "could not be read: " in capsys.readouterr().out
+    assert facts(out / "a")["tests"] == "passed: 3 passed in 1s"
+    assert f"Earlier results in {out} are not joined: " in capsys.readouterr().out
+
+
+def test_results_of_other_code_are_kept(run, out, tiny, on_code, capsys):
+    on_code("a")
+    run("tests", "eager", workloads=[tiny])
+    before = (out / "results.csv").read_bytes()
+    on_code("b")
+    for stages in (("smoke",), ("eager",)):
+        run(*stages, workloads=[tiny])
+        assert "its results are of other code, a. These are in" in capsys.readouterr().out
+    assert (out / "results.csv").read_bytes() == before
+    assert [*facts(out / "b")["stages"]] == ["smoke", "eager"]  # those of one code are joined
+    assert pd.read_csv(out / "b" / "results.csv")["ratio_to_eager"].isna().all()  # no tests of it
+    on_code("a")
+    _, frame = run("smoke")
+    assert frame["ratio_to_eager"].notna().all()
 
 
 def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
@@ -118,53 +129,26 @@ def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
     assert frame["ratio_to_eager"].notna().all()
 
 
-def test_no_ratio_without_tests_of_this_code(run, tiny, on_code):
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].isna().all()
-    _, frame = run("tests")
-    assert frame["ratio_to_eager"].notna().all()
-    on_code("another")
-    _, frame = run("smoke")
-    assert frame["ratio_to_eager"].notna().all()  # it is of the code that was tested
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].isna().all()
-
-
-def test_rows_of_several_versions_are_judged_one_by_one(run, out, table, on_code, capsys):
-    on_code("a")
-    run("eager", workloads=table[:1])  # and no tests
-    on_code("b")
-    _, frame = run("tests", "eager", workloads=table[1:])
-    first = frame["workload"] == table[0].name
-    assert frame[first]["code"].eq("a").all()
-    assert frame[first]["ratio_to_eager"].isna().all()
-    assert frame[~first]["ratio_to_eager"].notna().all()
-    assert f"{first.sum()} of {len(frame)} rows have no ratios" in capsys.readouterr().out
-    on_code(None)  # unknown is not tested
-    _, frame = run("tests", "eager", workloads=table)
-    assert frame["ratio_to_eager"].isna().all()
-
-
-def test_results_inside_the_checkout_change_no_code(run, tmp_path, tiny, monkeypatch):
+def test_code_is_all_python_files_and_nothing_else(tmp_path):
     paths = [tmp_path / folder / "kernels" / "a.py" for folder in SOURCES]
+    assert code(tmp_path) is None
     for path in paths:
         path.parent.mkdir(parents=True)
         path.touch()
-    monkeypatch.setattr("bench.environment.code", functools.partial(code, tmp_path))
-    run("tests")
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].notna().all()
+    before = code(tmp_path)
     (tmp_path / "da_triton" / "kernels" / "data.json").write_text("{}")  # as tuning does
-    _, frame = run("eager", workloads=[tiny])
-    assert frame["ratio_to_eager"].notna().all()
-    paths[0].write_text("pass")
+    assert code(tmp_path) == before
+    seen = {before}
+    for path in paths:
+        path.write_text("pass")
+        seen.add(code(tmp_path))
+    assert len(seen) == 1 + len(SOURCES)
+
+
+def test_no_ratio_if_the_smoke_check_did_not_finish(run, tiny, capsys):
     _, frame = run("eager", workloads=[tiny])
     assert frame["ratio_to_eager"].isna().all()
-
-
-def test_no_ratio_if_the_smoke_check_did_not_finish(run, out, tiny, on_code, capsys):
-    on_code("a")
-    _, frame = run("tests", "eager", workloads=[tiny])
+    _, frame = run("tests")
     assert frame["ratio_to_eager"].notna().all()
     assert "The smoke check was not run on this code." in capsys.readouterr().out
     hanging = (sys.executable, "-c", "import time; time.sleep(60)")
@@ -173,6 +157,3 @@ def test_no_ratio_if_the_smoke_check_did_not_finish(run, out, tiny, on_code, cap
     assert "THE SMOKE CHECK DID NOT FINISH (killed after 1 s)" in capsys.readouterr().out
     _, frame = run("smoke")
     assert frame["ratio_to_eager"].notna().all()
-    on_code("b")
-    run("smoke", ptxas=("/new/ptxas",))
-    assert {x["code"] for x in facts(out)["smoke"].values()} == {"b"}

@@ -125,20 +125,6 @@ def _nth_call(problem, calls, then):
     return call
 
 
-def slow(problem, seconds=0.3):
-    """A setup that takes a while, and so does the first call."""
-    time.sleep(seconds)
-    block = providers.setup_block(problem, formulations.eager_block)
-    left = iter([None])
-
-    def call():
-        if next(left, 0) is None:
-            time.sleep(seconds)
-        return block()
-
-    return call
-
-
 def crashing_timer():
     crashes(None)
 
