@@ -9,7 +9,7 @@ Runs in a process of its own, without TRITON_INTERPRET, on a machine without a G
 there are is found from the launches that calls make, on meta tensors:
 
     core        tiles by features and maps, in each dtype and layout
-    all maps    the kernel that holds them, by maps: without and with a gradient, bias and mask
+    full_n      the kernel that holds all maps, by maps: without and with a mask
     fused       each block of the tile table: NCHW with all that the kernel can do beside, also with
                 an odd number of positions, and channels-last memory without
     workloads   what the named ones launch besides: several heads, maps that fill no block, and
@@ -41,8 +41,9 @@ from da_triton.runtime import launch, tiles
 # channels-last memory.
 LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
 ODD = ("nchw", 49)  # a 7×7 map: every load is of one element
-PROCESSORS = 132
+NUM_SMS = 132
 BATCH = 64
+UNFUSED = Route(AZ, "unfused", "unfused", "unfused", AZ, BATCH)
 ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
 # kernel -> {(block_m, block_n): (C, c_m, c_n) that lead there}
@@ -107,12 +108,12 @@ def on(arch: str) -> Iterator[None]:
     with (
         launch.forgetting(),
         mock.patch.object(tiles, "architecture", return_value=arch),
-        mock.patch.object(launch, "num_sms", return_value=PROCESSORS),
+        mock.patch.object(launch, "num_sms", return_value=NUM_SMS),
     ):
         yield
 
 
-def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
+def core(m: int, n: int, v: Variant, batch: int = BATCH) -> list[Launch]:
     """One forward and backward pass of the core with m features and n maps."""
 
     def maps(channels):
@@ -176,7 +177,7 @@ def record(
     kernel: str,
     sizes: tuple[int, int, int],
     variant: Variant,
-    tile: tuple[int, ...] | None = None,
+    tile: tuple[int, int, int] | None = None,
 ) -> list[Launch]:
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
     original = tiles.tile
@@ -185,9 +186,8 @@ def record(
         entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
         if entry is None:
             return original(name, x, features, maps, variant)
-        return tiles.Tile._make(
-            (*tiles.blocks(name, "half", features, maps), *entry, 1, "pointers")
-        )
+        blocks = tiles.blocks(name, "half", features, maps)
+        return tiles.Tile(*blocks, *entry, 1)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         found = of_block((BATCH, *sizes), route(kernel), variant)
@@ -270,16 +270,16 @@ def _core() -> Iterator[Found]:
         sides = SIDES[dtype.itemsize]
         blocked = BLOCKED_SHAPES if dtype.itemsize == 2 else BLOCKED_SHAPES[:1]
         runs += [
-            (m, n, Variant(*layout, dtype), 64)
+            (m, n, Variant(*layout, dtype), BATCH)
             for m, n in [*((m, n) for m in sides for n in sides), *blocked]
             for layout in (LAYOUTS if dtype == torch.bfloat16 else LAYOUTS[1:2])
         ]
+    wide = Variant(*LAYOUTS[0])
     for m, n in ((128, 128), (512, 512)):
-        wide = Variant("nchw", 784)
         runs += [
             (m, n, wide._replace(masked=True, extra=True), 4),
-            (m, n, wide._replace(softmax=False), 64),
-            (m, n, wide._replace(dtype=torch.float16), 64),
+            (m, n, wide._replace(softmax=False), BATCH),
+            (m, n, wide._replace(dtype=torch.float16), BATCH),
         ]
     for m, n, variant, batch in runs:
         for made in core(m, n, variant, batch):
@@ -288,14 +288,13 @@ def _core() -> Iterator[Found]:
 
 def _full_n(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
-    route = Route(AZ, "unfused", "unfused", "unfused", AZ, 64)
     keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
     sizes = sorted({key.block_n for key in keys if key.kernel == "full_n"}, reverse=True)
     runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
     runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
     for n, variant in runs:
-        for made in of_block((64, 64, n, n), route, variant):
+        for made in of_block((BATCH, 64, n, n), UNFUSED, variant):
             if made.name == "full_n_kernel":
                 yield made, variant, (0, n, n)
 
@@ -315,7 +314,7 @@ def _fused(arch: str) -> Iterator[Found]:
 
 
 def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
-    """Launches of the named workloads on their route, and on the split one, that are new.
+    """Launches of the named workloads on their route, and on the unfused one, that are new.
 
     Not of small ones, whose time is that of launches, whatever a kernel's code.
     """
@@ -324,12 +323,9 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
             continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        planned = kernel_routes(s, work.c, arch, PROCESSORS)[0].route
-        split = planned._replace(
-            order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
-        )
+        planned = kernel_routes(s, work.c, arch, NUM_SMS)[0].route
         special = work.heads > 1 or work.c_n % 16 > 0
-        for route in (planned, split):
+        for route in (planned, UNFUSED._replace(batch_chunk=planned.batch_chunk)):
             for layout in LAYOUTS[1:]:
                 variant = Variant(*layout, heads=work.heads)
                 for made in of_block(s[:4], route, variant):
