@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from . import codegen as programs
 from . import first_call, gpu, networks, problems, providers, scaling, workloads
-from .codegen import table
-from .codegen.table import cannot_compile
+from .codegen import cannot_compile
 from .environment import columns, environment
 from .joined import LOGS
 from .measure import Bench, Budget, Effort, Row
@@ -419,13 +419,13 @@ def fill_cache(
 @command("codegen", "--arch sm_90", "--arch gfx942 --out /tmp/codegen.csv")
 def codegen(
     arch: Annotated[list[str] | None, option("repeatable; without it, all")] = None,
-    out: Annotated[Path, KEPT] = table.KEPT,
+    out: Annotated[Path, KEPT] = programs.KEPT,
 ) -> None:
     """Registers, spills, shared memory and loads of every kernel with its tiles, without a GPU.
 
     Programs that have not changed are not compiled again. `git diff` shows what a change did.
     """
-    check("arch", arch or [], table.ORDER)
+    check("arch", arch or [], programs.ORDER)
     if reason := cannot_compile():
         raise UsageError(reason)
-    table.update(arch or table.ORDER, out)
+    programs.update(arch or programs.ORDER, out)

@@ -28,12 +28,21 @@ from da_triton.planning.shapes import Shape
 from da_triton.runtime import folders, launch, tiles
 from da_triton.runtime.tiles import Key as Site
 
-from .codegen.candidates import CANDIDATES, SMALL
 from .measure import Budget, describe, on_gpu, progress, usable
 from .observe import Timer
 from .providers import Closure, Replay
 from .report import replace
 from .workloads import Workload
+
+# Tiles that the tuner and the ahead-of-time search try: positions, warps, stages.
+CANDIDATES = (
+    (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
+    (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 4, 1), (16, 8, 1), (16, 4, 1),
+)  # fmt: skip
+# For kernels that have no positions.
+SMALL = (
+    (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
+)  # fmt: skip
 
 ROUNDS = 15
 ROUNDS_MIN = 5  # below which percentiles say nothing of the noise
