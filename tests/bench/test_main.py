@@ -177,6 +177,8 @@ def test_every_command_has_help_with_examples(name, capsys):
         (["gpu"], "needs a CUDA GPU"),
         (["gpu", "--stage", "eager,teste"], "did you mean 'tests'"),
         (["gpu", "--ptxas", "none"], "--ptxas none is not an executable file"),
+        (["host"], "TRITON_INTERPRET is set"),
+        (["host", "--threads", "0"], "at least 1, got 0"),
         (["warm", "--arch", "sm_90"], "TRITON_INTERPRET is set"),
         (["tune"], "measures on a CUDA GPU"),
         (["networks", "--network", "resnet5"], "did you mean 'resnet50'"),
