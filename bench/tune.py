@@ -23,7 +23,8 @@ from torch import Tensor
 
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.shapes import AZ, Shape
+from da_triton.planning.costs import AZ
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import folders, launch, tiles
 from da_triton.runtime.tiles import Key as Site
 

@@ -1,8 +1,8 @@
 """A call of the block: checked and planned once per signature, then run.
 
-block         looks the signature up; prepares the call if it is new, or watched
-_prepare      the checks, and what metadata decides: autocast, backend, the direct way or not
-_dispatched   in operations that every watcher can follow: compiler, transforms, modes, exports
+block         looks the signature up; prepares the call if it is new, or observed
+_prepare      the checks, and choices by metadata: autocast, backend, the direct way or not
+_dispatched   in operations that every observer can follow: compiler, transforms, modes, exports
 _direct       one autograd node from the tensors as given to the result: ``ops.direct``
 """
 
@@ -84,7 +84,7 @@ def _prepare(x, weights, mask, options, process_group, known) -> Callable[..., T
 def _direct(prepare, x, weights, mask, options, dtype) -> Callable[..., Tensor] | None:
     cast, *given = autocast(dtype, x, *weights)
     added = options.residual and cast is x
-    plain = options._replace(  # NumPy's numbers, too, are accepted
+    plain = options._replace(  # NumPy's numbers are accepted, too
         heads=int(options.heads),
         logit_scale=float(options.logit_scale),
         logit_scale_v=float(options.logit_scale_v),
@@ -147,7 +147,7 @@ def select(
 
 
 def autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Any:
-    """The tensors in autocast's dtype, as PyTorch's own layers take them."""
+    """The tensors in autocast's dtype, like the inputs of PyTorch's built-in layers."""
     if dtype is None:
         return tensors
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from .planning.shapes import AZ, ORDERS
+from .planning.costs import AZ, ORDERS, orders
 from .precision import POLICIES
 
 ORDER_NAMES = ("auto", *ORDERS)
@@ -36,7 +36,7 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
 
 
 def floating(name: str, x: Tensor, kind: str = "") -> None:
-    """A tensor of a dtype that is computed in."""
+    """A tensor of a supported floating-point dtype."""
     tensor(name, x, kind)
     if x.dtype not in DTYPES:
         # float() drops the imaginary part.
@@ -145,8 +145,8 @@ def cu_seqlens(offsets: Tensor, **activations: Tensor) -> None:
         tensor(name, x)
         if x.dim() != 3 or x.shape[0] != 1:
             raise ValueError(
-                f"with cu_seqlens, {name} must be (1, channels, total), all sequences joined; got "
-                f"shape {_shape(x)}. da_triton.varlen.pack makes it from a list."
+                f"with cu_seqlens, {name} must be (1, channels, total), all sequences "
+                f"concatenated; got shape {_shape(x)}. da_triton.varlen.pack makes it from a list."
             )
     tensor("cu_seqlens", offsets, " of int32 or int64", " Use torch.tensor(cu_seqlens).")
     if offsets.dtype not in (torch.int32, torch.int64):
@@ -160,7 +160,9 @@ def cu_seqlens(offsets: Tensor, **activations: Tensor) -> None:
             f"shape {_shape(offsets)}."
         )
     if offsets.device.type == "meta":
-        raise RuntimeError("cu_seqlens must hold numbers, and is on meta. Keep it on the CPU.")
+        raise RuntimeError(
+            "cu_seqlens must hold data, but is on the meta device. Keep it on the CPU."
+        )
 
 
 def ends(cu_seqlens: Tensor, **activations: Tensor) -> list[int]:
@@ -172,8 +174,7 @@ def ends(cu_seqlens: Tensor, **activations: Tensor) -> list[int]:
     for start, end in itertools.pairwise(ends):
         if end < start:
             raise ValueError(
-                f"cu_seqlens must rise, or stay for an empty sequence, got {end} after {start}. "
-                f"{advice}"
+                f"cu_seqlens must be non-decreasing, got {end} after {start}. {advice}"
             )
     for name, x in activations.items():
         if ends[-1] != x.shape[-1]:
@@ -207,7 +208,7 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | 
         ):
             raise ValueError(
                 f"{name} must be (1 or N, channels, K) with N = {batch} and "
-                f"{like.shape[1]} channels, as {like_name} has, and K ≥ 1; "
+                f"{like.shape[1]} channels, those of {like_name}, and K ≥ 1; "
                 f"got shape {_shape(token)}."
             )
     if tokens[0].shape[2] != tokens[1].shape[2]:
@@ -218,7 +219,7 @@ def extra(tokens: tuple[Tensor, Tensor], a: Tensor, b: Tensor, sequences: int | 
 
 
 def number(**values: float) -> None:
-    """Plain numbers: the scales are hyperparameters, not tensors."""
+    """Scales are plain numbers: hyperparameters, not tensors."""
     for name, value in values.items():
         whole = isinstance(value, numbers.Integral)
         if not isinstance(value, numbers.Real) or (
@@ -226,7 +227,7 @@ def number(**values: float) -> None:
         ):
             raise TypeError(
                 f"{name} must be a Python number, int or float, got {type(value).__name__}. For a "
-                "learned scale, multiply the tensor it belongs to."
+                "learnable scale, multiply the corresponding tensor."
             )
         if whole and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} must fit 64 bits as an int. Give a float.")
@@ -250,7 +251,7 @@ def descriptors(
     batch = v.shape[0] if sequences is None else sequences
     floating("g", g)
     if g.dim() != 4 or 0 in g.shape[1:]:
-        raise ValueError(f"g must be (N, heads, m, n), none of them 0 but N, got {_shape(g)}.")
+        raise ValueError(f"g must be (N, heads, m, n) with heads, m, n ≥ 1, got {_shape(g)}.")
     if batch == v.shape[0]:
         same_batch("g", g, "v", v)
     elif g.shape[0] != batch:
@@ -300,13 +301,14 @@ def backend(name: str) -> None:
 def order(name: str, reconstruct: bool, backend: str) -> None:
     choice("order", name, ORDER_NAMES)
     if not reconstruct and name != "auto" and ORDERS[name].through_h:
+        possible = ", ".join(repr(o.name) for o in orders(reconstruct))
         raise ValueError(
-            f"order={name!r} folds the last convolution into the descriptors, and there is none. "
-            "Use order='AZ', 'XZ' or 'auto', or give weight_out."
+            f"order={name!r} folds the last convolution into G, but weight_out is None. "
+            f"Use order={possible} or 'auto', or give weight_out."
         )
     if backend == "eager" and name not in PAPERS:
         raise ValueError(
-            f"backend='eager' is the paper's own order, 'AZ'; got order={name!r}. "
+            f"backend='eager' supports order='AZ' only, got order={name!r}. "
             "Use backend='torch' for another order."
         )
 
@@ -321,7 +323,7 @@ def recompute(value: bool | str, backend: str) -> None:
 
 
 def process_group(group, backend: str, order: str = "auto") -> None:
-    """A group of ``torch.distributed`` that this rank is in, and choices that can be split."""
+    """A group of ``torch.distributed`` that contains this rank, and options that support it."""
     available = torch.distributed.is_available()
     if not available or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
@@ -331,8 +333,8 @@ def process_group(group, backend: str, order: str = "auto") -> None:
         )
     if backend == "eager":
         raise ValueError(
-            "backend='eager' is the definition on one device, and process_group splits the "
-            "positions. Use backend='torch', 'triton' or 'auto'."
+            "backend='eager' does not support process_group. "
+            "Use backend='torch', 'triton' or 'auto'."
         )
     if order not in PAPERS:
         raise ValueError(
@@ -387,8 +389,7 @@ def block_weights(
         raise ValueError("bias_out needs weight_out, which is None. Give both, or neither.")
     if residual and out_channels != channels:
         raise ValueError(
-            f"residual=True adds x, so the block must give x's {channels} channels; it gives "
-            f"{out_channels}."
+            f"residual=True needs {channels} output channels, those of x; got {out_channels}."
         )
 
 

@@ -39,8 +39,8 @@ def gather(
             the channels, like a.
         heads: divides the channels of a and b.
         logit_scale: factor on b before the softmax.
-        mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position takes
-            part. An attention map with no position left gives zeros.
+        mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position is
+            included. An attention map with no position left gives zeros.
         cu_seqlens: int32 or int64, ``(S + 1,)``, rising from 0 to total: a and b are the positions
             of S concatenated sequences, ``(1, channels, total)``, and sequence s is those from
             ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; one without any gives zeros. On the Triton
@@ -122,12 +122,10 @@ def distribute(
 
     Args:
         g: descriptors, ``(N, heads, m, n)``, same dtype as v, or float32 when v is half precision.
-        v: attention vectors, ``(N, heads·n, *positions)``, any strides, positions of its own.
-        scale: factor on the result.
-        softmax: False distributes with ``logit_scale · V`` itself.
-        logit_scale: factor on v before the softmax.
-        cu_seqlens: as in :func:`gather`: g is ``(S, heads, m, n)``, v ``(1, heads·n, total)``.
-        backend: as in :func:`gather`.
+        v: attention vectors, ``(N, heads·n, *positions)``, any strides; positions may differ from
+        those of a and b. scale: factor on the result. softmax: False distributes with ``logit_scale
+        · V`` itself. logit_scale: factor on v before the softmax. cu_seqlens: as in :func:`gather`:
+        g is ``(S, heads, m, n)``, v ``(1, heads·n, total)``. backend: as in :func:`gather`.
 
     Returns:
         ``(N, heads·m, *positions of v)`` in v's dtype and memory format.
@@ -261,7 +259,7 @@ def double_attention_block(
     backend: str = "auto",
     process_group: Any = None,
 ) -> Tensor:
-    r"""The whole A²-Nets block: three pointwise convolutions, double attention, one convolution.
+    r"""The complete A²-Nets block: three pointwise convolutions, double attention, one convolution.
 
     ``A, B, V = Wa X + ba, Wb X + bb, Wv X + bv``, then :func:`double_attention`, then
     ``Y = Wo Z + bo``, then ``X + Y`` with ``residual`` (Chen et al., NeurIPS 2018, figure 2).

@@ -1,4 +1,4 @@
-"""Layers without a state of their own, in the form in which Hugging Face's ``kernels`` takes them.
+"""Stateless layers for Hugging Face's ``kernels`` library.
 
 ``kernelize`` gives a module that somebody else wrote the ``forward`` of such a class: no
 constructor, no attributes but two flags, and the arguments of the forward that it replaces.

@@ -1,4 +1,4 @@
-"""``DoubleAttention``: the block as a layer, with the parameters of the widely used ones."""
+"""``DoubleAttention`` as an ``nn.Module``, parameter-compatible with common implementations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -138,7 +138,7 @@ class DoubleAttention(nn.Module):
         check_input(self, "x", x)
 
     def attention_maps(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Where each descriptor gathers from, and what each position receives.
+        """Both attention maps: where each descriptor gathers from, and what each position receives.
 
         Returns the attention maps P (each sums to 1 over positions) and the distribution weights Q
         (with the softmax, they sum to 1 over n in a head at each position), both
@@ -176,17 +176,17 @@ class DoubleAttention(nn.Module):
 
     @property
     def in_channels(self) -> int | None:
-        """Channels that ``convA`` takes; None if it was replaced by a module that does not say."""
+        """Input channels of ``convA``; None if it was replaced by a module without that number."""
         return _channels(self.convA)[0]
 
     @property
     def c_m(self) -> int | None:
-        """Channels that ``convA`` gives."""
+        """Output channels of ``convA``."""
         return _channels(self.convA)[1]
 
     @property
     def c_n(self) -> int | None:
-        """Channels that ``convB`` gives: heads·n."""
+        """Output channels of ``convB``: heads·n."""
         return _channels(self.convB)[1]
 
     @property
@@ -281,8 +281,8 @@ def fuses(order: str = "auto") -> bool:
     """Whether plain convolutions may be part of one operation.
 
     Not in an exported program, where quantisers and runtimes look for convolutions of parameters,
-    unless another order than the paper's was asked for. Not under ``torch.utils.checkpoint``, which
-    compares the tensors saved by two runs: these must not depend on who watches each run.
+    unless another order than the paper's was requested. Not under ``torch.utils.checkpoint``, which
+    compares the tensors saved by two runs: these must not depend on observers of a run.
     """
     if tracing.exporting():
         return order not in checks.PAPERS
@@ -318,7 +318,7 @@ POINTWISE = tuple(
 
 
 def is_plain(conv: nn.Module) -> bool:
-    """Whether using the weight directly equals calling the module, to everyone who watches it."""
+    """Whether reading the weight is equivalent to calling the module (no hooks, no overrides)."""
     return not _global_hooks() and plain_parameters(conv) is not None
 
 
@@ -399,7 +399,7 @@ def call(child: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = Non
 
 
 def _position_axes(child: nn.Module, given: int) -> int:
-    """How many position axes a child takes, for inputs that have ``given``."""
+    """The number of position axes that a child takes, for inputs with ``given``."""
     kernels = [m for m in child.modules() if getattr(m, "kernel_size", None) is not None]
     axes = next((len(m.kernel_size) for m in kernels if isinstance(m.kernel_size, tuple)), None)
     if given == axes or (axes is None and given == 2):
@@ -428,7 +428,7 @@ def _convolutions(child: nn.Module) -> list[Any]:
 
 
 def _channels(child: nn.Module) -> tuple[int | None, int | None]:
-    """How many channels a child takes and gives, by its first and its last convolution."""
+    """Input and output channels of a child, by its first and its last convolution."""
     convolutions = _convolutions(child)
     if not convolutions:
         return None, None

@@ -10,7 +10,7 @@ GRADIENT_RANGE = 32.0
 
 
 class DtypePolicy(NamedTuple):
-    """How tensors of one dtype are computed with."""
+    """Numerical policy of one dtype."""
 
     accumulator: torch.dtype  # of sums and statistics
     # Of a log-sum-exp: one float32 does not hold it to the precision of the float32 weights that
@@ -49,13 +49,13 @@ def lse_dtype(dtype):
 
 
 def converted(x, dtype):
-    """``x`` in ``dtype``: what has it already leaves no conversion in an exported program."""
+    """``x`` in ``dtype``: a tensor that has it leaves no conversion in an exported program."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 @contextlib.contextmanager
 def matmul_precision(wanted):
-    """PyTorch's switch for products of float32 on a GPU, "ieee" or "tf32", for a while."""
+    """Context that sets PyTorch's switch for float32 products on a GPU, "ieee" or "tf32"."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, wanted
     try:

@@ -7,7 +7,7 @@ from . import tracing
 
 
 def split_heads(x: Tensor, heads: int, axis: int = 1) -> Tensor:
-    """A view whose ``axis`` of heads·c channels is two: heads, and c."""
+    """A view whose ``axis`` of heads·c channels is split into heads and c."""
     if heads == 1:
         return x.unsqueeze(axis)
     channels = tracing.sizes(x)[axis] // heads

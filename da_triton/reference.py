@@ -1,7 +1,7 @@
-"""The definition: double attention in plain PyTorch, one line for each formula of the paper.
+"""Reference implementation: double attention in plain PyTorch, one line per formula of the paper.
 
 Chen et al., "A²-Nets: Double Attention Networks", NeurIPS 2018, arXiv 1810.11579, equations 2 to 5.
-Every other implementation is tested against this one. It is written to be read, not to be fast.
+Every other implementation is tested against this one. Written for readability, not speed.
 
 The core works on ``(N, heads, channels, positions)``; the block on ``(N, channels, positions)``.
 """
@@ -33,7 +33,7 @@ def distribution_weights(v, softmax=True, logit_scale=1.0):
 
 
 def join_extra(a, b, mask, extra):
-    """Positions with the extra tokens behind them, which no mask touches."""
+    """Appends the extra tokens to the positions; they are never masked."""
     extra_a, extra_b = extra
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], extra_a.shape[-1])], -1)
@@ -45,12 +45,12 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
     if extra is not None:
         a, b, mask = join_extra(a, b, mask, extra)
     if mask is not None:
-        a = a.masked_fill(~mask[:, None, None, :], 0)  # whatever it holds: it takes no part
+        a = a.masked_fill(~mask[:, None, None, :], 0)  # whatever it holds: it is masked
     return a @ gather_weights(b, mask, logit_scale).transpose(-1, -2)
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """G of positions that others will join, a pivot μ and ``Σ exp(logit − μ)`` per attention map.
+    """Partial G to merge with others, a pivot μ and ``Σ exp(logit − μ)`` per attention map.
 
     ``G (N, heads, m, n)`` in the dtype of sums, the other two ``(N, heads, n)``; an attention map
     without positions has G = 0, μ = −inf and sum 0. G and the sum are differentiable, for a
@@ -83,9 +83,9 @@ def block(
     x, weight_a, bias_a, weight_b, bias_b, weight_v, bias_v, weight_out, bias_out, *,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, mask,
 ):  # fmt: skip
-    """The whole block as the paper draws it: three convolutions, the core, one convolution, + X.
+    """The complete block of the paper's figure: three convolutions, the core, one convolution, + X.
 
-    ``residual``: what is added to the result, or None.
+    ``residual``: added to the result, or None.
     """
 
     def convolution(x, weight, bias):

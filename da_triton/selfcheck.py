@@ -95,7 +95,7 @@ def check(
     thorough: bool = False,
     cases: Iterable[Case] | None = None,
 ) -> Check:
-    """Runs every kernel on a GPU against PyTorch operations in float64, and prints what it found.
+    """Runs every kernel on a GPU against PyTorch operations in float64, and prints the results.
 
     Each launch of a few blocks, forward and backward on every route the planner has for them, in
     half precision, float32 and TF32, masked and not, is repeated on a random input. The results
@@ -140,7 +140,7 @@ def _check(device, thorough, cases=None, part=(0, 1)):
 
 
 def _in_processes(count: int, options: Sequence[str]) -> Check:
-    """The same by several processes, each with a share of the blocks."""
+    """The check by several processes, each with a part of the blocks."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.json" for i in range(count)]
         command = [sys.executable, "-m", "da_triton.check", *options]
@@ -158,7 +158,7 @@ def _in_processes(count: int, options: Sequence[str]) -> Check:
 
 
 def _joined(parts: Sequence[dict[str, Any]], errors: Sequence[str]) -> Check:
-    """One from the files of several processes; ``errors``: what those without a file printed."""
+    """One ``Check`` from the files of several processes; ``errors``: output of the others."""
     from .runtime.verdicts import Verdict
 
     verdicts: dict[tuple[str, str], Any] = {}
@@ -226,7 +226,8 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     """
     from .ops.triton.plan import kernel_limits
     from .planning import planner
-    from .planning.shapes import XH, Shape
+    from .planning.costs import XH
+    from .planning.shapes import Shape
     from .runtime import launch, tiles
 
     size = x.element_size()

@@ -33,7 +33,7 @@ class Table:
         _tables.append(self)
 
     def add(self, key: Any, found: Any) -> None:
-        """Does nothing without a key."""
+        """Adds a value; does nothing without a key."""
         if key is None:
             return
         with self._lock:
@@ -48,7 +48,7 @@ class Table:
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
         """The key of a call on these tensors (some may be None), and the value stored for it.
 
-        The key is None where the call is watched, and for anything but plain tensors and hashable
+        The key is None where the call is observed, and for anything but plain tensors and hashable
         options. The device of the first tensor says which autocast applies.
         """
         if tracing.watched() or not PLAIN.issuperset(map(type, tensors)):

@@ -61,7 +61,7 @@ class Descriptors:
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ) -> "Descriptors":
-        """No position seen: m features and n descriptors per head and sample.
+        """An empty state: m features and n descriptors per head and sample.
 
         ``dtype``: float32, or float64 for float64 frames.
         """
@@ -97,7 +97,7 @@ class Descriptors:
         logit_scale: float = 1.0,
         backend: str = "auto",
     ) -> "Descriptors":
-        """With the positions of a frame; arguments and errors as :func:`da_triton.gather`.
+        """Adds the positions of a frame; arguments and errors as :func:`da_triton.gather`.
 
         A frame may have positions of any number and shape. An attention map whose positions are all
         masked adds nothing; one of ``-inf`` alone, without a mask, gives NaN, as the softmax of
@@ -111,7 +111,7 @@ class Descriptors:
 
         Raises:
             TypeError: ``other`` is not a state, or its dtype differs.
-            ValueError: another batch, heads, features or descriptors.
+            ValueError: another batch, heads, m or n.
             RuntimeError: another device.
         """
         _check_merge(self, other)
@@ -136,7 +136,7 @@ class Descriptors:
         shift = math.log(decay)
         with torch.no_grad():
             maximum = self.maximum + shift
-            # What rounding took from the pivot; −inf − (−inf) where no position was seen.
+            # The pivot's rounding error; −inf − (−inf) where no position was seen.
             rest = (self.maximum - maximum + shift).nan_to_num(0).exp().to(self.total.dtype)
         return Descriptors(maximum, self.total * rest, self.weighted * rest[:, :, None])
 
@@ -145,7 +145,7 @@ class Descriptors:
         return self.weighted / self.total.masked_fill(self.total == 0, 1)[:, :, None]
 
     def emptied(self) -> "Descriptors":
-        """No position seen, in the shapes, dtype and device of this state."""
+        """An empty state with the shapes, dtype and device of this one."""
         batch, heads, m, n = self.weighted.shape
         kind: dict[str, Any] = {"dtype": self.weighted.dtype, "device": self.weighted.device}
         return Descriptors.init(batch, m, n, heads=heads, **kind)
@@ -186,7 +186,7 @@ class Descriptors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Window:
-    """The gather of the last ``size`` frames, for three merges a frame on average (once in ``size``
+    """The gather of the last ``size`` frames: three merges per frame on average (once in ``size``
     frames, ``size`` of them), however long the window is.
 
     Nothing is ever subtracted, so a frame that has left leaves no rounding behind, and no NaN. The
@@ -202,7 +202,7 @@ class Window:
 
     @staticmethod
     def init(size: int, empty: Descriptors) -> "Window":
-        """No frame seen. ``empty``: ``Descriptors.init(…)`` of the frames to come."""
+        """A window without frames. ``empty``: ``Descriptors.init(…)`` of the frames to come."""
         checks.positive(size=size)
         return Window(int(size), (), (), empty.emptied())
 
@@ -311,12 +311,12 @@ class StreamingDoubleAttention(nn.Module):
         self.state: Descriptors | Window | None = None
 
     def forward(self, frame: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The frame joins the state, and gets its result from it."""
+        """Adds the frame to the state and distributes the state to it."""
         self.update(frame, mask)
         return self.distribute(frame)
 
     def update(self, frame: Tensor, mask: Tensor | None = None) -> None:
-        """A frame, or several at once, joins the state.
+        """Adds a frame, or several at once, to the state.
 
         ``frame (N, in_channels, *positions)``; ``mask`` as in :meth:`DoubleAttention.forward`. The
         number of positions may change from frame to frame, N may not.
@@ -350,7 +350,7 @@ class StreamingDoubleAttention(nn.Module):
         """The state's G, distributed to a frame: ``(N, in_channels or c_m, *positions)``."""
         self._check(frame)
         if self.state is None:
-            raise RuntimeError("There is nothing to distribute yet: update with a frame first.")
+            raise RuntimeError("No frames seen yet: call update with a frame first.")
         layer = self.layer
         y = distribute(
             self.state.read(), call(layer.convV, frame), scale=layer.scale,
@@ -366,7 +366,7 @@ class StreamingDoubleAttention(nn.Module):
             self.state = self.state.detach()
 
     def reset(self) -> None:
-        """No frame seen: another video."""
+        """Forgets all frames, for another video."""
         self.state = None
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Who else runs or records a call: the compiler, exporters, checkpointing, modes, autocast."""
+"""Detects observers of a call: the compiler, exporters, checkpointing, modes, autocast."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def constant(function):
 
 @constant  # Dynamo in torch 2.11 evaluates is_exporting() to True everywhere
 def exporting() -> bool:
-    """Whether a program is recorded that others will run: ``torch.export``, ``torch.jit.trace``,
+    """Whether a program is recorded for later runs: ``torch.export``, ``torch.jit.trace``,
     ONNX."""
     return torch._C._is_tracing() or torch.compiler.is_exporting()
 
@@ -55,7 +55,7 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 def watched() -> bool:
     """Whether anything but autograd sees what is done: it must find operations that it knows.
 
-    Asked at every call, so it asks PyTorch itself and not the functions above.
+    Called on every call, so it queries PyTorch itself and not the functions above.
     """
     return (
         torch.compiler.is_compiling()
@@ -79,7 +79,7 @@ def named() -> bool:
     return modes > 0 or torch.autograd._profiler_enabled()
 
 
-AUTOCAST = ("cuda", "cpu")  # have it in every build: asking takes time
+AUTOCAST = ("cuda", "cpu")  # have it in every build: querying takes time
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -89,13 +89,13 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
     return None
 
 
-@constant  # torch 2.11 cannot trace the question
+@constant  # torch 2.11 cannot trace this query
 def _autocast_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
 def unrecorded(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function whose arithmetic on sizes does not belong into a trace."""
+    """Calls a function whose arithmetic on sizes must not be traced."""
     if not torch.jit.is_tracing():
         return function(*args, **kwargs)
     state = torch._C._get_tracing_state()

@@ -57,8 +57,8 @@ def mask_from_sizes(
         )
     if bool(((given < 0) | (given > torch.tensor(shape, device=given.device))).any()):
         raise ValueError(
-            f"sizes must be from 0 to shape={shape}, got {given.tolist()}. Give the sizes that the "
-            "feature map has behind its strides."
+            f"sizes must be from 0 to shape={shape}, got {given.tolist()}. Give sizes in "
+            "positions of the feature map, after downsampling."
         )
     given = given.long()
     mask = torch.ones((len(given), *shape), dtype=torch.bool, device=given.device)
@@ -80,7 +80,7 @@ def pack(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         (torch.Size([1, 8, 16]), [0, 12, 16])
     """
     if not isinstance(samples, (list, tuple)) or not samples:
-        what = "nothing" if isinstance(samples, (list, tuple)) else type(samples).__name__
+        what = "an empty list" if isinstance(samples, (list, tuple)) else type(samples).__name__
         raise TypeError(
             f"samples must be a list of one or more tensors (C, *positions), got {what}."
         )

@@ -1,4 +1,4 @@
-"""Attention maps over the picture that they belong to, for the notebooks."""
+"""Attention maps over the image that they belong to, for the notebooks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def most_received(received: Tensor, count: int) -> list[int]:
 
 
 def show_maps(
-    picture: Tensor,
+    image: Tensor,
     gathered: Tensor,
     received: Tensor,
     maps: Sequence[int] | None = None,
@@ -24,25 +24,25 @@ def show_maps(
 ) -> np.ndarray:
     """A column for each descriptor: where it gathers from, and below, who receives it.
 
-    The maps are stretched over the picture, a patch for each of their positions, which hides the
-    picture the more, the larger the weight. Each gather map has its own scale, up to its largest
-    weight; the shares below have one together.
+    The maps are stretched over the image, a patch for each of their positions, which hides the
+    image the more, the larger the weight. Each attention map has its own scale, up to its largest
+    weight; the weights below share one.
 
     Args:
-        picture: grey, ``(height, width)``, from 0 to 1.
-        gathered, received: what ``DoubleAttention.attention_maps`` returns, of one sample and one
+        image: grey, ``(height, width)``, from 0 to 1.
+        gathered, received: results of ``DoubleAttention.attention_maps``, of one sample and one
             head, ``(n, H, W)``.
         maps: which descriptors, by number; all of them by default.
         axes: two rows with a column for each map, to draw on. By default a new figure, with the
-            picture alone at the left.
-        points: where only a few positions take part in the gather, which, as a mask ``(H, W)``,
-            and their colours. They are drawn as points, as large as their weight.
+            image alone at the left.
+        points: the mask ``(H, W)`` of the positions in the gather, where these are few, and their
+            colours. They are drawn as points, as large as their weight.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: maps of several samples or heads, or other maps than there are.
+        ValueError: maps of several samples or heads, or numbers out of range.
     """
     if gathered.dim() != 3 or gathered.shape != received.shape:
         raise ValueError(
@@ -52,9 +52,9 @@ def show_maps(
     chosen = list(range(len(gathered))) if maps is None else list(maps)
     if not chosen or not set(chosen) <= set(range(len(gathered))):
         raise ValueError(f"maps must be numbers from 0 to {len(gathered) - 1}, got {chosen}.")
-    height, width = picture.shape
+    height, width = image.shape
     extent = (0, width, height, 0)
-    grey = {"X": picture, "cmap": "gray", "vmin": 0, "vmax": 1, "extent": extent}
+    grey = {"X": image, "cmap": "gray", "vmin": 0, "vmax": 1, "extent": extent}
     if axes is None:
         columns = 1 + len(chosen)
         _, axes = plt.subplots(2, columns, figsize=(1.6 * columns, 3.7), layout="constrained")

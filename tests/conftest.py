@@ -26,7 +26,7 @@ LONGEST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
 def _cudnn_in_full_precision():
     """cuDNN's convolutions are TF32 by default, a thousand times the tolerance of float32.
 
-    By the older switch, which PyTorch's export asks for and which must not contradict the newer.
+    By the older switch, which PyTorch's export queries and which must not contradict the newer.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.deterministic

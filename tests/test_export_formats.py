@@ -1,4 +1,4 @@
-"""What an exported program holds: PyTorch operations, as few as the plain block has, and
+"""Contents of an exported program: PyTorch operations, as few as the plain block has, and
 convolutions that quantisers find."""
 
 import collections
@@ -22,7 +22,7 @@ X = torch.randn(2, 16, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Plain(nn.Module):
-    """The block as one would write it."""
+    """The block in plain PyTorch."""
 
     def __init__(self, heads=1):
         super().__init__()

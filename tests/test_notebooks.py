@@ -1,4 +1,4 @@
-"""Every notebook runs top to bottom, and says what its committed outputs say."""
+"""Every notebook runs top to bottom and reproduces its committed outputs."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    """Text of a cell; pictures and values that are objects aside."""
+    """Text of a cell, without images and object values."""
     return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
@@ -33,7 +33,7 @@ def test_notebook_runs_and_says_the_same(path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # What torch 2.11 says of itself, in torch.export.load and torch.onnx.export.
+    # Warnings of torch 2.11 itself, in torch.export.load and torch.onnx.export.
     theirs = "ignore:The given buffer is not writable,ignore:`isinstance(treespec, LeafSpec)`"
     monkeypatch.setenv("PYTHONWARNINGS", theirs)
     fresh = nbformat.read(path, as_version=4)
@@ -72,7 +72,7 @@ def maps():
 
 
 def weights(n=4, height=2, width=3):
-    """Gather maps and distribution weights ``(n, height, width)``."""
+    """Attention maps and distribution weights ``(n, height, width)``."""
     gathered, received = torch.randn(2, n, height, width)
     return gathered.flatten(1).softmax(1).view_as(gathered), received.softmax(0)
 
@@ -98,7 +98,7 @@ def test_maps_lie_over_the_whole_picture(maps):
 
 
 def test_maps_on_axes_of_the_caller_as_points(maps):
-    """Two positions of six take part: a point each at its middle, as large as its weight."""
+    """Two of six positions are masked in: one point each at its centre, sized by its weight."""
     gathered, received = weights(n=2)
     mask = torch.tensor([[False, True, False], [False, False, True]])
     _, axes = maps.plt.subplots(2, 2)

@@ -68,7 +68,7 @@ def tell_whether_cuda_is_out_of_reach(pipe):
 
 
 def test_ranks_on_gpus_can_use_cuda(monkeypatch):
-    """Forks of a process that has asked for CUDA, as torch 2.11's compiler does, cannot."""
+    """Forks of a process that has queried CUDA, as torch 2.11's compiler does, cannot."""
     monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
     context = ranks.context_for("nccl")
     here, there = context.Pipe(duplex=False)
@@ -83,7 +83,7 @@ def test_ranks_on_gpus_can_use_cuda(monkeypatch):
 
 
 class Answers(torch.utils.data.Dataset):
-    """The block as part of what prepares samples."""
+    """The block as part of a data set."""
 
     def __init__(self, backend):
         self.backend = backend

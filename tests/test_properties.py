@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton.planning.shapes import orders
+from da_triton.planning.costs import orders
 from support.numerics import DEVICE, DTYPES, TOLERANCE
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -78,7 +78,7 @@ mask_kinds = st.sampled_from(["none", "some", "with a channel axis", "a sample w
 
 
 def compare(function, inputs, upstream_layout, random, dtype, backend, **options):
-    """Result and gradients, of what differentiable ``inputs`` there are."""
+    """Result, and gradients of the differentiable ``inputs``."""
 
     def run(inputs, kind, name):
         leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
@@ -118,7 +118,7 @@ def compare(function, inputs, upstream_layout, random, dtype, backend, **options
 
 
 def theirs(options):
-    """What the definition is told: it has one order and keeps what PyTorch keeps."""
+    """Options of the reference: it has one order, and autograd decides what is saved."""
     return {k: v for k, v in options.items() if k not in ("order", "recompute")}
 
 

@@ -17,7 +17,7 @@ class TheirBlock(DoubleAttentionCopy):
 
 README = Path(__file__).parents[1] / "README.md"
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-# What a recipe may take for granted: inputs that its reader has.
+# Inputs that a recipe assumes.
 GIVEN = {
     "images": lambda: torch.randn(2, 3, 32, 32),
     "clips": lambda: torch.randn(1, 3, 4, 64, 64),

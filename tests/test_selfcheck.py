@@ -1,4 +1,4 @@
-"""``da_triton.check``: what it says of right kernels, wrong ones, and machines without a GPU."""
+"""``da_triton.check``: its report on right kernels, wrong ones, and machines without a GPU."""
 
 import importlib
 import json

@@ -54,7 +54,7 @@ def definition(function, given, wanted):
 
 
 def used(function, given):
-    """Which inputs the function looks at."""
+    """Inputs that the function reads."""
     leaves = [x.detach().requires_grad_() for x in given]
     function(leaves, "eager").sum().backward()
     return [i for i, x in enumerate(leaves) if x.grad is not None]
@@ -87,8 +87,8 @@ def test_gradients_reach_the_base_of_views(function, backend):
 @each_backend
 @each_function
 def test_changes_in_place_are_noticed(function, backend):
-    """Of an input or the result, before backward: an error if backward looks at it again, and the
-    same gradients if it does not."""
+    """In-place changes before backward: an error if backward reads the tensor, else the same
+    gradients."""
     wanted = used(function, inputs())
     noticed = []
     for place in (*wanted, "result"):
@@ -108,7 +108,7 @@ def test_changes_in_place_are_noticed(function, backend):
             for ours, truth in zip(found, expected, strict=True):
                 assert torch.equal(ours, truth)
     assert all("modified by an inplace operation" in message for message in noticed)
-    assert noticed or backend != "triton"  # the kernels keep their inputs
+    assert noticed or backend != "triton"  # the kernels save their inputs
 
 
 @each_backend
@@ -158,7 +158,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("of_weights", [False, True])
 @pytest.mark.parametrize("function", [core, block])
 def test_vmap_joins_the_batch(function, of_weights):
-    """One run for all; of weights that differ, and of gradients of weights, one for each."""
+    """One run for all; with differing weights, and for their gradients, one each."""
     many = [torch.stack([x, 2 * x, -x]) for x in inputs()]
     here = (0,) * 7 if of_weights else (0,) * 3 + (None,) * 4
     given = [x if dim == 0 else x[0] for x, dim in zip(many, here, strict=True)]

@@ -1,4 +1,4 @@
-"""The public functions on packed samples of different sizes: against a call for each sample."""
+"""The public functions on packed samples of different sizes: against a call per sample."""
 
 import doctest
 
@@ -21,7 +21,7 @@ def offsets_of(lengths, dtype=torch.int32):
 
 
 def activations(*channels, lengths=LENGTHS, dtype=torch.float64, layout="channels first"):
-    """``(1, c, total)``, as projections give them or as a slice of a token-major tensor."""
+    """``(1, c, total)``, from projections, or as a slice of a token-major tensor."""
     total = sum(lengths)
     if layout == "token-major":
         tokens = peaky(1, sum(channels), 1, total, dtype=dtype)[:, :, 0].mT.contiguous().mT
@@ -273,10 +273,14 @@ ERRORS = [
     (gather(GOOD.bool()), TypeError, "got torch.bool"),
     (gather(GOOD[None]), ValueError, r"must be \(S \+ 1,\).*got shape \(1, 3\)"),
     (gather(GOOD[:1]), ValueError, r"S ≥ 1 sequences.*got shape \(1,\)"),
-    (gather(GOOD.to("meta")), RuntimeError, "is on meta. Keep it on the CPU"),
+    (gather(GOOD.to("meta")), RuntimeError, "on the meta device. Keep it on the CPU"),
     (gather(torch.tensor([1, 4, 9])), ValueError, r"begin with 0, got 1. Make offsets.*cumsum"),
     (gather(torch.tensor([4, 5])), ValueError, "begin with 0, got 4"),
-    (gather(torch.tensor([0, 9, 4, 9])), ValueError, "must rise.*got 4 after 9. Make offsets"),
+    (
+        gather(torch.tensor([0, 9, 4, 9])),
+        ValueError,
+        "non-decreasing, got 4 after 9. Make offsets",
+    ),
     (gather(torch.tensor([0, 4, 8])), ValueError, "end with the 9 positions of a, got 8"),
     (gather(torch.tensor([0, 4, 10])), ValueError, "end with the 9 positions of a, got 10"),
     (gather(GOOD, torch.zeros(2, 4, 9), torch.zeros(2, 6, 9)), ValueError, r"a must be \(1, chan"),
@@ -287,7 +291,7 @@ ERRORS = [
     (core(GOOD, extra=(A[:, :, :1].expand(3, 4, 1), B[:, :, :1])), ValueError, "N = 2"),
     (distribute(g=G[:1]), ValueError, r"g must have a sample for each of 2 packed sequences"),
     (distribute(g=G[:, :, :, :5]), ValueError, "v must have heads·n = 1·5 channels"),
-    (lambda: pack([]), TypeError, "one or more tensors.*got nothing"),
+    (lambda: pack([]), TypeError, "one or more tensors.*got an empty list"),
     (lambda: pack(iter([])), TypeError, "one or more tensors.*got list_iterator"),
     (lambda: pack([torch.zeros(())]), ValueError, r"channels of samples\[0\].*got shape \(\)"),
     (lambda: pack(A), TypeError, "must be a list.*got Tensor"),
@@ -312,7 +316,7 @@ ERRORS = [
     (lambda: mask_from_sizes([1, 2], (3, 3)), ValueError, r"sizes must be \(N, axes\)"),
     (lambda: mask_from_sizes([[1] * 4], (3,) * 4), ValueError, "1 to 3"),
     (lambda: mask_from_sizes([(4, 2)], (3, 3)), ValueError, r"0 to shape=\(3, 3\), got \[\[4, 2"),
-    (lambda: mask_from_sizes([(-1, 2)], (3, 3)), ValueError, "behind its strides"),
+    (lambda: mask_from_sizes([(-1, 2)], (3, 3)), ValueError, "after downsampling"),
 ]
 
 

@@ -35,10 +35,12 @@ import torch
 from bench.codegen import compile
 from bench.codegen.compile import Launch
 from bench.workloads import WORKLOADS
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.shapes import AH, AZ, XH, Route, Shape
+from da_triton.planning.costs import AH, AZ, XH
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import Shape
 from da_triton.precision import matmul_precision
 from da_triton.runtime import launch, tiles
 
@@ -142,7 +144,7 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
         g, lse = gather.gather_forward(sources, 1.0)
         distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
         dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
-        gather.gather_backward(dg, a, b, mask, g, lse, None, 1.0, True, True)
+        gather_backward.gradients(dg, a, b, mask, g, lse, None, 1.0, True, True)
     return made
 
 

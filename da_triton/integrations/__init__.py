@@ -1,4 +1,4 @@
-"""Double attention where people already work. Each library is imported only when it is used."""
+"""Double attention in other libraries. Each library is imported only when it is used."""
 
 from .accelerate import Report, accelerate, restore
 from .openmmlab import register_openmmlab

@@ -14,7 +14,7 @@ class PluginDoubleAttention(ResidualDoubleAttention):
 
     Args:
         norm_cfg: the norm as OpenMMLab's other layers take it, such as ``dict(type="GN",
-            num_groups=32)``; None for none. Without it, ``norm`` counts.
+            num_groups=32)``; None for no norm. Without it, ``norm`` is used.
         args, options: see :class:`ResidualDoubleAttention`.
     """
 

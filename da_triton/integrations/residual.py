@@ -20,7 +20,7 @@ Norm = str | Callable[[int], nn.Module] | None
 
 
 class ResidualDoubleAttention(nn.Module):
-    """``x + norm(attention(x))``: the double attention block that can join a trained network.
+    """``x + norm(attention(x))``: the double attention block to insert into a trained network.
 
     The paper (Chen et al., NeurIPS 2018, section 3.1) adds the block's result to its input. A
     normalisation before the sum, initialised with zeros, makes the block the identity initially.
@@ -63,7 +63,7 @@ class ResidualDoubleAttention(nn.Module):
         checks.flag(zero_init=zero_init)
         if taken := {"residual", "reconstruct"} & set(options):
             raise ValueError(
-                f"{' and '.join(sorted(taken))} cannot be chosen: this module adds x itself. "
+                f"{' and '.join(sorted(taken))} cannot be set: this module adds x itself. "
                 "Use DoubleAttention for a block without the sum."
             )
         kind: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""Double attention in ResNets: the paper's five places, pretrained weights and keys untouched.
+"""Double attention in ResNets: the paper's five locations, pretrained weights and keys unchanged.
 
 Each block becomes a child of the residual block that it follows, and a forward hook of that block
 runs it; no other parameter changes its name, and no class is touched. torchvision's, timm's and
@@ -243,7 +243,7 @@ def paper_places(model: nn.Module) -> list[str]:
         what = "no ResNet" if not found else f"{len(found)} ResNets"
         raise ValueError(
             f'positions="paper" found {what} in {type(model).__name__} (stages named layer2 and '
-            "layer3, or encoder.stages). Give the names of the modules that blocks shall follow."
+            "layer3, or encoder.stages). Give the names of the modules to insert after."
         )
     prefix, stages = found[0]
     places = [

@@ -166,7 +166,7 @@ def load_ultralytics(yolo: Any, weights: Any) -> None:
     new = [row[2] in names for row in network.yaml["backbone"] + network.yaml["head"]]
     if not any(new):
         raise ValueError(
-            "the network has no double attention, and its rows no other numbers. Use yolo.load."
+            "the network has no double attention, so its rows keep their numbers. Use yolo.load."
         )
     if len(theirs.model) != new.count(False):
         raise ValueError(

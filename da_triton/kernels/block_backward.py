@@ -28,7 +28,7 @@ def block_bwd_distribute_kernel(
     v_ptr,  # (N, total_n, L): V as forward saved it; read if not PROJECT
     h_ptr,  # (N, C_OUT, total_n), contiguous
     dv_ptr,  # (N, total_n, L)
-    dh_ptr,  # (N, NUM_SPLITS, total_n, C_OUT) float32/64: parts of dH
+    dh_ptr,  # (N, NUM_SPLITS, total_n, C_OUT) float32/64: partials of dH
     logit_scale: "fp64",
     HEADS,
     C,
@@ -243,7 +243,7 @@ def block_bwd_gather_kernel(
 
 @guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
-    """Writes dV and returns the parts of dH, ``(N, num_splits, total_n, C')``."""
+    """Writes dV and returns the partials of dH, ``(N, num_splits, total_n, C')``."""
     ready = launch.prepared(
         _block_bwd_distribute, (x, dout, v, h, dv, weight_v, bias_v), heads, softmax
     )

@@ -1,7 +1,7 @@
-r"""The small products between the passes over positions, with the parts of a pass merged in place.
+r"""The small products between the passes over positions, which also merge a pass's partials.
 
-    forward     M or G from parts      G = Wa M + ba·1ᵀ      H = scale · Wo G
-    backward    dH from parts          dG = scale · Woᵀ dH   dM = Waᵀ dG      δ = Σ_C dM∘M
+    forward     M or G from partials   G = Wa M + ba·1ᵀ      H = scale · Wo G
+    backward    dH from partials       dG = scale · Woᵀ dH   dM = Waᵀ dG      δ = Σ_C dM∘M
 
 One launch each, on the matrix unit, with descriptors in two parts where the weights have half
 precision (``dot_2xhalf``). A program owns a tile of n of one head of one sample, with all
@@ -27,7 +27,7 @@ def _merged(
     acc_base, max_base, rows, cols, R, C_N, NUM_PARTIALS, pivot, inverse,
     stride_partial, stride_n, stride_f, stride_max, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_slots acc·exp(mx − pivot) / total``, ``[rows, cols]``, in order; or the one part."""
+    """``Σ_i acc·exp(mx − pivot) / total``, ``[rows, cols]``, in order; or the only partial."""
     inside = (rows < R)[:, None] & (cols < C_N)[None, :]
     ptrs = acc_base + cols[None, :] * stride_n + rows[:, None] * stride_f
     if not MERGE:
@@ -155,7 +155,7 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def combine_backward_kernel(
-    partials_ptr,  # (N, NUM_PARTIALS, total_n, C_OUT): parts of dH
+    partials_ptr,  # (N, NUM_PARTIALS, total_n, C_OUT): partials of dH
     lse_ptr,  # (N, total_n): +inf where an attention map has no position
     m_ptr,  # (N, C, total_n)
     wa_ptr,  # (HEADS·C_M, C), contiguous
@@ -247,7 +247,7 @@ def empty(x, weights, heads):
 def merge_partials(
     partials, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True
 ):
-    """Writes lse and G from the parts that pass 1 left; returns ``(M or None, H or None)``.
+    """Writes lse and G from the partials of pass 1; returns ``(M or None, H or None)``.
 
     ``weights``: weight_a, bias_a (or None) and weight_out, in the dtype of X.
     """
@@ -315,7 +315,7 @@ def _forward(
 
 @guard.proved({"partials": "NS--", "lse": "N", "m": "N--"})
 def backward(partials, lse, m, weights, *, heads, scale):
-    """``(dH, dG, dM, δ, lse)`` from the parts of dH, ``(N, NUM_PARTIALS, total_n, C')``.
+    """``(dH, dG, dM, δ, lse)`` from the partials of dH, ``(N, NUM_PARTIALS, total_n, C')``.
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """

@@ -6,7 +6,7 @@ lse per n (gather's backward: W is dG, x is B), one pass over positions makes
     out = scale · W E                                                            Z, dA
     dx  = s · E∘(scale · Wᵀ y − c)      c = Σ_n E∘(scale · Wᵀ y), or δ           dV, dB
 
-feature block by feature block, and leaves E itself where a later product needs it. Each block of W
+feature block by feature block, and writes E itself where a later product needs it. Each block of W
 serves both products; y is read once and x twice (again at the end: E for the full n would not fit
 the registers beside its gradient). Half precision, up to n = 512; see ``core_tiled`` for more.
 
@@ -158,7 +158,7 @@ def full_n_kernel(
                 e = exp(e - mx[None, :]) * inverse[None, :]
                 grad = e * (grad - tl.sum(e * grad, 0)[None, :])
         if HAS_MASK:
-            grad = tl.where(mask[None, :], grad, 0.0)  # 0 · NaN, where y holds anything
+            grad = tl.where(mask[None, :], grad, 0.0)  # 0 · NaN, where y may hold anything
         dx_base = dx_ptr + (n * stride_dx_n + h * stride_dx_h) * ALIGN
         grad = grad * scale_x
         store_tile(dx_base, rows_n, cols, C_N, L, stride_dx_c * ALIGN, stride_dx_l, grad)

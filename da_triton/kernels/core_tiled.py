@@ -1,8 +1,8 @@
 r"""Products with softmax weights for any m and n, tile by tile.
 
 With ``E[n, l] = exp(s·x[n, l] − lse)``, lse per n or per position (or ``E = s·x`` without a
-softmax), these four kernels are what gather's backward and distribute are made of when G does not
-fit one tile, nor all n ``core_full_n`` (dG, ``grad_g``, also where they do):
+softmax), these four kernels compute gather's backward and distribute when G does not
+fit one tile, nor n ``core_full_n`` (dG, ``grad_g``, also where they do):
 
     apply_weights   out[m, l] = scale · Σ_n W[m, n] E[n, l]                Z, dA
     row_dot         rowsum_v[l] = Σ_m y[m, l] · out[m, l]                  Σ_m dZ∘Z = Σ_n Q∘dQ
@@ -388,7 +388,7 @@ def grad_logits(
 ):
     """Writes ``dx = s · E∘(scale · Wᵀ y − c)``, or ``dx = s · scale · Wᵀ y`` without a softmax.
 
-    ``correction``: δ, or the partials of rowsum_v that ``row_dot`` made.
+    ``correction``: δ, or the partials of rowsum_v that ``row_dot`` computed.
     """
     correction = None if lse is None else correction
     ready = launch.prepared(_grad_logits, (x, w, y, dx, lse, correction, mask), lse_per_n)
@@ -412,7 +412,7 @@ def _grad_logits(x, w, y, dx, lse, correction, mask, lse_per_n):
 
 
 def grad_g(y, x, scale, logit_scale, lse):
-    """Parts of ``dW = scale · y Eᵀ``, ``(N·heads, num_splits, C_M, C_N)`` in float32 or float64."""
+    """Partials of ``dW = scale · y Eᵀ``, ``(N·heads, num_splits, C_M, C_N)`` in float32/64."""
     ready = launch.prepared(_grad_g, (x, y, lse))
     (partial,) = ready.empty()
     ready((y, x, x if lse is None else lse, partial), (scale, logit_scale))

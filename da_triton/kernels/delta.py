@@ -1,4 +1,4 @@
-r"""Between backward's two passes over positions: dG whole and rounded, and ``δ = Σ_m dG∘(G − ba)``.
+r"""Between backward's two passes over positions: sums and rounds dG, and ``δ = Σ_m dG∘(G − ba)``.
 
 δ is the correction of the gather's softmax; it equals ``Σ_L P∘dP`` and so costs no pass over
 positions. ba, where A was used without its bias, is in G but not in dP.
@@ -51,7 +51,7 @@ def _round(
 
 @triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def delta_kernel(
-    dg_ptr,  # (N, heads, NUM_PARTIALS, C_M, C_N), any strides: parts of dG
+    dg_ptr,  # (N, heads, NUM_PARTIALS, C_M, C_N), any strides: partials of dG
     g_ptr,  # (N·heads, C_M, C_N)
     bias_ptr,  # (heads·C_M,): ba; read if HAS_BIAS
     lse_ptr,  # (N·heads, C_N): +inf where n has no position; read if HAS_MASK, and in float16

@@ -209,7 +209,7 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
         partials = _backward_in_one_tile(dz, g, v, dv, need_g, **scalars)
     elif core_full_n.fits(v, c_n):
         q = launch.empty_activations_like(v) if need_g else None
-        # dV is made even if it is not needed: dG must not depend, bit for bit, on what is.
+        # dV is made even if it is not needed: dG must not depend, bit for bit, on the choice.
         made = launch.empty_activations_like(v) if dv is None else dv
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
         partials = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
@@ -223,10 +223,10 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     writes=("dv", "z"),
 )
 def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
-    """Writes dV, and Z unless None; returns parts of dG, ``(N, heads, num_partials, m, n)``.
+    """Writes dV, and Z unless None; returns partials of dG, ``(N, heads, num_partials, m, n)``.
 
     ``g``: perhaps rounded to the dtype of v. ``bias``: to be added to v, or None. ``q``: a place
-    for Q, like v; what is there afterwards is not said.
+    for Q, like v; what is undefined afterwards.
     """
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if core_full_n.fits(v, v.shape[2]):
@@ -268,7 +268,7 @@ def _backward(v, dz, g, dv, softmax, need_g):
 
 
 def _backward_in_tiles(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
-    """The same where no program holds all of G, nor the full n of its positions."""
+    """The same where neither G nor the full n of its positions fits one program."""
     scalars = {"scale": scale, "logit_scale": logit_scale}
     lse = core_tiled.position_lse(v, logit_scale) if softmax else None
     if dv is not None:

@@ -30,8 +30,8 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 def dot_2xhalf(w, x, acc, PRECISION: tl.constexpr):
     """``acc + w @ x`` for x in the accumulator's dtype.
 
-    Where w has half precision, x goes to the matrix unit in two parts, which together hold twice
-    the digits of one: rounding a descriptor once costs more than a whole pass over positions does.
+    Where w has half precision, x goes to the matrix unit in two halves, which together hold
+    twice the digits: rounding G once would cost more accuracy than a full pass over positions.
     """
     if w.dtype == x.dtype:
         return dot(w, x, acc, PRECISION)
@@ -71,7 +71,7 @@ def online_softmax(x, mx, total):
 
 @triton.jit
 def exp(x):
-    """exp as the hardware has it, base 2; the argument is a difference, so nothing overflows."""
+    """exp via exp2; arguments are <= 0 after subtracting the pivot, so it cannot overflow."""
     return tl.exp2(x * LOG2E)
 
 
@@ -80,13 +80,13 @@ def exp_minus(x, lse):
     """``exp(x − lse)``, lse broadcast against x and perhaps in float64.
 
     One float32 cannot hold ``max + log(sum)`` to the precision of float32 weights: where logits are
-    float32, lse comes in float64 and is taken away in two parts.
+    float32, lse comes in float64 and is subtracted in two parts.
     """
     high = lse.to(x.dtype)
     e = x - high
     if lse.dtype != x.dtype:
         low = (lse - high.to(lse.dtype)).to(x.dtype)
-        e -= tl.where(low == low, low, 0.0)  # inf − inf, where nothing is left to weigh
+        e -= tl.where(low == low, low, 0.0)  # inf − inf, where all are masked
     return exp(e)
 
 
@@ -143,7 +143,7 @@ def load_matrix(base, rows, cols, R, C, stride_r, stride_c, DTYPE: tl.constexpr)
 
 @triton.jit
 def load_mask(base, cols, L, stride_l):
-    """Which positions are included: those inside the tensor that the mask leaves.
+    """Mask of the positions that are included: those inside the tensor that the mask leaves.
 
     The maximum over an axis of size 1 ends what Triton sees behind a masked matrix operand.
     Otherwise it takes the operand for one that was widened from int8, because of this load, and

@@ -2,7 +2,7 @@ r"""Pass 2 of the fused block: ``out = H softmax_n(s (Wv X + bv)) + bo (+ X)``, 
 
 A program holds positions with the full n of all heads: it projects V, takes the softmax
 over n in each head, multiplies with H, adds bias and X, and writes each element of the
-result once. V and Q are never written, unless V is asked for. Where all channels fit, the tile of
+result once. V and Q are never written, unless V is requested. Where all channels fit, the tile of
 X stays resident between the two products, and the weights between tiles of positions.
 
 X, V and the result are ``(N, channels, L)`` in any strides.

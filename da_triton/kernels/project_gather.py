@@ -28,7 +28,7 @@ BLOCK_C = 64  # channels in a step of gather_from_a
 def gather_from_x_kernel(
     x_ptr,  # (N, C, L)
     w_ptr,  # (TOTAL_N, C), contiguous: Wb
-    mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 at masked positions; read if HAS_MASK
     acc_ptr,  # (N, NUM_SPLITS, TOTAL_N, C) float32/64
     max_ptr,  # (N, NUM_SPLITS, TOTAL_N)
     sum_ptr,  # (N, NUM_SPLITS, TOTAL_N)
@@ -73,7 +73,7 @@ def gather_from_x_kernel(
         x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
         if HAS_MASK:
             taking_part = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
-            x = tl.where(taking_part[None, :], x, 0.0)  # it may hold anything, even NaN
+            x = tl.where(taking_part[None, :], x, 0.0)  # may hold NaN
         z = dot(w, x, tl.zeros((BLOCK_N, BLOCK_L), ACC), PRECISION) * scale
         z = tl.where(taking_part[None, :], z, -float("inf"))
         p, rescale, mx, total = online_softmax(z, mx, total)
@@ -92,7 +92,7 @@ def gather_from_a_kernel(
     x_ptr,  # (N, C, L)
     wa_ptr,  # (HEADS·C_M, C), contiguous
     wb_ptr,  # (HEADS·C_N, C), contiguous
-    mask_ptr,  # (N, L) uint8, 0 where a position takes no part; read if HAS_MASK
+    mask_ptr,  # (N, L) uint8, 0 at masked positions; read if HAS_MASK
     acc_ptr,  # (N, NUM_SPLITS, HEADS·C_N, C_M) float32/64
     max_ptr,  # (N, NUM_SPLITS, HEADS·C_N)
     sum_ptr,  # (N, NUM_SPLITS, HEADS·C_N)
@@ -165,7 +165,7 @@ def gather_from_a_kernel(
             a = tl.trans(a)
         if HAS_MASK:
             a = tl.where(taking_part[:, None], a, 0.0)
-        z = z.to(dtype).to(ACC)  # as backward finds B, so that its P sums to 1 with this lse
+        z = z.to(dtype).to(ACC)  # rounded as B in backward, so that its P sums to 1 with this lse
         z = tl.where(taking_part[None, :], z * scale, -float("inf"))
         p, rescale, mx, total = online_softmax(z, mx, total)
         acc = dot(p.to(dtype), a.to(dtype), acc * rescale[:, None], PRECISION)

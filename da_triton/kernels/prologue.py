@@ -1,6 +1,6 @@
 r"""Packs the operands of the unfused route's vendor GEMMs in one launch.
 
-stacked    the weights of several projections, one below the other: one product for A, B and V
+stacked    the weights of several projections, concatenated: one GEMM for A, B and V
 start      X + bo, to which the last product adds: its result is written once
 lowp       G in the input dtype
 """
@@ -28,7 +28,7 @@ def operands_kernel(
     w0_ptr,  # SIZE_0 elements
     w1_ptr,  # SIZE_1
     w2_ptr,  # SIZE_2
-    stacked_ptr,  # SIZE_0 + SIZE_1 + SIZE_2: one behind the other
+    stacked_ptr,  # SIZE_0 + SIZE_1 + SIZE_2: concatenated
     g_ptr,  # SIZE_G
     lowp_ptr,  # SIZE_G, another dtype
     x_ptr,  # (N, C, L); read if START
@@ -95,7 +95,7 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     ``bias``: None adds nothing.
     """
     w = weights[0]
-    together = len(weights) > 1 and _side_by_side(like, [len(weight) for weight in weights])
+    together = len(weights) > 1 and _aligned_together(like, [len(weight) for weight in weights])
     stacked = w.new_empty((sum(map(len, weights)), w.shape[1])) if together else w
     lowp = g if g is None or g.dtype == w.dtype else g.new_empty(g.shape, dtype=w.dtype)
     x_ = (like if start is None else start) if x is None else x
@@ -114,7 +114,7 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
 
 
 def _operands(w, activation, x, g, bias, rows, start, has_x):
-    """None where nothing is to be made."""
+    """The launch, or None where nothing has to be packed."""
     batch, channels, length = activation.shape
     sizes = [r * w.shape[1] for r in rows]
     sizes += [0] * (3 - len(sizes))
@@ -132,7 +132,7 @@ def _operands(w, activation, x, g, bias, rows, start, has_x):
     )  # fmt: skip
 
 
-def _side_by_side(x, rows):
+def _aligned_together(x, rows):
     """Whether A, B, V with these rows, stacked in one tensor like x, can be loaded as wide.
 
     An odd number of positions in NCHW is loaded element by element anyway.

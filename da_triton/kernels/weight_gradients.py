@@ -1,4 +1,4 @@
-r"""The gradients of the fused block's weights, from what the passes over positions left.
+r"""The gradients of the fused block's weights, from the results of the passes over positions.
 
     over positions and samples    dWv = Σ dV Xᵀ             dWb = Σ dB Xᵀ       dbv = Σ dV
     over samples and n            dWo = scale · Σ dH Gᵀ     dWa = Σ dG Mᵀ       dba = Σ dG
@@ -208,7 +208,7 @@ def weight_gradients_kernel(
 def sums_kernel(
     partials_ptr,  # (NUM_PARTIALS, ROWS, C)
     sums_ptr,  # (NUM_PARTIALS, ROWS)
-    w0_ptr,  # (ROWS_0, C): the first rows of Σ parts
+    w0_ptr,  # (ROWS_0, C): the first rows of Σ partials
     w1_ptr,  # (ROWS_1, C): the next
     w2_ptr,  # (ROWS_2, C): the last
     b0_ptr,  # (ROWS_0,): in the same way, of Σ sums
@@ -261,7 +261,7 @@ class Gradient(NamedTuple):
 
 @guard.proved({"t": "N-L", "x": "N-L"})
 def outer_product(t, x):
-    """Parts of ``Σ_N Σ_L t xᵀ``, ``(splits, rows, C)``, and of ``Σ_N Σ_L t``, ``(splits, rows)``.
+    """Partials ``(splits, rows, C)`` of ``Σ_N Σ_L t xᵀ``, and ``(splits, rows)`` of ``Σ_N Σ_L t``.
 
     ``t``: ``(N, rows, L)``; ``x``: ``(N, C, L)``, in any strides.
     """
@@ -278,7 +278,7 @@ def _outer(t, x):
     blocks = -(-rows // tile.block_n) * -(-channels // tile.block_m)
     padded = -(-length // tile.block_l) * tile.block_l
     blocks_per_split, _ = launch.split_positions(blocks, padded * batch, tile, x.device)
-    # A part weighs as much as its tiles of t and x together at a few blocks of positions.
+    # A partial has as many bytes as its tiles of t and x at a few blocks of positions.
     blocks_per_split = max(blocks_per_split, LEAST_BLOCKS)
     num_splits = -(-(padded * batch // tile.block_l) // blocks_per_split)
     ready = launch.Launch(
@@ -356,7 +356,7 @@ def _sums(t, partials, sums, rows):
 
 
 def _vendor_gemm(t, x):
-    """The same without a kernel: in channels-last memory one product of all positions."""
+    """``outer_product`` without a kernel: in channels-last memory one GEMM over all positions."""
     acc = accumulator(x.dtype)
     if x.stride(1) == t.stride(1) == 1 and x.shape[1] > 1 < t.shape[1]:
         rows, columns = (y.transpose(1, 2).flatten(0, 1) for y in (t, x))

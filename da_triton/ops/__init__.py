@@ -22,16 +22,16 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 class Backend(NamedTuple):
     """Gather and distribute on ``(N, heads, channels, L)``, the block on ``(N, C, L)``.
 
-    ``gather_partial`` (see ``reference``) gathers one frame, for others to join; ``gather_lse`` and
-    ``gather_backward`` (see ``aten``) gather the positions of one rank. ``direct``
-    is the block where only autograd sees it.
+    ``gather_partial`` (see ``reference``) gathers one frame, to be merged with others;
+    ``gather_lse`` and ``gather_backward`` (see ``aten``) gather the positions of one rank.
+    ``direct`` is the block where only autograd sees it.
     """
 
     gather: Callable
     distribute: Callable
     block: Callable
     gather_partial: Callable
-    gather_lse: Any = None  # the definition has not these three
+    gather_lse: Any = None  # the reference lacks these three
     gather_backward: Any = None
     direct: Any = None
 
@@ -53,9 +53,9 @@ def select(name: str, x: torch.Tensor) -> Backend:
     """The backend for tensors like ``x``.
 
     ``"auto"`` is Triton where it can run, else ``"torch"``, which is also what an exported program
-    holds. A named backend is never exchanged for another: where it cannot run, RuntimeError says
-    why. One exception: transforms that cannot follow the kernels (forward mode, ``torch.vmap`` in
-    the compiler) get the same function in ATen operations.
+    holds. An explicitly requested backend is never substituted: where it cannot run, RuntimeError
+    says why. One exception: transforms that cannot follow the kernels (forward mode, ``torch.vmap``
+    in the compiler) get the same function in ATen operations.
     """
     if name == "eager":
         return EAGER

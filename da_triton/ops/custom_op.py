@@ -42,7 +42,7 @@ _SCALARS = frozenset((type(None), bool, int, float, str, list))
 
 
 def run(op, *args):
-    """``op``; its twin for scales that are tensors; its function itself where nothing watches."""
+    """``op``; its twin for tensor scales; the function itself where nothing intercepts it."""
     if not tracing.watched() and not tracing.named():
         tensors = [x for x in args if type(x) not in _SCALARS]
         if all(type(x) in PLAIN and not (x.is_neg() or x.is_meta) for x in tensors):
@@ -100,7 +100,7 @@ def of_tensors(op):
 
 
 def or_empty(gradient, like):
-    """Operators return tensors: an empty one in place of a gradient that nobody asked for."""
+    """Operators return tensors: an empty one in place of a gradient that is not needed."""
     return like.new_empty(0) if gradient is None else gradient
 
 
@@ -163,7 +163,7 @@ def differentiable(forward, inputs, needs, upstream):
 
 
 def vectorise(op, *, shared=(), joined=True):
-    """Teaches an operator torch.vmap: the axis joins the batch, which is axis 0 of every tensor.
+    """Registers torch.vmap for an operator: the axis joins the batch, axis 0 of every tensor.
 
     ``shared`` tensors, such as weights, have no batch: where one of them has the axis, the operator
     runs once for each. So it does if not ``joined``: a sum over the batch would add up.

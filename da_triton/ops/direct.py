@@ -23,7 +23,7 @@ class Call:
     """
 
     see: Any = staticmethod(Tensor.view)
-    has_operator = False  # for a backward pass that is watched
+    has_operator = False  # for a backward pass that is intercepted
 
     def __init__(self, x: Tensor, weights: Any) -> None:
         self.device = x.device.type
@@ -54,7 +54,7 @@ class Call:
         return call if call.plan(x, w, mask, o, residual) else None
 
     def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
-        """Decides what metadata decides; False where this call does not apply."""
+        """Plans from metadata alone; False where this call does not apply."""
         raise NotImplementedError
 
     def as_matrices(self, x: Tensor, weights: Any, mask: Tensor | None) -> Any:

@@ -152,7 +152,7 @@ gather_of_tensors, gather_backward_of_tensors = map(of_tensors, (gather_op, gath
 
 
 class Gather(torch.autograd.Function):
-    """``gather_op`` with its gradient. Keeps the inputs, G and lse."""
+    """``gather_op`` with its gradient. Saves the inputs, G and lse."""
 
     generate_vmap_rule = True
 
@@ -242,7 +242,7 @@ distribute_backward_of_tensors = of_tensors(distribute_backward_op)
 
 
 class Distribute(torch.autograd.Function):
-    """``distribute_op`` with its gradient. Keeps G and v."""
+    """``distribute_op`` with its gradient. Saves G and v."""
 
     generate_vmap_rule = True
 

@@ -1,16 +1,17 @@
 r"""Positions split over the ranks of a process group: gigapixel images, volumes, long video.
 
 Each rank holds a slice of the positions. A rank's gather gives descriptors ``G_r`` and log-sum-exp
-``lse_r`` of its own slice; those of all ranks merge into what one device would have found,
+``lse_r`` of its own slice; those of all ranks merge into the result of one device,
 
     lse = log Σ_r exp(lse_r)            G = Σ_r exp(lse_r − lse) · G_r
 
 and every rank distributes to its own positions. Only ``(G_r, lse_r)`` cross the network, and in
 backward ``dG``, whose size has nothing to do with the number of positions. The loss is the sum of
 the ranks' losses, each over its own positions: dG is summed over the ranks, and with the lse and G
-of the whole the gradients of a slice need no other slice (``kernels.gather``). Both sums are made
-from an all-gather, by every rank, in one order: the result is repeatable, and the same bits
-everywhere. An attention map without a position left on any rank gives zeros; a slice may be empty.
+of the whole the gradients of a slice need no other slice (``kernels.gather_backward``). Both sums
+are made from an all-gather, by every rank, in one order: the result is repeatable, and the same
+bits everywhere. An attention map without a position left on any rank gives zeros; a slice may be
+empty.
 
 Called through ``process_group=`` of ``da_triton.gather``, ``double_attention``,
 ``double_attention_block`` and ``DoubleAttention``. Forward and backward are collective: all ranks
@@ -57,7 +58,7 @@ def split(backend: ops.Backend, group: Any) -> ops.Backend:
         return _Gather.apply(a, b, mask, extra_a, extra_b, float(logit_scale), group, backend)[0]
 
     def distribute(g, v, **options):
-        # A product of no positions, which still hands backward's collective a gradient.
+        # A product over no positions, so that backward still enters its collective.
         return (backend if v.shape[-1] else ops.TORCH).distribute(g, v, **options)
 
     def block(x, w, mask, residual, o):
@@ -74,7 +75,7 @@ def split(backend: ops.Backend, group: Any) -> ops.Backend:
 def gather_weights(b: Tensor, mask: Tensor | None, logit_scale: float, group: Any) -> Tensor:
     """``P (N, heads, n, L)`` of this rank's positions; over all ranks each attention map sums to 1.
 
-    Without a gradient: it is for looking at.
+    Without a gradient: for inspection.
     """
     b = b.detach()
     nothing = b.new_empty((*b.shape[:2], 0, b.shape[3]))  # features: only lse is wanted
@@ -105,7 +106,7 @@ def wire_bytes(
 
 
 class _Gather(torch.autograd.Function):
-    """G and lse of all ranks' positions. Keeps a, b, G and lse, as on one device."""
+    """G and lse of all ranks' positions. Saves a, b, G and lse, as on one device."""
 
     @staticmethod
     def forward(a, b, mask, extra_a, extra_b, logit_scale, group, backend):
@@ -164,7 +165,7 @@ def _partial(backend, a, b, mask, extra_a, extra_b, logit_scale):
 
 
 def _kept(mask, b):
-    """A mask in any case: a slice whose logits are all −inf is a slice without weight, not NaN."""
+    """The mask, made if None: a slice whose logits are all −inf has no weight instead of NaN."""
     if mask is not None:
         return mask
     return torch.ones((1, 1), dtype=torch.bool, device=b.device).expand(b.shape[0], b.shape[-1])
@@ -204,7 +205,11 @@ def _of_all_ranks(x, group):
 
 
 def _compose(gather, distribute, x, w, mask, residual, o):
-    """The block in the paper's order, on ``(N, C, L)``."""
+    """The block in the paper's order, on ``(N, C, L)``.
+
+    Not ``ops.aten.block.compose``: that adds A's bias to G of each sample with an unmasked
+    position, and a rank sees only its own positions, of which there may be none.
+    """
     a, b, v = (
         _project(x, weight, bias).unflatten(1, (o.heads, -1))
         for weight, bias in ((w.a, w.bias_a), (w.b, None), (w.v, w.bias_v))

@@ -60,7 +60,7 @@ FAULTS = (
 
 @functools.cache
 def affected(device):
-    """The known faults of what compiles for a device: a tuple of ``Fault``, mostly empty."""
+    """Known faults of the compiler for a device: a tuple of ``Fault``, mostly empty."""
     wish = os.environ.get("DA_TRITON_PROVE", "")
     if device.type != "cuda" or torch.version.hip or launch.INTERPRETED or wish == "0":
         return ()

@@ -5,13 +5,13 @@ from pathlib import Path
 
 
 def cache() -> Path:
-    """Where verdicts are remembered: DA_TRITON_CACHE_DIR, or da_triton in the user's cache."""
+    """Folder of verdicts: DA_TRITON_CACHE_DIR, or da_triton in the user's cache."""
     if named := os.environ.get("DA_TRITON_CACHE_DIR"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da_triton"
 
 
 def tiles() -> Path:
-    """Where tables of tuned tiles are read and written: DA_TRITON_TILES, or in the cache."""
+    """Folder of tuned tile tables: DA_TRITON_TILES, or in the cache."""
     named = os.environ.get("DA_TRITON_TILES")
     return Path(named) if named else cache() / "tiles"

@@ -140,7 +140,7 @@ def _use(spec, args, kwargs):
         if _concerns(args):
             with _lock:
                 verdict = _verdict(spec, spec.bound(args, kwargs))
-            if verdict is None:  # asked again at the next call
+            if verdict is None:  # retried at the next call
                 launch.leave_unrecorded()
                 return True
             known = verdict.right
@@ -248,7 +248,7 @@ def _synchronize(device):
 
 
 class _UnprovedError(Exception):
-    """Nothing was found out about a kernel."""
+    """A proof was not possible: the kernel is neither right nor wrong."""
 
 
 class _FaultError(RuntimeError):

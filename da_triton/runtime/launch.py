@@ -4,8 +4,9 @@ Positions are split over programs so that a launch has about one wave of program
 
 Everything about a launch but addresses and scales follows from the shapes, strides, dtypes and
 device of its tensors, the flags, and PyTorch's TF32 switch. It is found once per such signature
-(``prepared``), and the kernel that Triton compiled for it is kept, so that a later call only looks
-up the ``Launch`` and passes pointers; or not even that, where the whole call was ``recorded``.
+(``prepared``), and the kernel that Triton compiled for it is stored, so that a later call only
+looks up the ``Launch`` and passes pointers; or not even that, where the whole call was
+``recorded``.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ COUNTS = ["HEADS", "BLOCKS_PER_SPLIT", "NUM_SPLITS"]
 def strides(x, align):
     """Strides of ``(…, channels, positions)``, all but the last in units of ``align``.
 
-    An axis of size 1 has stride 0 here: PyTorch leaves any value there.
+    Axes of size 1 get stride 0: PyTorch's value is arbitrary.
     """
     s = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     return tuple(s) if align == 1 else (*[stride // align for stride in s[:-1]], s[-1])
@@ -64,7 +65,7 @@ def alignment(*activations):
 
 @functools.cache
 def num_sms(device):
-    """Multiprocessors of the GPU; a small fixed number for interpreted kernels."""
+    """SMs of the GPU; a small fixed number for interpreted kernels."""
     if device.type != "cuda":
         return INTERPRETED_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -74,8 +75,8 @@ class _Thread(threading.local):
     num_splits = (
         None  # programs that share the positions, instead of as many as the GPU has room for
     )
-    tiles = None  # what launches take is noted here
-    recorder = None  # is given every launch
+    tiles = None  # tiles of launches are appended here
+    recorder = None  # receives every launch
 
 
 _thread = _Thread()
@@ -155,7 +156,7 @@ def add_partials(partials, shape):
 
 
 def device_of(x):
-    """Triton launches on the current device: make it the tensors'.
+    """Triton launches on the current device, so switch to the tensors'.
 
     The interpreter keeps its state in one place of the process: there, one thread at a time.
     """
@@ -194,7 +195,7 @@ def forget():
 
 @contextlib.contextmanager
 def forgetting():
-    """Around what replaces a kernel, a table of tiles, or the facts about a GPU."""
+    """Context for replacing a kernel, a table of tiles, or the facts about a GPU."""
     forget()
     try:
         yield
@@ -310,7 +311,7 @@ class Launch:
         )  # fmt: skip
 
     def _compile(self, tensors, scales, aligned):
-        """Launches through Triton; keeps what it compiled."""
+        """Launches through Triton and stores the compiled kernel."""
         with device_of(tensors[0]):
             kernel = self.kernel[self.grid](
                 *tensors, *scales, *self.sizes, **self.constants, **self.options

@@ -1,4 +1,4 @@
-"""The host's part of a call, recorded once and then repeated: allocations, launches, products.
+"""The host side of a call, recorded once and then repeated: allocations, launches, GEMMs.
 
 The kernels that a pass launches, and the tensors they take, follow from metadata alone. So
 the eighth call with the same metadata is recorded, and later ones skip the launchers: they
@@ -36,7 +36,8 @@ CONSTANTS = (
     type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout,
     torch.memory_format,
 )  # fmt: skip
-# The first call that is recorded, a power of 2. To record takes about as long as ten calls save.
+# The first call that is recorded, a power of 2. Recording costs about as much time as ten calls
+# save.
 FIRST = 8
 UNIT = 256  # bytes; temporaries start at multiples of it
 Found = tuple[Tensor | None, ...]
@@ -91,7 +92,7 @@ class Recorded:
         return results
 
 
-# --- what is repeated -----------------------------------------------------------------------------
+# --- the recording --------------------------------------------------------------------------------
 # Tensors have numbers: first those that are given, then those that are made.
 
 
@@ -177,7 +178,7 @@ class Program(NamedTuple):
     metadata: list[Any]
 
 
-# --- how it is recorded ---------------------------------------------------------------------------
+# --- the recorder ---------------------------------------------------------------------------------
 
 
 class _Whole(NamedTuple):
@@ -195,7 +196,7 @@ class _Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Otherwise the first operation imports the compiler, which takes a second."""
+        """Without it the first operation imports the compiler, which takes a second."""
         return False
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:

@@ -1,7 +1,7 @@
-"""Tile choice: which block sizes, warps and pipeline stages a kernel gets, and why.
+"""Tile choice: block sizes, warps and pipeline stages of each kernel.
 
-``tile`` is the one lookup, for every kernel: an entry tuned for this very GPU, else one shipped for
-its architecture, else a rule. Nothing is measured at run time: the choice is the same in every
+``tile`` is the one lookup, for every kernel: an entry tuned for this GPU model, else one shipped
+for its architecture, else a rule. Nothing is measured at run time: the choice is the same in every
 process, traceable, and works interpreted.
 
 Shipped tables are ``kernels/tiles/<architecture>.json``, and ``wide.json`` with float32 and float64
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-PLAIN = "plain"  # also every variant that a table does not have
+PLAIN = "plain"  # also every variant that a table lacks
 COLUMNS = [
     "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages", "impl",
     "note",
@@ -93,8 +93,8 @@ ARCHITECTURES = {
     "gfx942": Architecture("hip", "gfx942", 64, 65_536),
 }
 # Tables for compute capabilities: by number, then by generation. 8.7 (Orin) has the A100's shared
-# memory. 8.6, 8.9 and 12.x have 99 KiB, the least of all: their table is the safest for any other.
-# 10.x and 11.x are Blackwell with tensor memory, which 12.x has not.
+# memory. 8.6, 8.9 and 12.x have 99 KiB, the smallest: their table is the safest for any other.
+# 10.x and 11.x are Blackwell with tensor memory, which 12.x lacks.
 TABLES = {(8, 0): "sm_80", (8, 7): "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
 SAFEST = "sm_89"
 AMD = "gfx942"
@@ -102,10 +102,10 @@ AMD = "gfx942"
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose table a GPU takes; interpreted kernels take an H200's.
+    """The architecture whose table a GPU uses; interpreted kernels use an H200's.
 
     Raises:
-        RuntimeError: there is none that is safe for it (see ``obstacle``).
+        RuntimeError: no table is safe for it (see ``obstacle``).
     """
     if device.type != "cuda":
         return "sm_90"
@@ -118,7 +118,7 @@ def architecture(device: torch.device) -> str:
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why no table is safe for an AMD GPU, or None: RDNA has other matrix units and wavefronts."""
+    """Why no table is safe for an AMD GPU, or None: RDNA's matrix units and waves differ."""
     name = _gcn(device)
     if name.startswith("gfx9"):
         return None
@@ -208,7 +208,7 @@ BLOCKS = {
     "outer_product": Blocks((64, 128), (64, 128)),
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # of kernels with others than "pointers"
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # if not "pointers" alone
 CORE = list(BLOCKS)[:7]  # an SM should hold two programs of these, if they are small
 # Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
 # and in tests.
@@ -383,11 +383,11 @@ def tuned(gpu_name: str) -> Table:
 
 
 def tuned_files(gpu_name: str) -> list[Path]:
-    """The tables of a GPU that there are; a later one counts more."""
+    """The existing tables of a GPU; later ones take precedence."""
     if not gpu_name:
         return []
     paths = [SHIPPED / "tuned" / file_name(gpu_name)]
-    with contextlib.suppress(RuntimeError):  # nobody's home folder can be found
+    with contextlib.suppress(RuntimeError):  # there is no home folder
         paths.append(folders.tiles() / file_name(gpu_name))
     return [path for path in paths if os.path.exists(path)]
 
@@ -429,7 +429,7 @@ def entries(table: Mapping[str, Any]) -> dict[Key, Entry]:
 
 
 def text(header: Mapping[str, str], table: Table) -> str:
-    """A file's contents: an entry a line, in order."""
+    """A file's contents: one entry per line, sorted."""
     rows = [json.dumps([*key, *entry], ensure_ascii=False) for key, entry in sorted(table.items())]
     head = json.dumps({**header, "columns": COLUMNS}, ensure_ascii=False)[:-1]
     return f'{head}, "tiles": [\n' + ",\n".join(rows) + "\n]}\n"

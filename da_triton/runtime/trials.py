@@ -1,4 +1,4 @@
-"""Arguments of a launch: what its code depends on, and small random ones like them."""
+"""Arguments of a launch: their key, and small random arguments like them."""
 
 import torch
 

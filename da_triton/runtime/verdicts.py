@@ -24,7 +24,7 @@ _warned: set[str] = set()
 
 
 class Verdict(NamedTuple):
-    """On one launcher with given channels, dtypes and flags."""
+    """Verdict on one launcher with given channels, dtypes and flags."""
 
     kernel: str
     case: str  # dtypes, sizes and flags
@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
 
 @functools.cache
 def context(device):
-    """What a verdict holds for: GPU, driver, compiler, and the kernels with their tiles."""
+    """The scope of a verdict: GPU, driver, compiler, and the kernels with their tiles."""
     sources, package = hashlib.sha256(), Path(__file__).parents[1]
     patterns = "kernels/*.py", "kernels/tiles/*.json", "runtime/*.py", "precision.py"
     shipped = sorted(path for pattern in patterns for path in package.glob(pattern))
@@ -99,7 +99,7 @@ def remember(device, verdict):
 
 
 def warn(verdict, device):
-    """Says once per kernel and process that it is not used."""
+    """Warns once per kernel and process that it is not used."""
     if verdict.kernel in _warned:
         return
     _warned.add(verdict.kernel)
@@ -117,7 +117,7 @@ def warn(verdict, device):
 
 
 def warn_of_a_capture(kernel):
-    """Says once that a captured kernel was not proved."""
+    """Warns once that a captured kernel was not proved."""
     if "capture" in _warned:
         return
     _warned.add("capture")

@@ -1,4 +1,4 @@
-"""Wrong arguments of the public functions and the layer: the error's type and what it says."""
+"""Wrong arguments of the public functions and the layer: error types and messages."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ ERRORS = [
     (gather(backend="cuda"), ValueError, "'auto', 'triton', 'torch', 'eager', got 'cuda'"),
     (distribute(g=1), TypeError, "g must be a torch.Tensor, got int"),
     (distribute(g=torch.zeros(2, 3, 4)), ValueError, r"g must be \(N, heads, m, n\)"),
-    (distribute(g=torch.zeros(2, 1, 0, 4)), ValueError, "none of them 0 but N"),
+    (distribute(g=torch.zeros(2, 1, 0, 4)), ValueError, "with heads, m, n ≥ 1"),
     (distribute(g=torch.zeros(3, 1, 3, 4)), ValueError, "g and v must have the same batch"),
     (distribute(v=x6), ValueError, r"heads·n = 1·4 channels to fit g \(2, 1, 3, 4\), got 6"),
     (distribute(g=torch.zeros(2, 1, 3, 4).half()), TypeError, "or float32 if v is half"),
@@ -86,10 +86,10 @@ ERRORS = [
     (core(softmax_v=1), TypeError, "softmax_v must be True or False, got int"),
     (core(softmax_v=np.ones(2)), TypeError, "True or False, got ndarray"),
     (core(softmax_v=np.float64(1)), TypeError, "True or False, got float64"),
-    (core(scale=torch.ones(1)), TypeError, "multiply the tensor it belongs to"),
+    (core(scale=torch.ones(1)), TypeError, "multiply the corresponding tensor"),
     (core(extra=x4), TypeError, r"pair \(extra_a, extra_b\).*got Tensor"),
     (core(extra=(x4[:1], None)), TypeError, r"extra\[1\] must be a torch.Tensor, got NoneType"),
-    (core(extra=(x6[:1], x6[:1])), ValueError, "4 channels, as a has, and K ≥ 1"),
+    (core(extra=(x6[:1], x6[:1])), ValueError, "4 channels, those of a, and K ≥ 1"),
     (core(extra=(x4[:1], x6[:1, :, :2])), ValueError, "same number K of tokens, got 5 and 2"),
     (core(extra=(x4[:1].half(), x6[:1])), TypeError, "a and extra_a must share one dtype"),
     (core(extra=(x4[:1], meta[:1])), RuntimeError, "a and extra_b must be on one device"),
@@ -109,7 +109,11 @@ ERRORS = [
     (block(bias_v=1.0), TypeError, "bias_v must be a torch.Tensor or None, got float"),
     (block(bias_out=torch.zeros(1, 4)), ValueError, r"bias_out must have shape \(4,\)"),
     (block(weight_out=None, bias_out=torch.zeros(4)), ValueError, "Give both, or neither"),
-    (block(weight_out=torch.zeros(5, 4), residual=True), ValueError, "must give x's 4 channels"),
+    (
+        block(weight_out=torch.zeros(5, 4), residual=True),
+        ValueError,
+        "needs 4 output channels, those of x",
+    ),
     (block(weight_a=w.half()), TypeError, "x and weight_a must share one dtype"),
     (block(bias_a=torch.zeros(4, dtype=torch.float64)), TypeError, "x and bias_a must share"),
     (block(weight_v=w.to("meta")), RuntimeError, "x and weight_v must be on one device"),

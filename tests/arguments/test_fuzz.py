@@ -125,7 +125,7 @@ def ways(value):
     return NUMBERS
 
 
-# --- what is called -----------------------------------------------------------------------------
+# --- the functions ------------------------------------------------------------------------------
 
 
 def normal(*shape):
@@ -190,7 +190,7 @@ CALLS = {
 
 
 def wide(value):
-    """In float64, in the simplest memory."""
+    """The argument in float64, contiguous."""
     if isinstance(value, (tuple, list)):
         return type(value)(wide(x) for x in value)
     if not isinstance(value, torch.Tensor):
@@ -233,7 +233,7 @@ def tensors(given):
 
 
 def cases(name):
-    """What can be spoiled, and how; but bias_b may hold anything, as it never changes a result."""
+    """Arguments to spoil, and how; but bias_b may hold anything, as it never changes a result."""
     _, given = CALLS[name]()
     return [
         (argument, way)
@@ -245,7 +245,7 @@ def cases(name):
 
 
 def spoil(given, argument, way):
-    """Whether it could be done: no bias is channels last, for instance."""
+    """Whether it applies: a bias cannot be channels last, for instance."""
     try:
         given[argument] = ways(given[argument])[way](given[argument])
     except (RuntimeError, IndexError):
@@ -254,7 +254,7 @@ def spoil(given, argument, way):
 
 
 def tally(name, backend, chosen):
-    """How many were rejected and how many were right; fails with a list of those that were not."""
+    """Counts of rejected and of right calls; fails with a list of the others."""
     faults, count = [], {"rejected": 0, "right": 0}
     for spoils in chosen:
         torch.manual_seed(0)
@@ -290,7 +290,7 @@ def test_two_arguments(name, backend):
     assert count["rejected"] > 50
 
 
-# --- what is made -------------------------------------------------------------------------------
+# --- the layers ---------------------------------------------------------------------------------
 
 
 LAYER = {"in_channels": 8, "c_m": 4, "c_n": 6, "heads": 2, "logit_scale": 1.0, "logit_scale_v": 1.0,
@@ -323,8 +323,8 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_any_argument_is_taken_or_rejected_by_name(name):
-    """With each argument replaced by each of many things: made, or rejected by name."""
+def test_any_argument_is_accepted_or_rejected_by_name(name):
+    """Each argument replaced by each of many values: constructed, or rejected by name."""
     function, usual = MADE[name]
     faults, count = [], {"rejected": 0, "made": 0}
     for argument, other in itertools.product(usual, OTHERS):

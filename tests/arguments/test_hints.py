@@ -1,4 +1,4 @@
-"""Errors of the public functions: what they tell the user to do works."""
+"""Errors of the public functions: the advice in them works."""
 
 import re
 
@@ -40,7 +40,7 @@ NAMED = {"extra[0]": "extra_a", "extra[1]": "extra_b"}
 
 
 def follow(call, **values):
-    """The result, after as many conversions as messages ask for; and what was converted with."""
+    """The result, after the conversions that messages suggest, and the conversions."""
     done = []
     while True:
         try:

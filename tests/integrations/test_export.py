@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def trained(model):
-    """As after some training, in evaluation: the blocks are no identities."""
+    """As after some training, in evaluation: the blocks are not identities."""
     for block in model.modules():
         if isinstance(block, ResidualDoubleAttention):
             last = block.attention.conv_reconstruct if block.norm is None else block.norm

@@ -61,7 +61,7 @@ def test_modules_that_concatenate_need_their_channels(make, place, guess, channe
 
 
 class Returning(nn.Module):
-    """A convolution, and what a function makes of its result."""
+    """A convolution, then a function."""
 
     def __init__(self, change):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Stateless layers as ``kernels`` of Hugging Face puts them into other people's modules."""
+"""Stateless layers as ``kernels`` of Hugging Face puts them into existing modules."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NAME = "DoubleAttention"
 
 
 class Theirs(nn.Module):
-    """The definition as users write it; not one line of it knows of this package."""
+    """The definition as users write it, independent of this package."""
 
     axes = (2, 1)
 
@@ -60,19 +60,19 @@ class OverTheBatch(Theirs):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A published kernel: the package, and beside it what packaging adds."""
+    """A published kernel: the package, and the files that packaging adds."""
     path = hub.publish(tmp_path_factory.mktemp("kernel"))
     return LocalLayerRepository(path, layer_name=NAME)
 
 
 def kernelized(model, repository, mode=Mode.TRAINING | Mode.TORCH_COMPILE):
-    """Without a way out: what cannot be replaced raises."""
+    """Without fallback: a layer that cannot be replaced raises."""
     with use_kernel_mapping({NAME: {"cpu": repository}}, inherit_mapping=False):
         return kernelize(model, mode=mode, device="cpu", use_fallback=KernelizeFallback.NONE)
 
 
 def pair(kind=Replaceable, **options):
-    """A layer, and its twin in float64 that stays as it is."""
+    """A layer, and an unmodified twin in float64."""
     model = kind(**options)
     twin = Theirs(**options).double()
     twin.load_state_dict(model.state_dict())
@@ -175,7 +175,7 @@ print(json.dumps([ours, sorted(names), sorted(formulas)]))
 
 
 def test_operators_are_registered_in_one_namespace():
-    """Nothing of anybody else's changes on import; a registration elsewhere would be seen."""
+    """Importing registers nothing in other namespaces."""
     result = subprocess.run(
         [sys.executable, "-c", REGISTRATIONS], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},

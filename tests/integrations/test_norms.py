@@ -1,4 +1,4 @@
-"""The norm of a block: one that cannot learn, one of another rank, and a start that comes back."""
+"""The norm of a block: one that cannot learn, one of another rank, and resets."""
 
 import functools
 
@@ -18,7 +18,7 @@ INPUTS = {1: (2, 8, 5), 2: (2, 8, 3, 4), 3: (2, 8, 3, 4, 4)}
 
 
 class FrozenByBuffers(nn.Module):
-    """As detectors write it: the values of a batch normalisation, none of them a parameter."""
+    """As in detectors: the values of a batch normalisation as buffers, without parameters."""
 
     def __init__(self, channels):
         super().__init__()

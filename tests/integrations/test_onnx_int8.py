@@ -36,7 +36,7 @@ def exported(block, x, path, opset):
 
 
 def quantised(block, x, folder, opset):
-    """Kinds of its nodes, how many convolutions take int8 weights, and what it gives for x."""
+    """Kinds of its nodes, how many convolutions take int8 weights, and its output for x."""
     path, prepared, final = (str(folder / f"{name}.onnx") for name in ("float", "ready", "int8"))
     exported(block, x, path, opset)
     quant_pre_process(path, prepared)

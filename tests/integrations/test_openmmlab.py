@@ -121,7 +121,7 @@ KAIMING = [
 @pytest.mark.parametrize("norm", ["batch", None])
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_the_block_is_the_identity_after_the_model_is_initialised(norm, zero_init):
-    """``KAIMING`` is what the ResNets of mmdet and mmseg do to all convolutions and norms."""
+    """``KAIMING`` initialises all convolutions and norms in mmdet's and mmseg's ResNets."""
     register_openmmlab()
     plugin = {**CONFIG, "norm": norm, "zero_init": zero_init}
     model = Sequential(Residual(16, [plugin]), init_cfg=KAIMING)

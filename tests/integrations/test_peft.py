@@ -1,4 +1,4 @@
-"""PEFT's adapters on the block's convolutions and on the block: what it does to the plain block."""
+"""PEFT's adapters on the block and its convolutions: the same effect as on the plain block."""
 
 import copy
 
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def nets(kind, axes=2, backend="auto"):
-    """The network with the block and with the plain one, of the same weights."""
+    """The network with the block and with the plain one, with the same weights."""
     if kind == "layer":
         blocks = DoubleAttention(16, 8, 6, heads=2, backend=backend), PlainBlock(16, 8, 6, heads=2)
     else:

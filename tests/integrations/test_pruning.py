@@ -1,4 +1,4 @@
-"""Pruning libraries on networks with the block: what they do to the plain block."""
+"""Pruning libraries on networks with the block: the same effect as on the plain block."""
 
 import copy
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def nets(kind):
-    """The network with the block and with the plain one, of the same weights."""
+    """The network with the block and with the plain one, with the same weights."""
     return [randomize(Net(block(16, 8, 8)).double()) for block in KINDS[kind]]
 
 
@@ -46,7 +46,7 @@ def images(channels=3):
 
 
 def check_sizes(layer):
-    """What the layer says of itself, and that everything in it runs with these sizes."""
+    """Sizes that the layer reports, and that all its parts run with them."""
     assert layer.in_channels == layer.convA.in_channels == layer.convA.weight.shape[1]
     assert layer.c_m == layer.convA.out_channels == layer.convA.weight.shape[0]
     assert layer.c_n == layer.convB.out_channels == layer.convB.weight.shape[0]
@@ -195,7 +195,7 @@ def test_masks_and_parametrisations(kind, change, training):
     ours, plain = (changed(net, change).train(training) for net in nets(kind))
     before = nets(kind)[0].train(training)
     x = images()
-    for _ in range(2):  # a power iteration a step
+    for _ in range(2):  # a power iteration per step
         results = []
         for net in (ours, plain):
             net.zero_grad()

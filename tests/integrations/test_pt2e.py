@@ -43,7 +43,7 @@ each_kind = pytest.mark.parametrize("kind", ["layer", "residual"])
 
 
 def blocks(kind, axes=2):
-    """The block and the plain one, of the same weights."""
+    """The block and the plain one, with the same weights."""
     if kind == "layer":
         pair = DoubleAttention(16, 8, 6, heads=2), PlainBlock(16, 8, 6, heads=2)
     else:
@@ -122,7 +122,7 @@ def test_during_training(quantiser):
 
 
 def test_gradients_during_training():
-    """Weights learn what fake quantisation lets through, as the plain block's do."""
+    """Weights learn through fake quantisation like the plain block's."""
     grads, x = [], images()
     for block in blocks("layer"):
         exported = torch.export.export(block.train(), (x,)).module()

@@ -1,4 +1,4 @@
-"""x + norm(attention(x)): identity at first, one operation in evaluation, the sum otherwise."""
+"""x + norm(attention(x)): initially the identity, one operation in evaluation, else the sum."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ NORMS = {
 
 
 def trained(norm="batch", axes=2, dtype=torch.float64, **options):
-    """A block that does something, with running statistics of its own."""
+    """A block that is not the identity, with its own running statistics."""
     block = ResidualDoubleAttention(
         16, 6, 4, norm=norm, position_axes=axes, zero_init=False, dtype=dtype, **options
     )
@@ -150,8 +150,8 @@ def test_compiles_in_one_graph_in_both_modes():
         ({"norm": "layer"}, "norm must be"),
         ({"norm": 3}, "norm must be"),
         ({"position_axes": 4}, "position_axes must be 1, 2 or 3, got 4"),
-        ({"residual": True}, "residual cannot be chosen"),
-        ({"reconstruct": False}, "reconstruct cannot be chosen"),
+        ({"residual": True}, "residual cannot be set"),
+        ({"reconstruct": False}, "reconstruct cannot be set"),
         ({"norm": functools.partial(nn.BatchNorm2d, affine=False)}, "zero_init needs a norm with"),
         ({"heads": 3}, "heads"),
     ],

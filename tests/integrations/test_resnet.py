@@ -336,7 +336,7 @@ def test_missing_library_says_what_to_install(monkeypatch):
         a2_resnet50()
 
 
-# -- what the blocks add ---------------------------------------------------------------------------
+# -- added parameters, MACs ------------------------------------------------------------------------
 
 IMAGE, CLIP = (3, 224, 224), (3, 8, 224, 224)
 C3, C4, L3, L4 = 512, 1024, 28 * 28, 14 * 14
@@ -362,7 +362,7 @@ def count(make, shape):
 
 
 def of_blocks(share, frames=1):
-    """The same of the paper's five blocks by hand: two on conv3, three on conv4."""
+    """Parameters and MACs of the paper's five blocks by hand: two on conv3, three on conv4."""
     parameters = macs = 0
     for blocks, c, positions in ((2, C3, L3), (3, C4, L4)):
         k = c // share

@@ -52,7 +52,7 @@ def test_a_block_in_every_residual_block(layer, name, expansion):
 
 
 @pytest.mark.parametrize(("name", "norm"), [("resnet18", None), ("resnet26", "batch")])
-def test_weights_of_the_network_without_blocks_give_its_very_answers(name, norm):
+def test_weights_of_the_network_without_blocks_give_its_exact_outputs(name, norm):
     """timm initialises every convolution again after it has built the network, and then calls
     ``zero_init_last``."""
     plain = trained(name).eval()

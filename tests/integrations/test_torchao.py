@@ -1,4 +1,4 @@
-"""torchao's weight-only quantisation of the convolutions: what it does to the plain block."""
+"""torchao's weight-only quantisation of the convolutions: the same effect as on the plain block."""
 
 import copy
 
@@ -24,7 +24,7 @@ each_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "tra
 
 
 def blocks(kind, axes=2, **options):
-    """The block and the plain one, of the same weights."""
+    """The block and the plain one, with the same weights."""
     if kind == "layer":
         pair = DoubleAttention(16, 8, 6, heads=2, **options), PlainBlock(16, 8, 6, heads=2)
     else:

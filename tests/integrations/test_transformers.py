@@ -76,7 +76,7 @@ def logits(model, dtype=torch.float32):
 
 
 def moved(model):
-    """The model with other values in every parameter and statistic of its blocks."""
+    """The model with different values in every parameter and statistic of its blocks."""
     for block in blocks(model):
         for name, t in block.state_dict().items():
             if t.is_floating_point():

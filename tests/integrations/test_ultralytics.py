@@ -32,7 +32,7 @@ def test_names_are_known_once(tasks):
     assert [getattr(tasks, name) for name in NAMES] == list(ours.BLOCKS)
     default = callbacks.get_default_callbacks()
     assert events(default).count(ours._FOR_WORKERS) == 1
-    # The library tells by this whether callbacks are its own.
+    # The library recognises its own callbacks by this.
     assert default == callbacks.get_default_callbacks()
     yolo = YOLO(ultralytics_config())
     yolo.reset_callbacks()
@@ -81,7 +81,7 @@ def test_unknown_model(model):
 
 
 def test_directory_that_looks_like_a_scale(monkeypatch, tmp_path):
-    """What the message says is so, and helps."""
+    """The message is true, and its advice works."""
     from ultralytics import YOLO
 
     register_ultralytics()
@@ -108,7 +108,7 @@ def absolute(table):
 
 
 def without_blocks(rows):
-    """The rows of others, renumbered; who reads a block's row reads the block's input."""
+    """Rows without blocks, renumbered; readers of a block's row read the block's input."""
     numbers, kept = {-1: -1}, []
     for i, (inputs, *rest) in enumerate(rows):
         if rest[1] in NAMES:
@@ -297,11 +297,11 @@ def test_rows_compile_and_export_whole(block):
     torch.testing.assert_close(torch.jit.trace(block, x)(x), expected)
 
 
-# What becomes of a network
+# Networks with blocks
 
 
 def joined_features(network, x):
-    """What the detector reads, in float64: the outputs of the blocks."""
+    """Inputs of the detector, in float64: the outputs of the blocks."""
     with torch.no_grad():
         return torch.cat([m.double().flatten(1) for m in features(network, x)], 1)
 

@@ -1,4 +1,4 @@
-"""What Ultralytics 8.4.140 or newer can do beyond the oldest version that is supported."""
+"""Features of Ultralytics 8.4.140 or newer beyond the oldest supported version."""
 
 from pathlib import Path
 
@@ -26,13 +26,13 @@ def test_worker_of_distributed_training(data, tmp_path):
     assert Path(trainer.save_dir, "weights", "last.pt").exists()
 
 
-def test_what_makes_a_worker_know(tasks, data, tmp_path):
+def test_workers_register_by_the_callback(tasks, data, tmp_path):
     """The callback, where it is given the path of a YAML file, or a block."""
     from ultralytics.utils import dist
     from ultralytics.utils.patches import torch_load
 
     def state(of):
-        """What a worker reads, once this process has forgotten the names."""
+        """State that a worker reads, once this process has forgotten the names."""
         file = Path(dist.generate_ddp_file(of)).with_suffix(".pt")
         for name in NAMES:
             delattr(tasks, name)

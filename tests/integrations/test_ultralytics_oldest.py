@@ -1,4 +1,4 @@
-"""The tests of Ultralytics on the oldest version that is supported.
+"""The tests of Ultralytics on the oldest supported version.
 
 pip puts it in a folder of its own, without dependencies, which takes a second. The newest version,
 which the other tests run on, stays as it is. Without a package index this fails: nothing else would

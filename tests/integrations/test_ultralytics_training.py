@@ -29,7 +29,7 @@ def test_training(trained, data):
 
 
 def test_fresh_process(trained, data, tmp_path):
-    """Which knows nothing of the blocks but what the checkpoint brings."""
+    """A process that only loads the checkpoint."""
     from ultralytics import YOLO
 
     best, image = trained.trainer.best, data.parent / "images/bus.jpg"

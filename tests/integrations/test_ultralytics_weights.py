@@ -132,7 +132,7 @@ def test_every_task_and_family(family, name, at, tmp_path):
     assert all(torch.equal(*pair) for pair in pairs)
 
 
-# What follows a load
+# After a load
 
 
 def start_of_training(yolo, data, directory, **options):

@@ -19,13 +19,13 @@ from da_triton.runtime import tiles
 
 ARCHITECTURES = table.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
-# A few registers that are spilled, once: with rows that are no multiple of 16 bytes, where every
+# A few registers that are spilled, once: with rows that are not a multiple of 16 bytes, where every
 # tile tried spills, and with n = 128, where a tile that does not is half as long.
 ACCEPTED = {
     ("gfx942", "block_bwd_gather", 19): 8,
     ("sm_90", "block_bwd_gather", 128): 12,
 }
-# The same where the oldest Triton that is supported compiles.
+# The same with the oldest supported Triton.
 ACCEPTED_OF = {
     "3.6.0": {
         ("sm_80", "delta", 32): 3,
@@ -35,7 +35,7 @@ ACCEPTED_OF = {
         ("sm_90", "weight_gradients", 19): 16,
     },
 }
-# Matrix units of the core's kernels in full precision: none for float32 on NVIDIA.
+# Matrix-unit instructions of the core's kernels in full precision: none for float32 on NVIDIA.
 FLOAT64_UNITS = ("sm_80", "sm_90", "gfx942")
 
 
@@ -68,13 +68,13 @@ def sample(arch):
 
 
 def is_fused(code):
-    """Of the fused block: these have channels."""
+    """Kernels of the fused block: these have channels."""
     return code["C"] > 0
 
 
 @each_architecture
 def test_every_kernel_is_compiled(arch):
-    """Each that the package defines, of the fused block too; nothing else."""
+    """Every kernel that the package defines, those of the fused block included; nothing else."""
     folder = Path(da_triton.__file__).parent / "kernels"
     sources = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     defined = set(re.findall(r"^def (\w+)_kernel\(", sources, re.MULTILINE))
@@ -99,7 +99,7 @@ def test_shared_memory_fits(arch):
 
 @each_architecture
 def test_matrix_instructions(arch):
-    """In every kernel that multiplies matrices; NVIDIA has none for float32 in full precision."""
+    """Every kernel with matrix products has them; NVIDIA has none for full-precision float32."""
     for code in kept(arch):
         scalar = code["dtype"] == "float32" and arch in NVIDIA
         no_unit = code["dtype"] == "float64" and arch not in FLOAT64_UNITS
@@ -148,14 +148,14 @@ def test_main_loops_copy_asynchronously():
         if code["L"] == table.ODD:
             continue
         if is_fused(code) and not (code["wgmma"] and code["stages"] > 1):
-            continue  # tiles of 32 rows: mma.sync takes X from registers, however it came there
+            continue  # tiles of 32 rows: mma.sync takes X from registers, wherever it comes from
         if code["products"] and code["dtype"] == "bfloat16" and not code["call"]:
             assert code["copy_bytes"] >= 8, table.title(code)
 
 
 @each_compiled
 def test_table_is_of_the_programs_that_launches_compile(arch):
-    """Not one missing, and none that is no longer there."""
+    """None missing, none stale."""
     if {row["triton"] for row in kept(arch)} != {TRITON}:
         warnings.warn(f"{table.KEPT.name} is of another Triton than {TRITON}", stacklevel=1)
         return
@@ -169,7 +169,7 @@ def test_table_is_of_the_programs_that_launches_compile(arch):
 
 @each_compiled
 def test_table_has_the_figures_that_the_compiler_gives(arch):
-    """Of one program of each kernel; of another Triton, that it compiles without a spill."""
+    """One program of each kernel; with another Triton, that it compiles without spills."""
     listed = {row["digest"]: row for row in kept(arch)}
     accepted = ACCEPTED_OF.get(TRITON, {})
     compiled = [row for row in sample(arch) if "registers" in row]

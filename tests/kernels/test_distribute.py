@@ -57,7 +57,7 @@ def test_scales_are_not_rounded_to_float32():
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n > 1], ids=lambda case: case.name)
 def test_output_has_the_memory_format_of_v(case):
-    """Not asked of one channel, where both formats are the same memory."""
+    """Except for one channel, where both formats are the same memory."""
     for channels_last in (False, True):
         g, v, upstream = inputs(case, torch.float32, channels_last)
         result = step(core.distribute, (g, v), upstream)

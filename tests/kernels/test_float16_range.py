@@ -1,6 +1,6 @@
 """Kernels in float16, where gradients of G may overflow it while those of A, B, V do not.
 
-Sums over positions make dG many times larger than what is made of it.
+Sums over positions make dG many times larger than the gradients computed from it.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from da_triton.ops.triton import core
 from support.block import NAMES, ROUTES, definition, run
 from support.block import Case as Sizes
 from support.block import inputs as block_inputs
-from support.cases import CASES, Case
+from support.cases import CASES, ORDERS, Case
 from support.cases import LARGEST_G_TILE as CASE
 from support.numerics import DEVICE, check, peaky
 
@@ -21,7 +21,7 @@ RANGE = 32  # by which dG may exceed it
 # One for each of the kernels that read dG.
 TILED = Case("tiled", heads=1, m=40, n=520, length=120, batch=1)
 each_case = pytest.mark.parametrize("case", [CASE, *CASES[4:], TILED], ids=lambda case: case.name)
-UNFUSED = [f"unfused_{order}" for order in ("AZ", "XZ", "AH", "XH")]
+UNFUSED = [f"unfused_{order}" for order in ORDERS]
 
 
 def inputs(case):
@@ -118,7 +118,7 @@ def test_each_gradient_alone(case, needs):
 
 @pytest.mark.parametrize("offset", [0.0, 300.0, 3e4])
 def test_gradients_beyond_float16_of_huge_logits(offset):
-    """dG is divided by what a log-sum-exp of few digits really loses."""
+    """dG is divided by the rounding error of a low-precision log-sum-exp."""
     a, b, upstream = inputs(CASE)
     b, upstream = b / 2 + offset, to(2 * LARGEST, upstream)
     large, small = (gradients(core, a, b, dg, logit_scale=2.0) for dg in (upstream, upstream / 64))
@@ -129,7 +129,7 @@ def test_gradients_beyond_float16_of_huge_logits(offset):
 @pytest.mark.parametrize("excess", [0.01, 3.0])
 @each_case
 def test_the_gradient_of_the_log_sum_exp(case, excess):
-    """It goes through the same weights as dG."""
+    """The gradient of lse uses the same weights as dG."""
     a, b, upstream = inputs(case)
     dg = to(excess * LARGEST, upstream)
     dlse = to(excess * LARGEST, torch.randn(case.batch, case.heads, case.n, device=DEVICE))
@@ -154,7 +154,7 @@ def constant(sizes, upstream, gains=()):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("route", ["fused_xh", "fused_gather", *UNFUSED])
 def test_a_block_of_a_constant_gradient(route, masked):
-    """dX is of the size of dO, dG and dH of a row's sum of it."""
+    """dX is of the size of dO; dG and dH are of the size of its row sums."""
     sizes = Sizes(1, 32, 16, 4, 300, masked=masked)
     given = constant(sizes, 1024.0, [("b", 0.2), ("v", 0.2)])
     found = run(ROUTES[route], sizes, *given)

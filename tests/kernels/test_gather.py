@@ -215,7 +215,7 @@ def test_bitwise_repeatable(case, dtype):
 
 @pytest.mark.parametrize("offset", [-300.0, 1e4, 1e8, 1e30, 3e38])
 def test_huge_logits(offset):
-    """A softmax does not feel what is added to all its logits, up to the last float32."""
+    """A softmax is invariant to a constant added to all its logits, up to the largest float32."""
     a, b, upstream = inputs(CASE, torch.float32)
     shifted = (b + offset).clamp(max=torch.finfo(torch.float32).max)
     expected = step(reference.gather, (a.double(), shifted.double()), upstream)

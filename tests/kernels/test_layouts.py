@@ -80,7 +80,8 @@ def test_chained_products_are_found():
 CONTRACTED = """
 import re, torch, triton
 from bench.codegen import compile, survey
-from da_triton.planning.shapes import XH, Route
+from da_triton.planning.costs import XH
+from da_triton.planning.planner import Route
 with survey.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
     found = [x for m, n in sizes for x in survey.core(m, n, survey.Variant())]

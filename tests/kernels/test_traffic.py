@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
@@ -38,7 +38,7 @@ WORKLOADS = [
 ]
 # Requested over compulsory bytes, forward and backward. Where G fits one tile every element of the
 # activations is asked for once, and the rest is G and its partial sums; elsewhere tiles of n and
-# features ask for them again, as in any matrix product, and caches serve that.
+# m load them again, as in any GEMM, and caches serve that.
 LIMITS = {
     "r50_conv3_q": (1.6, 1.8),
     "r50_conv3_q_nhwc": (1.6, 1.8),
@@ -79,7 +79,7 @@ def _measure(work, monkeypatch):
         distribute.distribute_forward(g, v, 1.0, True, 1.0)
     with traffic.count() as backward:
         dg, _ = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-        gather.gather_backward(dg, a, b, None, g, lse, None, 1.0, True, True)
+        gather_backward.gradients(dg, a, b, None, g, lse, None, 1.0, True, True)
     element = 2 * work.heads * work.length
     return {
         "forward": forward,
@@ -102,7 +102,7 @@ def test_requested_bytes(work, counted, monkeypatch):
 
 @each_workload
 def test_sectors(work, counted, monkeypatch):
-    """No load touches more memory than it asks for, give or take a tenth."""
+    """No load touches more memory than requested, within 10 %."""
     found = counted(work, monkeypatch)
     for kernel in found["forward"] + found["backward"]:
         if not kernel.load_sectors:  # an operation of PyTorch's

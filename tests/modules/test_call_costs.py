@@ -1,4 +1,4 @@
-"""What a warm call of a layer costs the host: exact counts of operations and Python functions."""
+"""Host cost of a layer's warm call: exact counts of operations and Python functions."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ import torch
 
 from da_triton import DoubleAttention, kernels
 from da_triton.ops.triton import block as triton_block
-from da_triton.planning.shapes import XH, Route
+from da_triton.planning.costs import XH
+from da_triton.planning.planner import Route
 from support import repeatable
 from support.numerics import DEVICE
 
@@ -23,7 +24,7 @@ def activations(*shape):
 
 
 def python_calls(function):
-    """How many Python functions of the package run in a call."""
+    """The number of Python functions of the package that run in a call."""
     count = 0
 
     def trace(frame, event, arg):
@@ -43,7 +44,7 @@ def python_calls(function):
 
 
 def operations(function):
-    """How many operations the dispatcher sees, views and those that others call left out."""
+    """The number of operations that the dispatcher sees, except views and nested ones."""
     function()
     with torch.profiler.profile() as profile:
         function()

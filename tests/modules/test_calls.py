@@ -1,4 +1,4 @@
-"""Calls of a layer, which are prepared once per signature: what a later one must see and cost."""
+"""Calls of a layer, which are prepared once per signature: what later ones must notice and cost."""
 
 import concurrent.futures
 import copy
@@ -29,7 +29,7 @@ def activations(*shape):
 
 
 def truth(layer, x, mask=None):
-    """The definition, in a layer that has prepared nothing."""
+    """The definition, in a layer without prepared calls."""
     twin = copy.deepcopy(layer)
     twin.backend = "eager"
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""``torch.utils.checkpoint`` runs a call twice and compares what it saved: whoever watches only one
-of the two runs must not change that."""
+"""``torch.utils.checkpoint`` runs a call twice and compares the saved tensors: observers of
+only one of the two runs must not change them."""
 
 import contextlib
 

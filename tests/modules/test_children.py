@@ -1,4 +1,4 @@
-"""Children that were wrapped, replaced, quantised or pruned: the layer runs what they compute."""
+"""Children that were wrapped, replaced, quantised or pruned: the layer runs them."""
 
 import copy
 
@@ -22,7 +22,7 @@ def layer():
 
 
 class Adapter(nn.Module):
-    """As LoRA wraps a convolution: the base layer, and two more for the difference, at first 0."""
+    """As LoRA wraps a convolution: the base layer, and two more for the difference, initially 0."""
 
     def __init__(self, base):
         super().__init__()
@@ -36,7 +36,7 @@ class Adapter(nn.Module):
 
 
 class Opaque(nn.Module):
-    """No convolution to be found in it, but its number of position axes."""
+    """Contains no convolution, but says how many position axes it takes."""
 
     def __init__(self, conv):
         super().__init__()
@@ -90,7 +90,7 @@ def changed(layer, change):
 def test_any_number_of_position_axes_gives_what_the_plain_layer_gives(
     layer, change, positions, batch
 ):
-    """A batch as large as the channels is where a wrong rank would go unseen."""
+    """With a batch as large as the channels, a wrong rank would go unnoticed."""
     torch._dynamo.reset()
     twin, x = changed(layer, change), torch.randn(batch, 8, *positions)
     torch.testing.assert_close(twin(x), layer(x))
@@ -119,7 +119,7 @@ def test_a_convolution_over_several_positions_needs_its_own_rank(layer):
 
 @pytest.mark.parametrize("positions", [(30,), (2, 3, 5)])
 def test_a_child_without_a_convolution_says_how_many_axes_it_takes(layer, positions):
-    """Maps with their axes joined would give other results, and no error."""
+    """Inputs with joined axes would give different results, and no error."""
 
     class Shifted(nn.Module):
         """The features of the position before, along the first axis."""
@@ -153,7 +153,7 @@ def test_pooling_in_a_child_needs_its_own_rank(layer):
 
 
 class Quantised(torch.Tensor):
-    """A weight that only a convolution can use, as those of quantisation libraries are."""
+    """A weight that only a convolution can use, like those of quantisation libraries."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -66,7 +66,7 @@ def test_gradients_of_a_sum_over_all_positions(dtype):
 
     found, expected = run(activations, "torch"), run([x.double() for x in activations], "eager")
     check(found[0], expected[0], dtype, what="dA")
-    # dB is a small difference of two terms, of which bfloat16 products round one, as eager does.
+    # dB is a small difference of two terms, one of them rounded by bfloat16 products, as in eager.
     check(found[1], expected[1], dtype, what="dB", slack=4 if dtype == torch.bfloat16 else 1)
 
 

@@ -18,7 +18,7 @@ HEADS, M, N, LENGTH = 2, 5, 3, 40
 
 
 def problem(dtype=torch.float64, *, masked=False, tokens=False, logit_scale=1.0):
-    """Leaves, and what else the gather takes; in sample 1 no position is left without tokens."""
+    """Leaves, and the gather's other arguments; in sample 1 all positions are masked."""
     leaves = [peaky(3, HEADS, c, LENGTH, dtype=dtype) for c in (M, N)]
     if tokens:
         leaves += [peaky(3, HEADS, c, 4, dtype=dtype) for c in (M, N)]
@@ -60,7 +60,7 @@ def part(backend):
 
 
 class Operations(TorchDispatchMode):
-    """All that is computed, in order."""
+    """Names of all operations, in order."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ def test_lse(backend, options):
     a, b, *extra = (x.detach() for x in leaves)
     with Operations() as seen:
         g, lse = ops.select(backend, a).gather_lse(a, b, extra=extra or None, **given)
-    if backend == "triton":  # as the kernels give it
+    if backend == "triton":  # as from the kernels
         assert seen.names == ["da_triton::gather"]
     expected = definition(*leaves, **given)
     check(g, expected[0], torch.float64)

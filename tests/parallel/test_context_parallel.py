@@ -45,7 +45,7 @@ def problems():
 
 
 def core(a, b, v, extra=None, mask=None, **options):
-    """Z, and the gradients of all that has one, for a loss that is a sum over positions."""
+    """Z and all gradients, for a loss that is a sum over positions."""
     if mask is not None:  # masked positions may hold anything
         with torch.no_grad():
             for x in (a, b):
@@ -72,7 +72,7 @@ def core_on_a_rank(rank, cuts, backend, dtype):
 
 
 def check_core(found, name, options, dtype):
-    """Slices behind each other are the whole; gradients of tokens are sums, all of it rank 0's."""
+    """Concatenated shards equal the unsharded result; token gradients are sums, all on rank 0."""
     expected = core(*leaves([x.double() for x in activations(dtype)]), backend="eager", **options)
     for i, whole in enumerate(expected):
         if i < 4:
@@ -336,8 +336,7 @@ def test_compiled_without_a_break_and_once_for_all_sizes_and_scales(backend, tmp
     assert all(map(all, ranks.run(2, compiled_on_a_rank, tmp_path, backend)))
 
 
-# --- copies, errors
-# --------------------------------------------------------------------------------
+# --- copies, errors -------------------------------------------------------------------------------
 
 
 def copied(rank):
@@ -392,7 +391,7 @@ def test_something_else_than_a_group_is_rejected(group):
             call()
 
 
-# --- what crosses the network ---------------------------------------------------------------------
+# --- network traffic ------------------------------------------------------------------------------
 
 
 class Received(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Batches split over gloo ranks: DDP and FSDP train as one process does, compiled and checkpointed.
+"""Batches split over gloo ranks: DDP and FSDP train like one process, compiled and checkpointed.
 
 ``convB.bias``, which cannot change a result, has a gradient of zeros: DDP would stop without one.
 """
@@ -85,7 +85,7 @@ def _whole(x):
     return x.full_tensor() if isinstance(x, DTensor) else x.clone()
 
 
-# --- ways to train: net -> what is called ---------------------------------------------------------
+# --- ways to train: net -> callable ---------------------------------------------------------------
 
 
 def ddp(net):
@@ -204,7 +204,7 @@ def _distance(found, exact):
 
 
 def test_half_a_batch_is_rejected():
-    """What two ranks that do not speak to each other would find."""
+    """Results of two ranks without communication."""
     net = Net("plain", "torch", torch.float64)
     found = train(net, net, *batch(torch.float64, 0, 2), contextlib.nullcontext)
     assert _distance(found, alone("plain", "eager", torch.float64)) > 0.05

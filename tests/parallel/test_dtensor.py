@@ -51,7 +51,7 @@ def sharded_core(rank, axis, needs):
 
 def sharded_cores(rank):
     for axis in (0, 1):
-        # Both in one process: what was found for one choice must not serve another.
+        # Both in one process: a result for one choice must not be reused for another.
         for needs in ((True, False, True), (True, True, False)):
             sharded_core(rank, axis, needs)
     return True
@@ -62,7 +62,7 @@ def test_the_core_on_shards_of_batch_or_heads(tmp_path):
 
 
 class Sent(TorchDispatchMode):
-    """Collectives, and our operators, as they reach the dispatcher."""
+    """Collectives, and da_triton operators, as they reach the dispatcher."""
 
     def __init__(self):
         super().__init__()

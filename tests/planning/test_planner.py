@@ -1,4 +1,4 @@
-"""The choice of the association order, and the cost model it stands on."""
+"""The choice of the association order, and its cost model."""
 
 import itertools
 import math
@@ -14,14 +14,19 @@ from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
 from da_triton.planning.costs import (
+    AH,
+    AZ,
+    ORDERS,
+    XH,
     distribute_steps,
     fused_backward_steps,
     gather_steps,
     order_cost,
+    orders,
     unfused_backward_steps,
 )
-from da_triton.planning.planner import choose_order, intervals, seconds
-from da_triton.planning.shapes import AH, AZ, ORDERS, XH, Route, Shape, orders
+from da_triton.planning.planner import Route, choose_order, intervals, seconds
+from da_triton.planning.shapes import Shape
 from support.numerics import DEVICE
 
 
@@ -29,7 +34,7 @@ from support.numerics import DEVICE
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=str)
 def test_operations_are_those_that_run(order, heads, backend):
-    """PyTorch's own counter, which counts a multiply-add as two, over the block as it runs."""
+    """PyTorch's own counter, which counts a MAC as two, over the block as it runs."""
     c, c_m, c_n, length, batch = 24, 12, 8, 30, 3
     x = torch.randn(batch, c, length, device=DEVICE)
     weights = [torch.randn(s, device=DEVICE) for s in ((c_m, c), (c_n, c), (c_n, c), (c, c_m))]
@@ -79,7 +84,7 @@ def test_intervals_cover_every_length_once():
 
 
 def test_few_positions_take_the_papers_order_and_few_descriptors_the_fused_one():
-    """The two ends that the derivation names: conv4 of a ResNet, and n = 19 for segmentation."""
+    """The two extremes: conv4 of a ResNet, and n = 19 for segmentation."""
     assert choose_order(1024, 512, 512, 1, 196, 2, True) == AZ
     assert choose_order(512, 512, 19, 1, 8192, 2, True) == XH
 

@@ -66,7 +66,7 @@ def gathered(a, b):
 
 
 class Kernel:
-    """A kernel that does something after, or instead of, what it should."""
+    """A kernel with something done after it, or in its place."""
 
     def __init__(self, kernel, lie):
         self.kernel, self.lie = kernel, lie
@@ -366,7 +366,7 @@ def test_tf32_is_examined_apart(monkeypatch):
 
 
 def test_a_mask_of_few_positions(monkeypatch):
-    """No sample of the trial is hidden whole."""
+    """No sample of the trial is fully masked."""
     a, b = activations(length=1)
     mask = torch.tensor([[True], [True]], device=DEVICE)
     with guard.examine(1) as verdicts:
@@ -386,7 +386,7 @@ def test_proofs_in_backward_inference_and_compiled_code(suspect, proofs):
 
 
 def test_every_launch_of_a_block_can_be_proved(monkeypatch):
-    """Fused and unfused, in the dtype the tiles are for; a mask, V kept, several heads."""
+    """Fused and unfused, in the dtype the tiles are for; a mask, V saved, several heads."""
     monkeypatch.setattr(trials, "LONGEST", 256)
     given = inputs(CASES["odd"], DTYPE, False)
     x = given[0]

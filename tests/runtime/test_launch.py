@@ -70,4 +70,4 @@ def test_activations_share_a_tensor_only_where_their_rows_stay_wide(
 ):
     x = torch.empty(2, 32, length, dtype=torch.bfloat16)
     x = x.mT.contiguous().mT if channels_last else x
-    assert prologue._side_by_side(x, rows) == expected
+    assert prologue._aligned_in_one_tensor(x, rows) == expected

@@ -1,4 +1,4 @@
-"""Functions of ATen alone, recorded and repeated: what is noted, what is not, where memory is."""
+"""Functions of ATen alone, recorded and repeated: what is repeated, what is not, and memory."""
 
 import itertools
 import random

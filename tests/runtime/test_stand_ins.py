@@ -50,7 +50,7 @@ def test_a_block_of_stand_ins(dtype, route, case, channels_last, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(guard.LAUNCHERS))
 def test_one_stand_in_among_kernels(name, monkeypatch):
-    """Each works with what kernels before it left, and leaves what those after it take."""
+    """Each takes the outputs of kernels before it, and kernels after it take its outputs."""
     monkeypatch.setattr(guard, "watched", lambda: True)
     monkeypatch.setattr(guard, "_use", lambda spec, args, kwargs: spec.name != name)
     given = inputs(CASES["odd"], torch.float32, True)
@@ -62,7 +62,7 @@ def test_one_stand_in_among_kernels(name, monkeypatch):
 
 
 def test_stand_ins_sum_in_float32():
-    """What overflows in float16: many positions, large gradients."""
+    """Sums that overflow float16: many positions, large gradients."""
     a, b = torch.full((1, 1, 4, 2**17), 1.2), torch.zeros(1, 1, 3, 2**17)
     g, lse = stand_ins.gather_forward([(a.half(), b.half(), None)], 1.0)
     assert relative_rms(g, torch.full_like(g, 1.2)) < TOLERANCE[DTYPE]

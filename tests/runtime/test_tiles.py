@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def put(folder, entries, **header):
-    """Writes a table of GPU, and has it read."""
+    """Writes a table of GPU, and reads it."""
     path = folder / tiles.file_name(GPU)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(tiles.text({"gpu": GPU, "triton": triton.__version__, **header}, entries))
@@ -47,12 +47,12 @@ def put(folder, entries, **header):
     return path
 
 
-# --- what ships -----------------------------------------------------------------------------------
+# --- shipped tables -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "wide"])
 def test_shipped_file_is_as_its_entries_are_written(name):
-    """In order, an entry a line, every one of them valid, none twice."""
+    """Sorted, one entry per line, each valid, none twice."""
     text = (tiles.SHIPPED / f"{name}.json").read_text(encoding="utf-8")
     table = json.loads(text)
     entries = tiles.entries(table)
@@ -88,7 +88,7 @@ def test_kernels_of_the_core_have_a_tile_for_any_size_and_dtype(arch):
 
 @each_architecture
 def test_full_n_tiles_come_in_pairs_for_every_architecture(arch):
-    """Forward and backward up to n = 512: where one is missing, the other is never asked for."""
+    """Forward and backward up to n = 512: where one is missing, the other is never looked up."""
     keys = [k for k in tiles.shipped(arch) if k[:1] + k[2:3] == ("full_n", "half")]
     expected = {(v, n) for v in (PLAIN, "gradient") for n in (32, 64, 128, 256, 512)}
     assert {(k.variant, k.block_n) for k in keys} == expected
@@ -135,7 +135,7 @@ def test_tuned_over_shipped_over_rule(folder):
     put(folder, {KEY: Entry(32, 4, 1, "pointers", "1.00 us"), statistics: Entry(32, 8, 1)})
     assert found(KEY.kernel)[2:5] == (128, 8, 3)
     assert found(KEY.kernel, gpu=GPU)[2:5] == (32, 4, 1)
-    assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (64, 8, 3)  # of its own
+    assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (64, 8, 3)  # has its own
     assert found(KEY.kernel, "v", gpu=GPU)[2:5] == (32, 4, 1)  # as plain
     assert found("delta", gpu=GPU)[2:5] == (32, 8, 1)
     assert tiles.tile("delta", X, 64, 32)[2:5] == tiles.STATISTICS["delta"][:3]

@@ -1,4 +1,4 @@
-"""Arguments that kernels are proved with, and what tells two launches apart."""
+"""Arguments that kernels are proved with, and what distinguishes two launches."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_arguments_to_prove_with_are_small_and_aligned_alike():
 
 @pytest.mark.parametrize("length", [9, 49, 196, 784, 3136, 2**21])
 def test_every_length_is_proved_with_several_steps(length):
-    """Of the longest tile, in each of two programs; with the same rest."""
+    """Positions of the longest tile, in each of two programs; with the same remainder."""
     few = trials.few("L", length)
     assert few >= 2 * 3 * 128
     assert (few - length) % 128 == 0

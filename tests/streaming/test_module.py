@@ -84,7 +84,7 @@ def test_a_copied_state_keeps_its_gradients(kind, copied):
 @each_kind
 def test_a_copied_stream_goes_its_own_way(kind):
     stream, (first, second, third, *_) = streamed(kind), clip()
-    stream(first)  # with a graph, of which PyTorch copies no tensor
+    stream(first)  # with a graph, whose tensors PyTorch does not copy
     twin = copy.deepcopy(stream)
     assert torch.equal(twin(second), stream(second))
     expected = stream.state.read()

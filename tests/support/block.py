@@ -7,7 +7,8 @@ import torch
 
 from da_triton import reference
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import AH, AZ, ORDERS, XH, XZ, Route
+from da_triton.planning.costs import AH, AZ, ORDERS, XH, XZ
+from da_triton.planning.planner import Route
 
 from .numerics import DEVICE
 
@@ -48,7 +49,7 @@ CASES = {
     "large_n": Case(3, 64, 24, 390, 66, masked=True, save_v=True),
     "no_tile": Case(1, 48, 16, 520, 50, masked=True),
 }
-# What ``definition`` and ``run`` give: the block without its residual, then gradients.
+# Results of ``definition`` and ``run``: the block without its residual, then gradients.
 NAMES = ("out", "x", "a", "bias_a", "b", "v", "bias_v", "out_weight", "bias_out")
 
 

@@ -1,11 +1,13 @@
-"""What tests run over: orders, backends, position axes, and shapes that reach every path of the
+"""Parameters of tests: orders, backends, position axes, and shapes that reach every path of the
 kernels, small enough to interpret."""
 
 import dataclasses
 
 import pytest
 
-ORDERS = ["AZ", "XZ", "AH", "XH"]
+from da_triton.planning import costs
+
+ORDERS = list(costs.ORDERS)
 BACKENDS = ["triton", "torch", "eager"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 RANKS = [(30,), (5, 6), (2, 3, 5)]  # positions of signals, images and videos

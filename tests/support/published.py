@@ -5,7 +5,7 @@ from torch import nn
 
 
 class DoubleAttentionCopy(nn.Module):
-    """A²-Nets, equations 3 to 5; the last convolution named as the copy at hand names it."""
+    """A²-Nets, equations 3 to 5; the last convolution has the name given."""
 
     def __init__(self, channels, c_m, c_n, last="conv_reconstruct", residual=False, conv=nn.Conv2d):
         super().__init__()
@@ -26,7 +26,7 @@ class DoubleAttentionCopy(nn.Module):
 
 
 class SoftmaxOverTheBatch(DoubleAttentionCopy):
-    """The widely copied one: F.softmax without ``dim`` takes axis 0 of three."""
+    """The widely copied version: F.softmax without ``dim`` takes axis 0 of three."""
 
     def weights(self, b, v):
         return b.softmax(0), v.softmax(0)

@@ -22,7 +22,7 @@ PRELOADED = [
 
 
 def context_for(group):
-    """How ranks start. torch 2.11's compiler asks for CUDA when it is imported, and from then on no
+    """How ranks start. torch 2.11's compiler queries CUDA when it is imported, and from then on no
     fork of the process can use it."""
     if group == "nccl":
         return multiprocessing.get_context("spawn")
@@ -32,7 +32,7 @@ def context_for(group):
 
 
 def run(count, function, folder, *args, group="gloo", limit_s=300):
-    """What ``function(rank, *args)`` returns on each rank, in order.
+    """Results of ``function(rank, *args)`` on each rank, in order.
 
     ``function`` belongs to a module that a new process can import. The ranks meet through a file in
     ``folder``. A rank that raises, or takes longer than ``limit_s``, is an AssertionError here with

@@ -1,4 +1,4 @@
-"""Maps and a layer whose positions are split over ranks."""
+"""Activations and a layer whose positions are split over ranks."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Counts what interpreted kernels move and compute: exact, repeatable, no GPU.
+"""Counts bytes and operations of interpreted kernels: exact, repeatable, no GPU.
 
 ``count()`` yields a list that grows by one ``Traffic`` per launch. Requested bytes count every lane
 that its mask lets through, in every program, every time: what the kernel asks of the memory system,

@@ -72,7 +72,7 @@ def quiet_ultralytics(home):
         directory = home / "Ultralytics"
         directory.mkdir(exist_ok=True)
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-        shutil.copy(fonts / "DejaVuSans.ttf", directory / "Arial.ttf")  # which it would fetch
+        shutil.copy(fonts / "DejaVuSans.ttf", directory / "Arial.ttf")  # which it would download
         # Another test may have imported the library before.
         patch.setattr(checks, "ONLINE", False)
         patch.setattr(checks, "USER_CONFIG_DIR", directory)
@@ -92,7 +92,7 @@ TRAINING = QUICK | {
 
 
 def fresh(code, directory, *arguments, **environment):
-    """Runs a program in a process that has imported nothing of ours."""
+    """Runs a program in a process that has not imported da_triton."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     path = os.pathsep.join([str(Path(da_triton.__file__).parents[1]), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment

@@ -11,7 +11,7 @@ from .verify import Call, seeded
 def calls_in(
     model: nn.Module, layers: list[nn.Module], example: Any
 ) -> dict[nn.Module, list[Call]]:
-    """Calls that each layer gets when the model runs on the example, of every form once.
+    """Calls of each layer when the model runs on the example, one of every form.
 
     Parameters, buffers, modes and generators are afterwards as before.
     """

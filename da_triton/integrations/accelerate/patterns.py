@@ -1,9 +1,9 @@
 """Layers in circulation that are double attention, or a part of it, under other names.
 
-A family says how such a layer is known, mostly by its children, what its formula may be
-(``choices``: copies differ in scales, softmaxes and sums), and runs ours with the layer's own
+A pattern says how to recognise such a layer, mostly by its children, what its formula may be
+(``choices``: copies differ in scales, softmaxes and sums), and runs da_triton with the layer's own
 children (``forward``).
-Nothing here decides that a layer *is* of a family: ``accelerate`` proves it by numbers.
+Nothing here decides that a layer *is* of a pattern: ``accelerate`` proves it by numbers.
 """
 
 import inspect
@@ -27,9 +27,9 @@ DROPOUTS = ("dropout", "proj_drop")
 
 
 class Pattern:
-    """``name``: how it is called. ``arguments``: how many ``forward`` takes after the module.
+    """``name``: for messages. ``arguments``: how many ``forward`` takes after the module.
 
-    All methods are static: a family has no state.
+    All methods are static: a pattern has no state.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Pattern:
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
-        """Whether the module may be of the family, from its children and attributes."""
+        """Whether the module may match, from its children and attributes."""
         raise NotImplementedError
 
     @staticmethod
@@ -63,7 +63,7 @@ class Pattern:
 
     @staticmethod
     def forward(*args: Any, **options: Any) -> Tensor:
-        """Ours, given the module, its arguments, ``backend`` and options."""
+        """The da_triton computation, given the module, its arguments, ``backend`` and options."""
         raise NotImplementedError
 
 
@@ -138,7 +138,7 @@ class EfficientAttention(Pattern):
 
 
 class LinearAttention(Pattern):
-    """On feature maps ``(N, C, *positions)``, with pointwise convolutions."""
+    """Linear attention on ``(N, C, *positions)``, with pointwise convolutions."""
 
     name = "linear attention (diffusion U-Nets, latent diffusion, Grad-TTS)"
 
@@ -213,7 +213,7 @@ class LinearAttention(Pattern):
 
 
 class TokenAttention(LinearAttention):
-    """On tokens ``(N, L, C)``, with linear layers; channels of a head are adjacent."""
+    """Linear attention on ``(N, L, C)``, with linear layers; channels of a head are adjacent."""
 
     name = "linear attention on tokens"
 
@@ -343,7 +343,7 @@ def _is_convolution(module: Any, name: str) -> bool:
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
-    """The first of the named children that is there."""
+    """The first existing child among the names."""
     children = (getattr(module, name, None) for name in names)
     return next((child for child in children if child is not None), None)
 
@@ -377,7 +377,7 @@ def _on_tokens(module: nn.Module) -> bool:
 
 
 def _q_k_v(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Maps ``(N, channels, *positions)``."""
+    """q, k and v as ``(N, channels, *positions)``."""
     projected = [child(x) for child in _projections(module)]
     if _on_tokens(module):
         projected = [t.transpose(1, 2) for t in projected]
@@ -400,7 +400,7 @@ def _finished(module: Any, x: Tensor, z: Tensor, *, drop: bool, residual: bool) 
 
 
 def _heads(module: nn.Module) -> int:
-    """How many heads the layer says that it has; 0 where it says nothing."""
+    """The number of heads that the layer states; 0 if none."""
     for name in ("heads", "num_heads", "head_count"):
         count = getattr(module, name, None)
         if isinstance(count, int):

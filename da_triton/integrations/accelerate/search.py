@@ -23,7 +23,15 @@ from ... import checks
 from ...modules import DoubleAttention
 from .examples import calls_in
 from .patterns import PATTERNS, Pattern
-from .replacement import CLASSES, Accelerated, Match, is_overridden, replace, split
+from .replacement import (
+    Accelerated,
+    Match,
+    has_another_class,
+    is_overridden,
+    replace,
+    split,
+    undo,
+)
 from .verify import EXACT, Call, Reference, UnprovableError, device_of, dtype_of, randomised, seeded
 
 SHAPES = ((5, 6), (7, 9))
@@ -34,7 +42,7 @@ HOOKED = "remove_hook_from_submodules(model) of accelerate.hooks"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One layer: its name in the model, its class, the family that it resembles.
+    """One layer: its name in the model, its class, the pattern that it resembles.
 
     ``error``: the largest relative error in float64 of the proof, or of the nearest formula; NaN
     where none was computed.
@@ -149,7 +157,7 @@ def restore(model: nn.Module) -> list[str]:
         name: module for name, module in model.named_modules() if isinstance(module, Accelerated)
     }
     for name, module in found.items():
-        if type(module) is not CLASSES[module._original]:
+        if has_another_class(module):
             raise RuntimeError(
                 f"the class of {name!r} was changed after accelerate, to {type(module).__name__}, "
                 "as parametrisations and sharding do. Undo that first."
@@ -160,9 +168,7 @@ def restore(model: nn.Module) -> list[str]:
                 "offloading hooks do. Undo that first."
             )
     for module in found.values():
-        module.__dict__.pop("forward", None)
-        module.__class__ = module._original
-        del module._accelerated
+        undo(module)
     names = list(found)
     if not names:
         warnings.warn("restore found no accelerated layer in the model.", stacklevel=2)
@@ -201,7 +207,7 @@ def _obstacle(module: nn.Module) -> str:
             f"(device_map or offloading): call {HOOKED}, then accelerate, then dispatch_model again"
         )
     if is_overridden(module):
-        return "its forward was replaced on the instance: it may do anything"
+        return "its forward is overridden on the instance"
     return ""
 
 
@@ -338,7 +344,7 @@ def _means(reference: Reference, family: type[Pattern], meaning: str) -> bool:
 
 
 def _explained(reference: Reference, family: type[Pattern], error: float) -> str:
-    """Why no formula is the layer's: a known other meaning, or how far the nearest one is."""
+    """Why no formula matches: a known wrong variant, or how far the nearest one is."""
     for meaning in family.known_wrong_variants(reference.module):
         if _means(reference, family, meaning):
             return meaning

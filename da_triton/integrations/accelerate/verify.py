@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Relative error in float64: rounding, and nothing that another formula could hide behind.
+# Relative error in float64: rounding, too small to hide another formula.
 EXACT = 1e-9
-# Relative error in the module's own dtype that is never too much.
+# Relative error in the module's own dtype that is always accepted.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASTS = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
 NUMBERS = (torch.tensor, torch.full, torch.linspace)  # in the default dtype
@@ -27,7 +27,7 @@ SMALL = 1 << 20
 
 
 class UnprovableError(ValueError):
-    """The module does something that no comparison of numbers can answer for."""
+    """The module does something that comparing numbers cannot verify."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Call:
     kwargs: dict[str, Any]
 
     def to(self, dtype: torch.dtype | None) -> "Call":
-        """Fresh copies that want gradients, in ``dtype`` unless it is None."""
+        """Fresh copies that require gradients, in ``dtype`` unless it is None."""
         return self.of(lambda x: x.detach().to(dtype or x.dtype, copy=True).requires_grad_())
 
     def few(self) -> "Call":
-        """The first two of the batch: they show as much as many."""
+        """The first two samples of the batch, which are enough."""
         return self.of(lambda x: x[:2] if x.dim() > 1 else x, every=True)
 
     def random(self, limit: int | None) -> "Call":
@@ -56,7 +56,7 @@ class Call:
         return self.of(fresh)
 
     def of(self, change: Callable[[Tensor], Tensor], *, every: bool = False) -> "Call":
-        """With other floating tensors, or with ``every`` other tensors of any dtype."""
+        """The call with other floating tensors, or with ``every`` other tensors of any dtype."""
 
         def changed(x):
             tensor = isinstance(x, Tensor) and (every or x.is_floating_point())

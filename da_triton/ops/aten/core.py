@@ -6,8 +6,8 @@ G, products are laid out so that the result already has v's memory format, logit
 dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
 products: that of the inputs, but float32 for many positions of float16.
 
-``gather_partial``, ``gather_lse`` and ``gather_backward`` are for positions that are not all there
-are, and work in the dtype of sums, as the kernels do.
+``gather_partial``, ``gather_lse`` and ``gather_backward`` are for part of the
+positions, and work in the dtype of sums, as the kernels do.
 """
 
 import torch
@@ -17,8 +17,8 @@ from ...precision import HALF, POLICIES, accumulator, converted, lse_dtype
 from ...reference import distribution_weights, exponentials, gather_weights, join_extra
 from ...tracing import exporting, transformed
 
-# Positions of one product on a CPU, in float32 or float64 and in half precision. Libraries add one
-# position after the other: 10^6 equal terms in one float32 sum are wrong by 10^-3.
+# Positions of one product on a CPU, in float32 or float64 and in half precision. Libraries add
+# positions sequentially: 10^6 equal terms in one float32 sum are wrong by 10^-3.
 WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
 
 
@@ -42,7 +42,7 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         )
     if total is None:
         return g
-    return g / total.masked_fill(total == 0, 1)[:, :, None]  # softmax adds one after the other, too
+    return g / total.masked_fill(total == 0, 1)[:, :, None]  # softmax adds sequentially, too
 
 
 def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
@@ -102,14 +102,14 @@ def scaled_logits(b, mask, logit_scale):
 
 
 def weights_from_lse(logits, lse):
-    """``P = exp(logits − lse)``: lse is taken away in two parts, as ``kernels.primitives`` does."""
+    """``P = exp(logits − lse)``: lse is subtracted in two parts, as ``kernels.primitives`` does."""
     pivot = lse.to(logits.dtype)
-    rest = (pivot - lse).nan_to_num(0).to(logits.dtype)  # inf − inf, where nothing is left to weigh
+    rest = (pivot - lse).nan_to_num(0).to(logits.dtype)  # inf − inf, where all are masked
     return (logits - pivot[..., None]).exp() * rest.exp()[..., None]
 
 
 def masked_features(a, mask):
-    """A masked position may hold anything."""
+    """``a`` with zeros at masked positions, which may hold anything."""
     return a if mask is None else a.masked_fill(~mask[:, None, None, :], 0)
 
 

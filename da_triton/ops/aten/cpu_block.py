@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Options, Weights
-from ...planning.shapes import AZ
+from ...planning.costs import AZ
 from .. import direct
 from . import block as aten_block
 from .core import sum_over_positions
@@ -56,7 +56,7 @@ from .cpu_products import (
 
 
 class Call(direct.Call):
-    """For whatever is not small, and for masks."""
+    """Inputs that are not small, and masks."""
 
     def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
         if few_descriptors(x, len(w.b)):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Options, Weights
-from ...planning.shapes import AZ
+from ...planning.costs import AZ
 from .. import direct
 from . import block as aten_block
 from .core import WIDE_CHUNK
@@ -34,7 +34,7 @@ FEW_COLUMNS = 2**8  # of a product, for which its first matrix is not copied to 
 
 
 class Call(direct.Call):
-    """For several heads in the paper's order, for one head in any."""
+    """Several heads in the paper's order, or one head in any order."""
 
     def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
         batch, _, length = x.shape
@@ -242,7 +242,7 @@ def _convolved(a: Tensor, b: Tensor) -> bool:
 
 
 def _product_in_rows(a: Tensor, b: Tensor) -> Tensor:
-    """The same in memory whose columns are contiguous."""
+    """``_product`` for matrices with contiguous columns."""
     return _transposed(_product(_transposed(b), _transposed(a)))
 
 

@@ -20,7 +20,7 @@ FEW = 128
 
 
 def gather(a, b, mask, extra_a, extra_b, lengths, logit_scale):
-    """``G (S, heads, m, n)`` in the dtype of sums, zeros for an empty sequence; and no lse."""
+    """``G (S, heads, m, n)`` in the dtype of sums, zeros for an empty sequence; without lse."""
     dtype = aten.product_dtype(b)
     g = a.new_empty((len(lengths), a.shape[1], a.shape[2], b.shape[2]), dtype=dtype)
     features, each = _split(converted(aten.masked_features(a, mask), dtype), lengths), g.unbind()
@@ -99,7 +99,7 @@ def _weights(rows, tokens, masked, dtype):
     if tokens is not None:
         rows = torch.cat([rows, tokens], -2)
     p = rows.mT.softmax(-1).mT if rows.stride(-2) == 1 else rows.softmax(-2)
-    if masked:  # where nothing is left
+    if masked:  # where all are masked
         p.masked_fill_((rows == -torch.inf).all(-2, keepdim=True), 0)
     p = converted(p, dtype)
     return (p, None) if tokens is None else (p[:, :length], p[:, length:])

@@ -1,9 +1,9 @@
 """The block in Triton kernels: one operator forward, one backward, and its gradients.
 
 ``torch.ops.da_triton.block`` and ``block_backward`` are opaque to the compiler: order, route, batch
-batch chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled
-again for another size, and what the operators return does not depend on the plan. Kept for
-backward: the inputs, lse and G, and V if asked for.
+chunk and splits are planned inside from the actual sizes, so a compiled model is not compiled
+again for another size, and what the operators return does not depend on the plan. Saved for
+backward: the inputs, lse and G, and V if requested.
 
 Second derivatives are taken through the operations of the ``torch`` backend.
 """
@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ... import tracing
 from ...arguments import Options, Weights
 from ...planning import planner
-from ...planning.costs import order_cost
-from ...planning.shapes import AZ, ORDERS, Shape
+from ...planning.costs import AZ, ORDERS, order_macs
+from ...planning.shapes import Shape
 from ...precision import accumulator, lse_dtype
 from ...runtime import launch, tiles
 from ...runtime.recorded import Recorded
@@ -278,7 +278,7 @@ def _bytes(mask):
 
 
 def _in_format_of(x, y):
-    """y in the memory format that the fake implementation promised; a copy only from another."""
+    """y in the memory format of the fake implementation; copied only if it has another."""
     if launch.is_channels_last(x.unsqueeze(1)):
         return y.transpose(1, 2).contiguous().transpose(1, 2)
     return y.contiguous()
@@ -299,7 +299,7 @@ def block_flops(
     x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, heads,
     logit_scale, logit_scale_v, scale, softmax_v, residual, order, save_v, **_,
 ):  # fmt: skip
-    """A multiply-add as two. "auto" counts as the paper's order, whatever the plan is."""
+    """A MAC counts as two. "auto" counts as the paper's order, whatever the plan is."""
     return 2 * _macs(x, weight_a, weight_b, weight_out, heads, order)
 
 
@@ -310,12 +310,13 @@ def block_backward_flops(
     dout, x, weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out, mask, lse, g, v,
     heads, logit_scale, logit_scale_v, scale, softmax_v, residual, order, needs, **_,
 ):  # fmt: skip
-    """Once the forward pass for dX, once for the weights; what is computed again is not counted."""
+    """The forward FLOPs once for dX, once for the weights; recomputation is not counted."""
     passes = needs[0] + any(needs[1:])
     return 2 * passes * _macs(x, weight_a, weight_b, weight_out, heads, order)
 
 
 def _macs(x, weight_a, weight_b, weight_out, heads, order):
-    sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
-    cost = order_cost(ORDERS.get(order, AZ), *sizes, weight_out is not None)
-    return x[0] * (cost.macs + cost.small_macs)
+    batch, channels, length = x
+    sizes = batch, channels, weight_a[0], weight_b[0], heads, length
+    s = Shape(*sizes, itemsize=1, reconstruct=weight_out is not None)
+    return order_macs(s, ORDERS.get(order, AZ))

@@ -12,7 +12,7 @@ program: see ``operators.scalars``.
 Second derivatives are taken through the ``torch`` backend.
 """
 
-import functools
+import math
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ...checks import DTYPES
 from ...kernels import distribute as distribute_kernels
 from ...kernels import gather as gather_kernels
+from ...kernels import gather_backward as gather_backward_kernels
 from ...precision import accumulator, lse_dtype
 from ...runtime import launch, tiles
 from ...tracing import constant
@@ -37,8 +38,8 @@ from ..custom_op import (
     wants_graph,
 )
 
-# Triton's interpreter computes bfloat16 on its bit patterns and gives nonsense. A test suite that
-# corrects the interpreter says so here.
+# Triton's interpreter computes bfloat16 on its bit patterns and gives wrong results. A test suite
+# that corrects the interpreter says so here.
 interpreter_has_bfloat16 = False
 
 
@@ -49,7 +50,7 @@ def obstacle(x: Tensor) -> str | None:
     if launch.INTERPRETED:
         if x.dtype == torch.bfloat16 and not interpreter_has_bfloat16:
             return (
-                "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly. "
+                "Triton's interpreter (TRITON_INTERPRET=1) does not compute bfloat16 correctly. "
                 "Use float32 or float16 there."
             )
         return None
@@ -153,7 +154,7 @@ def gather_backward_op(
     """dA and dB; empty where not needed."""
     mask = None if mask is None else mask.view(torch.uint8)
     g, lse = g.contiguous(), lse.contiguous()  # torch.vmap expands them
-    da, db = gather_kernels.gather_backward(
+    da, db = gather_backward_kernels.gradients(
         dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b
     )
     return or_empty(da, a), or_empty(db, b)
@@ -218,7 +219,7 @@ gather_backward_of_tensors = of_tensors(gather_backward_op)
 
 
 class Gather(torch.autograd.Function):
-    """``gather_op`` with its gradient. Keeps a, b, G and lse; neither P nor anything like it."""
+    """``gather_op`` with its gradient. Saves a, b, G and lse, never P."""
 
     generate_vmap_rule = True
 
@@ -231,7 +232,7 @@ class Gather(torch.autograd.Function):
 
 
 class GatherLse(Gather):
-    """The same, whose lse has a gradient too."""
+    """``Gather`` whose lse has a gradient too."""
 
     setup_context = staticmethod(_lse_setup)
 
@@ -301,7 +302,7 @@ distribute_backward_of_tensors = of_tensors(distribute_backward_op)
 
 
 class Distribute(torch.autograd.Function):
-    """``distribute_op`` with its gradient. Keeps G and v."""
+    """``distribute_op`` with its gradient. Saves G and v."""
 
     generate_vmap_rule = True
 
@@ -317,31 +318,27 @@ for _op in (gather_op, gather_backward_op, distribute_op, distribute_backward_op
     vectorise(_op)
 
 
-def _elements(*shape):
-    return functools.reduce(lambda x, y: x * y, shape, 1)
-
-
 @register_flop_formula([torch.ops.da_triton.gather, torch.ops.da_triton.gather_of_tensors])
 def gather_flops(a, b, mask, extra_a, extra_b, logit_scale, **_):
     """MACs of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
     extra = 0 if extra_a is None else extra_a[-1]
-    return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
+    return 2 * math.prod((*a[:3], b[2])) * (a[3] + extra)
 
 
 @register_flop_formula(
     [torch.ops.da_triton.gather_backward, torch.ops.da_triton.gather_backward_of_tensors]
 )
 def gather_backward_flops(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b, **_):
-    return 2 * _elements(*a, b[2]) * (need_a + need_b)
+    return 2 * math.prod((*a, b[2])) * (need_a + need_b)
 
 
 @register_flop_formula([torch.ops.da_triton.distribute, torch.ops.da_triton.distribute_of_tensors])
 def distribute_flops(g, v, *_, **__):
-    return 2 * _elements(*v, g[2])
+    return 2 * math.prod((*v, g[2]))
 
 
 @register_flop_formula(
     [torch.ops.da_triton.distribute_backward, torch.ops.da_triton.distribute_backward_of_tensors]
 )
 def distribute_backward_flops(dz, g, v, scale, softmax, logit_scale, need_g, need_v, **_):
-    return 2 * _elements(*v, g[2]) * (need_g + need_v)
+    return 2 * math.prod((*v, g[2])) * (need_g + need_v)

@@ -30,7 +30,7 @@ def fit(w, heads):
 
 
 def reconstructing(g, w, heads, scale):
-    """``H = scale · Wo G``, ``(N, C', activations)`` in the dtype of the weights."""
+    """``H = scale · Wo G``, ``(N, C', heads·n)`` in the dtype of the weights."""
     if fit(w, heads):
         return combine.reconstructing(g, w, heads=heads, scale=scale)
     per_head = w.out.unflatten(1, (heads, -1)).transpose(0, 1).to(g.dtype)

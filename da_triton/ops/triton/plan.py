@@ -12,7 +12,9 @@ import torch
 
 from ... import checks
 from ...planning import planner
-from ...planning.shapes import ORDERS, CoreLimits, Limits, PlannedRoute, Route, Shape, Step
+from ...planning.costs import ORDERS
+from ...planning.planner import PlannedRoute, Route
+from ...planning.shapes import CoreLimits, Limits, Shape, Step
 from ...precision import POLICIES
 from ...runtime import tiles
 
@@ -111,9 +113,9 @@ class Plan:
 
     def _line(self, step: Step) -> str:
         s = self.shape
-        moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
+        moved = step.bytes(s.itemsize) * s.batch
         flop = 2 * step.macs * s.batch / 1e9
-        return f"    {step.name:<24}{flop:>9.2f}{moved * s.batch / 1e6:>9.2f}{step.launches:>10}"
+        return f"    {step.name:<24}{flop:>9.2f}{moved / 1e6:>9.2f}{step.launches:>10}"
 
 
 def plan(
@@ -166,13 +168,13 @@ def plan(
         raise type(error)(f"device must be a CUDA device, got {device!r}. {error}") from error
     if device.type != "cuda":
         raise RuntimeError(
-            f"plan() shows the kernels' plan, which needs a CUDA device; got {str(device)!r}. "
+            f"plan() describes the Triton backend, which needs a CUDA device; got {str(device)!r}. "
             "On other devices the operations of backend='torch' run."
         )
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, checks.DTYPES))}, got {dtype}.")
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("plan() shows the kernels' plan, and Triton is not installed.")
+        raise RuntimeError("plan() describes the Triton backend, and Triton is not installed.")
     from ...runtime import launch  # Triton is needed from here on
 
     batch, channels, length = shape[0], shape[1], math.prod(shape[2:])

@@ -1,11 +1,11 @@
-r"""The block on a GPU: which launches and vendor GEMMs make it, forward and backward.
+r"""The block on a GPU: its launches and vendor GEMMs, forward and backward.
 
     gather        fused   pass 1 from X or from A, then ``combine``
                   unfused vendor GEMMs for B (and A), then the core's gather
     distribute    fused   pass 2, with H
                   unfused vendor GEMMs for V and the last convolution around the core
 
-Any pair is a route; the planner chooses. Forward leaves lse and G (and V, if asked to) for
+Any pair is a route; the planner chooses. Forward saves lse and G (and V, if requested) for
 backward, which is fused in order XH or unfused in any order.
 
 X is ``(N, C, L)``. G is ``(N, heads, m, n)`` with ba, lse ``(N, heads·n)``.
@@ -86,7 +86,7 @@ def _unfused_forward(x, w, mask, o, route, save_v):
 
 
 def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
-    """Writes lse and G; returns what distributes, H or G in the dtype of X, and V or None.
+    """Writes lse and G; returns H or G, which distribute, in the dtype of X, and V or None.
 
     ``with_v``: on the unfused route, V (by head, without its bias) comes from the same product.
     ``start``: where X and bo are to be added up for the last product, or None.
@@ -170,7 +170,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
 
 
 def _fused_backward(dout, x, w, mask, v, o, needs):
-    """Pass 1 again for M, then two passes over X and dO. G and lse come again on the way."""
+    """Pass 1 again for M, then two passes over X and dO. G and lse come again in pass 1."""
     total_n = w.b.shape[0]
     partials = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
     lse, g = combine.empty(x, w, o.heads)

@@ -17,6 +17,7 @@ import torch
 from ...kernels import delta, prologue, weight_gradients
 from ...kernels import distribute as core_distribute
 from ...kernels import gather as core_gather
+from ...kernels.gather_backward import gather_backward
 from ...projection import project
 from ...runtime import launch
 from . import gemms
@@ -24,7 +25,7 @@ from .gemms import by_head, shared
 
 
 def backward(dout, x, w, mask, lse, g, v, o, route, needs):
-    """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None, or anything, where not in ``needs``."""
+    """dX, dWa, dba, dWb, dWv, dbv, dWo, dbo; None or arbitrary where not in ``needs``."""
     order = route.backward_order
     from_x, through_h = order.from_x, order.through_h
     weights = [w.b, w.v] if from_x else [w.a, w.b, w.v]
@@ -41,7 +42,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     parts = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
     *da, db, dv = (by_head(t, o.heads) for t in parts)
 
-    # dV, and in the place of dB, until that is made, Q.
+    # dV, and in the place of dB, until that is computed, Q.
     through = _through_h if through_h else _through_z
     partials, dwo, dbo = through(dout, w, g, lowp, v, bias_v, dv, db, o, needs)
 
@@ -61,7 +62,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
         )
         grad_a = grad_a if needs.x or needs_a else None
         grad_b = db if needs_b else None
-        core_gather.backward(dg, correction, a, b, mask, lse, grad_a, grad_b, o.logit_scale)
+        gather_backward(dg, correction, a, b, mask, lse, grad_a, grad_b, o.logit_scale)
     if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
@@ -80,7 +81,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
 
 
 def _through_z(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
-    """Parts of dG, dWo and dbo; writes dV, and Q where it can be had."""
+    """Partials of dG, dWo and dbo; writes dV, and Q where available."""
     dz, z = dout, None
     if w.out is not None:
         dz = project(dout, w.out.t(), None)
@@ -96,7 +97,7 @@ def _through_z(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
 
 
 def _through_h(dout, w, g, lowp, v, bias_v, dv, q, o, needs):
-    """The same, without Z; dG from dH in one part."""
+    """``_through_z`` without Z; dG from dH in one partial."""
     h = gemms.reconstructing(g, w, o.heads, o.scale)
     h = h.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
     dh = core_distribute.backward_partials(
@@ -127,7 +128,7 @@ def _into_x(partials, x, b, mask, lse, w, db, o, dx, needs):
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
     dm, correction, lse = delta.lowp_and_delta(dm[:, :, None], m, x.dtype, lse)
     through_m = launch.empty_activations_like(copies) if needs.x else None
-    core_gather.backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
+    gather_backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
     if through_m is not None:
         through_m = through_m.squeeze(1) if o.heads == 1 else through_m.sum(1)
         dx = through_m if dx is None else through_m.add_(dx)

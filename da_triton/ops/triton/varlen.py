@@ -27,7 +27,7 @@ class Copies(NamedTuple):
     source: Tensor  # the packed position of each padded one; padding repeats the last
     target: Tensor  # the packed positions, without padding
     origin: Tensor  # where these are in the padded ones
-    mask: Tensor | None  # (batch, length), False at padding; None: there is none
+    mask: Tensor | None  # (batch, length), False at padding; None without padding
 
 
 class Part(NamedTuple):
@@ -120,7 +120,7 @@ def _bucket(offsets: list[int], members: list[tuple[int, int]], device: torch.de
 
 
 def _samples(x: Tensor | None, part: Part) -> Tensor | None:
-    """Those of a part's sequences."""
+    """The samples of a part's sequences."""
     if x is None or isinstance(part.sequences, slice):
         return None if x is None else x[part.sequences]
     return x.index_select(0, part.sequences)

@@ -63,7 +63,7 @@ def test_layer_is_replaced_by_the_same_function(name):
     assert list(model.state_dict()) == keys
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
     for found, expected in zip(gradients(model, x), before, strict=True):
-        # bias_b's gradient is zero, theirs but for rounding
+        # bias_b's gradient is zero, the original's up to rounding
         assert (found - expected).norm() <= 1e-10 * (1 + expected.norm())
     assert restore(model) == ["2"]
     assert type(layer) is type(SAME[name]())
@@ -117,7 +117,7 @@ class NoGradientForB(published.DoubleAttentionCopy):
         return super().weights(b.detach(), v)
 
 
-class TopOfLargeMaps(published.DoubleAttentionCopy):
+class OtherOnLargeInputs(published.DoubleAttentionCopy):
     """Double attention on small inputs, and something else on large ones."""
 
     def weights(self, b, v):
@@ -142,7 +142,7 @@ def test_what_is_only_similar_is_rejected(kind, why):
 
 
 def test_the_example_shows_what_random_inputs_do_not():
-    layer = TopOfLargeMaps(12, 8, 5)
+    layer = OtherOnLargeInputs(12, 8, 5)
     model = net(layer)
     with pytest.warns(UserWarning, match="answer to the example"):
         accelerate(model, torch.randn(1, 3, 12, 12))
@@ -178,7 +178,7 @@ def test_without_an_example_other_arguments_are_rejected_too():
 class SeveralCalls(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = TopOfLargeMaps(12, 8, 5)
+        self.layer = OtherOnLargeInputs(12, 8, 5)
 
     def forward(self, x):
         return self.layer(nn.functional.avg_pool2d(x, 2)).mean() + self.layer(x)

@@ -133,7 +133,7 @@ def test_half_precision(kind, dtype):
 
 
 class PreciseGather(SpatialGather):
-    """Computes and returns float32 whatever it gets."""
+    """Computes and returns float32 for any input."""
 
     def forward(self, feats, probs):
         return super().forward(feats.float(), probs.float())
@@ -250,7 +250,7 @@ def test_a_third_argument_in_the_example():
 
 
 class Weighted(SpatialGather):
-    """The same formula under a name that says nothing."""
+    """The same formula under an unknown class name."""
 
 
 class GatherWithChild(SpatialGather):

@@ -14,7 +14,7 @@ X = (2, 12, 6, 7)
 
 
 class LinearAttention(nn.Module):
-    """Linear attention, softmax on both, of which subclasses change a step."""
+    """Linear attention, softmax on both; subclasses change a step."""
 
     def __init__(self, dim=12, heads=2, dim_head=8):
         super().__init__()

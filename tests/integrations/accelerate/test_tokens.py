@@ -16,7 +16,7 @@ THREE = ("to_q", "to_k", "to_v")
 
 
 class Tokens(nn.Module):
-    """Linear attention of which subclasses change a step."""
+    """Linear attention; subclasses change a step."""
 
     def __init__(self, names=THREE, last="to_out", dropout=None, **steps):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The public block on a CPU: every way through it against the definition, and when it is left.
+"""The public block on a CPU: every path through it against the definition, and when it is used.
 
 A few constants decide how samples and positions are cut up; setting them reaches every way with
 small tensors.
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_block, cpu_products, cpu_small
 from da_triton.planning import planner
-from da_triton.planning.shapes import AZ, XH
+from da_triton.planning.costs import AZ, XH
 from support.cases import ORDERS
 from support.compare import check_against_reference, step
 from support.numerics import check, peaky
@@ -46,7 +46,7 @@ def _however_few_descriptors_and_elements(monkeypatch):
 def take(name, monkeypatch):
     for constant, value in WAYS[name].items():
         monkeypatch.setattr(cpu_small if "small" in name else cpu_products, constant, value)
-    if name == "small, convolved":  # which are for several threads
+    if name == "small, convolved":  # those are for several threads
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -142,7 +142,7 @@ def test_fewer_positions_than_descriptors(options, channels_last, recompute, way
 @pytest.mark.parametrize(("heads", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_one_descriptor_per_head(order, heads, batch, channels_last, way, calls):
-    """It lies in both memory orders at once."""
+    """Both memory formats at once."""
     given = leaves(torch.float64, batch, channels_last)
     for i in (3, 4, 5, 6):
         given[i] = given[i][:heads].detach().requires_grad_()

@@ -52,7 +52,7 @@ def leaves(batch=1, size=6, channels_last=False, left_out=()):
 
 
 def compare(given, trained=NAMES, upstream=None, order="auto", heads=1):
-    """Returns what the ``torch`` backend gave."""
+    """Returns the results of the ``torch`` backend."""
     ours = functools.partial(double_attention_block, backend="torch", order=order)
     return check_against_reference(
         ours, eager, given, upstream, only_tolerance=("out", *NAMES), wanted=trained, heads=heads,

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from da_triton import double_attention_block
 from da_triton.ops.triton import block as triton_block
 from da_triton.ops.triton import routes as kernels
-from da_triton.planning.costs import order_cost
-from da_triton.planning.shapes import AZ, ORDERS, XH, Route
+from da_triton.planning.costs import AZ, ORDERS, XH, order_cost
+from da_triton.planning.planner import Route
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
 
@@ -36,7 +36,7 @@ def taking(monkeypatch):
 
 
 def arguments(dtype=torch.float32, channels_last=False, masked=False, batch=2, out=C):
-    """Of the forward operator: tensors, then options."""
+    """Arguments of the forward operator: tensors, then options."""
     x = torch.randn(batch, C, LENGTH, dtype=dtype, device=DEVICE)
     x = x.mT.contiguous().mT if channels_last else x
     shapes = ((C_M, C), (C_M,), (C_N, C), (C_N, C), (C_N,), (out, C_M), (out,))
@@ -220,7 +220,7 @@ def test_empty_batch():
         assert not grad.any()
 
 
-@pytest.mark.parametrize("order", ["AZ", "XZ", "AH", "XH", "auto"])
+@pytest.mark.parametrize("order", [*ORDERS, "auto"])
 def test_flop_formulas(order):
     tensors, options = arguments()
     leaves = [t.requires_grad_() for t in tensors[:-1]]
@@ -238,7 +238,7 @@ def test_flop_formulas(order):
 @each_route
 @pytest.mark.parametrize("save_v", [False, True])
 def test_what_autograd_saves(route, save_v, taking):
-    """Inputs, lse and G; V if asked for; nothing else."""
+    """Inputs, lse and G; V if requested; nothing else."""
     taking(route)
     tensors, options = arguments(torch.bfloat16)
     leaves = [t.requires_grad_() for t in tensors[:-1]]

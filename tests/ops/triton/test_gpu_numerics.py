@@ -16,7 +16,9 @@ from da_triton import reference
 from da_triton.ops.triton import core
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
-from da_triton.planning.shapes import XH, Route, Shape
+from da_triton.planning.costs import XH
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import tiles
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run
@@ -81,7 +83,7 @@ def case_of(width, variant):
 
 @functools.lru_cache(maxsize=2)
 def problem(width, variant):
-    """The case, its inputs, and what the definition gives in float64 and in their dtype."""
+    """The case, its inputs, and the definition's results in float64 and in their dtype."""
     case, (dtype, channels_last, *_) = case_of(width, variant), VARIANTS[variant]
     given = inputs(case, dtype, channels_last)
     return case, given, *(definition(case, *given, kind) for kind in (torch.float64, dtype))
@@ -173,7 +175,7 @@ def test_every_kernel_is_among_them():
 
 
 @pytest.mark.parametrize("place", [(0, 0), (60, 500), (120, 992)])
-def test_a_patch_that_went_wrong_is_seen(place):
+def test_a_wrong_patch_is_detected(place):
     """8 × 8 of two million numbers: in one tile, across tiles, in a tile at the edge."""
     right = torch.randn(16, 128, 1000, dtype=torch.float64, device=DEVICE)
     found = right.to(torch.bfloat16)

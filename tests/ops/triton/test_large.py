@@ -15,9 +15,10 @@ import torch
 import triton.language as tl
 
 import da_triton
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import AH, AZ, XH, Route
+from da_triton.planning.costs import AH, AZ, XH
+from da_triton.planning.planner import Route
 from da_triton.runtime import launch, tiles
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
@@ -37,7 +38,7 @@ class Far:
         batch, length = shape[0], shape[-1]
         channels = torch.Size(shape[1:-1]).numel()
         steps = {"samples": batch, "channels": shape[-2], "positions": length}[self.axis] - 1
-        step = -(-SPREAD // steps // 64) * 64  # as aligned as rows may be
+        step = -(-SPREAD // steps // 64) * 64  # the largest alignment of rows
         strides = {
             "samples": (step, length, 1),
             "channels": (length, step, 1),
@@ -51,7 +52,7 @@ class Far:
         return self.empty(*x.shape).copy_(x)
 
     def empty_activations_like(self, x, channels=None):
-        """In the place of ``launch.empty_activations_like``: what kernels write is as far away."""
+        """Replaces ``launch.empty_activations_like``: outputs of kernels are as far apart."""
         batch, heads, c, length = x.shape
         return self.empty(batch, heads, c if channels is None else channels, length)
 
@@ -59,7 +60,7 @@ class Far:
         return self.empty_activations_like(x[:, None], channels)[:, 0]
 
     def free(self):
-        """Gives a GPU's memory back, whoever still holds views of it."""
+        """Frees a GPU's memory even if views of it are still held."""
         memory, self.storage = self.storage.untyped_storage(), None
         if memory.resizable():
             memory.resize_(0)
@@ -81,7 +82,7 @@ def far(request, tmp_path, memory):
 
 
 def test_memory_is_given_back_while_there_are_views():
-    """Such as those that the traceback of a failed test holds."""
+    """For example, views in the traceback of a failed test."""
     storage = torch.empty(64, dtype=HALF, device=DEVICE)
     view = storage[:3]
     Far(storage, "samples").free()
@@ -98,7 +99,7 @@ BLOCK = {  # the route; C, c_m, c_n
     "unfused AZ": (Route(AZ, "unfused", "unfused", "unfused", AZ, 2), (20, 6, 4)),
     "unfused XH": (Route(XH, "unfused", "unfused", "unfused", XH, 2), (20, 6, 4)),
 }
-# These take descriptors, their parts and weights, which lie in contiguous memory.
+# These take descriptors, partials and weights, which are contiguous.
 WITHOUT_ACTIVATIONS = {
     "delta", "combine", "combine_backward", "gather_combine", "sums", "weight_gradients",
 }  # fmt: skip
@@ -114,11 +115,11 @@ def core_run(place, case):
     g, lse = gather.gather_forward([(a, b, mask)], 0.5)
     z = distribute.distribute_forward(g, v, 1.0, True, 1.0)
     dg, dv = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-    return g, z, dg, dv, *gather.gather_backward(dg, a, b, mask, g, lse, None, 0.5, True, True)
+    return g, z, dg, dv, *gather_backward.gradients(dg, a, b, mask, g, lse, None, 0.5, True, True)
 
 
 def block_run(place, case):
-    """The same of the block, whose activations are X, the upstream gradient and what it writes."""
+    """The same for the block; its activations are X, the upstream gradient and its outputs."""
     torch.manual_seed(0)
     route, (channels, c_m, c_n) = BLOCK[case]
     shapes = (
@@ -154,7 +155,7 @@ def both(run, case, far, monkeypatch):
 @each_run
 def test_offsets_beyond_int32(run, case, far, monkeypatch):
     for here, there in both(run, case, far, monkeypatch):
-        # Vendor GEMMs take another way where memory does, and round in between.
+        # Vendor GEMMs take another path for other strides, and round in between.
         assert relative_rms(there, here) < 2 * TOLERANCE[HALF]
 
 
@@ -215,7 +216,7 @@ def compare_with_the_definition(function, inputs, upstream, backend):
         results.append([out, *torch.autograd.grad(out, leaves, upstream.to(kind))])
     for expected, own, actual in zip(*results, strict=True):
         slack = 1.0
-        if backend == "torch":  # it rounds what lies between products, as the definition does
+        if backend == "torch":  # it rounds between products, as the definition does
             slack = max(2.0, relative_rms(own, expected) / TOLERANCE[HALF])
         check(actual, expected, HALF, own, slack=slack)
 
@@ -257,7 +258,7 @@ def test_block_with_two_million_positions(backend):
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: memory that is filled")
 @pytest.mark.usefixtures("memory")
 def test_a_batch_of_more_than_two_billion_numbers():
-    """The last sample of the batch, alone and as the last: it lies beyond 2^31."""
+    """The last sample of the batch, alone and in place, where its offset exceeds 2^31."""
     x = torch.randn(2**11 + 1, 64, 2**14, device=DEVICE, dtype=torch.bfloat16)
     assert x.numel() > 2**31
     layer = da_triton.DoubleAttention(64, residual=True, device=DEVICE, dtype=torch.bfloat16)

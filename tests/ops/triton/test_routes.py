@@ -23,7 +23,7 @@ def compare(route, case, channels_last, dtype=None):
     expected = definition(CASES[case], *given, torch.float64)
     own = definition(CASES[case], *given, dtype)
     found = run(ROUTES[route], CASES[case], *given)
-    # Vendor GEMMs round what lies between them, as eager's do; fused kernels do not.
+    # Vendor GEMMs round the tensors between them, as in eager; fused kernels do not.
     slack = 1 if route.startswith("fused_xh") else 2
     for name, ours, truth, theirs in zip(NAMES, found, expected, own, strict=True):
         what, limit = f"{route} {case} {name}", slack
@@ -34,7 +34,7 @@ def compare(route, case, channels_last, dtype=None):
         check(ours, truth, dtype, theirs, what, limit)
 
 
-MIXED = ("fused_gather_h", "fused_gather_a_h", "fused_distribute_x")  # pairs of the others' parts
+MIXED = ("fused_gather_h", "fused_gather_a_h", "fused_distribute_x")  # combinations of the others
 
 
 RUNS = [
@@ -141,8 +141,8 @@ def test_upstream_gradients_in_any_strides(route, kind):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("reconstruct", [False, True])
 @pytest.mark.parametrize("route", ["unfused_AZ", "unfused_XZ", "fused_gather_a"])
-def test_endings_of_the_split_route(route, reconstruct, residual, bias_out):
-    """With and without the last convolution, its bias, and X; no gradient of X asked for."""
+def test_endings_of_the_unfused_route(route, reconstruct, residual, bias_out):
+    """With and without the last convolution, its bias, and X; no gradient of X requested."""
     dtype = route_dtype(ROUTES[route])
     x, w, _, upstream = inputs(CASES["plain"], dtype, False)
     x, upstream = x[:, :32], upstream[:, :32]  # as many channels as c_m

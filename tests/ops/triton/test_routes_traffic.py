@@ -14,7 +14,8 @@ from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.costs import distribute_steps, fused_backward_steps, gather_steps
-from da_triton.planning.shapes import CoreLimits, Route, Shape
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import CoreLimits, Shape
 from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
@@ -36,7 +37,7 @@ FUSED = [w for w in WORKLOADS if planned(w)[1].gather == planned(w)[1].distribut
 # Bytes of the forward pass over those of the floor: requested, and what each launch has to fetch or
 # write at least once. Two passes over X and one over the result are 1.5 of it (1 where X is too
 # large for the cache); the rest are partial sums and, from A, the weights that every tile of
-# positions asks for again, as in any product of matrices. What is asked for twice comes from the
+# positions loads again, as in any GEMM. What is loaded twice comes from the
 # L2 cache. Of one sample; weights are the whole batch's.
 LIMITS = {
     "yolo_p3": (2.3, 1.65),
