@@ -33,6 +33,7 @@ from .measure import Budget, describe, progress, usable
 from .observe import Timer
 from .providers import Closure, Replay
 from .report import replace
+from .warm import without_launches
 from .workloads import Workload
 
 ROUNDS = 15
@@ -212,16 +213,10 @@ def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure, budg
     A tile that does not compile is left to fail when it is launched.
     """
     from triton.runtime._async_compile import AsyncCompileMode
-    from triton.runtime.jit import JITFunction
-
-    original = JITFunction.run
-
-    def without_launch(self, *args, grid, warmup, **options):
-        original(self, *args, grid=grid, warmup=True, **options)  # not kept: it may be a future
 
     with (
         _Timely(os.cpu_count(), budget) as threads,
-        mock.patch.object(JITFunction, "run", without_launch),
+        without_launches(),
         AsyncCompileMode(threads, ignore_errors=True),
     ):
         for entry in entries:

@@ -232,22 +232,15 @@ os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 from unittest import mock
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 import bench
 before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
 from bench.codegen import compile, survey
+from bench.warm import on_absent
 from da_triton.ops.triton import routes
 from da_triton.runtime import tiles as table
 
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Driver())
 variant = survey.Variant("nchw", 256)
 shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
 w = routes.Weights(*(survey._empty(variant, *shape) for shape in shapes))
@@ -267,7 +260,7 @@ def without_launch(self, *args, grid, warmup, **options):
     launched.append(self.fn.__name__)
     original(self, *args, grid=grid, warmup=True, **options)
 
-with survey.on("sm_90"):
+with on_absent("sm_90"):
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
         mock.patch("triton.compile", no_compilation),
