@@ -353,14 +353,13 @@ def plan(
             raise UsageError(f"--shape takes integers, got {shape}.") from None
     if not shapes:
         raise UsageError("plan needs the name of a workload, or --shape with --c-m and --c-n.")
-    forms = {CHANNELS_LAST: torch.channels_last}
     for (sizes, m, n, of), each, form in itertools.product(shapes, dtype, layout):
-        layout = forms.get(form, torch.contiguous_format)
+        memory_format = problems.memory_format(len(sizes) - 2, form == CHANNELS_LAST)
         try:
-            found = planned(sizes, m, n, heads=of, dtype=each, memory_format=layout)
-            print(found, end="\n\n")
+            found = planned(sizes, m, n, heads=of, dtype=each, memory_format=memory_format)
         except (ValueError, RuntimeError) as error:
             raise UsageError(error) from None
+        print(found, end="\n\n")
 
 
 @command("compare", "old/results.csv new/results.csv")

@@ -27,7 +27,11 @@ from da_triton.ops.triton import core
 found = []
 knobs.compilation.listener = lambda src, cache_hit, **_: found.append(cache_hit)
 cpu = torch.device("cpu")
-with warm._compiling_only("sm_90"), mock.patch.object(core, "obstacle", return_value=None):
+with (
+    warm.on_absent("sm_90"),
+    warm.without_launches(),
+    mock.patch.object(core, "obstacle", return_value=None),
+):
     for mode in (problems.FORWARD, problems.STEP):
         problem = problems.draw(WORKLOAD, mode, torch.bfloat16, cpu)
         for last in (False, True):
@@ -100,7 +104,11 @@ from bench.measure import Effort
 from bench.observe import WallTimer
 from bench.workloads import Workload
 where = Where(warm.META, torch.bfloat16, WallTimer, Effort(1, 1, 1, 0.0))
-with warm._compiling_only("sm_90"), mock.patch("bench.measure.usable", return_value=True):
+with (
+    warm.on_absent("sm_90"),
+    warm.without_launches(),
+    mock.patch("bench.measure.usable", return_value=True),
+):
     in_worker(where, None, 60.0, _warm, ([WORKLOAD],), print)
 """
 
