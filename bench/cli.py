@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from . import codegen as programs
 from . import first_call, gpu, networks, problems, providers, scaling, workloads
-from .codegen import table
-from .codegen.table import cannot_compile
+from .codegen import cannot_compile
 from .environment import columns, environment
 from .joined import LOGS
 from .measure import Bench, Budget, Effort, Row
@@ -353,14 +353,13 @@ def plan(
             raise UsageError(f"--shape takes integers, got {shape}.") from None
     if not shapes:
         raise UsageError("plan needs the name of a workload, or --shape with --c-m and --c-n.")
-    forms = {CHANNELS_LAST: torch.channels_last}
     for (sizes, m, n, of), each, form in itertools.product(shapes, dtype, layout):
-        layout = forms.get(form, torch.contiguous_format)
+        memory_format = problems.memory_format(len(sizes) - 2, form == CHANNELS_LAST)
         try:
-            found = planned(sizes, m, n, heads=of, dtype=each, memory_format=layout)
-            print(found, end="\n\n")
+            found = planned(sizes, m, n, heads=of, dtype=each, memory_format=memory_format)
         except (ValueError, RuntimeError) as error:
             raise UsageError(error) from None
+        print(found, end="\n\n")
 
 
 @command("compare", "old/results.csv new/results.csv")
@@ -419,13 +418,13 @@ def fill_cache(
 @command("codegen", "--arch sm_90", "--arch gfx942 --out /tmp/codegen.csv")
 def codegen(
     arch: Annotated[list[str] | None, option("repeatable; without it, all")] = None,
-    out: Annotated[Path, KEPT] = table.KEPT,
+    out: Annotated[Path, KEPT] = programs.KEPT,
 ) -> None:
     """Registers, spills, shared memory and loads of every kernel with its tiles, without a GPU.
 
     Programs that have not changed are not compiled again. `git diff` shows what a change did.
     """
-    check("arch", arch or [], table.ORDER)
+    check("arch", arch or [], programs.ORDER)
     if reason := cannot_compile():
         raise UsageError(reason)
-    table.update(arch or table.ORDER, out)
+    programs.update(arch or programs.ORDER, out)

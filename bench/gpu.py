@@ -72,6 +72,7 @@ def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
         (run.logs / f"{stage.name}-error.txt").write_text(traceback.format_exc())
         result = f"failed: {describe(error)}"
     finally:
+        run.repeat_warnings()
         seconds = round(time.monotonic() - start, 1)
         recorded = run.report.environment
         done = {stage.name: {"seconds": seconds, "result": result}}

@@ -87,42 +87,35 @@ class Reporting(Watch):
 
     @contextlib.contextmanager
     def setting_up(self) -> Iterator[None]:
-        limit, left = SETUP_SHARE * self.where.silence, self.budget.left
-        fired: list[bool] = []
+        """Interrupts what runs Python, which is gentler than what the parent does: the other
+        providers stay as they are."""
+        limit = SETUP_SHARE * self.where.silence
+        late: Exception = TimeoutError(f"{SLOW} {limit:.0f} s")
+        if self.budget.left < limit:
+            limit, late = self.budget.left, OutOfTimeError()
+        fired = False
+
+        def interrupt(number, frame):
+            nonlocal fired
+            fired = True
+            raise late
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, max(limit, 0.1))
         try:
-            with _alarm(min(limit, left), fired):
-                yield
-                wait(self.where.device)
+            yield
+            wait(self.where.device)
         except Exception:
             if not fired:  # torch.compile wraps the exception in its own
                 raise
-            late = OutOfTimeError() if left < limit else TimeoutError(f"{SLOW} {limit:.0f} s")
             raise late from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def timed(self, rows: dict[int, Row]) -> None:
         self.send({place: dict(row) for place, row in rows.items()})
         self.announce(None)
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float, fired: list[bool]) -> Iterator[None]:
-    """Raises TimeoutError in the block after a number of seconds, if it runs Python then, and
-    appends to ``fired``.
-
-    It is gentler than what the parent does: the other providers stay as they are.
-    """
-
-    def late(number, frame):
-        fired.append(True)
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @functools.cache
@@ -130,28 +123,26 @@ def _timer(make: Callable[[], Timer]) -> Timer:
     return make()  # with one buffer for the whole process
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """``measure(bench, *arguments)`` in a worker, within a number of seconds."""
-
-    where: Where
-    ceilings: Ceilings | None
-    seconds: float
-    measure: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def __call__(self, send: Callable[[Any], None]) -> None:
-        where, budget = self.where, Budget(self.seconds)
-        bench = Bench(
-            where.device, where.dtype, _timer(where.make_timer), where.effort, budget,
-            self.ceilings, Reporting(send, where, budget),
-        )  # fmt: skip
-        try:
-            send(self.measure(bench, *self.arguments))
-        finally:
-            gc.collect()
-        if not measure.usable(where.device):
-            raise RuntimeError("CUDA became unusable in this process")
+def in_worker(
+    where: Where,
+    ceilings: Ceilings | None,
+    seconds: float,
+    measured: Callable[..., Any],
+    arguments: Sequence[Any],
+    send: Callable[[Any], None],
+) -> None:
+    """Sends the result of ``measured(bench, *arguments)``, which has a number of seconds."""
+    budget = Budget(seconds)
+    bench = Bench(
+        where.device, where.dtype, _timer(where.make_timer), where.effort, budget, ceilings,
+        Reporting(send, where, budget),
+    )  # fmt: skip
+    try:
+        send(measured(bench, *arguments))
+    finally:
+        gc.collect()
+    if not measure.usable(where.device):
+        raise RuntimeError("CUDA became unusable in this process")
 
 
 def _group(bench: Bench, workload: Any, mode: str, providers: Sequence[Provider]) -> dict[int, Row]:
@@ -180,15 +171,16 @@ def _ceilings(bench: Bench, copy_bytes: int | None, side: int | None) -> tuple[A
 # --- in the process that starts workers -----------------------------------------------------------
 
 
+@dataclasses.dataclass
 class Sweeper:
     """Measures within a budget, in a worker; ``run`` takes what ``Bench.run`` takes."""
 
-    def __init__(
-        self, worker: Worker, where: Where, budget: Budget, ceilings: Ceilings | None = None
-    ) -> None:
-        self.worker, self.where, self.budget = worker, where, budget
-        self.ceilings = ceilings
-        self.hung: dict[tuple[str, ...], str] = {}  # what happened, by the keys of providers
+    worker: Worker
+    where: Where
+    budget: Budget
+    ceilings: Ceilings | None = None
+    # What happened to providers that hung, by their keys.
+    hung: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
     def run(
         self,
@@ -220,17 +212,14 @@ class Sweeper:
 
     def _count_launches(self, timed: Sequence[Timed]) -> None:
         """Completes rows in place, one workload after the other, while there is time."""
-        worker, self.worker = self.worker, Worker(self.worker.log)
-        try:
+        with contextlib.closing(Worker(self.worker.log)) as worker:
+            counting = dataclasses.replace(self, worker=worker)
             for _, part in itertools.groupby(timed, key=lambda one: one[1:3]):
                 if self.budget.left > 0:
                     items = list(part)
-                    found, _, _ = self._measured(_launches, items)
+                    found, _, _ = counting._measured(_launches, items)
                     for (row, *_), count in zip(items, found or (), strict=False):
                         row["launches"] = count
-        finally:
-            self.worker.close()
-            self.worker = worker
 
     def group(self, workload: Any, mode: str, providers: Sequence[Provider]) -> list[Row]:
         """The rows of all providers, whatever some of them do to their process."""
@@ -240,18 +229,18 @@ class Sweeper:
             made = new_row(workload, mode, providers[place], self.where.device, self.where.dtype)
             return made | {"status": status}
 
-        def key(provider: Provider) -> tuple[str, ...]:
-            """What is not measured again after it has hung."""
-            # Without eager or da_triton, the rest of a stage would be worth nothing.
-            here = _needed(provider) or workload.whole
-            return provider.name, provider.launch, workload.name if here else ""
+        def unmeasured(place: int) -> bool:
+            return place not in rows or rows[place]["status"] == CONTEXT_LOST
 
-        for i, provider in enumerate(providers):
-            if key(provider) in self.hung:
-                rows[i] = blank(i, f"not measured again: {self.hung[key(provider)]}")
+        keys = [_key(provider, workload) for provider in providers]
+        for i, key in enumerate(keys):
+            if key in self.hung:
+                rows[i] = blank(i, f"not measured again: {self.hung[key]}")
         left = [i for i in range(len(providers)) if i not in rows]
         attempts, why = ATTEMPTS, "there is no eager block to check against"
-        while attempts >= 0 and self.budget.left > 0:
+        while any(map(unmeasured, left)) and attempts >= 0 and self.budget.left > 0:
+            # What was timed before CUDA was lost is timed again beside the others.
+            left = [i for i in left if unmeasured(i) or rows[i]["status"] == OK]
             if attempts == 0:
                 left = [i for i in left if _needed(providers[i])]
             part = [providers[i] for i in left]
@@ -259,25 +248,16 @@ class Sweeper:
                 break
             found, failure, using = self._measured(_group, workload, mode, part)
             why = failure or why
-            found = {left[place]: row for place, row in (found or {}).items()}
-            culprit = None if using is None else left[using]
-            known = bool(found) or culprit is not None
-            if failure and culprit is not None and culprit not in found:
-                found[culprit] = blank(culprit, failure)
-            for i, row in found.items():
+            found = found or {}
+            if failure and using is not None:
+                found.setdefault(using, blank(left[using], failure))
+            for place, row in found.items():
+                i = left[place]
                 if i not in rows or rows[i]["status"] != OK or row["status"] == OK:
                     rows[i] = row
                 if SLOW in row["status"] or row["status"].endswith(SILENT):
-                    self.hung[key(providers[i])] = f"on {row['workload']}, {row['status']}"
-            lost = any(row["status"] == CONTEXT_LOST for row in found.values())
-            missing = [
-                i for i in left if rows.get(i, {}).get("status", CONTEXT_LOST) == CONTEXT_LOST
-            ]
-            if not missing:
-                break
-            # What is timed again is compared with those that were timed before.
-            left = [i for i in left if i in missing or (lost and rows[i]["status"] == OK)]
-            attempts = attempts - 1 if known else min(attempts - 1, 0)
+                    self.hung[keys[i]] = f"on {row['workload']}, {row['status']}"
+            attempts = attempts - 1 if found else min(attempts - 1, 0)
         status = f"not measured: {why}" if self.budget.left > 0 else OUT_OF_TIME
         complete = [rows.get(i) or blank(i, status) for i in range(len(providers))]
         measure.compare(complete)  # each process has seen a part of them
@@ -297,7 +277,8 @@ class Sweeper:
         count = min(AT_ONCE, len(workloads))
         seconds = WARMING_SHARE * self.budget.left
         parts = [list(workloads[i::count]) for i in range(count)]
-        jobs = [Job(self.where, None, seconds, _warm, (part,)) for part in parts]
+        job = functools.partial(in_worker, self.where, None, seconds, _warm)
+        jobs = [functools.partial(job, (part,)) for part in parts]
         return in_parallel(jobs, seconds + MARGIN, log)
 
     def _measured(self, measured: Callable[..., Any], *arguments: Any) -> tuple[Any, str, Any]:
@@ -314,7 +295,7 @@ class Sweeper:
 
         seconds = self.budget.left
         inside = max(0.8 * seconds, seconds - MARGIN)
-        job = Job(self.where, self.ceilings, inside, measured, arguments)
+        job = functools.partial(in_worker, self.where, self.ceilings, inside, measured, arguments)
         failure = self.worker.run(job, seconds, receive, self.where.silence)
         return found, failure, using
 
@@ -322,3 +303,13 @@ class Sweeper:
 def _needed(provider: Provider) -> bool:
     """Whether it is measured even where all others are given up."""
     return not provider.compiles and (provider.baseline or provider.name in (*OURS, WITHOUT))
+
+
+def _key(provider: Provider, workload: Any) -> tuple[str, ...]:
+    """What is not measured again after it has hung.
+
+    Without eager or da_triton, the rest of a stage would be worth nothing, and a network may hang
+    by itself: those are left out on this workload only.
+    """
+    here = _needed(provider) or workload.whole
+    return provider.name, provider.launch, workload.name if here else ""

@@ -1,13 +1,11 @@
-"""What a call costs the host: the layer, the functions and a training step, layer by layer.
+"""What a call costs the host: microseconds until it returns, layer by layer.
 
-Small maps take a GPU less time than the host needs to issue their kernels, so the host decides.
-The time is that until a call returns, the mean of a batch of calls; batches of everything that is
-compared take turns.
+Small shapes take a GPU less time than the host needs to issue their kernels, so the host decides.
 
     layer        the module; of ``eager``, the block as users write it
     functional   ``double_attention_block``
     recorded     ``runtime.recorded``, one per pass: allocations, addresses, launches and GEMMs
-    gather, distribute, double_attention    the public functions, on maps
+    gather, distribute, double_attention    the public functions, on A, B and V
 
 and what first calls, compiled programs and whatever watches a call take instead of ``recorded``:
 
@@ -18,18 +16,14 @@ and what first calls, compiled programs and whatever watches a call take instead
 Each is called with what the one above it hands down. A step is forward and backward, with the
 gradients of x and of all weights; below the functional layer, autograd has no part in it.
 
-There are two kinds of time. ``issue`` is the host's alone. On a GPU, it is idle before a batch, and
-nothing waits for it within one. Without a GPU, CPU tensors take the GPU's path with nothing behind
-it: launches are prepared by Triton's own binder, but the kernels that they find do nothing, and a
-GEMM is a function that allocates its result, which takes 1 µs longer than PyTorch takes
-for a product of tiny matrices. Not in it are the driver's part of a launch, cuBLAS's choice of a
-kernel, CUDA's caching allocator, the switch to the tensors' device, and the hand-over of backward
-to the device's thread: it is a lower bound. The shapes are the workload's, in bfloat16. The eager
-block beside it computes, on a map of four positions with four channels a head in float32, which
-takes next to no time.
+``issue`` is the host's part alone. On a GPU, nothing waits for the device within a batch. On a CPU,
+tensors take an H200's path in bfloat16: Triton's own binder prepares launches of kernels that do
+nothing, and a GEMM only allocates its result, 1 µs slower than a product of tiny matrices. It is a
+lower bound: the driver, cuBLAS's choice of a kernel, the caching allocator, the device switch and
+the backward thread are missing. The eager block beside it computes on four positions with four
+channels per head in float32, which takes next to no time.
 
-``call``, on a CPU only, is everything, computation included: the ``torch`` backend beside eager, in
-float32.
+``call``, on a CPU only, includes the computation: ``torch`` beside eager, in float32.
 """
 
 import contextlib
@@ -59,10 +53,8 @@ from .workloads import Workload
 
 FILE = "host.csv"
 ISSUE, CALL = "issue", "call"
-WHATS = (
-    "layer", "functional", "recorded", "operator", "launchers", "launches", "gather",
-    "distribute", "double_attention",
-)  # fmt: skip
+BELOW = ("recorded", "operator", "launchers", "launches")
+WHATS = ("layer", "functional", *BELOW, "gather", "distribute", "double_attention")
 KEYS = ["workload", "n", "c", "c_n", "positions", "mode", "measured", "provider"]
 BATCH_SECONDS, LARGEST_BATCH = 2e-3, 10  # a batch must fit the GPU's queue of launches
 ROUNDS = (5, 200)  # at least and at most
@@ -91,9 +83,7 @@ def lower_layers(run: Run) -> dict[str, list[Run]]:
     from da_triton.ops.triton import routes
     from da_triton.runtime import launch, recorded
 
-    found: dict[str, list[Run]] = {
-        what: [] for what in ("recorded", "operator", "launchers", "launches")
-    }
+    found: dict[str, list[Run]] = {what: [] for what in BELOW}
 
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -174,19 +164,15 @@ def no_products() -> Iterator[None]:
         NoKernel.launched += 1
         return start
 
-    functions = {
-        "mm": product, "bmm": product, "addmm": added, "baddbmm": added,
-        "addmm_": added_in_place, "baddbmm_": added_in_place,
-    }  # fmt: skip
-    library = torch.library.Library("aten", "IMPL")
-    try:
+    with torch.library._scoped_library("aten", "IMPL") as library:
         with warnings.catch_warnings():  # PyTorch warns of what is replaced
             warnings.simplefilter("ignore")
-            for name, function in functions.items():
-                library.impl(name, function, "CPU")
+            for name in ("mm", "bmm"):
+                library.impl(name, product, "CPU")
+            for name in ("addmm", "baddbmm"):
+                library.impl(name, added, "CPU")
+                library.impl(f"{name}_", added_in_place, "CPU")
         yield
-    finally:
-        library._destroy()
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -195,71 +181,71 @@ def no_products() -> Iterator[None]:
 def of_workload(work: Workload, device: torch.device) -> list[list[Measured]]:
     """Calls that are measured in turns."""
     if device.type != "cpu":
-        every = [
-            *ours(work, "triton", work.n, device, torch.bfloat16),
-            *ours(work, "torch", work.n, device, torch.bfloat16),
-            *eager(work, work.n, device, torch.bfloat16),
-        ]
-        return [every]
+        gpu = work.n, device, torch.bfloat16
+        return [[*ours(work, "triton", *gpu), *ours(work, "torch", *gpu), *eager(work, *gpu)]]
     width = 4 * work.heads
     tiny = Workload(work.name, 1, width, (2,) * len(work.positions), width, width, work.heads)
-    real = [
-        *ours(work, "torch", work.cpu_n, device, torch.float32),
-        *eager(work, work.cpu_n, device, torch.float32),
-    ]
     with no_products():
-        launched = ours(work, "triton", work.n, device, torch.bfloat16)
+        issued = ours(work, "triton", work.n, device, torch.bfloat16)
+    cpu = work.cpu_n, device, torch.float32
+    computed = [*ours(work, "torch", *cpu), *eager(work, *cpu)]
     return [
-        [*launched, *eager(tiny, 1, device, torch.float32)],
-        [call._replace(measured=CALL) for call in real],
+        [*issued, *eager(tiny, 1, device, torch.float32)],
+        [call._replace(measured=CALL) for call in computed],
     ]
 
 
 def eager(work: Workload, n: int, device: torch.device, dtype: torch.dtype) -> list[Measured]:
-    block = EagerDoubleAttention(
-        work.c, work.c_m, work.c_n, work.heads, axes=len(work.positions)
-    ).to(device, dtype)
+    axes = len(work.positions)
+    block = EagerDoubleAttention(work.c, work.c_m, work.c_n, work.heads, axes=axes)
+    block = block.to(device, dtype)
     x = torch.randn(n, work.c, *work.positions).to(device, dtype)
-    runs: dict[str, Run] = {
-        FORWARD: functools.partial(block, x),
-        STEP: step(block, x, list(block.parameters())),
-    }
-    return [Measured(run, "eager", str(dtype)[6:], mode, "layer") for mode, run in runs.items()]
+    named = "eager", str(dtype)[6:]
+    return [
+        Measured(functools.partial(block, x), *named, FORWARD, "layer"),
+        Measured(step(block, x, list(block.parameters())), *named, STEP, "layer"),
+    ]
 
 
 def ours(
     work: Workload, backend: str, n: int, device: torch.device, dtype: torch.dtype
 ) -> list[Measured]:
-    options: dict[str, Any] = {"heads": work.heads, "residual": True, "backend": backend}
-    layer = DoubleAttention(work.c, work.c_m, work.c_n, **options).to(device, dtype)
+    core: dict[str, Any] = {"heads": work.heads, "backend": backend}
+    layer = DoubleAttention(work.c, work.c_m, work.c_n, residual=True, **core).to(device, dtype)
     parameters = list(layer.parameters())  # in the order of the function's arguments
     x, a, b, v = (
         torch.randn(n, c, *work.positions).to(device, dtype)
         for c in (work.c, work.c_m, work.c_n, work.c_n)
     )
-    core: dict[str, Any] = {"heads": work.heads, "backend": backend}
     with torch.no_grad():
         g = gather(a, b, **core)
 
     def functional(x: Tensor) -> Tensor:
-        return double_attention_block(x, *parameters, **options)
+        return double_attention_block(x, *parameters, residual=True, **core)
 
-    forward, backward = functools.partial(functional, x), step(functional, x, parameters)
-    runs: list[tuple[str, str, Run]] = [
-        (FORWARD, "layer", functools.partial(layer, x)),
-        (FORWARD, "functional", forward),
-        (FORWARD, "gather", functools.partial(gather, a, b, **core)),
-        (FORWARD, "distribute", functools.partial(distribute, g, v, backend=backend)),
-        (FORWARD, "double_attention", functools.partial(double_attention, a, b, v, **core)),
-        (STEP, "layer", step(layer, x, parameters)),
-        (STEP, "functional", backward),
-    ]
+    runs: dict[str, dict[str, Run]] = {
+        FORWARD: {
+            "layer": functools.partial(layer, x),
+            "functional": functools.partial(functional, x),
+            "gather": functools.partial(gather, a, b, **core),
+            "distribute": functools.partial(distribute, g, v, backend=backend),
+            "double_attention": functools.partial(double_attention, a, b, v, **core),
+        },
+        STEP: {
+            "layer": step(layer, x, parameters),
+            "functional": step(functional, x, parameters),
+        },
+    }
     if backend == "triton":
-        for mode, run in ((FORWARD, forward), (STEP, backward)):
+        for of_mode in runs.values():
             with torch.no_grad():
-                below = lower_layers(run)
-            runs += [(mode, what, in_a_row(calls)) for what, calls in below.items() if calls]
-    return [Measured(run, backend, str(dtype)[6:], mode, what) for mode, what, run in runs]
+                below = lower_layers(of_mode["functional"])
+            of_mode |= {what: in_a_row(calls) for what, calls in below.items() if calls}
+    return [
+        Measured(run, backend, str(dtype)[6:], mode, what)
+        for mode, of_mode in runs.items()
+        for what, run in of_mode.items()
+    ]
 
 
 def step(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]) -> Run:
@@ -288,27 +274,28 @@ def in_a_row(calls: Sequence[Run]) -> Run:
 def measure(workloads: Sequence[Workload], device: torch.device, seconds: float) -> pd.DataFrame:
     """A row for each call of each workload, in ``seconds`` or what five rounds of all take."""
     rows = []
-    with contextlib.nullcontext() if device.type != "cpu" else nothing_behind():
+    with contextlib.nullcontext() if observe.on_gpu(device) else nothing_behind():
         for work in progress(workloads):
-            rows += _rows(work, device, seconds / len(workloads))
-    return pd.DataFrame(rows).drop(columns="run")
+            groups = of_workload(work, device)
+            for group in groups:
+                found = in_turns(group, device, seconds / len(workloads) / len(groups))
+                rows += [_row(work, *each, device) for each in zip(group, found, strict=True)]
+    return pd.DataFrame(rows)
 
 
-def _rows(work: Workload, device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    groups = of_workload(work, device)
-    rows = []
-    for group in groups:
-        found = in_turns(group, device, seconds / len(groups))
-        for call, times in zip(group, found, strict=True):
-            low, median = np.quantile(times, (0.25, 0.5))
-            rows.append({
-                "workload": work.name, "n": work.cpu_n if call.measured == CALL else work.n,
-                "c": work.c, "positions": "x".join(map(str, work.positions)), "c_m": work.c_m,
-                "c_n": work.c_n, "heads": work.heads, "device": device.type,
-                "threads": torch.get_num_threads(), **call._asdict(), "median_us": median,
-                "quartile_us": low, "batches": len(times), "launches": launches(call, device),
-            })  # fmt: skip
-    return rows
+def _row(
+    work: Workload, call: Measured, times: Sequence[float], device: torch.device
+) -> dict[str, Any]:
+    low, median = np.quantile(times, (0.25, 0.5))
+    named = call._asdict()
+    del named["run"]
+    return {
+        "workload": work.name, "n": work.cpu_n if call.measured == CALL else work.n,
+        "c": work.c, "positions": "x".join(map(str, work.positions)), "c_m": work.c_m,
+        "c_n": work.c_n, "heads": work.heads, "device": device.type,
+        "threads": torch.get_num_threads(), **named, "median_us": median,
+        "quartile_us": low, "batches": len(times), "launches": launches(call, device),
+    }  # fmt: skip
 
 
 def in_turns(calls: Sequence[Measured], device: torch.device, seconds: float) -> list[list[float]]:

@@ -5,7 +5,6 @@ archive, and returns a short text. This process launches nothing on the GPU: ker
 processes. Those of commands have ended, with all that they started, when the next stage begins.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -14,7 +13,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,18 +82,8 @@ class Run:
     worker: Worker
     logs: Path
 
-    @contextlib.contextmanager
-    def sweeper(self, budget: Budget) -> Iterator[Sweeper]:
-        """The report repeats what da_triton warned of in its workers."""
-        sweeper = Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
-        try:
-            yield sweeper
-        finally:
-            for path in (self.compiling, self.worker.log):
-                text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-                for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
-                    if warning not in self.report.remarks:
-                        self.report.remarks.append(warning)
+    def sweeper(self, budget: Budget) -> Sweeper:
+        return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
 
     @property
     def compiling(self) -> Path:
@@ -111,6 +101,14 @@ class Run:
         self.report.record(ceilings=found)
         rates = ", ".join(f"{k} {v}" for k, v in found.items())
         self.report.remarks.append(f"Ceilings: {rates}")
+
+    def repeat_warnings(self) -> None:
+        """The report repeats what da_triton warned of in its workers."""
+        for path in (self.compiling, self.worker.log):
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
+                if warning not in self.report.remarks:
+                    self.report.remarks.append(warning)
 
 
 # --- right or wrong -------------------------------------------------------------------------------
@@ -196,49 +194,8 @@ def outcome_of(ended: Ended) -> str:
 # --- how fast -------------------------------------------------------------------------------------
 
 
-def eager(run: Run, budget: Budget) -> str:
-    return _sweep(run, budget, "eager")
-
-
-def compiled(run: Run, budget: Budget) -> str:
-    return _sweep(run, budget, "compiled")
-
-
-def order(
-    stage: str, workloads: Sequence[Workload], groups: int
-) -> list[tuple[Workload, str, int]]:
-    """Workloads with a mode and the number of a group, in the order in which they are measured.
-
-    Every workload is measured in both modes before the next one, the small ones last.
-    """
-    parts: list[tuple[Sequence[Workload], tuple[int, ...]]]
-    if stage != "compiled":
-        halves = [[w for w in workloads if w.small is small] for small in (False, True)]
-        parts = [(half, (group,)) for half in halves for group in range(groups)]
-    else:
-        first = [w for name in COMPILED_FIRST for w in workloads if w.name == name]
-        works = [*first, *(w for w in workloads if w not in first)]
-        parts = [
-            (works[:COMPLETE], providers.COMPILED_MAIN),
-            (works[COMPLETE:], (providers.COMPILED_DEFAULT,)),
-            (works[COMPLETE:], (providers.COMPILED_AUTOTUNED,)),
-        ]
-        done = {(w, group) for part, places in parts for w in part for group in places}
-        parts += [
-            ([w for w in works if (w, group) not in done], (group,))
-            for group in providers.COMPILED_LATER
-        ]
-    return [
-        (work, mode, group)
-        for part, places in parts
-        for work in part
-        for group in places
-        if group < groups
-        for mode in (FORWARD, STEP)
-    ]
-
-
-def _sweep(run: Run, budget: Budget, stage: str) -> str:
+def sweep(run: Run, budget: Budget, stage: str) -> str:
+    """The groups of providers of a stage, on every workload."""
     rows = []
 
     def add(found):
@@ -247,12 +204,40 @@ def _sweep(run: Run, budget: Budget, stage: str) -> str:
         rows.extend(found)
         run.report.add(found)
 
-    with run.sweeper(budget) as sweeper:
-        run.prepare(sweeper)
-        groups = run.settings.sweeps(stage)
-        planned = order(stage, run.workloads, len(groups))
-        sweeper.run_groups([(w, mode, groups[g], g) for w, mode, g in planned], add)
+    sweeper = run.sweeper(budget)
+    run.prepare(sweeper)
+    groups = run.settings.sweeps(stage)
+    planned = order(stage, run.workloads, len(groups))
+    sweeper.run_groups([(w, mode, groups[g], g) for w, mode, g in planned], add)
     return _counted(rows)
+
+
+def order(
+    stage: str, workloads: Sequence[Workload], groups: int
+) -> list[tuple[Workload, str, int]]:
+    """Workloads with a mode and the number of a group, in the order in which they are measured.
+
+    Every workload is measured in both modes before the next one. Small ones are the last of the
+    eager stage; the compiled stage begins with the main groups on the first workloads, then with
+    the default mode on all, then with max-autotune.
+    """
+    rank = {name: place for place, name in enumerate(COMPILED_FIRST)}
+    works = list(workloads)
+    if stage == "compiled":
+        works.sort(key=lambda work: rank.get(work.name, len(rank)))
+    first = works[:COMPLETE]
+    later = (providers.COMPILED_DEFAULT, providers.COMPILED_AUTOTUNED, *providers.COMPILED_LATER)
+
+    def turn(pair: tuple[Workload, int]) -> tuple[int, ...]:
+        work, group = pair
+        if stage != "compiled":
+            return work.small, group, works.index(work)
+        if work in first and group in providers.COMPILED_MAIN:
+            return 0, works.index(work), providers.COMPILED_MAIN.index(group)
+        return 1 + later.index(group), works.index(work)
+
+    pairs = sorted(itertools.product(works, range(groups)), key=turn)
+    return [(work, mode, group) for work, group in pairs for mode in (FORWARD, STEP)]
 
 
 def _counted(rows) -> str:
@@ -325,21 +310,19 @@ def cost_against_positions(run: Run, budget: Budget) -> str:
     beside.environment, beside.with_ratios = run.report.environment, run.report.with_ratios
     launch = GRAPH if where.device.type == "cuda" else EAGER
     wanted = ["eager", run.settings.ours]
-    sweep = providers.select(wanted, launch, where.device, where.dtype, [NCHW])
-    with run.sweeper(budget) as sweeper:
-        scaling.run(sweeper, "L", scaling.AXES["L"], [sweep], [FORWARD, STEP], beside)
+    group = providers.select(wanted, launch, where.device, where.dtype, [NCHW])
+    scaling.run(run.sweeper(budget), "L", scaling.AXES["L"], [group], [FORWARD, STEP], beside)
     if INTERRUPTED in beside.notes:
         raise KeyboardInterrupt
     return _counted(beside.rows)
 
 
 def whole_networks(run: Run, budget: Budget) -> str:
-    rows = []
-    with run.sweeper(budget) as sweeper:
-        variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
-        for network, mode in itertools.product(run.settings.networks, networks.MODES.values()):
-            rows += (found := sweeper.group(network, mode, variants))
-            run.report.add(found)
+    rows, sweeper = [], run.sweeper(budget)
+    variants = networks.variants(run.settings.ours, run.settings.ours == "triton")
+    for network, mode in itertools.product(run.settings.networks, networks.MODES.values()):
+        rows += (found := sweeper.group(network, mode, variants))
+        run.report.add(found)
     return _counted(rows)
 
 
@@ -376,8 +359,13 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("smoke", 60, smoke, "every fused tile at full size against float64, per assembler"),
     Stage("tests", 110, tests, "the package's tests"),
-    Stage("eager", 290, eager, "every workload: eager, da_triton and other formulations"),
-    Stage("compiled", 560, compiled, "the same beside torch.compile"),
+    Stage(
+        "eager",
+        290,
+        partial(sweep, stage="eager"),
+        "every workload: eager, da_triton and other formulations",
+    ),
+    Stage("compiled", 560, partial(sweep, stage="compiled"), "the same beside torch.compile"),
     Stage("tune", 300, tuning, "tiles of the workloads that are furthest from their rooflines"),
     Stage("first", 60, first_calls, "first calls in fresh processes"),
     Stage("scaling", 40, cost_against_positions, "cost against positions"),

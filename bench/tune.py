@@ -23,16 +23,27 @@ from torch import Tensor
 
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.shapes import AZ, Shape
+from da_triton.planning.costs import AZ
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import folders, launch, tiles
 from da_triton.runtime.tiles import Key as Site
 
-from .codegen.candidates import CANDIDATES, SMALL
-from .measure import Budget, describe, on_gpu, progress, usable
+from .measure import Budget, describe, progress, usable
 from .observe import Timer
 from .providers import Closure, Replay
 from .report import replace
+from .warm import without_launches
 from .workloads import Workload
+
+# Tiles that the tuner and the ahead-of-time search try: positions, warps, stages.
+CANDIDATES = (
+    (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
+    (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 4, 1), (16, 8, 1), (16, 4, 1),
+)  # fmt: skip
+# For kernels that have no positions.
+SMALL = (
+    (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
+)  # fmt: skip
 
 ROUNDS = 15
 ROUNDS_MIN = 5  # below which percentiles say nothing of the noise
@@ -58,7 +69,6 @@ def tune(
     device: torch.device,
     timer: Timer,
     budget: Budget,
-    tell: Callable[[str], Any] = print,
     save: Callable[[list[Choice]], Any] = lambda choices: None,
 ) -> list[Choice]:
     """The choices made until the budget is used up; one for each site, on its first workload.
@@ -74,15 +84,15 @@ def tune(
             if site in found or budget.left <= 0:
                 continue
             entries = [present, *(c for c in candidates_of(site) if c != present)]
-            ready = prepared(site, entries, run, device, tell, budget)
+            ready = prepared(site, entries, run, device, budget)
             if not usable(device):
-                tell(f"{site}: CUDA became unusable, so tuning ends here.")
+                print(f"{site}: CUDA became unusable, so tuning ends here.")
                 return list(found.values())
             if present in ready:
                 times = _times(list(ready.values()), timer, budget)
                 found[site] = choose(site, work.name, list(ready), times)
                 save(list(found.values()))
-                tell(str(found[site]))
+                print(found[site])
     return list(found.values())
 
 
@@ -107,25 +117,24 @@ def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
     unfused = planned._replace(
         order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
     )
+
+    def step(route, mask, backward):
+        out, lse, g, v = routes.forward(x, w, mask, options, route, mask is not None)
+        if not backward:
+            return (out,)
+        grads = routes.backward(out, x, w, mask, lse, g, v, options, route)
+        return out, *(grad for grad in grads if grad is not None)
+
     for route, masking in ((planned, None), (unfused, None), (planned, mask)):
         for backward in (False, True):
-            yield functools.partial(_step, x, w, options, route, masking, backward)
-
-
-def _step(x, w, options, route, mask, backward):
-    out, lse, g, v = routes.forward(x, w, mask, options, route, mask is not None)
-    if not backward:
-        return (out,)
-    grads = routes.backward(out, x, w, mask, lse, g, v, options, route)
-    return out, *(grad for grad in grads if grad is not None)
+            yield functools.partial(step, route, masking, backward)
 
 
 def _problem(work, device):
     generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
 
     batch = work.batch(device)
     x = normal(batch, work.c, work.length)
@@ -161,36 +170,29 @@ def tile_of(site: Site, entry: Entry) -> contextlib.AbstractContextManager[None]
 
 
 def prepared(
-    site: Site,
-    entries: Sequence[Entry],
-    run: Closure,
-    device: torch.device,
-    tell: Callable[[str], Any],
-    budget: Budget,
+    site: Site, entries: Sequence[Entry], run: Closure, device: torch.device, budget: Budget
 ) -> dict[Entry, Closure]:
-    """What to time of each tile that gives the first one's results; on a GPU, a captured graph.
+    """A captured graph for each tile that gives the first one's results.
 
     Tiles that the budget has no time for are left out.
     """
-    if on_gpu(device):
-        compile_in_parallel(site, entries, run, budget)
+    compile_in_parallel(site, entries, run, budget)
     ready: dict[Entry, Closure] = {}
     expected: list[Tensor] = []
     for entry in entries:
         if budget.left <= 0:
-            tell(f"{site}: tile {entry} and those after it are left out, for lack of time.")
+            print(f"{site}: tile {entry} and those after it are left out, for lack of time.")
             break
         try:
             with tile_of(site, entry):
-                closure = Replay(run) if on_gpu(device) else _with_tile(site, entry, run)
-                results = closure()
-            if not ready:
-                expected = [t.clone() for t in results]
+                closure = Replay(run)
+            results = closure()
+            expected = expected or [t.clone() for t in results]
             off = max(_distance(t, e) for t, e in zip(results, expected, strict=True))
             if not off <= TOLERANCE:
                 raise ValueError(f"its results differ by {off:.1e} from those of {entries[0]}")
         except Exception as error:
-            tell(f"{site}, tile {entry} is left out: {describe(error)}")
+            print(f"{site}, tile {entry} is left out: {describe(error)}")
             if not usable(device) or entry == entries[0]:
                 break
         else:
@@ -220,29 +222,15 @@ def compile_in_parallel(site: Site, entries: Sequence[Entry], run: Closure, budg
     A tile that does not compile is left to fail when it is launched.
     """
     from triton.runtime._async_compile import AsyncCompileMode
-    from triton.runtime.jit import JITFunction
-
-    original = JITFunction.run
-
-    def without_launch(self, *args, grid, warmup, **options):
-        original(self, *args, grid=grid, warmup=True, **options)  # not kept: it may be a future
 
     with (
         _Timely(os.cpu_count(), budget) as threads,
-        mock.patch.object(JITFunction, "run", without_launch),
+        without_launches(),
         AsyncCompileMode(threads, ignore_errors=True),
     ):
         for entry in entries:
             with contextlib.suppress(Exception), tile_of(site, entry):
                 run()
-
-
-def _with_tile(site, entry, run):
-    def closure():
-        with tile_of(site, entry):
-            return run()
-
-    return closure
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

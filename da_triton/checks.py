@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from .planning.shapes import AZ, ORDERS
+from .planning.costs import AZ, ORDERS, orders
 from .precision import POLICIES
 
 ORDER_NAMES = ("auto", *ORDERS)
@@ -301,9 +301,10 @@ def backend(name: str) -> None:
 def order(name: str, reconstruct: bool, backend: str) -> None:
     choice("order", name, ORDER_NAMES)
     if not reconstruct and name != "auto" and ORDERS[name].through_h:
+        possible = ", ".join(repr(o.name) for o in orders(reconstruct))
         raise ValueError(
             f"order={name!r} folds the last convolution into G, but weight_out is None. "
-            "Use order='AZ', 'XZ' or 'auto', or give weight_out."
+            f"Use order={possible} or 'auto', or give weight_out."
         )
     if backend == "eager" and name not in PAPERS:
         raise ValueError(

@@ -226,7 +226,8 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     """
     from .ops.triton.plan import kernel_limits
     from .planning import planner
-    from .planning.shapes import XH, Shape
+    from .planning.costs import XH
+    from .planning.shapes import Shape
     from .runtime import launch, tiles
 
     size = x.element_size()

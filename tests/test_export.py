@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from da_triton import DoubleAttention
+from support import cases
 
-ORDERS = ["AZ", "XZ", "AH", "XH", "auto"]
+ORDERS = [*cases.ORDERS, "auto"]
 
 
 class Net(torch.nn.Module):

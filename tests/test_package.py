@@ -1,6 +1,8 @@
 """The package for a user: imports, names, required and optional dependencies."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,37 @@ def test_cpu_tensors_are_rejected_without_the_interpreter():
     result = python(code)
     assert "RuntimeError: backend='triton' cannot run here" in result.stderr
     assert "TRITON_INTERPRET=1" in result.stderr
+
+
+def test_no_module_uses_a_name_that_is_private_to_another():
+    trees = {path: ast.parse(path.read_text()) for path in (ROOT / "da_triton").rglob("*.py")}
+    own = {path: private_names(tree) for path, tree in trees.items()}
+    everyones = set().union(*own.values())
+    for path, tree in trees.items():
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        imported = {name for name in imports_within_the_package(tree) if re.match("_[^_]", name)}
+        assert not (used & everyones | imported) - own[path], path
+
+
+def private_names(tree):
+    """Functions, classes, variables and attributes of self that begin with one underscore."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.FunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.Name(id=name, ctx=ast.Store())
+                | ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store())
+            ):
+                found.add(name)
+    return {name for name in found if re.match("_[^_]", name)}
+
+
+def imports_within_the_package(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("da_triton")):
+            yield from (alias.name for alias in node.names)
 
 
 @pytest.mark.parametrize("folder", ["da_triton", "bench", "tests"])

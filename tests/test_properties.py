@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import da_triton
-from da_triton.planning.shapes import orders
+from da_triton.planning.costs import orders
 from support.numerics import DEVICE, DTYPES, TOLERANCE
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -7,15 +7,13 @@ code a GPU would run. Needs a process without TRITON_INTERPRET.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -35,49 +33,29 @@ HIP_LOAD = r"^\s*(?:global|buffer)_load_(\w+)(.*)$"
 HIP_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
 
-class OutOfSharedMemoryError(Exception):
-    """The kernel needs more shared memory than the architecture has; compilation was cut short."""
-
-    def __init__(self, needed: int) -> None:
-        super().__init__(f"{needed} bytes")
-        self.needed = needed
-
-
-@dataclasses.dataclass
-class Launch:
+class Launch(NamedTuple):
     """One recorded launch: the kernel with everything it was called with."""
 
     kernel: Any
-    grid: tuple
     args: tuple
-    kwargs: dict
+    kwargs: dict  # flags, tile and compiler options
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    @property
-    def constants(self) -> dict[str, str]:
-        """Flags, tile and compiler options."""
-        return {k: str(x) for k, x in self.kwargs.items()}
 
-
-@dataclasses.dataclass
-class Code:
+class Code(NamedTuple):
     """What the compiler made of a launch for one architecture."""
 
-    shared: int  # bytes of shared memory
-    registers: int
-    spills: int  # NVIDIA: local loads and stores; AMD: spilled registers
-    matrix: int  # matrix instructions (mma.sync, wgmma, tcgen05, v_mfma)
-    wgmma: int
-    copies: dict[int, int]  # asynchronous copies: bytes -> count
-    loads: dict[int, int]  # direct loads from global memory: bytes -> count
-
-    @classmethod
-    def none(cls, shared: int) -> "Code":
-        """For a kernel that needs more shared memory than there is."""
-        return cls(shared, registers=0, spills=0, matrix=0, wgmma=0, copies={}, loads={})
+    registers: int = 0
+    spills: int = 0  # NVIDIA: local loads and stores; AMD: spilled registers
+    shared: int = 0  # bytes of shared memory; where there are fewer, the other figures are 0
+    matrix: int = 0  # matrix instructions (mma.sync, wgmma, tcgen05, v_mfma)
+    wgmma: int = 0
+    copy_bytes: int = 0  # the widest asynchronous copy
+    load_bytes: int = 0  # the widest direct load from global memory
+    loads_2: int = 0  # direct loads of two bytes
 
 
 @contextlib.contextmanager
@@ -86,7 +64,7 @@ def record() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        launches.append(Launch(self, grid, args, kwargs))
+        launches.append(Launch(self, args, kwargs))
 
     original = JITFunction.run
     JITFunction.run = run
@@ -116,6 +94,20 @@ def identity(launch: Launch, arch: str) -> tuple:
     return launch.name, *(str(sorted(p.items(), key=str)) for p in parts)
 
 
+def parse(launch: Launch, arch: str) -> tuple[Any, Any, Any]:
+    """A launch in Triton's first representation, with backend and options for what follows."""
+    source, options = specialized(launch, arch)
+    backend = make_backend(TARGETS[arch])
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    module = source.make_ir(TARGETS[arch], parsed, *functions, context)
+    module.context = context  # which it needs for as long as it is used
+    return module, backend, parsed
+
+
 def digest(launch: Launch, arch: str) -> str:
     """Equal for two launches of which this Triton makes the same code.
 
@@ -123,16 +115,9 @@ def digest(launch: Launch, arch: str) -> str:
     hundredth of the time of the rest. Comments, names (of functions and modules too) and line
     numbers are not in it.
     """
-    source, options = specialized(launch, arch)
-    target = TARGETS[arch]
-    backend = make_backend(target)
-    parsed = backend.parse_options(options)
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    functions = backend.get_codegen_implementation(parsed), backend.get_module_map()
-    program = _without_names(source.make_ir(target, parsed, *functions, context).str_nodebug())
-    options = {k: v for k, v in options.items() if k != "extern_libs"}  # paths of this machine
+    module, _, parsed = parse(launch, arch)
+    program = _without_names(module.str_nodebug())
+    options = {k: v for k, v in parsed.__dict__.items() if k != "extern_libs"}  # machine's paths
     parts = triton.__version__, arch, program, sorted(options.items())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -146,44 +131,28 @@ def _without_names(program: str) -> str:
 def compile_launch(launch: Launch, arch: str) -> Code:
     """Compiles a recorded launch for ``arch`` and reads the result.
 
-    Raises:
-        OutOfSharedMemoryError: before the assembler runs, which takes most of the time.
+    One that needs more shared memory than there is is given up before the assembler runs, which
+    takes most of the time.
     """
     target = TARGETS[arch]
+    limit = ARCHITECTURES[arch].shared_memory
     source, options = specialized(launch, arch)
-    with _cut_short(ARCHITECTURES[arch].shared_memory), _without_line_info():
-        compiled = triton.compile(source, target=target, options=options)
+    try:
+        with _cut_short(limit), _without_line_info():
+            compiled = triton.compile(source, target=target, options=options)
+    except _OutOfSharedMemoryError as error:
+        return Code(shared=error.needed)
     shared = compiled.metadata.shared
-    if shared > ARCHITECTURES[arch].shared_memory:  # the cache had it
-        raise OutOfSharedMemoryError(shared)
+    if shared > limit:  # the cache had it
+        return Code(shared=shared)
     read = _read_cuda if target.backend == "cuda" else read_hip
     return Code(shared=shared, **read(compiled.asm))
 
 
-def representation(launch: Launch, arch: str, before: str) -> str:
-    """What the compiler has of a launch ``before`` a stage: "ttgir" (no layouts yet) or "llir"."""
-    source, options = specialized(launch, arch)
-
-    def stopped(stage):
-        def run(program, metadata):
-            raise _StoppedError(str(program))
-
-        return run
-
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
-        knobs.cache.dir = folder  # what is in the cache passes through no stage
-        try:
-            with _without_line_info(), _stage(stopped, before):
-                triton.compile(source, target=TARGETS[arch], options=options)
-        except _StoppedError as reached:
-            return reached.text
-    raise RuntimeError(f"{launch.name} was compiled for {arch} without its stages")
-
-
-class _StoppedError(Exception):
-    def __init__(self, text):
-        super().__init__()
-        self.text = text
+class _OutOfSharedMemoryError(Exception):
+    def __init__(self, needed):
+        super().__init__(needed)
+        self.needed = needed
 
 
 @contextlib.contextmanager
@@ -198,29 +167,22 @@ def _without_line_info():
         yield
 
 
+@contextlib.contextmanager
 def _cut_short(limit):
     """Stops a compilation when it is known to need too much shared memory."""
-
-    def checked(stage):
-        def run(source, metadata):
-            if metadata["shared"] > limit:
-                raise OutOfSharedMemoryError(metadata["shared"])
-            return stage(source, metadata)
-
-        return run
-
-    return _stage(checked, "ptx", "amdgcn")
-
-
-@contextlib.contextmanager
-def _stage(replace, *names):
-    """Replaces the first of the named stages that a compilation has."""
 
     def hook(backend=None, stages=None, options=None, language=None, capability=None):
         if stages is None:
             return "", ""  # no part of the key of Triton's cache
-        name = next(name for name in names if name in stages)
-        stages[name] = replace(stages[name])
+        name = "ptx" if "ptx" in stages else "amdgcn"
+        stage = stages[name]
+
+        def checked(source, metadata):
+            if metadata["shared"] > limit:
+                raise _OutOfSharedMemoryError(metadata["shared"])
+            return stage(source, metadata)
+
+        stages[name] = checked
 
     knobs.runtime.add_stages_inspection_hook = hook
     try:
@@ -261,65 +223,34 @@ def _read_cuda(asm):
         "spills": spills,
         "matrix": wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
         "wgmma": wgmma,
-        "copies": dict(Counter(int(width, 0) for width in copies)),
-        "loads": dict(Counter(int(vector or 1) * int(bits) // 8 for vector, bits in loads)),
+        **_widths(
+            [int(width, 0) for width in copies],
+            [int(vector or 1) * int(bits) // 8 for vector, bits in loads],
+        ),
     }
 
 
 def read_hip(asm: dict) -> dict:
     """Fields of ``Code`` from AMD's assembly."""
     text = asm["amdgcn"]
-
-    def field(name):
-        return _number(rf"\.{name}:\s*(\d+)", text)
-
-    found: dict[str, Counter] = {"copies": Counter(), "loads": Counter()}
+    copies: list[int] = []
+    loads: list[int] = []
     for kind, rest in re.findall(HIP_LOAD, text, re.MULTILINE):
         to_lds = kind.startswith("lds_") or re.search(r"\blds\b", rest)
         width = next(x for name, x in HIP_BYTES.items() if name in kind)
-        found["copies" if to_lds else "loads"][width] += 1
+        (copies if to_lds else loads).append(width)
+    spilled = (_number(rf"\.{kind}_spill_count:\s*(\d+)", text) for kind in ("vgpr", "sgpr"))
     return {
-        "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
+        "spills": sum(spilled),
         "matrix": text.count("v_mfma"),
-        "wgmma": 0,
-        **{k: dict(v) for k, v in found.items()},
+        **_widths(copies, loads),
     }
 
 
-def faults(launch: Launch, arch: str) -> list[str]:
-    """How a program's matrix products are laid out wrongly.
-
-    Two faults of the compilers leave traces in Triton's representations, and kernels are written so
-    that neither appears:
-
-        narrow    an mma.sync operand laid out for elements narrower than its own, over more columns
-                  than its tile has (8·kWidth > K): float64 does not compile, TF32 is wrong
-                  (triton-lang/triton#11632, #11691)
-        chained   on Blackwell's tensor memory, a product whose accumulator is another product's
-                  result: wrong in a loop (triton-lang/triton#10821)
-    """
-    found = list(narrow(representation(launch, arch, before="llir")))
-    if arch == "sm_100":
-        found += chained(representation(launch, arch, before="ttgir"))
-    return found
-
-
-def narrow(text: str) -> Iterator[str]:
-    """Found in Triton's GPU representation, after layouts are chosen."""
-    versions = dict(re.findall(r"(#\w+) = #ttg\.nvidia_mma<\{versionMajor = (\d)", text))
-    layout = r"#ttg\.dot_op<\{opIdx = (\d), parent = (#\w+), kWidth = (\d+)"
-    for line in text.splitlines():
-        operands = re.findall(rf"tensor<(\d+)x(\d+)x\w+, {layout}", line)
-        for rows, columns, index, parent, width in operands if "tt.dot " in line else ():
-            k = int(columns if index == "0" else rows)
-            if versions.get(parent) == "2" and 8 * int(width) > k:
-                yield f"narrow: operand {index} has kWidth {width} and K {k}"
-
-
-def chained(text: str) -> Iterator[str]:
-    """Found in Triton's first representation, after its rewrites."""
-    products = dict(re.findall(r"(%\S+) = tt\.dot \S+, \S+, (%[\w#]+)", text))
-    for result, accumulator in products.items():
-        if accumulator in products:
-            yield f"chained: {result} adds to the product {accumulator}"
+def _widths(copies, loads):
+    return {
+        "copy_bytes": max(copies, default=0),
+        "load_bytes": max(loads, default=0),
+        "loads_2": loads.count(2),
+    }

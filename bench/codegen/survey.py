@@ -5,17 +5,11 @@
 prints a JSON object a line. Rows whose digest is in the input, an array in JSON, are known and come
 without figures; with ``--sample`` one row of each kernel is compiled, known or not, and no other.
 
-    python -m bench.codegen.survey sm_90 --layouts [--sample]
-
-prints one per program that multiplies matrices: its title, and how its products are laid out
-wrongly (``compile.faults``). Its programs are also, in each dtype, TF32 too, every tile of the core
-with a mask; with ``--sample`` one tile of each kernel and dtype.
-
 Runs in a process of its own, without TRITON_INTERPRET, on a machine without a GPU. Which kernels
 there are is found from the launches that calls make, on meta tensors:
 
     core        tiles by features and maps, in each dtype and layout
-    all maps    the kernel that holds them, by maps: without and with a gradient, bias and mask
+    full_n      the kernel that holds all maps, by maps: without and with a mask
     fused       each block of the tile table: NCHW with all that the kernel can do beside, also with
                 an odd number of positions, and channels-last memory without
     workloads   what the named ones launch besides: several heads, maps that fill no block, and
@@ -23,11 +17,10 @@ there are is found from the launches that calls make, on meta tensors:
 """
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -35,10 +28,12 @@ import torch
 from bench.codegen import compile
 from bench.codegen.compile import Launch
 from bench.workloads import WORKLOADS
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.shapes import AH, AZ, XH, Route, Shape
+from da_triton.planning.costs import AH, AZ, XH
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import Shape
 from da_triton.precision import matmul_precision
 from da_triton.runtime import launch, tiles
 
@@ -46,8 +41,9 @@ from da_triton.runtime import launch, tiles
 # channels-last memory.
 LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
 ODD = ("nchw", 49)  # a 7×7 map: every load is of one element
-PROCESSORS = 132
+NUM_SMS = 132
 BATCH = 64
+UNFUSED = Route(AZ, "unfused", "unfused", "unfused", AZ, BATCH)
 ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
 PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
 # kernel -> {(block_m, block_n): (C, c_m, c_n) that lead there}
@@ -68,23 +64,15 @@ BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
 # Features or maps: each side reaches a tile of its own in the tables of the core.
 SIDES = {2: (32, 64, 128), 4: (32,), 8: (16, 32)}
-OPTIONS = {
-    "ACC", "PRECISION", "enable_fp_fusion", "num_warps", "num_stages", "P_SCALE",
-}  # fmt: skip
+OPTIONS = {"ACC", "PRECISION", "enable_fp_fusion", "num_warps", "num_stages", "P_SCALE"}
 
 Row = dict[str, Any]
-# The same for layouts, also of sizes that fill no tile.
-LAYOUT_SIDES = {2: (32, 64, 128), 4: (19, 64), 8: (19, 64)}
-LAYOUT_SHAPES = ((200, 20), (20, 200), (200, 200))
-LAYOUT_DTYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False),
-                 (torch.float32, True), (torch.float64, False))  # fmt: skip
 
 
 # --- launches of a call ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What a launch depends on beside sizes."""
 
     layout: str = "nchw"
@@ -120,12 +108,12 @@ def on(arch: str) -> Iterator[None]:
     with (
         launch.forgetting(),
         mock.patch.object(tiles, "architecture", return_value=arch),
-        mock.patch.object(launch, "num_sms", return_value=PROCESSORS),
+        mock.patch.object(launch, "num_sms", return_value=NUM_SMS),
     ):
         yield
 
 
-def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
+def core(m: int, n: int, v: Variant, batch: int = BATCH) -> list[Launch]:
     """One forward and backward pass of the core with m features and n maps."""
 
     def maps(channels):
@@ -142,7 +130,7 @@ def core(m: int, n: int, v: Variant, batch: int = 64) -> list[Launch]:
         g, lse = gather.gather_forward(sources, 1.0)
         distribute.distribute_forward(g, logits, 1.0, v.softmax, 1.0)
         dg, _ = distribute.distribute_backward(dz, g, logits, 1.0, v.softmax, 1.0, True, True)
-        gather.gather_backward(dg, a, b, mask, g, lse, None, 1.0, True, True)
+        gather_backward.gradients(dg, a, b, mask, g, lse, None, 1.0, True, True)
     return made
 
 
@@ -176,11 +164,6 @@ def _mask(v, batch):
 # --- launches of a tile ---------------------------------------------------------------------------
 
 
-def launched(kernel: str) -> str:
-    """The name under which a kernel of the table is launched."""
-    return kernel.removesuffix("_blocks") + "_kernel"
-
-
 def route(kernel: str) -> Route:
     """One that launches the kernel."""
     fused = Route(XH, "fused", "fused", "fused", XH, BATCH)
@@ -194,7 +177,7 @@ def record(
     kernel: str,
     sizes: tuple[int, int, int],
     variant: Variant,
-    tile: tuple[int, ...] | None = None,
+    tile: tuple[int, int, int] | None = None,
 ) -> list[Launch]:
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
     original = tiles.tile
@@ -203,44 +186,25 @@ def record(
         entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
         if entry is None:
             return original(name, x, features, maps, variant)
-        return tiles.Tile._make(
-            (*tiles.blocks(name, "half", features, maps), *entry, 1, "pointers")
-        )
+        blocks = tiles.blocks(name, "half", features, maps)
+        return tiles.Tile(*blocks, *entry, 1)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         found = of_block((BATCH, *sizes), route(kernel), variant)
-    return [made for made in found if made.name == launched(kernel)]
+    launched = kernel.removesuffix("_blocks") + "_kernel"
+    return [made for made in found if made.name == launched]
 
 
-def variants(kernel: str, special: bool) -> list[Variant]:
-    """What a tile must be clean in, the likeliest to spill first."""
-    flags = special_flags(kernel) if special else {}
-    wide, narrow, last = (Variant(*layout, **flags) for layout in LAYOUTS)
-    found = [narrow, last, wide, dataclasses.replace(narrow, dtype=torch.float16)]
-    if "distribute" in kernel and not special:
-        found.append(dataclasses.replace(narrow, heads=4))
-    if kernel.startswith("combine"):
-        found.insert(0, dataclasses.replace(narrow, masked=True))
-    return found
-
-
-def odd_variants(kernel: str, special: bool) -> list[Variant]:
-    """An odd number of positions in NCHW, where the kernel has positions."""
-    if kernel.startswith(("combine", "weight")):
-        return []
-    return [Variant(*ODD, **(special_flags(kernel) if special else {}))]
-
-
-def variant_name(kernel: str) -> str:
-    """Of the tile that a special launch may have of its own."""
-    return "mask" if "gather" in kernel else "v"
-
-
-def special_flags(kernel: str) -> dict[str, Any]:
-    """What makes a launch special, and lets it have a tile of its own; none: nothing does."""
+def special(kernel: str) -> tuple[str, dict[str, Any]]:
+    """What lets a launch have a tile of its own: its variant in the table, the call's flags."""
     if "gather" in kernel:
-        return {"masked": True}
-    return {"save_v": True} if "distribute" in kernel else {}
+        return "mask", {"masked": True}
+    return ("v", {"save_v": True}) if "distribute" in kernel else ("", {})
+
+
+def odd_variants(kernel: str, flags: dict[str, Any]) -> list[Variant]:
+    """An odd number of positions in NCHW, where the kernel has positions."""
+    return [] if kernel.startswith(("combine", "weight")) else [Variant(*ODD, **flags)]
 
 
 # --- everything that ships ------------------------------------------------------------------------
@@ -248,36 +212,25 @@ def special_flags(kernel: str) -> dict[str, Any]:
 
 def survey(arch: str, known: Collection[str] = (), sample: bool = False) -> Iterator[Row]:
     """Yields a description of every distinct compilation."""
-    distinct = list(_distinct(arch))
-    wanted = {digest for *_, digest in distinct} - set(known)
-    if sample:
-        by_digest = sorted(distinct, key=lambda each: each[-1])
-        wanted = set({made.name: digest for made, *_, digest in by_digest}.values())
-    for made, variant, sizes, digest in distinct:
-        code = _compile(made, arch) if digest in wanted else None
-        yield describe(made, variant, sizes, digest, code)
+    distinct = _distinct(arch)
+    wanted = distinct.keys() - set(known)
+    if sample:  # the last digest of each kernel
+        wanted = set({distinct[digest][0].name: digest for digest in sorted(distinct)}.values())
+    for digest, (made, variant, sizes) in distinct.items():
+        figures = compile.compile_launch(made, arch)._asdict() if digest in wanted else {}
+        yield {"arch": arch, **describe(made, variant, sizes), "digest": digest, **figures}
 
 
-def _compile(made, arch):
-    try:
-        return compile.compile_launch(made, arch)
-    except compile.OutOfSharedMemoryError as error:
-        return compile.Code.none(error.needed)
-
-
-def _distinct(arch):
-    """Launches with their digests, one of each."""
-    same, digests = set(), set()
+def _distinct(arch: str) -> dict[str, Found]:
+    """Launches by their digests, the first of each."""
+    same: dict[tuple, Found] = {}
+    digests: dict[str, Found] = {}
     with on(arch):
-        for made, variant, sizes in found(arch):
-            key = compile.identity(made, arch)
-            if key in same:
-                continue
-            same.add(key)
-            digest = compile.digest(made, arch)
-            if digest not in digests:
-                digests.add(digest)
-                yield made, variant, sizes, digest
+        for each in found(arch):
+            same.setdefault(compile.identity(each[0], arch), each)
+        for each in same.values():
+            digests.setdefault(compile.digest(each[0], arch), each)
+    return digests
 
 
 def found(arch: str) -> list[Found]:
@@ -286,15 +239,9 @@ def found(arch: str) -> list[Found]:
     return known + list(_workloads(arch, {made.name for made, *_ in known}))
 
 
-def describe(
-    made: Launch,
-    variant: Variant,
-    sizes: tuple[int, int, int],
-    digest: str,
-    code: compile.Code | None,
-) -> Row:
-    """What is compiled, and what became of it."""
-    constants = made.constants
+def describe(made: Launch, variant: Variant, sizes: tuple[int, int, int]) -> Row:
+    """What is compiled."""
+    constants = {k: str(x) for k, x in made.kwargs.items()}
     flags = [
         name if value == "True" else f"{name}={value}"
         for name, value in constants.items()
@@ -313,8 +260,6 @@ def describe(
         "blocks": " ".join(blocks),
         "warps": int(constants.get("num_warps", 4)),
         "stages": int(constants.get("num_stages", 1)),
-        "digest": digest,
-        **(dataclasses.asdict(code) if code else {}),
     }
 
 
@@ -325,16 +270,16 @@ def _core() -> Iterator[Found]:
         sides = SIDES[dtype.itemsize]
         blocked = BLOCKED_SHAPES if dtype.itemsize == 2 else BLOCKED_SHAPES[:1]
         runs += [
-            (m, n, Variant(*layout, dtype), 64)
+            (m, n, Variant(*layout, dtype), BATCH)
             for m, n in [*((m, n) for m in sides for n in sides), *blocked]
             for layout in (LAYOUTS if dtype == torch.bfloat16 else LAYOUTS[1:2])
         ]
+    wide = Variant(*LAYOUTS[0])
     for m, n in ((128, 128), (512, 512)):
-        wide = Variant("nchw", 784)
         runs += [
-            (m, n, dataclasses.replace(wide, masked=True, extra=True), 4),
-            (m, n, dataclasses.replace(wide, softmax=False), 64),
-            (m, n, dataclasses.replace(wide, dtype=torch.float16), 64),
+            (m, n, wide._replace(masked=True, extra=True), 4),
+            (m, n, wide._replace(softmax=False), BATCH),
+            (m, n, wide._replace(dtype=torch.float16), BATCH),
         ]
     for m, n, variant, batch in runs:
         for made in core(m, n, variant, batch):
@@ -343,14 +288,13 @@ def _core() -> Iterator[Found]:
 
 def _full_n(arch: str) -> Iterator[Found]:
     """Launches of the kernel that holds all maps, with every tile of its table."""
-    route = Route(AZ, "unfused", "unfused", "unfused", AZ, 64)
     keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
     sizes = sorted({key.block_n for key in keys if key.kernel == "full_n"}, reverse=True)
     runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
     runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
     runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
     for n, variant in runs:
-        for made in of_block((64, 64, n, n), route, variant):
+        for made in of_block((BATCH, 64, n, n), UNFUSED, variant):
             if made.name == "full_n_kernel":
                 yield made, variant, (0, n, n)
 
@@ -358,8 +302,9 @@ def _full_n(arch: str) -> Iterator[Found]:
 def _fused(arch: str) -> Iterator[Found]:
     """Launches of the fused kernels, with every block that has a tile on this architecture."""
     for kernel, blocks in BLOCKS.items():
-        variants = [Variant(*LAYOUTS[1], **special_flags(kernel)), Variant(*LAYOUTS[2])]
-        variants += odd_variants(kernel, False) + odd_variants(kernel, True)
+        _, flags = special(kernel)
+        variants = [Variant(*LAYOUTS[1], **flags), Variant(*LAYOUTS[2])]
+        variants += odd_variants(kernel, {}) + odd_variants(kernel, flags)
         for block, sizes in blocks.items():
             if tiles.Key(kernel, tiles.PLAIN, "half", *block) not in tiles.shipped(arch):
                 continue
@@ -369,7 +314,7 @@ def _fused(arch: str) -> Iterator[Found]:
 
 
 def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
-    """Launches of the named workloads on their route, and on the split one, that are new.
+    """Launches of the named workloads on their route, and on the unfused one, that are new.
 
     Not of small ones, whose time is that of launches, whatever a kernel's code.
     """
@@ -378,12 +323,9 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
             continue
         length = torch.Size(work.positions).numel()
         s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        planned = kernel_routes(s, work.c, arch, PROCESSORS)[0].route
-        split = planned._replace(
-            order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
-        )
+        planned = kernel_routes(s, work.c, arch, NUM_SMS)[0].route
         special = work.heads > 1 or work.c_n % 16 > 0
-        for route in (planned, split):
+        for route in (planned, UNFUSED._replace(batch_chunk=planned.batch_chunk)):
             for layout in LAYOUTS[1:]:
                 variant = Variant(*layout, heads=work.heads)
                 for made in of_block(s[:4], route, variant):
@@ -392,39 +334,7 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
                         yield made, variant, (work.c, work.c_m, work.c_n)
 
 
-# --- layouts --------------------------------------------------------------------------------------
-
-
-def laid_out(arch: str, sample: bool) -> Iterator[dict[str, Any]]:
-    """Titles and faults of distinct programs that multiply matrices."""
-    keys, kinds = set(), set()
-    with on(arch):
-        for made, variant, (c, m, n) in _with_every_dtype(arch):
-            key, kind = compile.identity(made, arch), (made.name, variant)
-            if key in keys or "PRECISION" not in made.kwargs or (sample and kind in kinds):
-                continue
-            keys.add(key)
-            kinds.add(kind)
-            title = f"{variant.title} C={c} m={m} n={n}"
-            yield {"kernel": made.name, "program": title, "faults": compile.faults(made, arch)}
-
-
-def _with_every_dtype(arch: str) -> Iterator[Found]:
-    for dtype, tf32 in LAYOUT_DTYPES:
-        sides = LAYOUT_SIDES[dtype.itemsize]
-        variant = Variant(dtype=dtype, tf32=tf32, masked=True)
-        for m, n in [*((m, n) for m in sides for n in sides), *LAYOUT_SHAPES]:
-            for made in core(m, n, variant):
-                yield made, variant, (0, m, n)
-    yield from found(arch)
-
-
 if __name__ == "__main__":
     arch, *flags = sys.argv[1:]
-    sampled = "--sample" in flags
-    if "--layouts" in flags:
-        rows = laid_out(arch, sampled)
-    else:
-        rows = survey(arch, json.load(sys.stdin), sampled)
-    for row in rows:
+    for row in survey(arch, json.load(sys.stdin), "--sample" in flags):
         print(json.dumps(row), flush=True)

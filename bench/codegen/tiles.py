@@ -14,11 +14,12 @@ another route. Candidates prefer many positions, then stages.
 
 import argparse
 import json
-import os
-import sys
+from typing import Any
 
-from bench.codegen import compile, survey
-from bench.codegen.candidates import CANDIDATES, SMALL
+import torch
+
+from bench.codegen import cannot_compile, compile, survey
+from bench.tune import CANDIDATES, SMALL
 from da_triton.runtime import tiles
 
 HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "block_bwd_distribute")
@@ -27,95 +28,103 @@ HOPELESS = 64  # spills beyond which fewer stages do not help
 # Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
 LIKELIEST, AT_EASE = 2, 200
 
+Blocks = tuple[int, int]
+Sizes = tuple[int, int, int]
+Candidate = tuple[int, int, int]  # positions of a tile, warps, stages
+Found = tuple[Candidate, str]  # with a remark
 
-def main(argv=None):
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.codegen.tiles",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arch", nargs="+", choices=tiles.ARCHITECTURES)
-    parser.add_argument(
-        "--kernel", action="append", choices=survey.BLOCKS, help="repeatable; else all"
-    )
-    parser.add_argument(
-        "--from", dest="start", metavar="ARCH",
-        help="begin at this architecture's tiles in the table instead of the first candidate",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("arch", nargs="+", choices=tiles.ARCHITECTURES)
+    add("--kernel", action="append", choices=survey.BLOCKS, help="repeatable; else all")
+    add("--from", dest="start", metavar="ARCH", help="begin at this architecture's tiles")
     options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET"):
-        print("TRITON_INTERPRET is set: nothing would be compiled. Unset it.", file=sys.stderr)
-        return 2
+    if reason := cannot_compile():
+        parser.error(reason)
     for arch in options.arch:
         for kernel in options.kernel or survey.BLOCKS:
             write(arch, kernel, Search(arch, kernel, options.start).run())
-    return 0
 
 
 class Search:
     """The tiles of one kernel on one architecture."""
 
-    def __init__(self, arch, kernel, start):
-        self.arch, self.kernel, self.start = arch, kernel, start
-        self.small = kernel.startswith(("combine", "weight"))
+    def __init__(self, arch: str, kernel: str, start: str | None) -> None:
+        self.arch, self.kernel = arch, kernel
+        self.start = tiles.shipped(start) if start else {}
+        _, self.flags = survey.special(kernel)
 
-    def run(self):
-        """``{(block_m, block_n): ((plain tile, remark), (special tile, remark))}``"""
+    def run(self) -> dict[Blocks, tuple[Found, Found]]:
+        """The plain and the special tile of each block."""
         found = {}
         for blocks, sizes in survey.BLOCKS[self.kernel].items():
-            entry = self.best(blocks, sizes, self.candidates(blocks), special=False)
-            entries = entry, entry
-            if entry and survey.special_flags(self.kernel):
-                rest = self.candidates(blocks, entry[0])
-                entries = entry, self.best(blocks, sizes, rest, special=True)
-            print(self.arch, self.kernel, blocks, *entries, flush=True)
-            if all(entries):
-                found[blocks] = entries
+            key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
+            first = self.start[key][:3] if key in self.start else None
+            plain = special = self.best(blocks, sizes, first, {})
+            if plain and self.flags:
+                special = self.best(blocks, sizes, plain[0], self.flags)
+            print(self.arch, self.kernel, blocks, plain, special, flush=True)
+            if plain and special:
+                found[blocks] = plain, special
         return found
 
-    def best(self, blocks, sizes, candidates, special):
-        """The first that is clean, with a remark; None if none is."""
-        usual = survey.variants(self.kernel, special)
-        odd = survey.odd_variants(self.kernel, special)
-        fallback, remark, hopeless = None, "", set()
-        for candidate in candidates:
+    def best(
+        self, blocks: Blocks, sizes: Sizes, first: Candidate | None, flags: dict[str, Any]
+    ) -> Found | None:
+        """The first candidate from ``first`` on that is clean; None if none is."""
+        usual, odd = self.variants(flags), survey.odd_variants(self.kernel, flags)
+        fallback: Found | None = None  # only one that is clean everywhere is better
+        hopeless = set()
+        for candidate in self.candidates(blocks, first):
             block_l, warps, stages = candidate
-            if (block_l, warps) in hopeless and stages > 1:
+            if fallback and block_l < max(SHORTEST, fallback[0][0] // 2):
+                break
+            if stages > 1 and (block_l, warps) in hopeless:
                 continue
-            if fallback:  # only one that is clean everywhere is better
-                if block_l < max(SHORTEST, fallback[0] // 2):
-                    break
+            if fallback:
                 if not self.spills(blocks, sizes, candidate, odd + usual):
                     return candidate, ""
-                continue
-            spills = self.spills(blocks, sizes, candidate, usual)
-            if spills > HOPELESS:
-                hopeless.add((block_l, warps))
-            if spills:
-                continue
-            spills = self.spills(blocks, sizes, candidate, odd)
-            if not spills:
+            elif spills := self.spills(blocks, sizes, candidate, usual):
+                if spills > HOPELESS:
+                    hopeless.add((block_l, warps))
+            elif spills := self.spills(blocks, sizes, candidate, odd):
+                fallback = candidate, f"{spills} spills at odd L"
+            else:
                 return candidate, ""
-            fallback, remark = candidate, f"{spills} spills at odd L"
-        return (fallback, remark) if fallback else None
+        return fallback
 
-    def candidates(self, blocks, first=None):
-        """In order, from ``first`` on, or from where the search was told to begin."""
-        order = list(SMALL if self.small else CANDIDATES)
-        if first is None and self.start:
-            key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
-            first = tiles.shipped(self.start).get(key, (None,))[:3]
-        order = order[order.index(first) :] if first in order else order
-        return [c for c in order if self.may_fit(blocks, *c)]
+    def variants(self, flags: dict[str, Any]) -> list[survey.Variant]:
+        """What a tile must be clean in, the likeliest to spill first."""
+        wide, narrow, last = (survey.Variant(*layout, **flags) for layout in survey.LAYOUTS)
+        found = [narrow, last, wide, narrow._replace(dtype=torch.float16)]
+        if "distribute" in self.kernel and not flags:
+            found.append(narrow._replace(heads=4))
+        if self.kernel.startswith("combine"):
+            found.insert(0, narrow._replace(masked=True))
+        return found
 
-    def may_fit(self, blocks, block_l, warps, stages):
+    def candidates(self, blocks: Blocks, first: Candidate | None) -> list[Candidate]:
+        """Those that may fit, in order of preference, from ``first`` on."""
+        order = SMALL if self.kernel.startswith(("combine", "weight")) else CANDIDATES
+        start = order.index(first) if first in order else 0
+        return [c for c in order[start:] if self.may_fit(blocks, *c)]
+
+    def may_fit(self, blocks: Blocks, block_l: int, warps: int, stages: int) -> bool:
         """Whether the buffers of a pipeline for X alone leave room; cheaper than to compile."""
         if self.arch == "gfx942" and stages > 2:
             return False  # one buffer beside the registers is what its pipelines are made of
         held = blocks[0] * block_l * 2 * (stages - 1) if self.kernel in HOLD_ALL_CHANNELS else 0
         return held < tiles.ARCHITECTURES[self.arch].shared_memory
 
-    def spills(self, blocks, sizes, candidate, wanted):
+    def spills(
+        self, blocks: Blocks, sizes: Sizes, candidate: Candidate, wanted: list[survey.Variant]
+    ) -> float:
         """Of the first variant that spills, else 0; 0.5 for any other failure."""
         seen, registers = set(), 0
         for number, variant in enumerate(wanted):
@@ -128,30 +137,34 @@ class Search:
                 if key in seen:
                     continue
                 seen.add(key)
-                spills = 0.5
-                try:
-                    code = compile.compile_launch(launch, self.arch)
-                    spills, registers = code.spills, max(registers, code.registers)
-                    failure = f"{spills} spills"
-                except compile.OutOfSharedMemoryError as error:
-                    failure = f"{error} of shared memory"
-                except Exception as error:  # the compiler's own limits differ by version
-                    failure = f"{type(error).__name__} {str(error)[:80]}"
-                if spills:
+                spills, failure, used = self.tried(launch)
+                registers = max(registers, used)
+                if failure:
                     print(f"    {blocks} {candidate}: {failure} ({variant.title})", flush=True)
                     return spills
         return 0
 
+    def tried(self, launch: compile.Launch) -> tuple[float, str, int]:
+        """Spills, what is wrong with the program, and its registers."""
+        try:
+            code = compile.compile_launch(launch, self.arch)
+        except Exception as error:  # the compiler's own limits differ by version
+            return 0.5, f"{type(error).__name__} {str(error)[:80]}", 0
+        if code.shared > tiles.ARCHITECTURES[self.arch].shared_memory:
+            return 0.5, f"{code.shared} bytes of shared memory", 0
+        return code.spills, f"{code.spills} spills" if code.spills else "", code.registers
 
-def write(arch, kernel, found):
+
+def write(arch: str, kernel: str, found: dict[Blocks, tuple[Found, Found]]) -> None:
     """Replaces a kernel's entries in the table that ships."""
     path = tiles.SHIPPED / f"{arch}.json"
     header = json.loads(path.read_text(encoding="utf-8"))
     table = {k: e for k, e in tiles.entries(header).items() if k.kernel != kernel}
+    special_name, _ = survey.special(kernel)
     for blocks, (plain, special) in found.items():
         variants = {tiles.PLAIN: (plain[0], plain[1] or special[1])}
         if special[0] != plain[0]:
-            variants = {tiles.PLAIN: plain, survey.variant_name(kernel): special}
+            variants = {tiles.PLAIN: plain, special_name: special}
         for variant, (entry, note) in variants.items():
             key = tiles.Key(kernel, variant, "half", *blocks)
             table[key] = tiles.Entry._make((*entry, "pointers", note))
@@ -159,4 +172,4 @@ def write(arch, kernel, found):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

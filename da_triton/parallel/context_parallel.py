@@ -8,9 +8,10 @@ Each rank holds a slice of the positions. A rank's gather gives descriptors ``G_
 and every rank distributes to its own positions. Only ``(G_r, lse_r)`` cross the network, and in
 backward ``dG``, whose size has nothing to do with the number of positions. The loss is the sum of
 the ranks' losses, each over its own positions: dG is summed over the ranks, and with the lse and G
-of the whole the gradients of a slice need no other slice (``kernels.gather``). Both sums are made
-from an all-gather, by every rank, in one order: the result is repeatable, and the same bits
-everywhere. An attention map without a position left on any rank gives zeros; a slice may be empty.
+of the whole the gradients of a slice need no other slice (``kernels.gather_backward``). Both sums
+are made from an all-gather, by every rank, in one order: the result is repeatable, and the same
+bits everywhere. An attention map without a position left on any rank gives zeros; a slice may be
+empty.
 
 Called through ``process_group=`` of ``da_triton.gather``, ``double_attention``,
 ``double_attention_block`` and ``DoubleAttention``. Forward and backward are collective: all ranks
@@ -204,7 +205,11 @@ def _of_all_ranks(x, group):
 
 
 def _compose(gather, distribute, x, w, mask, residual, o):
-    """The block in the paper's order, on ``(N, C, L)``."""
+    """The block in the paper's order, on ``(N, C, L)``.
+
+    Not ``ops.aten.block.compose``: that adds A's bias to G of each sample with an unmasked
+    position, and a rank sees only its own positions, of which there may be none.
+    """
     a, b, v = (
         _project(x, weight, bias).unflatten(1, (o.heads, -1))
         for weight, bias in ((w.a, w.bias_a), (w.b, None), (w.v, w.bias_v))

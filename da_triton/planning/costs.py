@@ -13,11 +13,36 @@ L2 cache is not counted twice. ``requested`` is what its programs load from that
 tile of positions loads all weights that it is multiplied with, so short tiles load more.
 """
 
-from .shapes import CoreLimits, Cost, Order, Shape, Step, orders
+from typing import NamedTuple
+
+from .shapes import CoreLimits, Cost, Limits, Shape, Step
 
 BLOCK = 128  # features or descriptors in a block of kernels that walk over them, half precision
 L2 = 50e6  # bytes, of an H200; half of it is assumed to hold X
 POSITIONS = 64  # in a block of the core's gather, with most of its tiles
+
+
+class Order(NamedTuple):
+    """How the block's products associate: what G is gathered from, and what is distributed."""
+
+    name: str  # as users give it
+    from_x: bool  # M is gathered from X, and G = Wa M: A is never made
+    through_h: bool  # H = Wo G is distributed: Z is never made
+
+    def __str__(self) -> str:
+        return self.name
+
+
+AZ = Order("AZ", from_x=False, through_h=False)  # the paper's
+XZ = Order("XZ", from_x=True, through_h=False)
+AH = Order("AH", from_x=False, through_h=True)
+XH = Order("XH", from_x=True, through_h=True)
+ORDERS = {order.name: order for order in (AZ, XZ, AH, XH)}  # of equal costs, the first runs
+
+
+def orders(reconstruct: bool) -> tuple[Order, ...]:
+    """The orders of a block with a last convolution, or without one."""
+    return tuple(order for order in ORDERS.values() if reconstruct or not order.through_h)
 
 
 def order_cost(
@@ -52,13 +77,21 @@ def order_cost(
     return Cost(per_position * length, small_total, elements * length)
 
 
+def order_macs(s: Shape, order: Order) -> int:
+    """MACs of the whole batch, forward."""
+    cost = order_cost(order, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct)
+    return s.batch * cost.all_macs
+
+
 def least_macs(s: Shape) -> int:
-    """MACs of the cheapest order for the whole batch, forward."""
-    costs = (
-        order_cost(o, s.channels, s.c_m, s.c_n, s.heads, s.length, s.reconstruct)
-        for o in orders(s.reconstruct)
-    )
-    return s.batch * min(cost.macs + cost.small_macs for cost in costs)
+    """The same in the cheapest order."""
+    return min(order_macs(s, order) for order in orders(s.reconstruct))
+
+
+def fused_tiles(order: Order, limits: Limits) -> tuple[int, int]:
+    """Positions in a tile of the fused gather and of the fused distribute, 0 for no such kernel."""
+    gather = limits.gather_from_x if order.from_x else limits.gather_from_a
+    return gather, limits.project_distribute if order.through_h else 0
 
 
 def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int:

@@ -12,21 +12,26 @@ chunk, and the route of the backward pass. ``da_triton.plan`` shows it.
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..tracing import constant
 from .costs import (
+    AZ,
+    XH,
+    Order,
     compulsory_bytes,
     distribute_steps,
     fused_backward_steps,
+    fused_tiles,
     gather_steps,
     least_macs,
     order_cost,
+    orders,
     unfused_backward_steps,
 )
-from .shapes import AZ, XH, Cost, Limits, Order, PlannedRoute, Route, Shape, Step, orders
+from .shapes import Cost, Limits, Shape, Step
 
 # H200 peak rates, measured or from data sheets. Only their ratios matter: they rank the orders.
 MATRIX_RATE = 395e12  # MAC/s in half precision
@@ -38,7 +43,7 @@ CPU_RATE = 1e11  # MAC/s of two cores
 def seconds(cost: Cost, itemsize: int, cpu: bool = False) -> float:
     """Modelled time of one sample; a ranking, not a prediction."""
     if cpu:  # one rate for every product, and tensors stay in the cache between them
-        return (cost.macs + cost.small_macs) / CPU_RATE
+        return cost.all_macs / CPU_RATE
     rate = MATRIX_RATE if itemsize == 2 else FLOAT32_RATE
     return cost.macs / rate + cost.small_macs / FLOAT32_RATE + cost.elements * itemsize / BANDWIDTH
 
@@ -104,6 +109,32 @@ def choose_order(
 
 # --- kernels --------------------------------------------------------------------------------------
 
+
+class Route(NamedTuple):
+    """How a block runs in kernels."""
+
+    order: Order
+    gather: str  # "fused" or "unfused"
+    distribute: str
+    backward: str
+    backward_order: Order  # of an unfused backward pass; XH of a fused one
+    batch_chunk: int  # samples that go through both passes before the next ones start
+
+    def __str__(self) -> str:
+        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
+        return f"{forward}; backward {self.backward} {self.backward_order}"
+
+
+class PlannedRoute(NamedTuple):
+    """A route with its modelled costs for the whole batch."""
+
+    route: Route
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    seconds: float  # forward
+    backward_seconds: float
+
+
 # Assumed fractions of the peak rate for vendor GEMMs and for these kernels, launch latency in a
 # CUDA graph, and L2 size, to rank routes with. None is measured.
 VENDOR_EFFICIENCY, KERNEL_EFFICIENCY = 0.85, 0.6
@@ -120,9 +151,9 @@ def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
     for step in steps:
         efficiency = VENDOR_EFFICIENCY if step.library else KERNEL_EFFICIENCY
         narrow = 1.0 if step.library or s.wide else NARROW_SHARE
-        moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
         asked = step.requested * s.itemsize / CACHE_BANDWIDTH
-        busy = max(step.macs / (rate * efficiency), moved / BANDWIDTH, asked) / narrow
+        moved = step.bytes(s.itemsize) / BANDWIDTH
+        busy = max(step.macs / (rate * efficiency), moved, asked) / narrow
         total += busy * s.batch + step.launches * batch_chunks * LAUNCH
     return total
 
@@ -150,9 +181,8 @@ def routes(
     kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, saved_v)
     found = []
     for o in (order,) if order else orders(s.reconstruct):
-        pass_1 = limits.gather_from_x if o.from_x else limits.gather_from_a
-        pass_2 = limits.project_distribute if o.through_h else 0
-        for one, two in itertools.product({pass_1, 0}, {pass_2, 0}):
+        fused_gather, fused_distribute = fused_tiles(o, limits)
+        for one, two in itertools.product({fused_gather, 0}, {fused_distribute, 0}):
             batch_chunk = _batch_chunk(s) if one and two else max(1, s.batch)
             num_splits = max(1, limits.num_sms // max(1, min(s.batch, batch_chunk)))
             cached = batch_chunk * _bytes(s) <= CACHE
@@ -204,6 +234,6 @@ def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str
     """
     if isinstance(recompute, bool):
         return not recompute
-    forward = channels * (2 * c_m + 2 * c_n) + 2 * c_m * c_n // heads
+    forward = order_cost(AZ, channels, c_m, c_n, heads, 1).macs
     step = 3 * forward + channels * (c_m + c_n)
     return channels * c_n > 0.1 * (step + channels * c_n)

@@ -1,4 +1,4 @@
-"""The types of planning: a block's sizes, the association orders, steps and routes, their costs."""
+"""The types that costs are made of: a block's sizes, steps, and what kernels hold of a shape."""
 
 from typing import NamedTuple
 
@@ -21,29 +21,6 @@ class Shape(NamedTuple):
         return self.channels if self.reconstruct else self.c_m
 
 
-class Order(NamedTuple):
-    """How the block's products associate: what G is gathered from, and what is distributed."""
-
-    name: str  # as users give it
-    from_x: bool  # M is gathered from X, and G = Wa M: A is never made
-    through_h: bool  # H = Wo G is distributed: Z is never made
-
-    def __str__(self) -> str:
-        return self.name
-
-
-AZ = Order("AZ", from_x=False, through_h=False)  # the paper's
-XZ = Order("XZ", from_x=True, through_h=False)
-AH = Order("AH", from_x=False, through_h=True)
-XH = Order("XH", from_x=True, through_h=True)
-ORDERS = {order.name: order for order in (AZ, XZ, AH, XH)}  # of equal costs, the first runs
-
-
-def orders(reconstruct: bool) -> tuple[Order, ...]:
-    """The orders of a block with a last convolution, or without one."""
-    return tuple(order for order in ORDERS.values() if reconstruct or not order.through_h)
-
-
 class Step(NamedTuple):
     """Costs of one sample; launches of all samples together. A launch, or a few that belong
     together."""
@@ -56,6 +33,9 @@ class Step(NamedTuple):
     launches: int = 1
     requested: int = 0  # elements, where kernels load more than ``elements``
 
+    def bytes(self, itemsize: int) -> int:
+        return self.elements * itemsize + self.fp32_elements * max(4, itemsize)
+
 
 class Cost(NamedTuple):
     """Per-sample forward cost on the unfused route with ATen operations."""
@@ -64,30 +44,9 @@ class Cost(NamedTuple):
     small_macs: int  # in products of small matrices, float32
     elements: int  # of feature maps read and written
 
-
-class Route(NamedTuple):
-    """How a block runs in kernels."""
-
-    order: Order
-    gather: str  # "fused" or "unfused"
-    distribute: str
-    backward: str
-    backward_order: Order  # of an unfused backward pass; XH of a fused one
-    batch_chunk: int  # samples that go through both passes before the next ones start
-
-    def __str__(self) -> str:
-        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
-        return f"{forward}; backward {self.backward} {self.backward_order}"
-
-
-class PlannedRoute(NamedTuple):
-    """A route with its modelled costs for the whole batch."""
-
-    route: Route
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    seconds: float  # forward
-    backward_seconds: float
+    @property
+    def all_macs(self) -> int:
+        return self.macs + self.small_macs
 
 
 class CoreLimits(NamedTuple):

@@ -1,6 +1,4 @@
 import importlib.metadata
-import json
-import os
 import subprocess
 import sys
 
@@ -8,47 +6,36 @@ import pandas as pd
 import pytest
 
 from bench import cli as bench
-from bench.codegen import table
+from bench import codegen
+from bench.codegen.compile import read_hip
 from bench.environment import ROOT
 
-SURVEYED = {
-    "kernel": "gather", "dtype": "bfloat16", "layout": "nchw", "L": 196, "C": 0, "m": 64, "n": 64,
-    "call": "", "flags": "ALIGN=4", "products": 1, "blocks": "M=64 N=64 L=64", "warps": 8,
-    "stages": 3, "registers": 200, "spills": 0, "shared": 1024, "matrix": 8, "wgmma": 4,
-    "copies": {"8": 4, "16": 2}, "loads": {"2": 1, "16": 3}, "digest": "01234567890123e4",
-}  # fmt: skip
-DIGEST = SURVEYED["digest"]
-KNOWN = {k: v for k, v in SURVEYED.items() if k not in {*table.FIGURES, "copies", "loads"}}
 TRITON = importlib.metadata.version("triton")
+ROW = {
+    "arch": "sm_90", "kernel": "gather", "dtype": "bfloat16", "layout": "nchw", "L": 196, "C": 0,
+    "m": 64, "n": 64, "call": "", "flags": "ALIGN=4", "products": 1, "blocks": "M=64 N=64 L=64",
+    "warps": 8, "stages": 3, "registers": 200, "spills": 0, "shared": 1024, "matrix": 8, "wgmma": 4,
+    "copy_bytes": 16, "load_bytes": 16, "loads_2": 1, "triton": TRITON,
+    "digest": "01234567890123e4",
+}  # fmt: skip
+DIGEST = ROW["digest"]
 
 
-def row(arch="sm_90", triton=TRITON, **others):
-    return table.row(arch, SURVEYED, triton) | others
-
-
-def test_row_holds_the_widest_copy_and_load_and_counts_loads_of_two_bytes():
-    made = row()
-    assert (made["copy_bytes"], made["load_bytes"], made["loads_2"]) == (16, 16, 1)
-    assert set(made) == set(table.COLUMNS)
-
-
-def test_known_program_keeps_its_figures_under_its_new_name():
-    kept = row(registers=17, call="masked", triton="3.7.1")
-    fresh = table.row("sm_90", {**KNOWN, "call": "extra"}, TRITON, kept)
-    assert fresh == row(registers=17, call="extra", triton="3.7.1")
+def row(arch="sm_90", **others):
+    return ROW | {"arch": arch} | others
 
 
 def test_file_comes_back_and_does_not_depend_on_the_order_of_rows(tmp_path):
     rows = [row("sm_90", L=784), row("gfx942"), row("sm_90"), row("sm_80")]
-    table.write(rows, tmp_path / "one.csv")
-    table.write(reversed(rows), tmp_path / "new" / "two.csv")
+    codegen.write(rows, tmp_path / "one.csv")
+    codegen.write(reversed(rows), tmp_path / "new" / "two.csv")
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "new" / "two.csv").read_bytes()
-    assert table.read(tmp_path / "one.csv") == [rows[3], rows[2], rows[0], rows[1]]
+    assert codegen.read(tmp_path / "one.csv") == [rows[3], rows[2], rows[0], rows[1]]
 
 
 def test_committed_file_is_as_it_would_be_written(tmp_path):
-    table.write(table.read(), tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_bytes() == table.KEPT.read_bytes()
+    codegen.write(codegen.read(), tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == codegen.KEPT.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -70,14 +57,16 @@ def test_committed_file_is_as_it_would_be_written(tmp_path):
     ],
 )
 def test_what_got_worse_is_said_with_its_row(then, now, said):
-    found = table.worse([row(**now)], [row(**then)])
-    place = f"sm_90 gather bfloat16 nchw L=196 m=64 n=64 [ALIGN=4] {SURVEYED['blocks']}"
+    found = codegen.worse([row(**now)], [row(**then)])
+    place = f"sm_90 gather bfloat16 nchw L=196 m=64 n=64 [ALIGN=4] {ROW['blocks']}"
     assert found == ([f"{place}: {said}"] if said else [])
 
 
 def test_summary_has_a_line_for_each_architecture_and_kernel():
     rows = [row(), row(L=784, registers=255, blocks="M=32"), row("gfx942"), row(L=49, spills=7)]
-    lines = [line.strip("|").replace("|", "").split() for line in table.summary(rows).splitlines()]
+    lines = [
+        line.strip("|").replace("|", "").split() for line in codegen.summary(rows).splitlines()
+    ]
     assert lines[2:] == [
         ["sm_90", "gather", "3", "2", "255", "0", "7", "1024", "16"],
         ["gfx942", "gather", "1", "1", "200", "0", "0", "1024", "16"],
@@ -91,9 +80,10 @@ def compiled(monkeypatch):
 
     def surveyed(arch, known):
         asked.append((arch, list(known)))
-        yield KNOWN if DIGEST in known else SURVEYED
+        left = {"triton", *(codegen.FIGURES if DIGEST in known else ())}
+        yield {k: x for k, x in row(arch, call="extra").items() if k not in left}
 
-    monkeypatch.setattr(table, "surveyed", surveyed)
+    monkeypatch.setattr(codegen, "surveyed", surveyed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return asked
 
@@ -101,24 +91,28 @@ def compiled(monkeypatch):
 def test_command_writes_and_prints(compiled, tmp_path, capsys):
     out = tmp_path / "codegen.csv"
     assert bench.main(["codegen", "--out", str(out)]) == 0
-    assert compiled == [(arch, []) for arch in table.ORDER]
-    assert list(pd.read_csv(out)["arch"]) == list(table.ORDER)
+    assert compiled == [(arch, []) for arch in codegen.ORDER]
+    assert list(pd.read_csv(out)["arch"]) == list(codegen.ORDER)
     printed = capsys.readouterr().out
     assert "5 rows" in printed
     assert "worse" not in printed
-    assert all(f"{arch}: 1 programs, 1 of them compiled" in printed for arch in table.ORDER)
+    assert all(f"{arch}: 1 programs, 1 of them compiled" in printed for arch in codegen.ORDER)
 
 
 def test_new_programs_alone_are_compiled_and_replace_the_rows_of_their_architecture(
     compiled, tmp_path, capsys
 ):
+    """One that is known keeps its figures, and the Triton they are of, under its new name."""
     out = tmp_path / "codegen.csv"
-    others = [row("sm_80", shared=1), row("gfx942", shared=2, digest="0b")]
-    table.write([*others, row("sm_90", shared=1)], out)
+    others = [row("sm_80"), row("gfx942", call="extra", shared=2, digest="0b")]
+    codegen.write([*others, row(registers=17, triton="3.7.1")], out)
     assert bench.main(["codegen", "--arch", "sm_90", "--arch", "gfx942", "--out", str(out)]) == 0
     assert compiled == [("sm_90", [DIGEST]), ("gfx942", ["0b"])]
-    found = [(x["arch"], x["shared"]) for x in table.read(out)]
-    assert found == [("sm_80", 1), ("sm_90", 1), ("gfx942", 1024)]
+    assert codegen.read(out) == [
+        row("sm_80"),
+        row(call="extra", registers=17, triton="3.7.1"),
+        row("gfx942", call="extra"),
+    ]
     printed = capsys.readouterr().out
     assert printed.count("worse: ") == 1
     assert "shared 2 -> 1024" in printed
@@ -149,35 +143,33 @@ def test_bench_needs_no_triton():
 
 def test_survey_that_fails_says_why():
     with pytest.raises(RuntimeError, match="sm_7"):
-        list(table.surveyed("sm_7"))
+        list(codegen.surveyed("sm_7"))
 
 
-READ_HIP = """
-import json
-from bench.codegen.compile import read_hip
-text = '''
-\\tglobal_load_dwordx4 v[0:3], v[4:5], off
-\\tglobal_load_dword v1, v[4:5], off
-\\tbuffer_load_dwordx4 v[8:11], v0, s[0:3], 0 offen
-\\tbuffer_load_ushort v8, v0, s[0:3], 0 offen
-\\tglobal_load_short_d16_hi v8, v[0:1], off
-\\tbuffer_load_dwordx4 v0, s[0:3], 0 offen lds
-\\tglobal_load_lds_dwordx4 v[0:1], off
-\\tv_mfma_f32_32x32x8_bf16 v[0:15], v[0:1], v[2:3], v[0:15]
-\\tglobal_store_dwordx4 v[0:1], v[2:5], off
+HIP = """
+    v_mfma_f32_32x32x8_bf16 v[0:15], v[0:1], v[2:3], v[0:15]
+    global_store_dwordx4 v[0:1], v[2:5], off
     .sgpr_spill_count: 1
     .vgpr_count:     128
     .vgpr_spill_count: 2
-'''
-print(json.dumps(read_hip({"amdgcn": text})))
 """
 
 
-def test_widths_of_loads_on_amd():
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", READ_HIP]
-    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(ran.stdout) == {
-        "registers": 128, "spills": 3, "matrix": 1, "wgmma": 0,
-        "loads": {"16": 2, "4": 1, "2": 2}, "copies": {"16": 2},
+@pytest.mark.parametrize(
+    ("line", "widths"),
+    [
+        ("global_load_dwordx4 v[0:3], v[4:5], off", (0, 16, 0)),
+        ("global_load_dword v1, v[4:5], off", (0, 4, 0)),
+        ("buffer_load_dwordx4 v[8:11], v0, s[0:3], 0 offen", (0, 16, 0)),
+        ("buffer_load_ushort v8, v0, s[0:3], 0 offen", (0, 2, 1)),
+        ("global_load_short_d16_hi v8, v[0:1], off", (0, 2, 1)),
+        ("buffer_load_dwordx4 v0, s[0:3], 0 offen lds", (16, 0, 0)),
+        ("global_load_lds_dwordx4 v[0:1], off", (16, 0, 0)),
+    ],
+)
+def test_widths_of_loads_on_amd(line, widths):
+    found = read_hip({"amdgcn": f"{HIP}    {line}\n"})
+    assert found == {
+        "registers": 128, "spills": 3, "matrix": 1,
+        **dict(zip(("copy_bytes", "load_bytes", "loads_2"), widths, strict=True)),
     }  # fmt: skip

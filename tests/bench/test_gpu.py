@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -63,24 +64,19 @@ def test_everything(run, out, table, tmp_path, capsys):
         assert f"== {stage.name}: " in printed
 
 
-def test_tuning_that_fails(run, tiny, tmp_path, capsys):
-    broken = (sys.executable, "-c", "raise SystemExit('out of memory')")
-    code, _ = run("tune", tune_command=broken, workloads=[tiny])
+@pytest.mark.parametrize(
+    ("command", "why", "chosen"),
+    [("", "out of memory", False), (TUNE, "CUDA error", True)],
+    ids=["before a choice", "after one"],
+)
+def test_tuning_that_fails_leaves_its_choices(command, why, chosen, run, tiny, tmp_path, capsys):
+    failing = (sys.executable, "-c", f"{command}raise SystemExit({why!r})")
+    code, _ = run("tune", tune_command=failing, workloads=[tiny])
     assert code == 1
-    assert "failed: tiny: exit status 1: out of memory" in capsys.readouterr().out
-    assert not (tmp_path / "data").exists()
-
-
-TUNE_AND_FAIL = TUNE + "raise SystemExit('CUDA error')"
-
-
-def test_tuning_that_is_cut_short_leaves_its_choices(run, tiny, tmp_path, capsys):
-    command = (sys.executable, "-c", TUNE_AND_FAIL)
-    code, _ = run("tune", tune_command=command, workloads=[tiny])
-    assert code == 1
-    assert json.loads((tmp_path / "data" / "a fake.json").read_text())["workloads"] == "tiny"
     printed = capsys.readouterr().out
-    assert "failed: tiny: exit status 1: CUDA error\nIn use from now on: a fake.json" in printed
+    assert f"failed: tiny: exit status 1: {why}" in printed
+    assert ("\nIn use from now on: a fake.json" in printed) == chosen
+    assert (tmp_path / "data" / "a fake.json").exists() == chosen
 
 
 def test_processes_after_tuning_are_new(run, tiny):
@@ -94,9 +90,10 @@ def test_processes_after_tuning_are_new(run, tiny):
 
         return run
 
-    chosen = {"eager": stages.eager, "tune": seeing(stages.tuning), "memory": seeing(lambda *_: "")}
-    made = [s._replace(run=chosen[s.name]) for s in STAGES if s.name in chosen]
-    run(*chosen, workloads=[tiny], known=made)
+    known = {stage.name: stage for stage in STAGES}
+    tune = known["tune"]._replace(run=seeing(known["tune"].run))
+    after = known["memory"]._replace(run=seeing(lambda *_: ""))
+    run("eager", "tune", "memory", workloads=[tiny], known=[known["eager"], tune, after])
     assert seen[0] is not None
     assert seen[1] is None
 
@@ -168,23 +165,19 @@ def test_a_smoke_check_that_hangs(run, out):
     assert {x["verdict"] for x in facts(out)["smoke"].values()} == {"killed after 1 s"}
 
 
-def test_a_crash_costs_its_own_row(run, tiny, variant, capsys):
+def test_crashes_and_warnings_of_workers_are_in_the_report(run, out, tiny, variant, capsys):
+    """A crash costs its own row. A warning says that PyTorch's operations were timed, not ours."""
     group = [*providers.plain("torch"), variant("crash", fakes.crashes)]
+    group.append(variant("warns", fakes.warns))
     code, frame = run("tests", "eager", workloads=[tiny], sweeps=lambda stage: [group])
     assert code == 0
-    assert len(frame) == 2 * 5
+    assert len(frame) == 2 * 6
     failed = frame[frame["status"] != OK]
     assert [*failed["provider"]] == ["crash"] * 2
     assert {*failed["status"]} == {"the process died with signal 11 (SIGSEGV)"}
     printed = capsys.readouterr().out
     assert "the process died with signal 11" in printed
     assert "geometric mean" in printed
-
-
-def test_warnings_of_workers_are_in_the_report(run, out, tiny, variant):
-    """Such as that a kernel failed its check on first use, and PyTorch operations were timed."""
-    group = [*providers.plain("torch")[:1], variant("warns", fakes.warns)]
-    run("eager", workloads=[tiny], sweeps=lambda stage: [group])
     assert (out / "report.md").read_text().count("da_triton does not use its kernel 'a'") == 1
 
 
@@ -256,8 +249,7 @@ def test_kernels_are_compiled_before_anything_is_timed(run, out, tiny, monkeypat
         return ["the process died with signal 11 (SIGSEGV)"]
 
     monkeypatch.setattr("bench.groups.Sweeper.warm", warm)
-    where = dataclasses.replace(WHERE, device=torch.device("cpu"))
-    code, frame = run("eager", "compiled", ours="triton", workloads=[tiny], where=where)
+    code, frame = run("eager", "compiled", ours="triton", workloads=[tiny])
     assert code == 0
     assert asked == [(["tiny"], True)]
     assert (frame["status"] == OK).all()
@@ -296,33 +288,29 @@ def test_a_run_that_is_terminated_leaves_its_report(out, children):
 
 
 def test_furthest_from_the_floor():
-    class Report:
-        rows = [  # noqa: RUF012
-            {"workload": name, "provider": provider, "share_of_floor": share}
-            for name, provider, share in (
-                ("a", "triton", 0.9), ("a", "triton", 0.2), ("b", "triton", 0.5),
-                ("b", "eager", 0.1), ("c", "triton", None), ("d", "triton", 0.7),
-                ("e", "triton", 0.6), ("elsewhere", "triton", 0.1),
-            )
-        ]  # fmt: skip
-
-    class Named:
-        def __init__(self, name, small=False):
-            self.name, self.small = name, small
-
-    table = [*map(Named, "abcde"), Named("elsewhere", small=True)]
-    assert stages.furthest(Report, table) == ["b", "e", "d"]
-    Report.rows = []
-    assert stages.furthest(Report, table) == ["a", "b", "c"]
+    shares = (
+        ("a", "triton", 0.9), ("a", "triton", 0.2), ("b", "triton", 0.5), ("b", "eager", 0.1),
+        ("c", "triton", None), ("d", "triton", 0.7), ("e", "triton", 0.6), ("small", "triton", 0.1),
+    )  # fmt: skip
+    keys = ("workload", "provider", "share_of_floor")
+    report = SimpleNamespace(rows=[dict(zip(keys, row, strict=True)) for row in shares])
+    table = [SimpleNamespace(name=name, small=name == "small") for name in (*"abcde", "small")]
+    assert stages.furthest(report, table) == ["b", "e", "d"]
+    report.rows = []
+    assert stages.furthest(report, table) == ["a", "b", "c"]
 
 
-def test_the_eager_stage_ends_with_small_workloads():
-    groups = 2
-    planned = stages.order("eager", WORKLOADS, groups)
-    small = [work.small for work, _, _ in planned]
-    assert small == sorted(small)
-    assert sum(small) == 2 * groups * sum(work.small for work in WORKLOADS) > 0
-    assert len(set(planned)) == len(planned) == 2 * groups * len(WORKLOADS)
+def test_the_eager_stage_has_the_order_of_its_groups_and_ends_with_small_workloads():
+    planned = stages.order("eager", WORKLOADS, 2)
+    halves = [[w for w in WORKLOADS if w.small is small] for small in (False, True)]
+    assert all(halves)
+    assert planned == [
+        (work, mode, group)
+        for half in halves
+        for group in (0, 1)
+        for work in half
+        for mode in (FORWARD, STEP)
+    ]
 
 
 def test_compiled_stage_begins_with_what_matters():
@@ -345,12 +333,6 @@ def test_compiled_stage_begins_with_what_matters():
         assert len({work for work, _, _ in part}) == len(WORKLOADS) - 3
 
 
-def test_other_stages_have_the_order_of_their_groups():
-    works = WORKLOADS[:2]
-    found = [(work.name, group) for work, _, group in stages.order("eager", works, 2)[::2]]
-    assert found == [(work.name, group) for group in (0, 1) for work in works]
-
-
 def test_rows_have_the_numbers_of_their_groups(run, tiny, monkeypatch, tmp_path):
     """Whatever the order: results of several invocations are joined by them."""
     plain = [p for p in providers.plain("torch") if not p.channels_last]
@@ -370,9 +352,3 @@ def test_ceiling_that_fails_is_reported():
     found, rates = roofline.measure(timer, CPU, torch.bfloat16, 1024, 16)
     assert found is None
     assert set(rates.values()) == {"failed: MemoryError: too large"}
-
-
-def test_ceilings_from_times(timer):
-    found, rates = roofline.measure(timer, CPU, torch.bfloat16, 4_000_000, 1000)
-    assert rates == {"copy GB/s": 4.0, "bfloat16 TFLOP/s": 1.0}
-    assert (found.bandwidth, found.matrix_rate) == (4e9, 1e12)

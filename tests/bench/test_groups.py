@@ -19,6 +19,8 @@ WHERE = Where(
 )  # fmt: skip
 DIED = "the process died with signal 11 (SIGSEGV)"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
+NO_MEMORY = "failed: RuntimeError: out of memory"
+SLOW = "setup and first call took longer than"
 
 
 @pytest.fixture
@@ -32,6 +34,17 @@ def sweeper(tmp_path, children):
 def plain():
     """Eager and ours in both formats: four providers that are right."""
     return providers.plain("torch")
+
+
+@pytest.fixture
+def statuses(sweeper, tiny):
+    """What became of each provider of a group; changes are those of ``Where``."""
+
+    def statuses(group, mode=FORWARD, workload=tiny, **changes):
+        sweeper.where = dataclasses.replace(sweeper.where, **changes)
+        return [row["status"] for row in sweeper.group(workload, mode, group)]
+
+    return statuses
 
 
 def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
@@ -68,48 +81,38 @@ def test_a_provider_costs_its_own_row_only(sweeper, tiny, plain, variant, setup,
     assert after["status"] == OK
 
 
-def test_two_that_crash(sweeper, tiny, plain, variant):
-    group = [variant("one", fakes.crashes), *plain[:1], variant("two", fakes.crashes)]
-    assert [r["status"] for r in sweeper.group(tiny, FORWARD, group)] == [DIED, OK, DIED]
-
-
-def test_too_many_that_crash(sweeper, tiny, plain, variant):
+def test_several_that_crash(statuses, plain, variant):
     """A group is not tried for ever; in the end, eager is measured alone."""
-    group = [*plain[:1], *(variant(name, fakes.crashes) for name in "abcd")]
-    rows = sweeper.group(tiny, FORWARD, group)
+    crashing = [variant(name, fakes.crashes) for name in "abcd"]
+    assert statuses([crashing[0], plain[0], crashing[1]]) == [DIED, OK, DIED]
     unknown = f"not measured: {DIED}"
-    assert [row["status"] for row in rows] == [OK, DIED, DIED, DIED, unknown]
+    assert statuses([plain[0], *crashing]) == [OK, DIED, DIED, DIED, unknown]
 
 
 @pytest.mark.parametrize(
     ("setup", "expected"),
     [(fakes.crashes_later, DIED), (fakes.hangs_later, "killed after 3 s without a result")],
 )
-def test_a_crash_while_all_are_timed(sweeper, tiny, plain, variant, setup, expected):
-    sweeper.where = dataclasses.replace(WHERE, silence=3.0)
-    rows = sweeper.group(tiny, FORWARD, [*plain[:1], variant("late", setup), *plain[1:2]])
-    assert [row["status"] for row in rows] == [OK, expected, OK]
+def test_a_crash_while_all_are_timed(statuses, plain, variant, setup, expected):
+    group = [*plain[:1], variant("late", setup), *plain[1:2]]
+    assert statuses(group, silence=3.0) == [OK, expected, OK]
 
 
 def test_a_crash_after_timing_costs_no_row(sweeper, tiny, plain, variant):
     group = [plain[0], variant("seen", fakes.crashes_when_observed), variant("bad", fakes.fails)]
     rows = sweeper.group(tiny, FORWARD, group)
-    failed = "failed: RuntimeError: out of memory"
-    assert [row["status"] for row in rows] == [OK, OK, failed]
+    assert [row["status"] for row in rows] == [OK, OK, NO_MEMORY]
     assert all(row["gb_s"] > 0 and row["ratio_to_eager"] == 1.0 for row in rows[:2])
 
 
-def test_a_crash_before_the_first_setup(sweeper, tiny, plain, variant):
+def test_a_crash_before_the_first_setup(statuses, plain, variant):
     """Nobody is blamed for it."""
-    sweeper.where = dataclasses.replace(WHERE, make_timer=fakes.crashing_timer)
-    rows = sweeper.group(tiny, FORWARD, [*plain[:1], variant("other")])
-    assert [row["status"] for row in rows] == [f"not measured: {DIED}"] * 2
+    group = [*plain[:1], variant("other")]
+    assert statuses(group, make_timer=fakes.crashing_timer) == [f"not measured: {DIED}"] * 2
 
 
-def test_a_problem_that_crashes_is_charged_to_its_provider(sweeper, tiny, plain):
-    bad = fakes.CrashingProblem("bad", plain[0].setup)
-    rows = sweeper.group(tiny, FORWARD, [plain[0], bad])
-    assert [row["status"] for row in rows] == [OK, DIED]
+def test_a_problem_that_crashes_is_charged_to_its_provider(statuses, plain):
+    assert statuses([plain[0], fakes.CrashingProblem("bad", plain[0].setup)]) == [OK, DIED]
 
 
 def test_a_failure_in_the_next_process_replaces_no_timing(sweeper, tiny, plain, variant, tmp_path):
@@ -121,52 +124,42 @@ def test_a_failure_in_the_next_process_replaces_no_timing(sweeper, tiny, plain, 
 
 
 @pytest.mark.parametrize("setup", [fakes.hangs, fakes.compiles_for_ever])
-def test_a_provider_that_hangs_is_left_out_of_later_groups(sweeper, tiny, plain, variant, setup):
-    sweeper.where = dataclasses.replace(WHERE, silence=2.0)
+def test_a_provider_that_hangs_is_left_out_of_later_groups(
+    sweeper, statuses, plain, variant, setup
+):
     group = [plain[0], variant("slow", setup)]
-    before = sweeper.group(tiny, FORWARD, group)[1]["status"]
+    before = statuses(group, silence=2.0)[1]
     sweeper.worker.close()  # a later group cannot succeed by what this process has seen
-    good, bad = sweeper.group(tiny, STEP, group)
-    assert (good["status"], bad["status"]) == (OK, f"not measured again: on tiny, {before}")
+    assert statuses(group, STEP) == [OK, f"not measured again: on tiny, {before}"]
     other = dataclasses.replace(group[1], launch=GRAPH, setup=plain[0].setup)
-    assert sweeper.group(tiny, FORWARD, [other])[0]["status"] == OK
+    assert statuses([other]) == [OK]
 
 
-def test_eager_that_hangs_is_measured_on_other_workloads(sweeper, table, plain):
-    sweeper.where = dataclasses.replace(WHERE, silence=2.0)
-    sweeper.group(table[0], FORWARD, [dataclasses.replace(plain[0], setup=fakes.hangs)])
-    (again,) = sweeper.group(table[0], STEP, plain[:1])
-    assert again["status"].startswith("not measured again: on tiny, killed after")
-    (other,) = sweeper.group(table[1], FORWARD, plain[:1])
-    assert other["status"] == OK
+def test_eager_that_hangs_is_measured_on_other_workloads(statuses, table, plain):
+    statuses([dataclasses.replace(plain[0], setup=fakes.hangs)], silence=2.0)
+    (again,) = statuses(plain[:1], STEP)
+    assert again.startswith("not measured again: on tiny, killed after")
+    assert statuses(plain[:1], workload=table[1]) == [OK]
 
 
-def test_a_provider_that_only_fails_costs_no_process(sweeper, tiny, plain, variant):
-    def statuses(rows):
-        return [row["status"] for row in rows]
-
-    sweeper.group(tiny, FORWARD, plain[:1])
+def test_a_provider_that_only_fails_costs_no_process(sweeper, statuses, plain, variant):
+    statuses(plain[:1])
     before = sweeper.worker._process.pid
-    group = [variant("bad", fakes.fails), *plain[:1]]
-    found = statuses(sweeper.group(tiny, FORWARD, group))
-    assert found == ["failed: RuntimeError: out of memory", OK]
+    assert statuses([variant("bad", fakes.fails), *plain[:1]]) == [NO_MEMORY, OK]
     assert sweeper.worker._process.pid == before
 
 
 @pytest.mark.parametrize("limit", ["silence", "budget"])
-def test_a_slow_setup_is_interrupted(sweeper, tiny, plain, variant, limit):
+def test_a_slow_setup_is_interrupted(sweeper, statuses, plain, variant, limit):
     """The others lose nothing, and the process goes on."""
-    sweeper.group(tiny, FORWARD, plain[:1])
+    statuses(plain[:1])
     before = sweeper.worker._process.pid
+    silence, expected = 1.25, f"failed: TimeoutError: {SLOW} 1 s"
     if limit == "budget":
         sweeper.budget = Budget(5)
-    else:
-        sweeper.where = dataclasses.replace(WHERE, silence=1.25)
+        silence, expected = 10.0, OUT_OF_TIME
     group = [plain[0], variant("slow", fakes.compiles_for_ever)]
-    good, bad = sweeper.group(tiny, FORWARD, group)
-    took = "failed: TimeoutError: setup and first call took longer than 1 s"
-    expected = took if limit == "silence" else OUT_OF_TIME
-    assert (good["status"], bad["status"]) == (OK, expected)
+    assert statuses(group, silence=silence) == [OK, expected]
     assert sweeper.worker._process.pid == before
 
 
@@ -183,65 +176,60 @@ def test_launches_are_counted_last_in_another_process(sweeper, tiny, plain, vari
     assert {row["status"] for row in (graph, one, other)} == {OK}
 
 
-def test_used_up_budget(sweeper, tiny, plain):
+def test_used_up_budget(sweeper, statuses, plain):
     sweeper.budget = Budget(0)
-    assert {r["status"] for r in sweeper.group(tiny, FORWARD, plain)} == {OUT_OF_TIME}
+    assert statuses(plain) == [OUT_OF_TIME] * 4
     assert sweeper.worker._process is None
 
 
-def test_a_hang_ends_with_the_budget(sweeper, tiny, variant):
+def test_a_hang_ends_with_the_budget(sweeper, statuses, variant):
     sweeper.budget = Budget(4)
-    (row,) = sweeper.group(tiny, FORWARD, [variant("bad", fakes.hangs)])
-    assert row["status"] == "killed after 4 s, when its time was up"
+    assert statuses([variant("bad", fakes.hangs)]) == ["killed after 4 s, when its time was up"]
     assert -1.5 < sweeper.budget.left <= 0
 
 
-def test_networks(sweeper):
-    def named(make):
-        return networks.Network("net", make, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
+# --- networks -------------------------------------------------------------------------------------
 
-    chosen = networks.variants("torch", False)
-    rows = sweeper.group(named(fakes.small_network), FORWARD, chosen)
-    assert [row["status"] for row in rows] == [OK] * 6
-    rows = sweeper.group(named(fakes.half_crashing_network), FORWARD, chosen)
-    assert [row["status"] for row in rows] == [OK] * 4 + [DIED] * 2
-    assert {row["workload"] for row in rows} == {"net"}
+VARIANTS = networks.variants("torch", False)  # without a block, eager and ours, in both formats
 
 
-def test_a_network_that_makes_cuda_unusable(sweeper):
-    """It costs the others nothing but another process."""
-    chosen = networks.variants("torch", False)
-    made = networks.Network("net", fakes.poisoning_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
-    rows = sweeper.group(made, FORWARD, chosen)
-    failed = f"failed: RuntimeError: {ILLEGAL}"
-    assert [row["status"] for row in rows] == [failed] * 2 + [OK] * 4
+def network(make):
+    return networks.Network("net", make, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
 
 
-def test_networks_without_the_eager_block(sweeper):
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (fakes.small_network, [OK] * 6),
+        (fakes.half_crashing_network, [OK] * 4 + [DIED] * 2),
+        # It costs the others nothing but another process.
+        (fakes.poisoning_network, [f"failed: RuntimeError: {ILLEGAL}"] * 2 + [OK] * 4),
+    ],
+)
+def test_networks(make, expected, statuses):
+    assert statuses(VARIANTS, workload=network(make)) == expected
+
+
+def test_networks_without_the_eager_block(statuses):
     """There is nothing that results could be checked against."""
-    chosen = networks.variants("torch", False)
-    made = networks.Network("net", fakes.crashing_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
-    rows = sweeper.group(made, FORWARD, chosen[2:])  # both eager blocks, then da_triton's
-    left = f"not measured: {DIED}"
-    assert [row["status"] for row in rows] == [DIED, DIED, left, left]
-    (row,) = sweeper.group(made, FORWARD, chosen[:1])
-    assert row["status"] == "not measured: there is no eager block to check against"
+    made = network(fakes.crashing_network)
+    left = f"not measured: {DIED}"  # both eager blocks crash, then there is only da_triton's
+    assert statuses(VARIANTS[2:], workload=made) == [DIED, DIED, left, left]
+    expected = ["not measured: there is no eager block to check against"]
+    assert statuses(VARIANTS[:1], workload=made) == expected
 
 
-def test_a_network_that_compiles_for_ever(sweeper):
+def test_a_network_that_compiles_for_ever(statuses):
     """Its variants are limited one by one: together they may take longer."""
-    sweeper.where = dataclasses.replace(WHERE, silence=5.0)
-    chosen = [v for v in networks.variants("torch", False) if not v.channels_last]
-    network = networks.Network("net", fakes.slow_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
-    rows = sweeper.group(network, FORWARD, chosen)
-    took = "failed: TimeoutError: setup and first call took longer than 4 s"
-    assert [row["status"] for row in rows] == [OK, took, OK]
+    chosen = [variant for variant in VARIANTS if not variant.channels_last]
+    found = statuses(chosen, workload=network(fakes.slow_network), silence=5.0)
+    assert found == [OK, f"failed: TimeoutError: {SLOW} 4 s", OK]
 
 
 def test_ceilings(sweeper):
     found = sweeper.measure_ceilings(4_000_000, 1000)
     assert found == {"copy GB/s": 4.0, "float32 TFLOP/s": 1.0}
-    assert sweeper.ceilings.bandwidth == 4e9
+    assert (sweeper.ceilings.bandwidth, sweeper.ceilings.matrix_rate) == (4e9, 1e12)
     sweeper.where = dataclasses.replace(WHERE, make_timer=fakes.crashing_timer)
     sweeper.worker.close()
     assert sweeper.measure_ceilings(1024, 16) == {"ceilings": DIED}

@@ -1,5 +1,6 @@
 """What a call costs the host, in a process where kernels are not interpreted."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -14,7 +15,7 @@ from bench import cli, host
 from bench.environment import ROOT
 from bench.host import CALL, ISSUE, Measured
 from bench.problems import FORWARD, STEP
-from bench.workloads import WORKLOADS
+from bench.workloads import select
 from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.shapes import Shape
 
@@ -40,33 +41,29 @@ def measured(tmp_path_factory):
     return pd.read_csv(out / host.FILE), ran.stdout
 
 
-def expected_rows():
-    for name in NAMES:
-        for mode in (FORWARD, STEP):
-            core = CORE if mode == FORWARD else ()
-            yield from ((name, "triton", mode, what, ISSUE) for what in (*LAYERS, *core))
-            yield from ((name, "torch", mode, what, CALL) for what in (*LAYERS[:2], *core))
-            yield from ((name, "eager", mode, "layer", kind) for kind in (ISSUE, CALL))
-
-
 def test_there_is_a_row_for_everything_that_is_measured(measured):
     frame, _ = measured
+    rows = []
+    for mode, core in ((FORWARD, CORE), (STEP, ())):
+        rows += [("triton", mode, what, ISSUE) for what in (*LAYERS, *core)]
+        rows += [("torch", mode, what, CALL) for what in (*LAYERS[:2], *core)]
+        rows += [("eager", mode, "layer", kind) for kind in (ISSUE, CALL)]
     found = frame[["workload", "provider", "mode", "what", "measured"]]
-    assert sorted(found.itertuples(index=False, name=None)) == sorted(expected_rows())
+    expected = sorted((name, *row) for name in NAMES for row in rows)
+    assert sorted(found.itertuples(index=False, name=None)) == expected
     assert (frame["quartile_us"] > 0).all()
     assert (frame["quartile_us"] <= frame["median_us"]).all()
     assert (frame["batches"] == host.ROUNDS[0]).all()
     assert (frame["threads"] == 1).all()
     assert frame["machine"].notna().all()
-    work = next(work for work in WORKLOADS if work.name == NAMES[0])
-    row = frame[frame["workload"] == work.name].iloc[0]
+    row = frame[frame["workload"] == NAMES[0]].iloc[0]
     assert (row["n"], row["c"], row["c_n"], row["positions"]) == (1, 16, 8, "8x8")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_launches_are_those_of_the_plan(measured, name):
     frame, _ = measured
-    work = next(work for work in WORKLOADS if work.name == name)
+    (work,) = select([name], "all")
     wide = work.length * 2 % 8 == 0
     s = Shape(work.n, work.c, work.c_m, work.c_n, 1, work.length, 2, True, wide)
     plan = kernel_routes(s, work.c, "sm_90", 132)[0]
@@ -113,10 +110,7 @@ def test_products_are_replaced_for_a_while():
 
 def test_calls_take_turns_in_batches():
     made = []
-    calls = [
-        Measured(lambda: made.append("a"), *[""] * 4),
-        Measured(lambda: made.append("b"), *[""] * 4),
-    ]
+    calls = [Measured(functools.partial(made.append, name), *[""] * 4) for name in "ab"]
     found = host.in_turns(calls, CPU, 0)
     assert [len(times) for times in found] == [host.ROUNDS[0]] * 2
     turn = host.LARGEST_BATCH + 1  # one of them before the clock starts
@@ -126,22 +120,6 @@ def test_calls_take_turns_in_batches():
 def test_long_calls_have_no_batch():
     long = Measured(lambda: time.sleep(2e-3), *[""] * 4)
     assert host.batch_size(long, CPU) == 1
-
-
-def test_unknown_workload_suggests_the_nearest(capsys):
-    assert cli.main(["host", "--workload", "small_16_8x"]) == 2
-    assert "did you mean 'small_16_8x8'" in capsys.readouterr().err
-
-
-def test_threads_are_counted_from_one(capsys):
-    assert cli.main(["host", "--threads", "0"]) == 2
-    assert "at least 1, got 0" in capsys.readouterr().err
-
-
-def test_interpreted_process_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert cli.main(["host"]) == 2
-    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
 def test_process_without_triton_is_refused(monkeypatch, capsys):

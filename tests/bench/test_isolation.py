@@ -45,9 +45,10 @@ def test_command_that_ends(tmp_path):
     assert str(ended).startswith("exit status 4: ")
 
 
-def test_command_that_dies_of_a_signal():
+def test_command_that_dies_or_has_no_time():
     ended = isolated(python("import os; os.kill(os.getpid(), 11)"), 30)
     assert (ended.status, str(ended)) == (-11, "signal 11 (SIGSEGV): no output")
+    assert isolated(python("import time; time.sleep(60)"), -1.0).status is None
 
 
 @pytest.mark.parametrize("seconds", [0, 60], ids=["it ends", "it is stopped"])
@@ -68,10 +69,6 @@ def test_command_that_is_interrupted_first():
     stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     ended = isolated(python(stubborn), 2, grace=1)
     assert (ended.status, str(ended)) == (None, "killed after 2 s")
-
-
-def test_no_time_is_left():
-    assert isolated(python("import time; time.sleep(60)"), -1.0).status is None
 
 
 @pytest.fixture
@@ -131,31 +128,23 @@ def test_jobs_in_parallel(tmp_path, children):
     assert failures == ["the process died with signal 11 (SIGSEGV)"]
 
 
-def _interrupted_soon(monkeypatch, run):
-    """Interrupts the main thread as Ctrl-C does, once two processes have started; the seconds."""
+def test_interruption_ends_jobs_in_parallel(tmp_path, children, monkeypatch):
+    """The main thread is interrupted as by Ctrl-C, once both processes have started."""
     started = []
     original = isolation._start
 
     def start(*args):
-        process = original(*args)
-        started.append(process)
+        started.append(original(*args))
         if len(started) == 2:
-            timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
-        return process
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return started[-1]
 
     monkeypatch.setattr(isolation, "_start", start)
     before = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run()
+        in_parallel([fakes.job_that(fakes.hangs)] * 2, 60, tmp_path / "log")
     assert not any(alive(process.pid) for process in started)
-    return time.monotonic() - before
-
-
-def test_interruption_ends_jobs_in_parallel(tmp_path, children, monkeypatch):
-    jobs = [fakes.job_that(fakes.hangs)] * 2
-    seconds = _interrupted_soon(monkeypatch, lambda: in_parallel(jobs, 60, tmp_path / "log"))
-    assert seconds < 30
+    assert time.monotonic() - before < 30
 
 
 def test_interruption_ends_the_worker(worker):

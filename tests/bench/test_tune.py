@@ -22,51 +22,60 @@ SITE = tiles.Key("project_distribute", tiles.PLAIN, "half", 64, 32)
 PRESENT = (32, 4, 1)  # of every fused kernel, interpreted
 
 
-OTHERS = [(64, 4, 2), (16, 4, 1)]
-
-
-def present_tile():
-    tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)
-    return tile.block_l, tile.num_warps, tile.num_stages
+FASTER = (64, 4, 2)
+OTHERS = [FASTER, (16, 4, 1)]
 
 
 class Step:
-    """A step of which only the tile is known that it had."""
+    """A pass of which only the tile is known that it had."""
 
     def __init__(self, results=None, fails=()):
-        self.results, self.fails, self.seen = results or {}, fails, []
+        self.results, self.fails, self.captured = results or {}, fails, []
 
     def __call__(self):
-        self.seen.append(present_tile())
-        if self.seen[-1] in self.fails:
+        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)
+        self.captured.append((tile.block_l, tile.num_warps, tile.num_stages))
+        if self.captured[-1] in self.fails:
             raise RuntimeError("out of resource: shared memory")
-        return (torch.full((4,), self.results.get(self.seen[-1], 1.0)),)
+        return (torch.full((4,), self.results.get(self.captured[-1], 1.0)),)
 
 
-class Clock:
-    """Milliseconds by the tile that the call had."""
+class Graph:
+    """What is recorded with a candidate's tile; replayed, the step itself is not called again."""
 
-    def __init__(self, run, times):
-        self.run, self.times, self.seen = run, times, []
+    def __init__(self, run):
+        self.results, self.tile = run(), run.captured[-1]
 
-    def __call__(self, closure, *, launches_count):
-        assert not launches_count
-        closure()
-        self.seen.append(self.run.seen[-1])
-        return self.times[self.seen[-1]]
+    def __call__(self):
+        return self.results
 
 
 @pytest.fixture
-def tuned(monkeypatch, interpreted_tiles):
-    """Tunes one site with a given step and times; the clock, the choices, and what was printed."""
-    monkeypatch.setattr(tune, "sites", lambda work, device: {SITE: (PRESENT, steps[0])})
-    monkeypatch.setattr(tune, "candidates_of", lambda site: [PRESENT, *OTHERS])
-    steps = []
+def compiled(monkeypatch):
+    """The lists of tiles that were compiled in parallel, where graphs need no GPU."""
+    compiled = []
+    monkeypatch.setattr(
+        tune, "compile_in_parallel", lambda _, entries, *__: compiled.append(entries)
+    )
+    monkeypatch.setattr(tune, "Replay", Graph)
+    return compiled
 
-    def tuned(run, times, budget=1e9, save=len):
-        steps[:] = [run]
-        clock, said = Clock(run, times), []
-        return clock, tune.tune([WORK], CPU, clock, Budget(budget), said.append, save), said
+
+@pytest.fixture
+def tuned(monkeypatch, interpreted_tiles, compiled):
+    """Tunes sites with a given step and times; the choices, and the tiles that were timed."""
+
+    def tuned(run, times, budget=1e9, save=len, sites=(SITE,)):
+        timed = []
+
+        def timer(closure, *, launches_count):
+            assert not launches_count
+            timed.append(closure.tile)
+            return times[closure.tile]
+
+        monkeypatch.setattr(tune, "sites", lambda *_: dict.fromkeys(sites, (PRESENT, run)))
+        monkeypatch.setattr(tune, "candidates_of", lambda site: [PRESENT, *OTHERS])
+        return tune.tune([WORK], CPU, timer, Budget(budget), save), timed
 
     return tuned
 
@@ -95,86 +104,53 @@ def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
     assert len(found[SITE._replace(kernel="block_bwd_distribute")][1]()) > 1
 
 
-@pytest.mark.parametrize(("fast", "best"), [(0.5, (64, 4, 2)), (1.0, PRESENT), (2.0, PRESENT)])
-def test_faster_candidate_replaces_the_present_tile(tuned, fast, best):
-    times = {PRESENT: 1.0, (64, 4, 2): fast, (16, 4, 1): 3.0}
-    clock, (choice,), said = tuned(Step(), times)
-    assert (choice.site, choice.present, choice.best) == (SITE, PRESENT, best)
-    assert choice.present_us == 1000.0
-    assert choice.best_us == min(1.0, fast) * 1000.0
-    assert choice.candidates == 3
-    assert clock.seen == [PRESENT, *OTHERS] * tune.ROUNDS  # in turns
-    assert len(said) == 1
+@pytest.mark.parametrize(("fast", "best"), [(0.5, FASTER), (1.0, PRESENT), (2.0, PRESENT)])
+def test_faster_candidate_replaces_the_present_tile(tuned, compiled, capsys, fast, best):
+    run = Step()
+    (choice,), timed = tuned(run, {PRESENT: 1.0, FASTER: fast, OTHERS[1]: 3.0})
+    best_us = 1000 * min(1.0, fast)
+    assert choice == Choice(SITE, WORK.name, PRESENT, best, 1000.0, best_us, 3)
+    assert compiled == [[PRESENT, *OTHERS]]
+    assert run.captured == [PRESENT, *OTHERS]
+    assert timed == [PRESENT, *OTHERS] * tune.ROUNDS  # in turns
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        (Step({(64, 4, 2): 1.1}), "its results differ by 1.0e-01 from those of (32, 4, 1)"),
-        (Step({(64, 4, 2): float("nan")}), "its results differ by nan"),
-        (Step(fails=[(64, 4, 2)]), "RuntimeError: out of resource: shared memory"),
+        (Step({FASTER: 1.1}), "its results differ by 1.0e-01 from those of (32, 4, 1)"),
+        (Step({FASTER: float("nan")}), "its results differ by nan"),
+        (Step(fails=[FASTER]), "RuntimeError: out of resource: shared memory"),
     ],
 )
-def test_candidate_that_fails_or_is_wrong_is_not_timed(tuned, wrong, why):
-    times = {PRESENT: 1.0, (64, 4, 2): 0.1, (16, 4, 1): 3.0}
-    clock, (choice,), said = tuned(wrong, times)
+def test_candidate_that_fails_or_is_wrong_is_not_timed(tuned, capsys, wrong, why):
+    (choice,), timed = tuned(wrong, {PRESENT: 1.0, OTHERS[1]: 3.0})
     assert choice.best == PRESENT
     assert choice.candidates == 2
-    assert (64, 4, 2) not in clock.seen
-    assert "tile (64, 4, 2) is left out" in said[0]
-    assert why in said[0]
+    assert FASTER not in timed
+    assert f"tile {FASTER} is left out: " in (printed := capsys.readouterr().out)
+    assert why in printed
 
 
-def test_site_whose_present_tile_fails_has_no_choice(tuned):
-    _, choices, said = tuned(Step(fails=[PRESENT]), {})
-    assert choices == []
-    assert len(said) == 1
+def test_site_whose_present_tile_fails_has_no_choice(tuned, capsys):
+    assert tuned(Step(fails=[PRESENT]), {}) == ([], [])
+    assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_tuning_ends_with_the_context(tuned, monkeypatch):
-    run = Step(fails=[(64, 4, 2)])
-    monkeypatch.setattr(tune, "usable", lambda device: (64, 4, 2) not in run.seen)
-    clock, choices, said = tuned(run, {})
-    assert choices == []
-    assert clock.seen == []
-    assert "tuning ends here" in said[-1]
-
-
-def test_candidates_are_compiled_together_and_captured(tuned, monkeypatch):
-    """On a GPU what is timed is a graph, recorded with the candidate's tile."""
-    compiled, captured = [], []
-
-    class Replay:
-        def __init__(self, call):
-            captured.append(present_tile())
-            assert compiled
-            self.tile, self.results = captured[-1], call()
-
-        def __call__(self):
-            run.seen.append(self.tile)  # replayed: the step itself is not called again
-            return self.results
-
-    monkeypatch.setattr(tune, "on_gpu", lambda device: True)
-    monkeypatch.setattr(tune, "Replay", Replay)
-    monkeypatch.setattr(
-        tune,
-        "compile_in_parallel",
-        lambda site, entries, run, budget: compiled.append(list(entries)),
-    )
-    run = Step()
-    times = {PRESENT: 1.0, (64, 4, 2): 0.5, (16, 4, 1): 3.0}
-    _, (choice,), _ = tuned(run, times)
-    assert compiled == [[PRESENT, *OTHERS]]
-    assert captured == [PRESENT, *OTHERS]
-    assert choice.best == (64, 4, 2)
+def test_tuning_ends_with_the_context(tuned, capsys, monkeypatch):
+    run = Step(fails=[FASTER])
+    monkeypatch.setattr(tune, "usable", lambda device: FASTER not in run.captured)
+    assert tuned(run, {}) == ([], [])
+    assert "tuning ends here" in capsys.readouterr().out
 
 
 def test_difference_within_the_noise_changes_nothing():
-    candidates = [PRESENT, (64, 4, 2)]
+    candidates = [PRESENT, FASTER]
     noisy = [[1.0, 1.1, 1.2, 1.3], [0.9, 1.0, 1.15, 1.2]]
     assert tune.choose(SITE, "w", candidates, noisy).best == PRESENT
     clear = [[1.0, 1.1, 1.2, 1.3], [0.5, 0.6, 0.7, 0.8]]
-    assert tune.choose(SITE, "w", candidates, clear).best == (64, 4, 2)
+    assert tune.choose(SITE, "w", candidates, clear).best == FASTER
 
 
 def test_step_with_another_tile_gives_the_same(interpreted_tiles):
@@ -186,27 +162,28 @@ def test_step_with_another_tile_gives_the_same(interpreted_tiles):
 
 
 def test_used_up_budget(tuned):
-    assert tuned(Step(), {}, budget=0)[1] == []
+    assert tuned(Step(), {}, budget=0) == ([], [])
 
 
-def test_choices_are_saved_one_by_one(tuned, monkeypatch):
+def test_choices_are_saved_one_by_one(tuned):
     """A run that is killed while it tunes the second site leaves the first one's choice."""
-    second = SITE._replace(kernel="gather_from_x")
-    run = Step()
-    monkeypatch.setattr(
-        tune, "sites", lambda work, device: dict.fromkeys((SITE, second), (PRESENT, run))
-    )
     saved = []
-    tuned(run, dict.fromkeys([PRESENT, *OTHERS], 1.0), save=lambda found: saved.append(len(found)))
+    tuned(
+        Step(), dict.fromkeys([PRESENT, *OTHERS], 1.0),
+        save=lambda found: saved.append(len(found)),
+        sites=(SITE, SITE._replace(kernel="gather_from_x")),
+    )  # fmt: skip
     assert saved == [1, 2]
 
 
-def test_candidates_beyond_the_budget_are_left_out(tuned):
-    said, run = [], Step()
-    budget = Budget(1.5, lambda: float(len(run.seen)))  # a second per call
-    ready = tune.prepared(SITE, [PRESENT, *OTHERS], run, CPU, said.append, budget)
-    assert list(ready) == [PRESENT, OTHERS[0]]
-    assert said == [f"{SITE}: tile {OTHERS[1]} and those after it are left out, for lack of time."]
+@pytest.mark.usefixtures("compiled")
+def test_candidates_beyond_the_budget_are_left_out(capsys):
+    run = Step()
+    budget = Budget(1.5, lambda: float(len(run.captured)))  # a second per capture
+    ready = tune.prepared(SITE, [PRESENT, *OTHERS], run, CPU, budget)
+    assert list(ready) == [PRESENT, FASTER]
+    left_out = f"{SITE}: tile {OTHERS[1]} and those after it are left out, for lack of time.\n"
+    assert capsys.readouterr().out == left_out
 
 
 def test_no_choice_is_made_from_a_single_round():
@@ -233,12 +210,10 @@ def test_compilations_that_have_not_begun_end_with_the_budget():
 def test_step_returns_all_gradients(interpreted_tiles):
     """So that a candidate that spoils one is noticed."""
     _, step, *_ = tune.steps(WORK, CPU)
-    results = step()
-    shapes = [tuple(t.shape) for t in results]
-    batch = WORK.batch(CPU)
-    assert shapes[:2] == [(batch, 64, 128)] * 2
-    assert len(results) == 1 + len(routes.Gradients._fields)
-    assert all(t.isfinite().all() for t in results)
+    out, grad_x, *grads = step()
+    assert out.shape == grad_x.shape == (WORK.batch(CPU), 64, 128)
+    assert 1 + len(grads) == len(routes.Gradients._fields)
+    assert all(t.isfinite().all() for t in (out, grad_x, *grads))
 
 
 def test_the_package_reads_what_is_written(tmp_path, monkeypatch):
@@ -257,22 +232,15 @@ os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 from unittest import mock
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 import bench
 before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
 from bench.codegen import compile, survey
+from bench.warm import on_absent
 from da_triton.ops.triton import routes
 from da_triton.runtime import tiles as table
 
-class Card:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Card())
 variant = survey.Variant("nchw", 256)
 shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
 w = routes.Weights(*(survey._empty(variant, *shape) for shape in shapes))
@@ -292,7 +260,7 @@ def without_launch(self, *args, grid, warmup, **options):
     launched.append(self.fn.__name__)
     original(self, *args, grid=grid, warmup=True, **options)
 
-with survey.on("sm_90"):
+with on_absent("sm_90"):
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
         mock.patch("triton.compile", no_compilation),

@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -27,7 +27,11 @@ from da_triton.ops.triton import core
 found = []
 knobs.compilation.listener = lambda src, cache_hit, **_: found.append(cache_hit)
 cpu = torch.device("cpu")
-with warm._compiling_only("sm_90"), mock.patch.object(core, "obstacle", return_value=None):
+with (
+    warm.on_absent("sm_90"),
+    warm.without_launches(),
+    mock.patch.object(core, "obstacle", return_value=None),
+):
     for mode in (problems.FORWARD, problems.STEP):
         problem = problems.draw(WORKLOAD, mode, torch.bfloat16, cpu)
         for last in (False, True):
@@ -83,6 +87,7 @@ def test_a_cache_is_used_elsewhere(made, tmp_path):
         ran = python(WARM, "--out", str(moved), "--check")
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert "the cache is of this Triton and these kernels" in ran.stdout
+        assert int(re.search(r"(\d+) entries adjusted", ran.stdout)[1]) > 10
         ran = python(code, TRITON_CACHE_DIR=str(moved))
         assert ran.stdout.split() == [printed.split()[0]] * 2, ran.stderr
     finally:
@@ -94,13 +99,17 @@ COMPILED_BY_A_RUN = """
 from unittest import mock
 import torch
 from bench import warm
-from bench.groups import Job, Where, _warm
+from bench.groups import Where, _warm, in_worker
 from bench.measure import Effort
 from bench.observe import WallTimer
 from bench.workloads import Workload
 where = Where(warm.META, torch.bfloat16, WallTimer, Effort(1, 1, 1, 0.0))
-with warm._compiling_only("sm_90"), mock.patch("bench.measure.usable", return_value=True):
-    Job(where, None, 60.0, _warm, ([WORKLOAD],))(print)
+with (
+    warm.on_absent("sm_90"),
+    warm.without_launches(),
+    mock.patch("bench.measure.usable", return_value=True),
+):
+    in_worker(where, None, 60.0, _warm, ([WORKLOAD],), print)
 """
 
 
@@ -144,13 +153,3 @@ def test_every_architecture_is_one_that_tiles_are_known_for():
     from da_triton.runtime import tiles
 
     assert {*tiles.ARCHITECTURES} >= {*warm.TARGETS}
-
-
-def test_relocated_entries(tmp_path):
-    group = tmp_path / "KEY" / "__grp__a.json"
-    group.parent.mkdir()
-    group.write_text(json.dumps({"child_paths": {"a.cubin": "/elsewhere/KEY/a.cubin"}}))
-    assert warm.relocate(tmp_path) == 1
-    paths = json.loads(group.read_text())["child_paths"]
-    assert {Path(path) for path in paths.values()} == {group.parent / "a.cubin"}
-    assert warm.relocate(tmp_path) == 0

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import da_triton
-from bench.codegen import table
+from bench import codegen
 from da_triton.runtime import tiles
 
-ARCHITECTURES = table.ORDER
+ARCHITECTURES = codegen.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
 # A few registers that are spilled, once: with rows that are not a multiple of 16 bytes, where every
 # tile tried spills, and with n = 128, where a tile that does not is half as long.
@@ -54,7 +54,7 @@ each_compiled = each(ARCHITECTURES, long=("sm_89", "sm_100", "gfx942"))
 
 
 TRITON = importlib.metadata.version("triton")
-KEPT = table.read()
+KEPT = codegen.read()
 
 
 def kept(arch):
@@ -64,7 +64,7 @@ def kept(arch):
 @functools.cache
 def sample(arch):
     """All programs, one of each kernel compiled."""
-    return list(table.surveyed(arch, sample=True))
+    return list(codegen.surveyed(arch, sample=True))
 
 
 def is_fused(code):
@@ -84,9 +84,9 @@ def test_every_kernel_is_compiled(arch):
 @each_architecture
 def test_no_spills(arch):
     spilled = {
-        table.title(c): c["spills"]
+        codegen.title(c): c["spills"]
         for c in kept(arch)
-        if c["spills"] > ACCEPTED.get((arch, c["kernel"], c["n"]), 0) and c["L"] != table.ODD
+        if c["spills"] > ACCEPTED.get((arch, c["kernel"], c["n"]), 0) and c["L"] != codegen.ODD
     }
     assert not spilled
 
@@ -94,7 +94,7 @@ def test_no_spills(arch):
 @each_architecture
 def test_shared_memory_fits(arch):
     limit = tiles.ARCHITECTURES[arch].shared_memory
-    assert not {table.title(c): c["shared"] for c in kept(arch) if c["shared"] > limit}
+    assert not {codegen.title(c): c["shared"] for c in kept(arch) if c["shared"] > limit}
 
 
 @each_architecture
@@ -104,7 +104,7 @@ def test_matrix_instructions(arch):
         scalar = code["dtype"] == "float32" and arch in NVIDIA
         no_unit = code["dtype"] == "float64" and arch not in FLOAT64_UNITS
         if code["products"] and not scalar and not no_unit:
-            assert code["matrix"] > 0, table.title(code)
+            assert code["matrix"] > 0, codegen.title(code)
 
 
 @pytest.mark.xdist_group("sm_90")
@@ -115,7 +115,7 @@ def test_warpgroup_instructions():
         smallest = min(int(blocks.get(x, 0)) for x in "MNL")
         half = code["dtype"] in ("bfloat16", "float16")
         if code["products"] and not is_fused(code) and half and smallest >= 64:
-            assert code["wgmma"] > 0, table.title(code)
+            assert code["wgmma"] > 0, codegen.title(code)
 
 
 @each_architecture
@@ -127,42 +127,42 @@ def test_loads_of_activations_are_wide(arch):
     """
     for code in kept(arch):
         if (
-            code["L"] == table.ODD
+            code["L"] == codegen.ODD
             or code["dtype"] != "bfloat16"
             or (code["call"] and not is_fused(code))
         ):
             continue
         least = 16 if code["layout"] == "nhwc" or code["L"] == 784 else 8
         least = least if arch in NVIDIA else 4
-        assert max(code["copy_bytes"], code["load_bytes"]) >= least, table.title(code)
+        assert max(code["copy_bytes"], code["load_bytes"]) >= least, codegen.title(code)
         # One number per channel: biases, and G where n is a number like 19.
         small = 2 if is_fused(code) and code["n"] % 16 == 0 else 0
         if "HAS_BIAS" in code["flags"]:  # a lane's share of it; of rows, it would be 64 and more
             small = max(small, {"full_n": 32, "operands": 4}.get(code["kernel"], 0))
-        assert code["loads_2"] <= small or code["n"] % 16, table.title(code)
+        assert code["loads_2"] <= small or code["n"] % 16, codegen.title(code)
 
 
 @pytest.mark.xdist_group("sm_90")
 def test_main_loops_copy_asynchronously():
     for code in kept("sm_90"):
-        if code["L"] == table.ODD:
+        if code["L"] == codegen.ODD:
             continue
         if is_fused(code) and not (code["wgmma"] and code["stages"] > 1):
             continue  # tiles of 32 rows: mma.sync takes X from registers, wherever it comes from
         if code["products"] and code["dtype"] == "bfloat16" and not code["call"]:
-            assert code["copy_bytes"] >= 8, table.title(code)
+            assert code["copy_bytes"] >= 8, codegen.title(code)
 
 
 @each_compiled
 def test_table_is_of_the_programs_that_launches_compile(arch):
     """None missing, none stale."""
     if {row["triton"] for row in kept(arch)} != {TRITON}:
-        warnings.warn(f"{table.KEPT.name} is of another Triton than {TRITON}", stacklevel=1)
+        warnings.warn(f"{codegen.KEPT.name} is of another Triton than {TRITON}", stacklevel=1)
         return
     wanted = {row["digest"]: row for row in sample(arch)}
     listed = {row["digest"]: row for row in kept(arch)}
-    missing = [table.title({**wanted[d], "arch": arch}) for d in wanted.keys() - listed.keys()]
-    gone = [table.title(listed[d]) for d in listed.keys() - wanted.keys()]
+    missing = [codegen.title(wanted[d]) for d in wanted.keys() - listed.keys()]
+    gone = [codegen.title(listed[d]) for d in listed.keys() - wanted.keys()]
     again = f"Run `python -m bench codegen --arch {arch}` and look at its git diff."
     assert not missing + gone, f"{missing=}\n{gone=}\n{again}"
 
@@ -175,9 +175,9 @@ def test_table_has_the_figures_that_the_compiler_gives(arch):
     compiled = [row for row in sample(arch) if "registers" in row]
     assert len(compiled) == len({row["kernel"] for row in sample(arch)})
     for row in compiled:
-        fresh = table.row(arch, row, TRITON)
+        fresh = {**row, "triton": TRITON}
         if fresh["digest"] in listed:
             assert fresh == listed[fresh["digest"]]
         else:
             most = accepted.get((arch, fresh["kernel"], fresh["n"]), 0)
-            assert fresh["L"] == table.ODD or fresh["spills"] <= most, table.title(fresh)
+            assert fresh["L"] == codegen.ODD or fresh["spills"] <= most, codegen.title(fresh)

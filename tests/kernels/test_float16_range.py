@@ -11,7 +11,7 @@ from da_triton.ops.triton import core
 from support.block import NAMES, ROUTES, definition, run
 from support.block import Case as Sizes
 from support.block import inputs as block_inputs
-from support.cases import CASES, Case
+from support.cases import CASES, ORDERS, Case
 from support.cases import LARGEST_G_TILE as CASE
 from support.numerics import DEVICE, check, peaky
 
@@ -21,7 +21,7 @@ RANGE = 32  # by which dG may exceed it
 # One for each of the kernels that read dG.
 TILED = Case("tiled", heads=1, m=40, n=520, length=120, batch=1)
 each_case = pytest.mark.parametrize("case", [CASE, *CASES[4:], TILED], ids=lambda case: case.name)
-UNFUSED = [f"unfused_{order}" for order in ("AZ", "XZ", "AH", "XH")]
+UNFUSED = [f"unfused_{order}" for order in ORDERS]
 
 
 def inputs(case):

@@ -1,7 +1,7 @@
 """How the compiler lays matrix products out, for NVIDIA architectures, without a GPU.
 
 Two faults of compilers leave traces in Triton's representations of a program; no kernel has either
-(``bench.codegen.survey --layouts``, in a process without TRITON_INTERPRET).
+(``support.layouts``, in a process without TRITON_INTERPRET).
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.codegen.compile import chained, narrow
+from support.layouts import chained, narrow
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def run(*arguments):
 
 
 def programs(arch, *flags):
-    lines = run("-m", "bench.codegen.survey", arch, "--layouts", *flags).splitlines()
+    lines = run("-m", "support.layouts", arch, *flags).splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -68,19 +68,20 @@ def test_no_program_is_laid_out_wrongly(arch):
 )
 def test_narrow_operands_are_found(width, parent, found):
     text = NARROW.replace("WIDTH", str(width)).replace("PARENT", parent)
-    assert len(list(narrow(text))) == found
+    assert len(narrow(text)) == found
 
 
 def test_chained_products_are_found():
     apart = "%1 = tt.dot %a, %b, %zero : x\n%2 = tt.dot %c, %d, %zero : x\n"
-    assert not list(chained(apart))
-    assert len(list(chained(apart + "%3 = tt.dot %e, %f, %1 : x\n"))) == 1
+    assert not chained(apart)
+    assert len(chained(apart + "%3 = tt.dot %e, %f, %1 : x\n")) == 1
 
 
 CONTRACTED = """
 import re, torch, triton
 from bench.codegen import compile, survey
-from da_triton.planning.shapes import XH, Route
+from da_triton.planning.costs import XH
+from da_triton.planning.planner import Route
 with survey.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
     found = [x for m, n in sizes for x in survey.core(m, n, survey.Variant())]

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import da_triton
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import ORDERS, XH, Route
+from da_triton.planning.costs import ORDERS, XH
+from da_triton.planning.planner import Route
 from support import launches
 from support.numerics import DEVICE
 
@@ -38,7 +39,7 @@ def core(heads, m, n, length=37):
         for softmax in (True, False):
             z = distribute.distribute_forward(g, v, 1.0, softmax, 0.5)
             dg, _ = distribute.distribute_backward(z, g, v, 1.0, softmax, 0.5, True, True)
-        gather.gather_backward(dg, a, b, mask, g, lse, None, 0.5, True, True)
+        gather_backward.gradients(dg, a, b, mask, g, lse, None, 0.5, True, True)
 
 
 def block(sizes, way, order, backward):

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
@@ -79,7 +79,7 @@ def _measure(work, monkeypatch):
         distribute.distribute_forward(g, v, 1.0, True, 1.0)
     with traffic.count() as backward:
         dg, _ = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-        gather.gather_backward(dg, a, b, None, g, lse, None, 1.0, True, True)
+        gather_backward.gradients(dg, a, b, None, g, lse, None, 1.0, True, True)
     element = 2 * work.heads * work.length
     return {
         "forward": forward,

@@ -7,7 +7,8 @@ import torch
 
 from da_triton import DoubleAttention, kernels
 from da_triton.ops.triton import block as triton_block
-from da_triton.planning.shapes import XH, Route
+from da_triton.planning.costs import XH
+from da_triton.planning.planner import Route
 from support import repeatable
 from support.numerics import DEVICE
 

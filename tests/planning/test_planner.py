@@ -14,14 +14,19 @@ from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
 from da_triton.planning.costs import (
+    AH,
+    AZ,
+    ORDERS,
+    XH,
     distribute_steps,
     fused_backward_steps,
     gather_steps,
     order_cost,
+    orders,
     unfused_backward_steps,
 )
-from da_triton.planning.planner import choose_order, intervals, seconds
-from da_triton.planning.shapes import AH, AZ, ORDERS, XH, Route, Shape, orders
+from da_triton.planning.planner import Route, choose_order, intervals, seconds
+from da_triton.planning.shapes import Shape
 from support.numerics import DEVICE
 
 

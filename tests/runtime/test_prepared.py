@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from da_triton import signatures
-from da_triton.kernels import distribute, gather, project_gather
+from da_triton.kernels import distribute, gather, gather_backward, project_gather
 from da_triton.runtime import launch, tiles
 
 TESTS = Path(__file__).parents[1]
@@ -35,11 +35,12 @@ import torch
 from triton import knobs
 from support import compiled
 from support.compiled import jitted, received
-from da_triton.kernels import distribute, gather, project_gather
+from da_triton.kernels import distribute, gather, gather_backward, project_gather
 from da_triton.ops.triton import routes
 from da_triton.runtime import launch
 from da_triton.runtime.recorded import Recorded
-from da_triton.planning.shapes import AH, AZ, XH, XZ, Route
+from da_triton.planning.costs import AH, AZ, XH, XZ
+from da_triton.planning.planner import Route
 
 FUSED = Route(XH, "fused", "fused", "fused", XH, 64)
 OPTIONS = routes.Options(1, 0.5, 0.6, 0.7, True, True)
@@ -108,7 +109,7 @@ for last in (False, True):
                     )
                     keep = empty(1, length, dtype=torch.uint8) if masked else None
                     g, lse = gather.gather_forward([(a, b, keep)], 0.5)
-                    gather.gather_backward(g, a, b, keep, g, lse, lse, 0.5, True, True)
+                    gather_backward.gradients(g, a, b, keep, g, lse, lse, 0.5, True, True)
                     distribute.distribute_forward(g, v, 0.5, True, 0.6)
                     distribute.distribute_backward(z, g, v, 0.5, True, 0.6, True, True)
 print(*{name for name, _ in received})
@@ -334,7 +335,7 @@ def test_that_nothing_is_launched_is_found_once():
 def test_nothing_keeps_tensors():
     a, b, mask = torch.randn(1, 1, 8, 24), torch.randn(1, 1, 8, 24), torch.ones(1, 24).byte()
     g, lse = gather.gather_forward([(a, b, mask)], 0.5)
-    da, db = gather.gather_backward(g, a, b, mask, g, lse, None, 0.5, True, True)
+    da, db = gather_backward.gradients(g, a, b, mask, g, lse, None, 0.5, True, True)
     z = distribute.distribute_forward(g, b, 0.5, True, 0.6)
     kept = [weakref.ref(t) for t in (a, b, mask, g, lse, da, db, z)]
     assert launch._prepared.found

@@ -16,7 +16,8 @@ from da_triton import DoubleAttention
 from da_triton.kernels.project_gather import gather_from_a_kernel
 from da_triton.ops.triton import block as triton_block
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import AH, AZ, XH, XZ, Route
+from da_triton.planning.costs import AH, AZ, XH, XZ
+from da_triton.planning.planner import Route
 from da_triton.runtime import guard, launch, recorded
 from support import repeatable
 from support.numerics import DEVICE

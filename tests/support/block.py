@@ -7,7 +7,8 @@ import torch
 
 from da_triton import reference
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import AH, AZ, ORDERS, XH, XZ, Route
+from da_triton.planning.costs import AH, AZ, ORDERS, XH, XZ
+from da_triton.planning.planner import Route
 
 from .numerics import DEVICE
 

@@ -5,7 +5,9 @@ import dataclasses
 
 import pytest
 
-ORDERS = ["AZ", "XZ", "AH", "XH"]
+from da_triton.planning import costs
+
+ORDERS = list(costs.ORDERS)
 BACKENDS = ["triton", "torch", "eager"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 RANKS = [(30,), (5, 6), (2, 3, 5)]  # positions of signals, images and videos

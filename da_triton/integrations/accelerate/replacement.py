@@ -62,6 +62,17 @@ def replace(module: Any, choice: Match) -> None:
     module._accelerated = choice
 
 
+def has_another_class(module: Any) -> bool:
+    """Whether a replaced layer's class was changed again since."""
+    return type(module) is not CLASSES[module._original]
+
+
+def undo(module: Any) -> None:
+    module.__dict__.pop("forward", None)
+    module.__class__ = module._original
+    del module._accelerated
+
+
 def accelerated(original: type[nn.Module]) -> Any:
     """The subclass of a layer's class that computes the layer's formula."""
     if original not in CLASSES:

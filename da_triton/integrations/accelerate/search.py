@@ -23,7 +23,15 @@ from ... import checks
 from ...modules import DoubleAttention
 from .examples import calls_in
 from .patterns import PATTERNS, Pattern
-from .replacement import CLASSES, Accelerated, Match, is_overridden, replace, split
+from .replacement import (
+    Accelerated,
+    Match,
+    has_another_class,
+    is_overridden,
+    replace,
+    split,
+    undo,
+)
 from .verify import EXACT, Call, Reference, UnprovableError, device_of, dtype_of, randomised, seeded
 
 SHAPES = ((5, 6), (7, 9))
@@ -149,7 +157,7 @@ def restore(model: nn.Module) -> list[str]:
         name: module for name, module in model.named_modules() if isinstance(module, Accelerated)
     }
     for name, module in found.items():
-        if type(module) is not CLASSES[module._original]:
+        if has_another_class(module):
             raise RuntimeError(
                 f"the class of {name!r} was changed after accelerate, to {type(module).__name__}, "
                 "as parametrisations and sharding do. Undo that first."
@@ -160,9 +168,7 @@ def restore(model: nn.Module) -> list[str]:
                 "offloading hooks do. Undo that first."
             )
     for module in found.values():
-        module.__dict__.pop("forward", None)
-        module.__class__ = module._original
-        del module._accelerated
+        undo(module)
     names = list(found)
     if not names:
         warnings.warn("restore found no accelerated layer in the model.", stacklevel=2)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ... import tracing
 from ...arguments import Options, Weights
 from ...planning import planner
-from ...planning.shapes import ORDERS, Order
+from ...planning.costs import ORDERS, Order
 from ...precision import converted
 from ...projection import project, split_heads
 from ...tracing import transformed

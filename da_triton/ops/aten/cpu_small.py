@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Options, Weights
-from ...planning.shapes import AZ
+from ...planning.costs import AZ
 from .. import direct
 from . import block as aten_block
 from .core import WIDE_CHUNK

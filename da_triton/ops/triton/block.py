@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ... import tracing
 from ...arguments import Options, Weights
 from ...planning import planner
-from ...planning.costs import order_cost
-from ...planning.shapes import AZ, ORDERS, Shape
+from ...planning.costs import AZ, ORDERS, order_macs
+from ...planning.shapes import Shape
 from ...precision import accumulator, lse_dtype
 from ...runtime import launch, tiles
 from ...runtime.recorded import Recorded
@@ -316,6 +316,7 @@ def block_backward_flops(
 
 
 def _macs(x, weight_a, weight_b, weight_out, heads, order):
-    sizes = x[1], weight_a[0], weight_b[0], heads, x[2]
-    cost = order_cost(ORDERS.get(order, AZ), *sizes, weight_out is not None)
-    return x[0] * (cost.macs + cost.small_macs)
+    batch, channels, length = x
+    sizes = batch, channels, weight_a[0], weight_b[0], heads, length
+    s = Shape(*sizes, itemsize=1, reconstruct=weight_out is not None)
+    return order_macs(s, ORDERS.get(order, AZ))

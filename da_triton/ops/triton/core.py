@@ -12,7 +12,7 @@ program: see ``operators.scalars``.
 Second derivatives are taken through the ``torch`` backend.
 """
 
-import functools
+import math
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ...checks import DTYPES
 from ...kernels import distribute as distribute_kernels
 from ...kernels import gather as gather_kernels
+from ...kernels import gather_backward as gather_backward_kernels
 from ...precision import accumulator, lse_dtype
 from ...runtime import launch, tiles
 from ...tracing import constant
@@ -153,7 +154,7 @@ def gather_backward_op(
     """dA and dB; empty where not needed."""
     mask = None if mask is None else mask.view(torch.uint8)
     g, lse = g.contiguous(), lse.contiguous()  # torch.vmap expands them
-    da, db = gather_kernels.gather_backward(
+    da, db = gather_backward_kernels.gradients(
         dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b
     )
     return or_empty(da, a), or_empty(db, b)
@@ -317,31 +318,27 @@ for _op in (gather_op, gather_backward_op, distribute_op, distribute_backward_op
     vectorise(_op)
 
 
-def _elements(*shape):
-    return functools.reduce(lambda x, y: x * y, shape, 1)
-
-
 @register_flop_formula([torch.ops.da_triton.gather, torch.ops.da_triton.gather_of_tensors])
 def gather_flops(a, b, mask, extra_a, extra_b, logit_scale, **_):
     """MACs of ``A Pᵀ`` counted twice, as PyTorch counts a matrix product."""
     extra = 0 if extra_a is None else extra_a[-1]
-    return 2 * _elements(*a[:3], b[2]) * (a[3] + extra)
+    return 2 * math.prod((*a[:3], b[2])) * (a[3] + extra)
 
 
 @register_flop_formula(
     [torch.ops.da_triton.gather_backward, torch.ops.da_triton.gather_backward_of_tensors]
 )
 def gather_backward_flops(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b, **_):
-    return 2 * _elements(*a, b[2]) * (need_a + need_b)
+    return 2 * math.prod((*a, b[2])) * (need_a + need_b)
 
 
 @register_flop_formula([torch.ops.da_triton.distribute, torch.ops.da_triton.distribute_of_tensors])
 def distribute_flops(g, v, *_, **__):
-    return 2 * _elements(*v, g[2])
+    return 2 * math.prod((*v, g[2]))
 
 
 @register_flop_formula(
     [torch.ops.da_triton.distribute_backward, torch.ops.da_triton.distribute_backward_of_tensors]
 )
 def distribute_backward_flops(dz, g, v, scale, softmax, logit_scale, need_g, need_v, **_):
-    return 2 * _elements(*v, g[2]) * (need_g + need_v)
+    return 2 * math.prod((*v, g[2])) * (need_g + need_v)

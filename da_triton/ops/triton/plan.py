@@ -12,7 +12,9 @@ import torch
 
 from ... import checks
 from ...planning import planner
-from ...planning.shapes import ORDERS, CoreLimits, Limits, PlannedRoute, Route, Shape, Step
+from ...planning.costs import ORDERS
+from ...planning.planner import PlannedRoute, Route
+from ...planning.shapes import CoreLimits, Limits, Shape, Step
 from ...precision import POLICIES
 from ...runtime import tiles
 
@@ -111,9 +113,9 @@ class Plan:
 
     def _line(self, step: Step) -> str:
         s = self.shape
-        moved = step.elements * s.itemsize + step.fp32_elements * max(4, s.itemsize)
+        moved = step.bytes(s.itemsize) * s.batch
         flop = 2 * step.macs * s.batch / 1e9
-        return f"    {step.name:<24}{flop:>9.2f}{moved * s.batch / 1e6:>9.2f}{step.launches:>10}"
+        return f"    {step.name:<24}{flop:>9.2f}{moved / 1e6:>9.2f}{step.launches:>10}"
 
 
 def plan(

@@ -17,6 +17,7 @@ import torch
 from ...kernels import delta, prologue, weight_gradients
 from ...kernels import distribute as core_distribute
 from ...kernels import gather as core_gather
+from ...kernels.gather_backward import gather_backward
 from ...projection import project
 from ...runtime import launch
 from . import gemms
@@ -61,7 +62,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
         )
         grad_a = grad_a if needs.x or needs_a else None
         grad_b = db if needs_b else None
-        core_gather.backward(dg, correction, a, b, mask, lse, grad_a, grad_b, o.logit_scale)
+        gather_backward(dg, correction, a, b, mask, lse, grad_a, grad_b, o.logit_scale)
     if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
@@ -127,7 +128,7 @@ def _into_x(partials, x, b, mask, lse, w, db, o, dx, needs):
     dm = w.a.unflatten(0, (o.heads, -1)).to(dg.dtype).mT @ dg
     dm, correction, lse = delta.lowp_and_delta(dm[:, :, None], m, x.dtype, lse)
     through_m = launch.empty_activations_like(copies) if needs.x else None
-    core_gather.backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
+    gather_backward(dm, correction, copies, b, mask, lse, through_m, db, o.logit_scale)
     if through_m is not None:
         through_m = through_m.squeeze(1) if o.heads == 1 else through_m.sum(1)
         dx = through_m if dx is None else through_m.add_(dx)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_block, cpu_products, cpu_small
 from da_triton.planning import planner
-from da_triton.planning.shapes import AZ, XH
+from da_triton.planning.costs import AZ, XH
 from support.cases import ORDERS
 from support.compare import check_against_reference, step
 from support.numerics import check, peaky

@@ -1,5 +1,7 @@
 """The public block on a CPU: masked positions hold anything, samples are computed together."""
 
+import functools
+
 import pytest
 import torch
 from torch.profiler import profile
@@ -7,9 +9,12 @@ from torch.profiler import profile
 from da_triton import double_attention_block
 from da_triton.ops.aten import cpu_products
 from support.cases import ORDERS
-from support.numerics import check
+from support.compare import check_against_reference, step
 
 C, C_M, C_N = 20, 12, 6
+block, eager = (
+    functools.partial(double_attention_block, backend=backend) for backend in ("torch", "eager")
+)
 WAYS = {
     "one tile": {},
     "samples apart": {"FEW_POSITIONS": 1},
@@ -48,15 +53,6 @@ def laid_out(x, channels_last):
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
 
-def step(x, weights, **options):
-    """The output, and the gradients of x and of the weights."""
-    given = [None if z is None else z.detach().requires_grad_() for z in (x, *weights)]
-    out = double_attention_block(*given, residual=True, **options)
-    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    wanted = [z for z in given if z is not None]
-    return out.detach(), *torch.autograd.grad(out, wanted, upstream)
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("size", SIZES)
@@ -64,12 +60,9 @@ def step(x, weights, **options):
 @pytest.mark.parametrize("order", ORDERS)
 def test_step_matches_the_definition(order, heads, size, channels_last, recompute, way):
     x, weights, mask = inputs(SIZES[size])
-    x = laid_out(x, channels_last)
-    options = {"heads": heads, "mask": mask}
-    expected = step(x, weights, backend="eager", **options)
-    actual = step(x, weights, backend="torch", order=order, recompute=recompute, **options)
-    for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-        check(ours, theirs, torch.float64, what=f"result {i}")
+    ours = functools.partial(block, order=order, recompute=recompute)
+    given = laid_out(x, channels_last), *weights
+    check_against_reference(ours, eager, given, heads=heads, mask=mask, residual=True)
 
 
 @pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf])
@@ -83,10 +76,8 @@ def test_what_masked_positions_hold_changes_no_bit_elsewhere(
     x, weights, mask = inputs(SIZES[size], torch.float32)
     wild = x.masked_fill(~mask[:, None], held)
     found = [
-        double_attention_block(
-            laid_out(z, channels_last), *weights, heads=heads, mask=mask, order=order,
-            backend="torch",
-        ).movedim(1, -1)[mask]
+        block(laid_out(z, channels_last), *weights, heads=heads, mask=mask, order=order)
+        .movedim(1, -1)[mask]
         for z in (x, wild)
     ]  # fmt: skip
     assert torch.equal(*found)
@@ -97,9 +88,8 @@ def test_what_masked_positions_hold_changes_no_bit_elsewhere(
 def test_large_numbers_at_masked_positions_leave_other_gradients_finite(order, way):
     x, weights, mask = inputs((5, 7), torch.float32)
     wild = x.masked_fill(~mask[:, None], 1e30)
-    _, dx, *dw = step(wild, weights, mask=mask, order=order, backend="torch")
-    assert dx.isfinite().all()
-    assert all(z.isfinite().all() for z in dw)
+    found = step(block, (wild, *weights), mask=mask, order=order, residual=True)
+    assert all(found[name].isfinite().all() for name in found if name != "out")
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
@@ -108,9 +98,9 @@ def test_large_numbers_at_masked_positions_leave_other_gradients_finite(order, w
 def test_more_samples_take_no_more_operations(order, size, backward):
     def operations(batch):
         x, weights, mask = inputs(SIZES[size], torch.float32, batch)
-        run = step if backward else double_attention_block
+        given, options = (x, *weights), {"mask": mask, "order": order, "residual": True}
         with profile() as recorded:
-            run(x, *([weights] if backward else weights), mask=mask, order=order, backend="torch")
+            step(block, given, **options) if backward else block(*given, **options)
         names = [e.name for e in recorded.events() if e.name.startswith("aten::")]
         return sorted(n for n in names if n not in ("aten::view", "aten::as_strided"))
 

@@ -1,5 +1,7 @@
 """The core's operators at PyTorch's boundary: opcheck, fakes, FLOP, saved tensors, errors."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +10,7 @@ from da_triton import ops, reference
 from da_triton.ops.triton import core
 from da_triton.runtime import launch
 from support.cases import CASES, LARGEST_G_TILE, each_case
+from support.compare import check_against_reference
 from support.numerics import DEVICE, check, peaky
 
 LAYOUTS = [False, True]
@@ -157,15 +160,14 @@ def test_second_derivatives(masked):
     """A gradient penalty through the ``torch`` backend, against the definition."""
     case = LARGEST_G_TILE
     mask = torch.rand(case.batch, case.length, device=DEVICE) > 0.3 if masked else None
-    grads = []
-    for implementation, dtype in ((core, torch.float32), (reference, torch.float64)):
-        torch.manual_seed(1)
-        a, b, v = (x.to(dtype).requires_grad_() for x in operands(case))
+
+    def penalty(implementation, a, b, v):
         z = implementation.distribute(implementation.gather(a, b, mask=mask), v)
         first = torch.autograd.grad(z.square().sum(), (a, b, v), create_graph=True)
-        grads.append(torch.autograd.grad(sum(x.square().sum() for x in first), (a, b, v)))
-    for ours, theirs in zip(*grads, strict=True):
-        check(ours, theirs, torch.float32)
+        return sum(x.square().sum() for x in first)
+
+    ours, theirs = (functools.partial(penalty, module) for module in (core, reference))
+    check_against_reference(ours, theirs, operands(case))
 
 
 def test_gradients_of_inputs_that_depend_on_each_other():

@@ -16,7 +16,9 @@ from da_triton import reference
 from da_triton.ops.triton import core
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
-from da_triton.planning.shapes import XH, Route, Shape
+from da_triton.planning.costs import XH
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import Shape
 from da_triton.runtime import tiles
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run

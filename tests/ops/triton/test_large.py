@@ -15,9 +15,10 @@ import torch
 import triton.language as tl
 
 import da_triton
-from da_triton.kernels import distribute, gather
+from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.ops.triton import routes
-from da_triton.planning.shapes import AH, AZ, XH, Route
+from da_triton.planning.costs import AH, AZ, XH
+from da_triton.planning.planner import Route
 from da_triton.runtime import launch, tiles
 from support import launches
 from support.numerics import AS_ON_A_GPU, DEVICE, TOLERANCE, check, peaky, relative_rms
@@ -114,7 +115,7 @@ def core_run(place, case):
     g, lse = gather.gather_forward([(a, b, mask)], 0.5)
     z = distribute.distribute_forward(g, v, 1.0, True, 1.0)
     dg, dv = distribute.distribute_backward(dz, g, v, 1.0, True, 1.0, True, True)
-    return g, z, dg, dv, *gather.gather_backward(dg, a, b, mask, g, lse, None, 0.5, True, True)
+    return g, z, dg, dv, *gather_backward.gradients(dg, a, b, mask, g, lse, None, 0.5, True, True)
 
 
 def block_run(place, case):

@@ -14,7 +14,8 @@ from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.costs import distribute_steps, fused_backward_steps, gather_steps
-from da_triton.planning.shapes import CoreLimits, Route, Shape
+from da_triton.planning.planner import Route
+from da_triton.planning.shapes import CoreLimits, Shape
 from da_triton.runtime import launch, tiles
 from support.numerics import DEVICE
 
