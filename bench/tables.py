@@ -113,7 +113,7 @@ def means(timed: pd.DataFrame) -> pd.DataFrame:
         "on": each.loc[groups["ratio"].idxmin()].set_index(keys)["workload"],
         "timed": groups.size(),
         "slower on": slower.groupby(keys)["slower on"].agg(", ".join),
-    }).reindex(found.index).reset_index()  # fmt: skip
+    }).reindex(found.index).fillna({"slower on": ""}).reset_index()  # fmt: skip
 
 
 def ratios(timed: pd.DataFrame) -> str:
