@@ -194,7 +194,7 @@ def sweep(
 
 @command("scaling", "--axis c_n --provider eager,torch --mode fwd", "--axis L --most 65536")
 def scale(
-    axis: Annotated[Axis, option("positions, samples, channels or maps")] = Axis.L,
+    axis: Annotated[Axis, option("positions, samples, channels or descriptors")] = Axis.L,
     most: Annotated[int | None, option("the largest size; else 2^21, on a CPU 2^17")] = None,
     provider: Providers = "",
     mode: Modes = "fwd,fwd_bwd",
@@ -339,7 +339,7 @@ def plan(
     dtype: Annotated[Any, names("dtype", DTYPES)] = "bf16",
     layout: Layouts = "nchw",
 ) -> None:
-    """What the block would run on a GPU for a shape, and why. Times are a model's."""
+    """The route that the block would take on a GPU for a shape, and why. Times are a model's."""
     from da_triton import plan as planned
 
     named = select(workload, "all") if workload else []
@@ -368,7 +368,7 @@ def compare(
     new: Path,
     across: Annotated[bool, option("files of two machines, too", "--across")] = False,
 ) -> None:
-    """What got slower between two runs, beyond the noise that both measured.
+    """Lists what got slower between two runs, beyond the noise that both measured.
 
     Exit status 1 if something did.
     """

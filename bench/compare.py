@@ -45,7 +45,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> pd.DataFrame:
-    """What was timed in the old run, with its times in both and a ``verdict``, worst first.
+    """Rows timed in the old run, with their times in both and a ``verdict``, worst first.
 
     Raises:
         UsageError: nothing in common, or, but for ``across``, other machines.
@@ -77,7 +77,7 @@ def regressed(found: pd.DataFrame) -> bool:
 
 
 def text(found: pd.DataFrame) -> str:
-    """How many rows have each verdict, and those that are not as before."""
+    """The number of rows with each verdict, and the rows that are not as before."""
     order = (SLOWER, FASTER, SAME, BROKEN, MISSING)
     parts = [", ".join(f"{(found['verdict'] == verdict).sum()} {verdict}" for verdict in order)]
     for verdict, titles in COLUMNS.items():

@@ -99,7 +99,7 @@ def _cpu_name() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it is missing, fails or prints nothing."""
+    """The output of a command; None where it is missing, fails or prints nothing."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""How long a fresh process takes to its first result, with empty and with full kernel caches."""
+"""Seconds of a fresh process to its first result, with empty and with full kernel caches."""
 
 import functools
 import tempfile

@@ -59,7 +59,7 @@ Add = Callable[[list[Row]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """What all groups of a run share. Everything in it is picklable."""
+    """Settings that all groups of a run share. Everything in it is picklable."""
 
     device: torch.device
     dtype: torch.dtype
@@ -306,7 +306,7 @@ def _needed(provider: Provider) -> bool:
 
 
 def _key(provider: Provider, workload: Any) -> tuple[str, ...]:
-    """What is not measured again after it has hung.
+    """The key by which a provider that has hung is not measured again.
 
     Without eager or da_triton, the rest of a stage would be worth nothing, and a network may hang
     by itself: those are left out on this workload only.

@@ -1,4 +1,4 @@
-"""What a call costs the host: microseconds until it returns, layer by layer.
+"""Host costs of a call: microseconds until it returns, layer by layer.
 
 Small shapes take a GPU less time than the host needs to issue their kernels, so the host decides.
 
@@ -62,7 +62,7 @@ Run = Callable[[], Any]
 
 
 class Measured(NamedTuple):
-    """What is called, and columns of its row."""
+    """A call, and columns of its row."""
 
     run: Run
     provider: str
@@ -76,7 +76,7 @@ class Measured(NamedTuple):
 
 
 def lower_layers(run: Run) -> dict[str, list[Run]]:
-    """What a call hands to each of the layers below the functional one.
+    """The calls that each of the layers below the functional one receives.
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """

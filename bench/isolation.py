@@ -125,7 +125,7 @@ class Worker:
     def wait(
         self, limit: float, receive: Callable[[Any], Any] = id, silence: float = SILENCE
     ) -> str:
-        """What became of the job, as ``run`` returns it."""
+        """The outcome of the job, as ``run`` returns it."""
         try:
             failure = self._wait(limit, receive, silence)
         except (EOFError, OSError):  # the other end of the pipe is closed

@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``results.csv``, ``environment.json``, plots and ``report.md``.
+"""The results of a run: ``results.csv``, ``environment.json``, plots and ``report.md``.
 
 The CSV and the environment are rewritten whenever something is added, so that a run that is cut
 short leaves what it measured.

@@ -56,7 +56,7 @@ MEMORY_CHECKED = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What runs where; the defaults are those of a GPU."""
+    """Devices, commands and sizes of a run; the defaults are those of a GPU."""
 
     where: Where = Where(torch.device("cuda"), torch.bfloat16, CudaTimer, EFFORT)  # noqa: RUF009
     sweeps: Callable[[str], Sequence[Sequence[Provider]]] = providers.gpu_sweeps
@@ -74,7 +74,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Run:
-    """What stages share. ``logs`` is a folder that becomes an archive in the results."""
+    """State that stages share. ``logs`` is a folder that becomes an archive in the results."""
 
     report: JoinedReport
     workloads: Sequence[Workload]
@@ -281,7 +281,7 @@ def furthest(report: Report, workloads: Sequence[Workload]) -> list[str]:
 
 
 def first_calls(run: Run, budget: Budget) -> str:
-    """Of da_triton and of a compiled eager block, on the first workload, in fresh processes."""
+    """First calls of da_triton and of a compiled eager block, on the first workload."""
     where, said = run.settings.where, []
     work = run.workloads[0]
     names = [run.settings.ours, "compile eager"]

@@ -77,7 +77,7 @@ def measurements(timed: pd.DataFrame, metrics: Iterable[str]) -> str:
 
 
 def untimed(frame: pd.DataFrame) -> str:
-    """What was not timed, and why, with the number of rows that share a reason."""
+    """Rows that were not timed, and why, with the number of rows that share a reason."""
     others = frame[frame["status"] != OK]
     keys = ["provider", "launch", "status"]
     counts = others.groupby(keys, sort=False)["workload"].agg(rows="size", first="first")
@@ -129,7 +129,7 @@ def ratios(timed: pd.DataFrame) -> str:
 
 
 def failed_references(timed: pd.DataFrame) -> str:
-    """What failed of those that ratios refer to, with its workloads."""
+    """The references that failed, with their workloads."""
     failed = timed.dropna(subset="failed_references")[["failed_references", "workload"]]
     each = failed.assign(failed_references=failed["failed_references"].map(lambda x: x.split(", ")))
     groups = each.explode("failed_references").groupby("failed_references", sort=False)["workload"]
@@ -138,7 +138,7 @@ def failed_references(timed: pd.DataFrame) -> str:
 
 
 def warnings(timed: pd.DataFrame) -> str:
-    """What to know of the timings: kernels that were not used, and noise."""
+    """Warnings about the timings: kernels that were not used, and noise."""
     found = []
     if names := sorted({name for text in timed[UNUSED].dropna() for name in text.split(", ")}):
         found.append(

@@ -53,7 +53,7 @@ Entry = tuple[int, int, int]  # positions of a tile, warps, stages
 
 
 class Choice(NamedTuple):
-    """What was measured of a site: the present tile, the best, and both in microseconds."""
+    """The measurement of a site: the present tile, the best, and both in microseconds."""
 
     site: Site
     workload: str
@@ -152,8 +152,8 @@ def _replaced(choose: Callable[[Site, tiles.Tile], tiles.Tile]) -> Iterator[None
     """Launches take the tile that ``choose`` makes of theirs."""
     original = tiles.tile
 
-    def chosen(kernel, x, features, maps, variant=tiles.PLAIN):
-        tile = original(kernel, x, features, maps, variant)
+    def chosen(kernel, x, c_m, c_n, variant=tiles.PLAIN):
+        tile = original(kernel, x, c_m, c_n, variant)
         return choose(Site(kernel, variant, "half", *tile[:2]), tile)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
@@ -282,5 +282,5 @@ def write(path: Path, gpu_name: str, choices: Sequence[Choice]) -> None:
 
 
 def path_of(gpu_name: str) -> Path:
-    """Where the package looks for the table of a GPU."""
+    """The file in which the package looks for the table of a GPU."""
     return folders.tiles() / tiles.file_name(gpu_name)

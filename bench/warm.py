@@ -33,7 +33,7 @@ FILE = "warm.json"  # the key, beside Triton's entries
 
 
 class Target(NamedTuple):
-    """What compilation and planning need to know of a GPU."""
+    """Facts about a GPU that compilation and planning need."""
 
     capability: int
     num_sms: int  # SMs, which decide how positions are split
@@ -138,7 +138,7 @@ def key(arch: str) -> dict[str, Any]:
 
 
 def differences(folder: Path) -> list[str]:
-    """How this machine's key differs from the one that a cache was made with; a line per fact.
+    """Differences between this machine's key and that of a cache, a line per fact.
 
     Raises:
         FileNotFoundError: the folder was not filled by ``warm``.

@@ -120,7 +120,7 @@ def title(row: Row) -> str:
 
 
 def worse(fresh: Sequence[Row], kept: Sequence[Row]) -> list[str]:
-    """What got worse against the kept rows of the same version of Triton, a line for each."""
+    """Figures that got worse than in the kept rows of the same version of Triton, a line each."""
 
     def key(row):
         return *(row[name] for name in KEY), row["triton"]

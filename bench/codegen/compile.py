@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the compiler made of a launch for one architecture."""
+    """The compiler's result for a launch on one architecture."""
 
     registers: int = 0
     spills: int = 0  # NVIDIA: local loads and stores; AMD: spilled registers
@@ -210,7 +210,7 @@ def _read_cuda(asm):
         file.write(asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        # What is spilled lies on the stack. Disassembly takes as long as compilation.
+        # Spills are on the stack. Disassembly takes as long as compilation.
         spills = 0
         if _number(r"STACK:(\d+)", usage):
             spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))

@@ -8,11 +8,11 @@ without figures; with ``--sample`` one row of each kernel is compiled, known or 
 Runs in a process of its own, without TRITON_INTERPRET, on a machine without a GPU. Which kernels
 there are is found from the launches that calls make, on meta tensors:
 
-    core        tiles by features and maps, in each dtype and layout
-    full_n      the kernel that holds all maps, by maps: without and with a mask
+    core        tiles by m and n, in each dtype and layout
+    full_n      the kernel that holds all n, by n: without and with a mask
     fused       each block of the tile table: NCHW with all that the kernel can do beside, also with
                 an odd number of positions, and channels-last memory without
-    workloads   what the named ones launch besides: several heads, maps that fill no block, and
+    workloads   what the named ones launch besides: several heads, an n that fills no block, and
                 kernels that neither of the above reaches
 """
 
@@ -37,10 +37,10 @@ from da_triton.planning.shapes import Shape
 from da_triton.precision import matmul_precision
 from da_triton.runtime import launch, tiles
 
-# Positions of a 28×28 map, of a 14×14 map (rows not a multiple of 16), and of either in
+# Positions of 28×28, of 14×14 (rows not a multiple of 16), and of either in
 # channels-last memory.
 LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
-ODD = ("nchw", 49)  # a 7×7 map: every load is of one element
+ODD = ("nchw", 49)  # 7×7: every load is of one element
 NUM_SMS = 132
 BATCH = 64
 UNFUSED = Route(AZ, "unfused", "unfused", "unfused", AZ, BATCH)
@@ -62,7 +62,7 @@ BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
     },
 }
 BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
-# Features or maps: each side reaches a tile of its own in the tables of the core.
+# m or n: each side reaches a tile of its own in the tables of the core.
 SIDES = {2: (32, 64, 128), 4: (32,), 8: (16, 32)}
 OPTIONS = {"ACC", "PRECISION", "enable_fp_fusion", "num_warps", "num_stages", "P_SCALE"}
 
@@ -73,7 +73,7 @@ Row = dict[str, Any]
 
 
 class Variant(NamedTuple):
-    """What a launch depends on beside sizes."""
+    """Facts that a launch depends on beside sizes."""
 
     layout: str = "nchw"
     length: int = 196
@@ -99,7 +99,7 @@ class Variant(NamedTuple):
         return " ".join(names)
 
 
-Found = tuple[Launch, Variant, tuple[int, int, int]]  # C (0: the core), features, maps
+Found = tuple[Launch, Variant, tuple[int, int, int]]  # C (0: the core), m, n
 
 
 @contextlib.contextmanager
@@ -114,14 +114,14 @@ def on(arch: str) -> Iterator[None]:
 
 
 def core(m: int, n: int, v: Variant, batch: int = BATCH) -> list[Launch]:
-    """One forward and backward pass of the core with m features and n maps."""
+    """One forward and backward pass of the core."""
 
-    def maps(channels):
+    def activations(channels):
         if v.layout == "nchw":
             return _empty(v, batch, 1, channels, v.length)
         return _empty(v, batch, v.length, 1, channels).permute(0, 2, 3, 1)
 
-    a, b, logits, dz = maps(m), maps(n), maps(n), maps(m)
+    a, b, logits, dz = (activations(c) for c in (m, n, n, m))
     mask = _mask(v, batch)
     sources = [(a, b, mask)]
     if v.extra:
@@ -182,11 +182,11 @@ def record(
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
     original = tiles.tile
 
-    def chosen(name, x, features, maps, variant=tiles.PLAIN):
+    def chosen(name, x, m, n, variant=tiles.PLAIN):
         entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
         if entry is None:
-            return original(name, x, features, maps, variant)
-        blocks = tiles.blocks(name, "half", features, maps)
+            return original(name, x, m, n, variant)
+        blocks = tiles.blocks(name, "half", m, n)
         return tiles.Tile(*blocks, *entry, 1)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
@@ -196,7 +196,7 @@ def record(
 
 
 def special(kernel: str) -> tuple[str, dict[str, Any]]:
-    """What lets a launch have a tile of its own: its variant in the table, the call's flags."""
+    """The variant that may have a tile of its own, and the call's flags that lead to it."""
     if "gather" in kernel:
         return "mask", {"masked": True}
     return ("v", {"save_v": True}) if "distribute" in kernel else ("", {})
@@ -240,7 +240,7 @@ def found(arch: str) -> list[Found]:
 
 
 def describe(made: Launch, variant: Variant, sizes: tuple[int, int, int]) -> Row:
-    """What is compiled."""
+    """The row of a launch, without figures."""
     constants = {k: str(x) for k, x in made.kwargs.items()}
     flags = [
         name if value == "True" else f"{name}={value}"
@@ -287,7 +287,7 @@ def _core() -> Iterator[Found]:
 
 
 def _full_n(arch: str) -> Iterator[Found]:
-    """Launches of the kernel that holds all maps, with every tile of its table."""
+    """Launches of the kernel that holds all n, with every tile of its table."""
     keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
     sizes = sorted({key.block_n for key in keys if key.kernel == "full_n"}, reverse=True)
     runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]

@@ -4,12 +4,12 @@
     python -m bench.codegen.tiles sm_90 --kernel block_bwd_gather --kernel gather_from_x
 
 For each architecture, kernel and block: the first candidate, in order of preference, that neither
-spills nor exceeds the shared memory in any variant: 28×28 and 14×14 maps in NCHW and channels-last
-memory, several heads, bfloat16 and float16. From there on the same with a mask, or with V written
-or given, which may have a tile of its own. Odd numbers of positions in NCHW, where every load is of
-one element, are to be clean too, if that costs at most half the positions of a tile; where they are
-not, the table says so. A block without a candidate for both is left out, and the planner then takes
-another route. Candidates prefer many positions, then stages.
+spills nor exceeds the shared memory in any variant: 28×28 and 14×14 positions in NCHW, 14×14 in
+channels-last memory, several heads, bfloat16 and float16. From there on the same with a mask, or
+with V written or given, which may have a tile of its own. Odd numbers of positions in NCHW, where
+every load is of one element, are to be clean too, if that costs at most half the positions of a
+tile; where they are not, the table says so. A block without a candidate for both is left out, and
+the planner then takes another route. Candidates prefer many positions, then stages.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Search:
         return fallback
 
     def variants(self, flags: dict[str, Any]) -> list[survey.Variant]:
-        """What a tile must be clean in, the likeliest to spill first."""
+        """Variants in which a tile must be clean, the likeliest to spill first."""
         wide, narrow, last = (survey.Variant(*layout, **flags) for layout in survey.LAYOUTS)
         found = [narrow, last, wide, narrow._replace(dtype=torch.float16)]
         if "distribute" in self.kernel and not flags:
@@ -110,7 +110,7 @@ class Search:
         return found
 
     def candidates(self, blocks: Blocks, first: Candidate | None) -> list[Candidate]:
-        """Those that may fit, in order of preference, from ``first`` on."""
+        """Candidates that may fit, in order of preference, from ``first`` on."""
         order = SMALL if self.kernel.startswith(("combine", "weight")) else CANDIDATES
         start = order.index(first) if first in order else 0
         return [c for c in order[start:] if self.may_fit(blocks, *c)]
@@ -125,7 +125,7 @@ class Search:
     def spills(
         self, blocks: Blocks, sizes: Sizes, candidate: Candidate, wanted: list[survey.Variant]
     ) -> float:
-        """Of the first variant that spills, else 0; 0.5 for any other failure."""
+        """Spills of the first variant that has any, else 0; 0.5 for any other failure."""
         seen, registers = set(), 0
         for number, variant in enumerate(wanted):
             if number >= LIKELIEST and registers <= AT_EASE:

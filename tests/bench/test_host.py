@@ -122,7 +122,7 @@ def test_long_calls_have_no_batch():
     assert host.batch_size(long, CPU) == 1
 
 
-def test_process_without_triton_is_refused(monkeypatch, capsys):
+def test_process_without_triton_is_rejected(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["host"]) == 2
     assert "host` launches kernels, and Triton is not installed" in capsys.readouterr().err
