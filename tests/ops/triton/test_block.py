@@ -1,5 +1,6 @@
 """The block's operators at PyTorch's boundary, on the fused and on the unfused route."""
 
+import functools
 import itertools
 from collections import Counter
 
@@ -13,7 +14,8 @@ from da_triton.ops.triton import routes as kernels
 from da_triton.planning.costs import AZ, ORDERS, XH, order_cost
 from da_triton.planning.planner import Route
 from support import launches
-from support.numerics import AS_ON_A_GPU, DEVICE, check, route_dtype
+from support.compare import check_against_reference
+from support.numerics import AS_ON_A_GPU, DEVICE, route_dtype
 
 C, C_M, C_N, LENGTH = 12, 8, 6, 20
 ROUTES = {
@@ -183,30 +185,19 @@ def test_the_librarys_products_that_frozen_weights_spare(wanted, spared):
 )
 def test_without_biases_and_without_reconstruction(route, biases, reconstruct, taking):
     taking(route)
-    dtype = route_dtype(ROUTES[route])
-    tensors, _ = arguments(dtype)
-    x, a, bias_a, b, v, bias_v, out, bias_out, _ = (
-        None if t is None else t.requires_grad_() for t in tensors
-    )
+    tensors, _ = arguments(route_dtype(ROUTES[route]))
+    x, a, bias_a, b, v, bias_v, out, bias_out, _ = tensors
     if not biases:
         bias_a = bias_v = bias_out = None
     if not reconstruct:
         out = bias_out = None
-    weights = (a, bias_a, b, None, v, bias_v, out, bias_out)
-    given = [t for t in (x, *weights) if t is not None]
-    results = []
-    for backend in ("triton", "eager"):
-        kind = dtype if backend == "triton" else torch.float64
-        leaves = [
-            None if t is None else t.detach().to(kind).requires_grad_() for t in (x, *weights)
-        ]
-        y = double_attention_block(*leaves, heads=2, backend=backend)
-        wanted = [t for t in leaves if t is not None]
-        upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape).to(dtype)
-        results.append([y.detach(), *torch.autograd.grad(y, wanted, upstream.to(kind))])
-    assert len(results[0]) == len(given) + 1
-    for ours, truth in zip(*results, strict=True):
-        check(ours, truth, dtype)
+    inputs = (x, a, bias_a, b, None, v, bias_v, out, bias_out)
+    triton, eager = (
+        functools.partial(double_attention_block, heads=2, backend=backend)
+        for backend in ("triton", "eager")
+    )
+    found = check_against_reference(triton, eager, inputs)
+    assert len(found) == 1 + sum(t is not None for t in inputs)
 
 
 def test_empty_batch():
