@@ -61,10 +61,14 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With --gpu, a file without the word, whose tests run on the CPU in any case."""
-    if config.getoption("gpu") and collection_path.is_file():
-        return not re.search(r"\bDEVICE\b", collection_path.read_text(encoding="utf-8")) or None
-    return None
+    """With --gpu, what never says DEVICE: its tests run on the CPU in any case.
+
+    Nor is the conftest of such a folder imported, which may need what a bare machine lacks.
+    """
+    path = collection_path
+    files = path.rglob("test_*.py") if path.is_dir() else [path]
+    uses = (re.search(r"\bDEVICE\b", file.read_text(encoding="utf-8")) for file in files)
+    return True if config.getoption("gpu") and not any(uses) else None
 
 
 @pytest.hookimpl(wrapper=True)  # before pytest-xdist reads the marks
