@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
 LONGEST = ("test_properties.py", "test_large.py", "test_gpu_numerics.py")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _cudnn_in_full_precision():
     """cuDNN's convolutions are TF32 by default, a thousand times the tolerance of float32.
 
