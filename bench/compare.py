@@ -82,6 +82,7 @@ def text(found: pd.DataFrame) -> str:
     parts = [", ".join(f"{(found['verdict'] == verdict).sum()} {verdict}" for verdict in order)]
     for verdict, titles in COLUMNS.items():
         rows = found[found["verdict"] == verdict]
+        rows = rows[::-1] if verdict == FASTER else rows  # the largest change first
         if len(rows):
             shown = rows[[*SHOWN, *titles]].rename(columns=titles)
             digits = {"old ms": 3, "new ms": 3, "new / old": 2}

@@ -88,16 +88,19 @@ def _run_stage(run: Run, stage: Stage, budget: Budget) -> bool:
 def _report(out: Path, logs: Path, facts: dict[str, Any]) -> JoinedReport:
     """The report of a folder. Where earlier results cannot be read or are of other code, they are
     left as they are, and the report is in a folder inside."""
-    try:
-        return JoinedReport(out, "", logs, facts)
-    except Exception as error:
-        for path in logs.iterdir():  # what could be unpacked
-            path.unlink()
-        inside = out / str(facts["code"])
-        problem = f"Earlier results in {out} are not joined: {describe(error)}"
-        report = JoinedReport(inside, "", logs, facts)
-        report.remarks.append(f"{problem}. These are in {inside}.")
-        return report
+    problems = []
+    for folder in (out, out / str(facts["code"])):
+        try:
+            report = JoinedReport(folder, "", logs, facts)
+            break
+        except Exception as error:
+            problems.append(f"Earlier results in {folder} are not joined: {describe(error)}")
+            for path in logs.iterdir():  # what could be unpacked
+                path.unlink()
+    else:
+        report = JoinedReport(Path(tempfile.mkdtemp(prefix="new-", dir=out)), "", logs, facts)
+    report.remarks += [f"{problem}. These are in {report.out}." for problem in problems]
+    return report
 
 
 def _warm_cache() -> dict[str, Any]:

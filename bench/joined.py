@@ -2,7 +2,8 @@
 
 It holds at most eight files: ``results.csv``, ``report.md``, ``environment.json``, plots, the two
 files of ``scaling``, and ``logs.tar.gz``, all of the same code. What is added replaces an earlier
-row of the same measurement; only a row that was cut short leaves an earlier timing in place.
+row of the same measurement; only a row that was cut short leaves an earlier timing of the same
+assembler in place.
 """
 
 import io
@@ -67,7 +68,8 @@ class JoinedReport(Report):
         for row in rows:
             row |= {**columns(self.environment), "assembler": assembler()}
             earlier = known.get(_identity(row))
-            if not (earlier and earlier["status"] == OK and cut_short(row)):
+            stays = cut_short(row) and earlier is not None and _timed_alike(earlier, row)
+            if not stays:
                 known[_identity(row)] = row
         self.rows = [*known.values()]
         self.judge()
@@ -141,6 +143,11 @@ class JoinedReport(Report):
             return text
         finally:
             self._save()
+
+
+def _timed_alike(earlier: Row, row: Row) -> bool:
+    """Whether an earlier row is a timing of kernels that the same assembler made."""
+    return earlier["status"] == OK and earlier["assembler"] == row["assembler"]
 
 
 def _identity(row: Row) -> tuple:

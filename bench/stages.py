@@ -177,6 +177,7 @@ def test_command() -> list[str]:
     found = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=100", "-rfE",
         "--durations=15", "--gpu", "-m", "not long and not sanitize",
+        "--ignore=tests/integrations",  # other libraries' failures say nothing of the kernels
     ]  # fmt: skip
     if importlib.util.find_spec("xdist"):
         found += ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "loadgroup"]

@@ -94,6 +94,10 @@ def test_earlier_results_that_cannot_be_read_are_kept(run, out, on_code, capsys)
     assert (out / "logs.tar.gz").read_bytes() == damaged
     assert facts(out / "a")["tests"] == "passed: 3 passed in 1s"
     assert f"Earlier results in {out} are not joined: " in capsys.readouterr().out
+    (out / "a" / "environment.json").write_text("nonsense")
+    run("tests")
+    (new,) = out.glob("new-*")
+    assert facts(new)["tests"] == "passed: 3 passed in 1s"
 
 
 def test_results_of_other_code_are_kept(run, out, tiny, on_code, capsys):
