@@ -83,7 +83,7 @@ def tune(
         for site, (present, run) in sites(work, device).items():
             if site in found or budget.left <= 0:
                 continue
-            entries = [present, *(c for c in candidates_of(site) if c != present)]
+            entries = [present, *(c for c in candidates_of(site.kernel) if c != present)]
             ready = prepared(site, entries, run, device, budget)
             if not usable(device):
                 print(f"{site}: CUDA became unusable, so tuning ends here.")
@@ -263,8 +263,8 @@ def choose(
     )  # fmt: skip
 
 
-def candidates_of(site: Site) -> Sequence[Entry]:
-    small = site.kernel.startswith(("combine", "weight", "delta", "gather_combine"))
+def candidates_of(kernel: str) -> Sequence[Entry]:
+    small = kernel.startswith(("combine", "weight", "delta", "gather_combine"))
     return SMALL if small else CANDIDATES
 
 

@@ -24,8 +24,8 @@ def tensor(name: str, x: Tensor, kind: str = "", hint: str = "") -> None:
         raise TypeError(f"{name} must be a torch.Tensor{kind}, got {type(x).__name__}.{hint}")
     if x.is_nested:
         raise TypeError(
-            f"{name} must not be a nested tensor. Maps (C, *positions) of several sizes are joined "
-            f"by da_triton.varlen.pack({name}.unbind())."
+            f"{name} must not be a nested tensor. Samples (C, *positions) of several sizes are "
+            f"concatenated by da_triton.varlen.pack({name}.unbind())."
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}. Convert it with {name}.to_dense().")

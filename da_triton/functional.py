@@ -35,8 +35,8 @@ def gather(
     Args:
         a: features, ``(N, heads·m, *positions)`` with one to three position axes, any strides;
             float16, bfloat16, float32 or float64.
-        b: attention maps, ``(N, heads·n, *positions)``, of a's dtype and device. Head-major along
-            the channels, like a.
+        b: logits of the attention maps, ``(N, heads·n, *positions)``, of a's dtype and device.
+            Head-major along the channels, like a.
         heads: divides the channels of a and b.
         logit_scale: factor on b before the softmax.
         mask: bool, ``(N, *positions)`` or ``(N, 1, *positions)``; True where a position is
@@ -176,8 +176,8 @@ def double_attention(
 
     Args:
         a: features, ``(N, heads·m, *positions)``.
-        b: attention maps, ``(N, heads·n, *positions)``, softmax over positions.
-        v: attention vectors, ``(N, heads·n, *positions of its own)``, softmax over n.
+        b: logits of the attention maps, ``(N, heads·n, *positions)``, softmax over positions.
+        v: logits of the attention vectors, ``(N, heads·n, *positions of its own)``, softmax over n.
         heads: divides all channels; head-major along the channel axis.
         logit_scale, logit_scale_v: factors on b and v before their softmax.
         scale: factor on the result.

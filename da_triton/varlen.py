@@ -124,8 +124,9 @@ def unpack(
 def packed_backend(backend: Backend, cu_seqlens: Tensor, x: Tensor) -> Backend:
     """``backend`` with a gather and a distribute that take packed positions.
 
-    Maps are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens have a
-    sample for each sequence. A sequence without positions has G = 0; nothing is distributed to it.
+    Activations are ``(1, heads, channels, total)``, the mask ``(1, total)``; G and extra tokens
+    have a sample for each sequence. A sequence without positions has G = 0; nothing is distributed
+    to it.
     """
     # A copy: the caller's may be changed before the backward pass reads it.
     cu_seqlens = cu_seqlens.detach().to("cpu", copy=True)

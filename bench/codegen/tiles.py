@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.codegen import cannot_compile, compile, survey
-from bench.tune import CANDIDATES, SMALL
+from bench.tune import candidates_of
 from da_triton.runtime import tiles
 
 HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "block_bwd_distribute")
@@ -111,7 +111,7 @@ class Search:
 
     def candidates(self, blocks: Blocks, first: Candidate | None) -> list[Candidate]:
         """Candidates that may fit, in order of preference, from ``first`` on."""
-        order = SMALL if self.kernel.startswith(("combine", "weight")) else CANDIDATES
+        order = candidates_of(self.kernel)
         start = order.index(first) if first in order else 0
         return [c for c in order[start:] if self.may_fit(blocks, *c)]
 

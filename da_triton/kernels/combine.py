@@ -42,7 +42,7 @@ def _merged(
 
 @triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
 def combine_kernel(
-    acc_ptr,  # parts of M (FROM_X) or of G − ba; any strides
+    acc_ptr,  # partials of M (FROM_X) or of G − ba; any strides
     max_ptr,  # (N, NUM_PARTIALS, total_n); read if MERGE
     sum_ptr,  # (N, NUM_PARTIALS, total_n); read if MERGE
     lse_ptr,  # (N, total_n); written if MERGE, else read if HAS_BIAS

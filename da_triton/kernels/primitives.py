@@ -71,7 +71,8 @@ def online_softmax(x, mx, total):
 
 @triton.jit
 def exp(x):
-    """exp via exp2; arguments are <= 0 after subtracting the pivot, so it cannot overflow."""
+    """exp via exp2. Callers subtract a maximum or lse; what still overflows, under a mask or out of
+    bounds, they replace."""
     return tl.exp2(x * LOG2E)
 
 

@@ -129,8 +129,8 @@ def gather_steps(
         return [pass_1._replace(requested=blocks * c * length), descriptors]
     if block_l:
         macs = length * (c * (s.c_m + s.c_n) + s.c_m * s.c_n // s.heads)
-        asked = length * c * (s.heads + (s.c_m + s.c_n) // block_l)
-        return [Step("gather from A", False, macs, c * length, 0, 1, asked), descriptors]
+        requested = length * c * (s.heads + (s.c_m + s.c_n) // block_l)
+        return [Step("gather from A", False, macs, c * length, 0, 1, requested), descriptors]
     rows = s.c_n * (1 + with_v) + (0 if order.from_x else s.c_m)
     steps = [Step("project", True, length * c * rows, (c + rows) * length)]
     if rows > s.c_n:
@@ -142,7 +142,7 @@ def gather_steps(
     combined = core_splits > 1 and not (order.through_h or order.from_x)
     core = Step(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
-        1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _asked(s, features, BLOCK),
+        1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _requested(s, features, BLOCK),
     )  # fmt: skip
     return [*steps, core, descriptors] if order.through_h or order.from_x else [*steps, core]
 
@@ -160,21 +160,21 @@ def distribute_steps(
     x = 0 if cached else c
     if block_l:
         macs = length * s.c_n * (c + out)
-        asked = (c + out) * length
+        requested = (c + out) * length
         if not channels_fit:
-            asked += length * (c + s.c_n * (c + out) // block_l)
-        return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, asked)]
+            requested += length * (c + s.c_n * (c + out) // block_l)
+        return [Step("project and distribute", False, macs, (x + out) * length, 0, 1, requested)]
     features = out * s.heads if order.through_h else s.c_m
     macs = length * s.c_n * features // s.heads
     elements = (s.c_n + features) * length
     if core.full_n:
-        asked = elements + -(-length // core.full_n) * features * s.c_n // s.heads
-        steps = [Step("distribute", False, macs, elements, 0, 1, asked)]
+        requested = elements + -(-length // core.full_n) * features * s.c_n // s.heads
+        steps = [Step("distribute", False, macs, elements, 0, 1, requested)]
     elif _g_fits_one_tile(s, features // s.heads, core.tile):
         steps = [Step("distribute", False, macs, elements)]
     else:
-        asked = s.c_n * length + _asked(s, features // s.heads, core.tile)
-        steps = [Step("distribute", False, macs, elements, 0, 2, asked)]
+        requested = s.c_n * length + _requested(s, features // s.heads, core.tile)
+        steps = [Step("distribute", False, macs, elements, 0, 2, requested)]
     if not v_is_there:
         steps.insert(0, Step("project V", True, length * c * s.c_n, (x + s.c_n) * length))
     if order.through_h:
@@ -246,7 +246,7 @@ def unfused_backward_steps(
     made = rows - k if saved_v else rows
     steps = [_operands(s, rows), Step("project", True, length * c * made, (c + made) * length)]
 
-    def asked(elements: int, features: int) -> int:
+    def requested(elements: int, features: int) -> int:
         if not core.full_n_backward:
             return elements
         return elements + -(-length // core.full_n_backward) * features * k // s.heads
@@ -259,7 +259,7 @@ def unfused_backward_steps(
         elements = ((1 + s.reconstruct) * m + 3 * k) * length
         steps.append(
             Step("dV and Z", False, z + (1 + again) * product, elements, 0, 1 + 3 * again,
-                 asked(elements, m))
+                 requested(elements, m))
         )  # fmt: skip
         steps.append(Step("dG", False, product, (m + k) * length, 2 * m * k // s.heads))
         if s.reconstruct:
@@ -269,18 +269,18 @@ def unfused_backward_steps(
         elements = (out * s.heads + 3 * k) * length
         steps.append(
             Step("dV", False, (1 + again) * length * out * k, elements, 0, 1 + 2 * again,
-                 asked(elements, out * s.heads))
+                 requested(elements, out * s.heads))
         )  # fmt: skip
         steps.append(Step("dH", False, length * out * k, (out * s.heads + k) * length, 0, 2))
         steps.append(Step("H, dG, dWo, dbo", True, 3 * small, out * length, 4 * k * c, 8))
     if not order.from_x:
         steps.append(Step("delta", False, 0, 0, 3 * m * k // s.heads))
         elements = (2 * m + 2 * k) * length
-        steps.append(Step("dA and dB", False, 2 * product, elements, 0, 1, asked(elements, m)))
+        steps.append(Step("dA and dB", False, 2 * product, elements, 0, 1, requested(elements, m)))
     else:
         elements = (3 * c * s.heads + 3 * k) * length
         steps.append(
-            Step("M, dX, dB", False, 3 * length * c * k, elements, 0, 5, asked(elements, c))
+            Step("M, dX, dB", False, 3 * length * c * k, elements, 0, 5, requested(elements, c))
         )
         steps.append(Step("dM, dWa", True, 2 * small, 0, 4 * k * c, 5))
     last = (rows + 2 * c + out) * length
@@ -298,7 +298,7 @@ def _g_fits_one_tile(s: Shape, features: int, tile: int) -> bool:
     return max(features, s.c_n // s.heads) <= tile
 
 
-def _asked(s: Shape, features: int, tile: int) -> int:
+def _requested(s: Shape, features: int, tile: int) -> int:
     """Elements that a tiled product of G with activations loads: each tile loads the other's."""
     per_n, per_feature = -(-features // tile), -(-s.c_n // s.heads // tile)
     return s.length * s.heads * (s.c_n // s.heads * per_n + features * (per_feature + 1))

@@ -151,9 +151,9 @@ def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
     for step in steps:
         efficiency = VENDOR_EFFICIENCY if step.library else KERNEL_EFFICIENCY
         narrow = 1.0 if step.library or s.wide else NARROW_SHARE
-        asked = step.requested * s.itemsize / CACHE_BANDWIDTH
+        requested = step.requested * s.itemsize / CACHE_BANDWIDTH
         moved = step.bytes(s.itemsize) / BANDWIDTH
-        busy = max(step.macs / (rate * efficiency), moved, asked) / narrow
+        busy = max(step.macs / (rate * efficiency), moved, requested) / narrow
         total += busy * s.batch + step.launches * batch_chunks * LAUNCH
     return total
 

@@ -170,8 +170,8 @@ _prepared = signatures.Table()
 def prepared(build, tensors, *flags):
     """Returns ``build(*tensors, *flags)``, built once per signature.
 
-    ``build`` reads of the tensors, all but the first may be None, their shapes, strides,
-    dtypes and device alone, and returns nothing that holds them: mostly a ``Launch``.
+    ``build`` reads only shapes, strides, dtypes and the device of the tensors, of which any but the
+    first may be None, and returns nothing that holds them: mostly a ``Launch``.
     """
     if _thread.tiles is not None:
         return build(*tensors, *flags)

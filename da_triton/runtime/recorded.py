@@ -44,7 +44,7 @@ Found = tuple[Tensor | None, ...]
 
 
 class Recorded:
-    """``function`` of tensors, all but the first may be None, that returns such a tuple.
+    """A ``function`` of tensors, any of which but the first may be None, that returns such a tuple.
 
     It must depend on their metadata alone, and call only kernels of this package and operations of
     ATen. All calls must have the metadata of the first, unless ``compared``: then those with other

@@ -3,25 +3,22 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import tune
+from bench.environment import ROOT
 from bench.measure import Budget
 from bench.tune import Choice
 from bench.workloads import Workload
 from da_triton.ops.triton import routes
 from da_triton.runtime import launch, tiles
 
-ROOT = Path(tune.__file__).parents[1]
 CPU = torch.device("cpu")
 WORK = Workload("small", 1, 64, (8, 16), 32, 32)
 SITE = tiles.Key("project_distribute", tiles.PLAIN, "half", 64, 32)
 PRESENT = (32, 4, 1)  # of every fused kernel, interpreted
-
-
 FASTER = (64, 4, 2)
 OTHERS = [FASTER, (16, 4, 1)]
 
@@ -74,7 +71,7 @@ def tuned(monkeypatch, interpreted_tiles, compiled):
             return times[closure.tile]
 
         monkeypatch.setattr(tune, "sites", lambda *_: dict.fromkeys(sites, (PRESENT, run)))
-        monkeypatch.setattr(tune, "candidates_of", lambda site: [PRESENT, *OTHERS])
+        monkeypatch.setattr(tune, "candidates_of", lambda kernel: [PRESENT, *OTHERS])
         return tune.tune([WORK], CPU, timer, Budget(budget), save), timed
 
     return tuned

@@ -24,7 +24,7 @@ from triton.compiler.compiler import Language
 
 from bench.codegen import compile, survey
 
-# Features or maps: each side reaches a tile of its own, some fill none.
+# m or n: each side reaches a tile of its own, some fill none.
 SIDES = {2: (32, 64, 128), 4: (19, 64), 8: (19, 64)}
 SHAPES = ((200, 20), (20, 200), (200, 200))
 DTYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False),

@@ -98,8 +98,8 @@ class DoubleAttentionCopies(Pattern):
             "at every position where it is alone. This is not double attention; its weights load "
             "into da_triton.DoubleAttention, but the network has to be trained again": wrong(0, 0),
             "its second softmax runs over positions, as the first one does, and not over the "
-            "maps: positions compete for each descriptor, and no position's weights sum to 1. This "
-            "is not double attention": wrong(2, 2),
+            "descriptors: positions compete for each descriptor, and no position's weights sum to "
+            "1. This is not double attention": wrong(2, 2),
         }
 
     @staticmethod
