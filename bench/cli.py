@@ -1,10 +1,12 @@
 """The commands of ``python -m bench``, by which a user decides whether to switch."""
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +18,10 @@ from . import codegen as programs
 from . import first_call, gpu, networks, problems, providers, scaling, workloads
 from .codegen import cannot_compile
 from .environment import columns, environment
+from .groups import Add, Sweeper, Where
+from .isolation import Worker
 from .joined import LOGS
-from .measure import Bench, Budget, Effort, Row
+from .measure import OK, Budget, Effort
 from .observe import here
 from .providers import CHANNELS_LAST, EAGER, GRAPH, LAYOUTS, NCHW
 from .report import Report, started
@@ -27,6 +31,7 @@ from .workloads import UsageError, check, select
 
 DEFAULT = Effort(warm_up=1, rounds_min=5, rounds_max=50, seconds=2.0)
 QUICK = Effort(warm_up=1, rounds_min=3, rounds_max=20, seconds=1.0)
+PATIENCE = 600.0  # seconds that a call may take on a slow CPU before its process is ended
 MODES = {"fwd": problems.FORWARD, "bwd": problems.BACKWARD, "fwd_bwd": problems.STEP}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_NOTE = (
@@ -122,9 +127,26 @@ def _sweeps(provider, launch, layout, dtype, device) -> list[list[providers.Prov
     return [providers.select(provider, mode, device, dtype, layout) for mode in launch]
 
 
-def _finished(report: Report) -> None:
-    print(report.finish(short=False))
-    raise typer.Exit(report.status)
+@contextlib.contextmanager
+def _measuring(
+    made: Report, dtype: torch.dtype, effort: Effort, budget: float = math.inf
+) -> Iterator[Sweeper]:
+    """Measures in a process of its own, until an interrupt."""
+    device, make_timer = here()
+    where = Where(device, dtype, make_timer, effort, PATIENCE)
+    with contextlib.closing(Worker()) as worker, made.ending_early():
+        yield Sweeper(worker, where, Budget(budget))
+
+
+def _take_ceilings(made: Report, sweeper: Sweeper) -> None:
+    found = sweeper.measure_ceilings()
+    made.notes.append(made.compare_with(sweeper.ceilings, found))
+
+
+def _finished(made: Report, text: str = "") -> None:
+    """Prints the report. Exit status 1 if nothing could be timed."""
+    print(text or made.finish(short=False))
+    raise typer.Exit(not any(row["status"] == OK for row in made.rows))
 
 
 @command("report", "--quick", "--workload yolo_p3,r50_conv3 --out /tmp/bench")
@@ -138,21 +160,18 @@ def report(
     if quick and everything:
         raise UsageError("--quick and --all exclude each other: give one of them.")
     chosen = select(workload, "quick" if quick else "all" if everything else "default")
-    device, timer = here()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, _ = here()
     made = started(out, device)
-    if device.type == "cpu":
-        made.notes.insert(0, CPU_NOTE)
-    if not quick:
-        made.measure_ceilings(timer, device, dtype)
-    effort = QUICK if quick else DEFAULT
-    bench = Bench(device, dtype, timer, effort, Budget(math.inf), made.ceilings)
     if device.type == "cuda":
         group = providers.plain("triton")
     else:
         group = providers.plain("torch", *([] if quick else ["compile eager"]))
-    with made.ending_early():
-        bench.run(chosen, [group], made.add)
+        made.notes.insert(0, CPU_NOTE)
+    (dtype,) = _dtypes([], device)
+    with _measuring(made, dtype, QUICK if quick else DEFAULT) as sweeper:
+        if not quick:
+            _take_ceilings(made, sweeper)
+        sweeper.run(chosen, [group], made.add)
     _finished(made)
 
 
@@ -173,22 +192,20 @@ def sweep(
     budget: Seconds = math.inf,
 ) -> None:
     """Times providers in turns over workloads, modes, dtypes and layouts of your choice."""
-    device, timer = here()
+    device, _ = here()
     dtypes = _dtypes(dtype, device)
     groups = {each: _sweeps(provider, launch, layout, each, device) for each in dtypes}
     made = started(out, device, metrics=metric, csv=csv or not png, png=png or not csv)
-    if {"floor", "rate"} & set(metric):
-        made.measure_ceilings(timer, device, dtypes[0])
-    total, chosen = Budget(budget), select(workload, selection.value)
-    effort = Effort(DEFAULT.warm_up, DEFAULT.rounds_min, DEFAULT.rounds_max, seconds)
-    with made.ending_early():
+    chosen = select(workload, selection.value)
+    effort = dataclasses.replace(DEFAULT, seconds=seconds)
+    with _measuring(made, dtypes[0], effort, budget) as sweeper:
+        if {"floor", "rate"} & set(metric):
+            _take_ceilings(made, sweeper)
         for each, sweeps in groups.items():
-            known = made.ceilings if each == dtypes[0] else None
-            bench = Bench(device, each, timer, effort, total, known)
-            add: Callable[[list[Row]], None] = made.add
+            add: Add = made.add
             if "first_call" in metric:
                 add = first_call.adding(made.add, chosen, sweeps, each, device)
-            bench.run(chosen, sweeps, add, mode)
+            sweeper.of_dtype(each).run(chosen, sweeps, add, mode)
     _finished(made)
 
 
@@ -205,7 +222,7 @@ def scale(
     budget: Seconds = math.inf,
 ) -> None:
     """Cost against the number of positions (to 2^21), samples, channels or maps."""
-    device, timer = here()
+    device, _ = here()
     (of_dtype, *more) = _dtypes(dtype, device)
     if more:
         raise UsageError("scaling takes one dtype, got several: its curves are of one.")
@@ -217,9 +234,9 @@ def scale(
     if not sizes:
         raise UsageError(f"--most {most} is below the least size, {along[0]}.")
     made = started(out, device, metrics=("time", "ratio"))
-    bench = Bench(device, of_dtype, timer, DEFAULT, Budget(budget))
-    print(scaling.run(bench, axis.value, sizes, sweeps, mode, made))
-    raise typer.Exit(made.status)
+    with _measuring(made, of_dtype, DEFAULT, budget) as sweeper:
+        text = scaling.run(sweeper, axis.value, sizes, sweeps, mode, made)
+    _finished(made, text)
 
 
 @command("networks", "--network resnet50", "--mode fwd --compile --out /tmp/networks")
@@ -235,15 +252,14 @@ def whole_networks(
 
     A training step and inference. Needs torchvision and ultralytics.
     """
-    device, timer = here()
+    device, _ = here()
     made = started(out, device, metrics=("time", "ratio", "added", "memory"), png=False)
-    total = Budget(budget)
     variants = networks.variants("triton" if device.type == "cuda" else "torch", compiled)
     chosen = network or list(networks.NETWORKS.values())
-    with made.ending_early():
-        for each in _dtypes(dtype, device):
-            bench = Bench(device, each, timer, DEFAULT, total)
-            bench.run(chosen, [variants], made.add, mode)
+    dtypes = _dtypes(dtype, device)
+    with _measuring(made, dtypes[0], DEFAULT, budget) as sweeper:
+        for each in dtypes:
+            sweeper.of_dtype(each).run(chosen, [variants], made.add, mode)
     _finished(made)
 
 
@@ -313,7 +329,7 @@ def tune(
     out: Annotated[Path | None, option("a JSON file; else the one that da_triton reads")] = None,
 ) -> None:
     """Measures candidates for the kernels' tiles, and writes this GPU's table."""
-    device, timer = here()
+    device, make_timer = here()
     if device.type != "cuda":
         raise UsageError("`python -m bench tune` measures on a CUDA GPU, and there is none here.")
     from . import tune as tuning
@@ -321,7 +337,7 @@ def tune(
     gpu_name = torch.cuda.get_device_name(device)
     path = out or tuning.path_of(gpu_name)
     choices = tuning.tune(
-        select(workload, "all"), device, timer, Budget(budget),
+        select(workload, "all"), device, make_timer(), Budget(budget),
         save=lambda choices: tuning.write(path, gpu_name, choices),
     )  # fmt: skip
     replaced = sum(c.best != c.present for c in choices)

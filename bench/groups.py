@@ -17,7 +17,6 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +36,13 @@ from .measure import (
     Timed,
     Timer,
     Watch,
-    countable,
     new_row,
     on_gpu,
     progress,
 )
 from .observe import wait
 from .problems import FORWARD, STEP
-from .providers import OURS, Provider
+from .providers import GRAPH, OURS, Provider
 from .roofline import Ceilings
 
 ATTEMPTS = 3  # at a group, each without the provider that ended the one before
@@ -173,7 +171,7 @@ def _ceilings(bench: Bench, copy_bytes: int | None, side: int | None) -> tuple[A
 
 @dataclasses.dataclass
 class Sweeper:
-    """Measures within a budget, in a worker; ``run`` takes what ``Bench.run`` takes."""
+    """Measures within a budget, in a worker."""
 
     worker: Worker
     where: Where
@@ -182,6 +180,13 @@ class Sweeper:
     # What happened to providers that hung, by their keys.
     hung: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
+    def of_dtype(self, dtype: torch.dtype) -> "Sweeper":
+        """One that measures in another dtype, for which the ceilings are not."""
+        if dtype == self.where.dtype:
+            return self
+        where = dataclasses.replace(self.where, dtype=dtype)
+        return dataclasses.replace(self, where=where, ceilings=None)
+
     def run(
         self,
         workloads: Sequence[Any],
@@ -189,7 +194,10 @@ class Sweeper:
         add: Add,
         modes: Sequence[str] = (FORWARD, STEP),
     ) -> None:
-        # Both modes of a workload, before the next: a run that ends early has whole workloads.
+        """Gives ``add`` the rows of each group of ``sweeps``, as soon as they are measured.
+
+        All modes of a workload come before the next: a run that ends early has whole workloads.
+        """
         self.run_groups(
             [(w, m, p, place) for place, p in enumerate(sweeps) for w in workloads for m in modes],
             add,
@@ -198,14 +206,22 @@ class Sweeper:
     def run_groups(
         self, groups: Sequence[tuple[Any, str, Sequence[Provider], int]], add: Add
     ) -> None:
-        """Measures groups with their numbers, in their order; ``add`` gets the rows of each."""
+        """Measures groups with their numbers, in their order; ``add`` gets the rows of each.
+
+        On a GPU, launches are counted at the end: that completes rows in place, and a last
+        ``add([])`` says so.
+        """
         timed: list[Timed] = []
         for workload, mode, providers, number in progress(groups):
             rows = self.group(workload, mode, providers)
             for row in rows:
                 row["group"] = str(number)
             add(rows)
-            timed += countable(rows, workload, mode, providers)
+            timed += [
+                (row, workload, mode, provider)
+                for row, provider in zip(rows, providers, strict=True)
+                if row["status"] == OK and provider.launch != GRAPH and not workload.whole
+            ]
         if on_gpu(self.where.device):
             self._count_launches(timed)
             add([])
@@ -263,13 +279,15 @@ class Sweeper:
         measure.compare(complete)  # each process has seen a part of them
         return complete
 
-    def measure_ceilings(self, copy_bytes: int | None, side: int | None) -> dict[str, Any]:
+    def measure_ceilings(
+        self, copy_bytes: int | None = None, side: int | None = None
+    ) -> dict[str, Any]:
         """Measures the ceilings that later groups are compared with; the facts to be recorded."""
         found, failure, _ = self._measured(_ceilings, copy_bytes, side)
         self.ceilings, facts = found or (None, {"ceilings": failure})
         return facts
 
-    def warm(self, workloads: Sequence[Any], log: Path) -> list[str]:
+    def warm(self, workloads: Sequence[Any]) -> list[str]:
         """Compiles da_triton's kernels for workloads in parallel processes, before any timing.
 
         Returns what went wrong; the measurements will show it again.
@@ -279,7 +297,7 @@ class Sweeper:
         parts = [list(workloads[i::count]) for i in range(count)]
         job = functools.partial(in_worker, self.where, None, seconds, _warm)
         jobs = [functools.partial(job, (part,)) for part in parts]
-        return in_parallel(jobs, seconds + MARGIN, log)
+        return in_parallel(jobs, seconds + MARGIN, self.worker.log)
 
     def _measured(self, measured: Callable[..., Any], *arguments: Any) -> tuple[Any, str, Any]:
         """The last result if one came, what went wrong, and with which provider if one did."""

@@ -96,10 +96,13 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 class Worker:
     """A process for jobs: picklable callables that are given a function to send results with.
 
-    ``environment`` is added to this process's.
+    ``log`` receives what it prints; without one, this process's output does. ``environment`` is
+    added to this process's.
     """
 
-    def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, log: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.log, self.environment = log, environment
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -160,6 +163,12 @@ class Worker:
             elif kind == DONE:
                 return ""
 
+    def written(self) -> str:
+        """All that was printed into the log so far."""
+        if self.log is None or not self.log.exists():
+            return ""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
     def close(self) -> None:
         """Ends the process and all that it started."""
         process, pipe = self._process, self._pipe
@@ -174,7 +183,7 @@ class Worker:
         descriptor = theirs.fileno()
         program = f"from bench.isolation import serve; serve({descriptor})"
         command = [sys.executable, "-X", "faulthandler", "-c", program]
-        with self.log.open("ab") as file:
+        with self.log.open("ab") if self.log else contextlib.nullcontext() as file:
             self._process = _start(command, file, self.environment, (descriptor,))
         theirs.close()
         return self._pipe
@@ -188,7 +197,7 @@ class Worker:
         text = f"the process died with {ending(status)}"
         if status < 0:
             return text
-        return f"{text}: {last_line(self.log.read_text(encoding='utf-8', errors='replace'))}"
+        return f"{text}: {last_line(self.written())}" if self.log else text
 
     def _say_where(self) -> None:
         """Has the process write its Python stack into the log."""
@@ -198,7 +207,7 @@ class Worker:
             time.sleep(0.2)
 
 
-def in_parallel(jobs: Sequence[Job], limit: float, log: Path) -> list[str]:
+def in_parallel(jobs: Sequence[Job], limit: float, log: Path | None) -> list[str]:
     """Runs each job in a process of its own, all at once; what went wrong, in a line per job."""
     workers = [Worker(log) for _ in jobs]
     try:
@@ -253,14 +262,14 @@ def last_line(text: str) -> str:
 
 def _start(
     command: Sequence[str],
-    output: IO[bytes],
+    output: IO[bytes] | None,
     environment: Mapping[str, str] | None,
     descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
-        stdout=output, stderr=subprocess.STDOUT, pass_fds=descriptors, start_new_session=True,
-        preexec_fn=_interruptible,
+        stdout=output, stderr=output and subprocess.STDOUT, pass_fds=descriptors,
+        start_new_session=True, preexec_fn=_interruptible,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Timers and the run: providers that give the right answer are timed in turns, group by group.
+"""A group: providers that give the right answer, timed in turns.
 
-A group is one workload in one mode with the providers of one launch mode. A provider that raises or
-disagrees with the definition becomes a row that says so, and the run goes on. Only a CUDA error
-that no later call of the process survives ends it, by ``ContextLostError``, with every row added.
+It is one workload in one mode with the providers of one launch mode. A provider that raises or
+disagrees with the definition becomes a row that says so, and the others are timed. After a CUDA
+error that no later call of the process survives, what was not timed by then is lost.
 """
 
 import contextlib
@@ -29,7 +29,6 @@ from .observe import (
     prepare,
     usable,
 )
-from .problems import FORWARD, STEP
 from .providers import GRAPH, OURS, Closure, Provider
 from .roofline import Ceilings
 from .workloads import Workload
@@ -62,15 +61,6 @@ def undecided(row: Row) -> bool:
     status = row["status"]
     hung = status.startswith(LEFT_OUT) or (status.startswith("killed") and status.endswith(SILENT))
     return cut_short(row) and not hung
-
-
-class ContextLostError(RuntimeError):
-    """CUDA is unusable in this process; the rows measured so far have been added."""
-
-    def __init__(self, groups_done: int) -> None:
-        super().__init__(
-            f"CUDA became unusable in group {groups_done}, so nothing was measured after it"
-        )
 
 
 class OutOfTimeError(Exception):
@@ -157,35 +147,6 @@ class Bench:
     budget: Budget
     ceilings: Ceilings | None = None
     watch: Watch = Watch()  # noqa: RUF009
-
-    def run(
-        self,
-        workloads: Sequence[Any],
-        sweeps: Sequence[Sequence[Provider]],
-        add: Callable[[list[Row]], None],
-        modes: Sequence[str] = (FORWARD, STEP),
-    ) -> None:
-        """Gives ``add`` the rows of each group as soon as they are measured.
-
-        Launches are counted at the end, because a profiler slows what runs after it: that
-        completes rows in place, and a last ``add([])`` says so.
-
-        Raises:
-            ContextLostError: CUDA is unusable from here on; the group's rows have been added.
-        """
-        groups = [(w, m, p) for p in sweeps for m in modes for w in workloads]
-        timed: list[Timed] = []
-        for done, (workload, mode, providers) in enumerate(progress(groups), 1):
-            rows = self.measure(workload, mode, providers)
-            add(rows)
-            if any(r["status"] not in (OK, OUT_OF_TIME) for r in rows) and not usable(self.device):
-                raise ContextLostError(done)
-            timed += countable(rows, workload, mode, providers)
-        if on_gpu(self.device):
-            self.count_launches(timed)
-            add([])
-            if not usable(self.device):
-                raise ContextLostError(len(groups))
 
     @cudnn_benchmark()
     def measure(self, workload: Any, mode: str, providers: Sequence[Provider]) -> list[Row]:
@@ -336,15 +297,6 @@ def new_row(
         "launch": provider.launch, "provider": provider.name, "baseline": provider.baseline,
         "status": OK,
     }  # fmt: skip
-
-
-def countable(rows: Sequence[Row], workload: Any, mode: str, providers) -> list[Timed]:
-    """The rows of blocks whose operations are launched one by one."""
-    return [
-        (row, workload, mode, provider)
-        for row, provider in zip(rows, providers, strict=True)
-        if row["status"] == OK and provider.launch != GRAPH and not workload.whole
-    ]
 
 
 # Each ratio refers to the fastest row of the group for which its condition holds. Without a block

@@ -1,6 +1,7 @@
 """Timers, and what else is read of a closure: memory, launches, host time; errors in a line."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -148,8 +149,8 @@ class CudaTimer:
         return start.elapsed_time(end)
 
 
-def here() -> tuple[torch.device, Timer]:
-    """The GPU if there is one, with its clock."""
+def here() -> tuple[torch.device, Callable[[], Timer]]:
+    """The GPU if there is one, and the kind of its clock."""
     if torch.cuda.is_available():
-        return torch.device("cuda"), CudaTimer()
-    return torch.device("cpu"), WallTimer()
+        return torch.device("cuda"), CudaTimer
+    return torch.device("cpu"), WallTimer

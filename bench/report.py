@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import plots, roofline, tables
+from . import plots, tables
 from .environment import columns, environment
-from .measure import CONDITIONS, OK, ContextLostError, Row
-from .observe import Timer
+from .measure import CONDITIONS, OK, Row
 from .roofline import Ceilings
 
 IDENTITY = (
@@ -45,7 +44,6 @@ class Report:
     """Rows, notes and environment of one run, in one folder.
 
     ``with_ratios`` is False where results were not checked: then there are raw times only.
-    ``status`` is the exit status of the command that measures.
     """
 
     out: Path
@@ -58,31 +56,28 @@ class Report:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     ceilings: Ceilings | None = None
     with_ratios: bool = True
-    status: int = 0
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def ending_early(self) -> Iterator[None]:
-        """Ends the block at an interrupt or a lost CUDA context, so that a report can follow."""
+        """Ends the block at an interrupt, so that a report can follow."""
         try:
             yield
         except KeyboardInterrupt:
             self.notes.append(INTERRUPTED)
-        except ContextLostError as lost:
-            self.notes.append(str(lost))
-            self.status = 1
 
     def record(self, **facts: Any) -> None:
         self.environment |= facts
         text = json.dumps(self.environment, indent=2, ensure_ascii=False, default=str)
         replace(self.out / "environment.json", text + "\n")
 
-    def measure_ceilings(self, timer: Timer, device: torch.device, dtype: torch.dtype) -> None:
-        self.ceilings, found = roofline.measure(timer, device, dtype)
-        self.record(ceilings=found)
-        self.notes.append("Ceilings: " + ", ".join(f"{k} {v}" for k, v in found.items()))
+    def compare_with(self, ceilings: Ceilings | None, facts: dict[str, Any]) -> str:
+        """Takes the ceilings of the run; says them in a line."""
+        self.ceilings = ceilings
+        self.record(ceilings=facts)
+        return "Ceilings: " + ", ".join(f"{k} {v}" for k, v in facts.items())
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows

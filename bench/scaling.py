@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from . import plots
+from .groups import Sweeper
 from .measure import OK, Row
 from .providers import OURS, Provider
 from .report import COLUMNS, Report, replace
@@ -41,24 +42,21 @@ def workload(axis: str, size: int) -> Workload:
 
 
 def run(
-    bench: Any,
+    sweeper: Sweeper,
     axis: str,
     sizes: Sequence[int],
     sweeps: Sequence[Sequence[Provider]],
     modes: Sequence[str],
     report: Report,
 ) -> str:
-    """Measures, writes ``scaling.csv`` and ``scaling.png``, and returns what to print.
-
-    ``bench`` has the ``run`` of a ``measure.Bench``; it may measure in another process.
-    """
+    """Measures, writes ``scaling.csv`` and ``scaling.png``, and returns what to print."""
 
     def add(rows: list[Row]) -> None:
         report.rows += rows
         replace(report.out / "scaling.csv", frame(report, axis).to_csv(index=False))
 
     with report.ending_early():
-        bench.run([workload(axis, size) for size in sizes], sweeps, add, modes)
+        sweeper.run([workload(axis, size) for size in sizes], sweeps, add, modes)
     found = frame(report, axis)
     timed = found[found["status"] == OK]
     if len(timed):

@@ -85,30 +85,22 @@ class Run:
     def sweeper(self, budget: Budget) -> Sweeper:
         return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
 
-    @property
-    def compiling(self) -> Path:
-        return self.worker.log.with_name(f"compiling-{self.worker.log.name}")
-
     def prepare(self, sweeper: Sweeper) -> None:
         """Compiles kernels and measures the machine's ceilings, once per invocation."""
         if sweeper.ceilings is not None:
             return
         if self.settings.ours == "triton":
-            failures = sweeper.warm(self.workloads, self.compiling)
+            failures = sweeper.warm(self.workloads)
             self.report.remarks += [f"Compiling kernels beforehand: {f}" for f in failures]
         found = sweeper.measure_ceilings(self.settings.copy_bytes, self.settings.matrix_size)
-        self.report.ceilings = sweeper.ceilings
-        self.report.record(ceilings=found)
-        rates = ", ".join(f"{k} {v}" for k, v in found.items())
-        self.report.remarks.append(f"Ceilings: {rates}")
+        self.report.remarks.append(self.report.compare_with(sweeper.ceilings, found))
 
     def repeat_warnings(self) -> None:
         """The report repeats what da_triton warned of in its workers."""
-        for path in (self.compiling, self.worker.log):
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
-                if warning not in self.report.remarks:
-                    self.report.remarks.append(warning)
+        text = self.worker.written()
+        for warning in re.findall(r"^.*Warning: (da_triton .*)$", text, re.MULTILINE):
+            if warning not in self.report.remarks:
+                self.report.remarks.append(warning)
 
 
 # --- right or wrong -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import networks, providers, stages, workloads
+from bench import cli, networks, providers, stages, workloads
 from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
@@ -30,6 +30,12 @@ def no_gpu(monkeypatch):
 def children(monkeypatch):
     """Child processes import this package and ``support``."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Commands measure without a process of their own, unless a test needs one."""
+    monkeypatch.setattr(cli, "Worker", fakes.ThisProcess)
 
 
 @pytest.fixture

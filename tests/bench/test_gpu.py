@@ -244,7 +244,7 @@ def test_kernels_are_compiled_before_anything_is_timed(run, out, tiny, monkeypat
     """Once per invocation, in other processes; what fails there is reported and goes on."""
     asked = []
 
-    def warm(self, workloads, log):
+    def warm(self, workloads):
         asked.append(([work.name for work in workloads], self.budget.left > 0))
         return ["the process died with signal 11 (SIGSEGV)"]
 
@@ -258,9 +258,9 @@ def test_kernels_are_compiled_before_anything_is_timed(run, out, tiny, monkeypat
 
 def test_kernels_are_compiled_in_processes_that_may_fail(tmp_path, children, tiny, monkeypatch):
     sweeper = Sweeper(Worker(tmp_path / "log"), WHERE, Budget(60))
-    assert sweeper.warm([tiny], tmp_path / "log") == []  # interpreted
+    assert sweeper.warm([tiny]) == []  # interpreted
     monkeypatch.delenv("TRITON_INTERPRET")
-    (failure,) = sweeper.warm([tiny], tmp_path / "log")  # compiled, and there is no GPU
+    (failure,) = sweeper.warm([tiny])  # compiled, and there is no GPU
     assert failure.startswith("failed: ")
 
 

@@ -47,6 +47,16 @@ def statuses(sweeper, tiny):
     return statuses
 
 
+def test_all_modes_of_a_workload_come_before_the_next_one(sweeper, table, plain):
+    found = []
+    sweeper.run(table, [plain[:1], plain[1:2]], found.append)
+    names = ("workload", "mode", "group")
+    assert [tuple(row[name] for name in names) for (row,) in found] == [
+        (work.name, mode, group)
+        for group in ("0", "1") for work in table for mode in (FORWARD, STEP)
+    ]  # fmt: skip
+
+
 def test_rows_are_those_of_a_bench(sweeper, bench, tiny, plain):
     found = []
     sweeper.run([tiny], [plain], found.append, [STEP])

@@ -1,7 +1,5 @@
 """The measuring loop: which providers are timed, in which order, and how rows are compared."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -230,17 +228,16 @@ def test_effort_bounds_the_rounds(measured, eager, seconds, rounds):
     assert row["repetitions"] == rounds
 
 
-def test_used_up_budget_skips_what_is_left(bench, table, eager, variant):
+def test_used_up_budget_skips_what_is_left(measured, eager, variant):
     now = [0.0]
 
     def slow(problem):
         now[0] += 60
         return eager.setup(problem)
 
-    bench = dataclasses.replace(bench, budget=Budget(100, clock=lambda: now[0]))
-    rows = []
-    bench.run(table, [[variant("slow", slow), eager]], rows.extend)
-    assert [row["status"] for row in rows] == [OK] * 3 + [OUT_OF_TIME] * 5
+    budget = Budget(100, clock=lambda: now[0])
+    rows = measured([variant("slow", slow), eager, variant("slow", slow), eager], budget=budget)
+    assert [row["status"] for row in rows] == [OK] * 3 + [OUT_OF_TIME]
 
 
 def test_compiling_groups_start_afresh(measured, variant, monkeypatch):

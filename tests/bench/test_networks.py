@@ -105,7 +105,7 @@ def test_real_networks(measured, name, blocks):
         assert max(row.get("error", 0.0) for row in rows) < 1e-3
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.setattr(networks, "NETWORKS", {"tiny": TINY})
     monkeypatch.setattr(cli, "DEFAULT", Effort(0, 1, 1, seconds=0.0))
     assert cli.main(["networks", "--out", str(tmp_path)]) == 0

@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure
-from bench.measure import CONTEXT_LOST, OK, Budget, ContextLostError, Effort
+from bench.measure import CONTEXT_LOST, OK, Budget, Effort
 from bench.observe import FLUSHES_AHEAD, CudaTimer, WallTimer, describe, usable
 from bench.problems import FORWARD, STEP
 from bench.providers import GRAPH
 
-LOST = "CUDA error: an illegal memory access was encountered"
+FAILED = "failed: RuntimeError: out of memory"
 
 
 def test_wall_timer_measures_the_call():
@@ -76,52 +76,48 @@ def test_cudnn_searches_for_every_provider_and_is_restored(measured, eager, vari
     assert not torch.backends.cudnn.benchmark
 
 
+def fails(argument):
+    raise RuntimeError("out of memory")
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Replaces readings that need a GPU; the closures whose launches were counted."""
-    counted = []
+    """Replaces readings that need a GPU."""
     monkeypatch.setattr(measure, "on_gpu", lambda device: True)
-    monkeypatch.setattr(measure, "usable", lambda device: True)
     monkeypatch.setattr(measure, "peak_bytes", lambda closure: 1000)
     monkeypatch.setattr(measure, "host_microseconds", lambda closure: 5.0)
-    monkeypatch.setattr(measure, "launches", lambda closure: counted.append(closure) or 7)
-    return counted
+    monkeypatch.setattr(measure, "launches", lambda closure: 7)
 
 
-def test_launches_are_counted_after_all_timing(bench, table, variant, as_on_a_gpu):
-    """A profiler that has once run slows later launches."""
-    added = []
-
-    def add(rows):
-        added.append(list(rows))
-        assert bool(as_on_a_gpu) == (not rows)
-
-    bench.run(table, [[variant("ours"), variant("graph", launch=GRAPH)], [variant("other")]], add)
-    assert len(added) == 2 * 2 * 2 + 1
-    assert added[-1] == []
-    rows = [row for group in added for row in group]
-    assert all(row["status"] == OK for row in rows)
-    by_launch = {(row["launch"], row.get("launches"), row.get("peak_bytes")) for row in rows}
-    assert by_launch == {("eager", 7, 1000), ("graph", None, None)}
-    assert len(as_on_a_gpu) == 2 * 2 * 2
-
-
-def test_failing_counters_leave_the_timing(bench, tiny, eager, monkeypatch, as_on_a_gpu):
-    def fails(closure):
-        raise ValueError("no such counter")
-
-    monkeypatch.setattr(measure, "launches", fails)
-    monkeypatch.setattr(measure, "peak_bytes", fails)
-    rows = []
-    bench.run([tiny], [[eager]], rows.extend)
+def test_readings_beside_the_time(measured, variant, as_on_a_gpu):
+    rows = measured([variant("ours"), variant("graph", launch=GRAPH)])
     assert [row["status"] for row in rows] == [OK] * 2
-    assert all(row["median_ms"] == 2.0 and row["cpu_us"] == 5.0 for row in rows)
-    assert not any("launches" in row or "peak_bytes" in row for row in rows)
+    readings = [(row["launch"], row.get("peak_bytes"), row.get("cpu_us")) for row in rows]
+    assert readings == [("eager", 1000, 5.0), ("graph", None, None)]
 
 
-def test_used_up_budget_counts_nothing(bench, tiny, eager, as_on_a_gpu):
+def test_failing_counters_leave_the_timing(
+    bench, measured, tiny, eager, variant, monkeypatch, as_on_a_gpu
+):
+    monkeypatch.setattr(measure, "usable", lambda device: True)
+    monkeypatch.setattr(measure, "peak_bytes", fails)
+    (row,) = measured([eager])
+    assert (row["status"], row["median_ms"], row["cpu_us"]) == (OK, 2.0, 5.0)
+    assert "peak_bytes" not in row
+    other = {}
+    bench.count_launches([(row, tiny, FORWARD, variant("bad", fails)), (other, tiny, STEP, eager)])
+    assert "launches" not in row
+    assert other["launches"] == 7
+
+
+@pytest.mark.parametrize(("usable", "seconds"), [(True, 0), (False, 60)])
+def test_nothing_is_counted_without_time_or_gpu(
+    bench, tiny, eager, monkeypatch, as_on_a_gpu, usable, seconds
+):
+    monkeypatch.setattr(measure, "usable", lambda device: usable)
     row = {}
-    dataclasses.replace(bench, budget=Budget(0)).count_launches([(row, tiny, FORWARD, eager)])
+    bench = dataclasses.replace(bench, budget=Budget(seconds))
+    bench.count_launches([(row, tiny, FORWARD, eager)])
     assert "launches" not in row
 
 
@@ -140,28 +136,17 @@ def test_rows_of_ours_name_the_kernels_that_were_not_used(measured, variant, mon
 # --- a CUDA context that is lost ------------------------------------------------------------------
 
 
-def test_lost_context_ends_the_run_with_every_row_added(bench, table, eager, variant, monkeypatch):
-    """In setup: neither those before nor those after it can be timed in this process."""
-    broken, later = [], []
-
-    def fails(problem):
-        broken.append(None)
-        raise RuntimeError(LOST)
-
-    monkeypatch.setattr(measure, "usable", lambda device: not broken)
-    rows = []
-    after = variant("ours", later.append)
-    with pytest.raises(ContextLostError, match="in group 3"):
-        bench.run(
-            table, [[eager], [eager, variant("bad", fails), after], [after]], rows.extend, [FORWARD]
-        )
-    failed = f"failed: RuntimeError: {LOST}"
-    assert [row["status"] for row in rows] == [OK, OK, CONTEXT_LOST, failed, CONTEXT_LOST]
+def test_context_lost_in_setup(measured, eager, variant, monkeypatch):
+    """Neither those before nor those after it can be timed in this process."""
+    later = []
+    monkeypatch.setattr(measure, "usable", lambda device: False)
+    rows = measured([eager, variant("bad", fails), variant("ours", later.append)])
+    assert [row["status"] for row in rows] == [CONTEXT_LOST, FAILED, CONTEXT_LOST]
     assert not later
 
 
 @pytest.mark.parametrize(("rounds_min", "status"), [(1, OK), (2, CONTEXT_LOST)])
-def test_context_lost_while_timing(bench, tiny, eager, variant, monkeypatch, rounds_min, status):
+def test_context_lost_while_timing(measured, eager, variant, monkeypatch, rounds_min, status):
     """Providers with enough repetitions by then keep them."""
     calls = []
 
@@ -171,27 +156,21 @@ def test_context_lost_while_timing(bench, tiny, eager, variant, monkeypatch, rou
         def run():
             calls.append(None)
             if len(calls) == 2 + 2:  # warm-up, check; then in the second round, as its first
-                raise RuntimeError(LOST)
+                fails(problem)
             return closure()
 
         return run
 
     monkeypatch.setattr(measure, "usable", lambda device: len(calls) < 4)
-    bench = dataclasses.replace(bench, effort=Effort(1, rounds_min, 3, seconds=1e9))
-    rows = []
-    with pytest.raises(ContextLostError):
-        bench.run([tiny], [[eager, variant("bad", breaks)]], rows.extend)
-    assert [row["status"] for row in rows] == [status, f"failed: RuntimeError: {LOST}"]
+    effort = Effort(1, rounds_min, 3, seconds=1e9)
+    rows = measured([eager, variant("bad", breaks)], effort=effort)
+    assert [row["status"] for row in rows] == [status, FAILED]
     assert rows[0].get("repetitions") == (1 if status == OK else None)
 
 
-def test_failure_with_a_usable_context_goes_on(bench, table, variant):
-    def fails(problem):
-        raise RuntimeError("out of memory")
-
-    rows = []
-    bench.run(table, [[variant("bad", fails), variant("ours")]], rows.extend, [FORWARD])
-    assert [row["status"] for row in rows] == ["failed: RuntimeError: out of memory", OK] * 2
+def test_failure_with_a_usable_context_goes_on(measured, variant):
+    rows = measured([variant("bad", fails), variant("ours")])
+    assert [row["status"] for row in rows] == [FAILED, OK]
 
 
 def test_what_makes_a_process_unusable(monkeypatch):
