@@ -15,8 +15,7 @@ import functools
 import gc
 import itertools
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +26,18 @@ from .measure import (
     CONTEXT_LOST,
     OK,
     OUT_OF_TIME,
+    SLOW,
     WITHOUT,
     Bench,
     Budget,
     Effort,
-    OutOfTimeError,
     Row,
     Timed,
     Timer,
-    Watch,
     new_row,
     on_gpu,
     progress,
 )
-from .observe import wait
 from .problems import FORWARD, STEP
 from .providers import GRAPH, OURS, Provider
 from .roofline import Ceilings
@@ -50,8 +47,6 @@ MOST_AT_ONCE = 8  # processes that compile, on a machine with twice as many core
 AT_ONCE = max(1, min(MOST_AT_ONCE, (os.cpu_count() or 2) // 2))
 WARMING_SHARE = 0.2  # of a stage's seconds at most
 MARGIN = 3.0  # seconds that a group has to end in after its budget, before it is killed
-SETUP_SHARE = 0.8  # of the silence that kills a worker, after which a setup is interrupted
-SLOW = "setup and first call took longer than"
 Add = Callable[[list[Row]], None]
 
 
@@ -69,53 +64,6 @@ class Where:
 # --- in the worker --------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Reporting(Watch):
-    """Sends which provider runs next and rows that were timed, and ends setups that take too long.
-
-    A number or None is the provider's place in the group; anything else is a result.
-    """
-
-    send: Callable[[Any], None]
-    where: Where
-    budget: Budget
-
-    def announce(self, place: int | None) -> None:
-        self.send(place)
-
-    @contextlib.contextmanager
-    def setting_up(self) -> Iterator[None]:
-        """Interrupts what runs Python, which is gentler than what the parent does: the other
-        providers stay as they are."""
-        limit = SETUP_SHARE * self.where.silence
-        late: Exception = TimeoutError(f"{SLOW} {limit:.0f} s")
-        if self.budget.left < limit:
-            limit, late = self.budget.left, OutOfTimeError()
-        fired = False
-
-        def interrupt(number, frame):
-            nonlocal fired
-            fired = True
-            raise late
-
-        before = signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, max(limit, 0.1))
-        try:
-            yield
-            wait(self.where.device)
-        except Exception:
-            if not fired:  # torch.compile wraps the exception in its own
-                raise
-            raise late from None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-    def timed(self, rows: dict[int, Row]) -> None:
-        self.send({place: dict(row) for place, row in rows.items()})
-        self.announce(None)
-
-
 @functools.cache
 def _timer(make: Callable[[], Timer]) -> Timer:
     return make()  # with one buffer for the whole process
@@ -129,11 +77,13 @@ def in_worker(
     arguments: Sequence[Any],
     send: Callable[[Any], None],
 ) -> None:
-    """Sends the result of ``measured(bench, *arguments)``, which has a number of seconds."""
-    budget = Budget(seconds)
+    """Sends what the bench sends, then the result of ``measured(bench, *arguments)``.
+
+    ``seconds``: its budget. A number or None is the place of a provider; all else are results.
+    """
     bench = Bench(
-        where.device, where.dtype, _timer(where.make_timer), where.effort, budget, ceilings,
-        Reporting(send, where, budget),
+        where.device, where.dtype, _timer(where.make_timer), where.effort, Budget(seconds),
+        ceilings, send, where.silence,
     )  # fmt: skip
     try:
         send(measured(bench, *arguments))
@@ -158,11 +108,11 @@ def _warm(bench: Bench, workloads: Sequence[Any]) -> None:
     for work, channels_last in itertools.product(workloads, (False, True)):
         if bench.budget.left > 0:
             warm.step(work, channels_last, bench.dtype, bench.device)
-            bench.watch.announce(None)
+            bench.send(None)
 
 
 def _ceilings(bench: Bench, copy_bytes: int | None, side: int | None) -> tuple[Any, dict[str, Any]]:
-    bench.watch.announce(None)
+    bench.send(None)
     return roofline.measure(bench.timer, bench.device, bench.dtype, copy_bytes, side)
 
 

@@ -7,6 +7,8 @@ error that no later call of the process survives, what was not timed by then is 
 
 import contextlib
 import functools
+import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from .observe import (
     peak_bytes,
     prepare,
     usable,
+    wait,
 )
 from .providers import GRAPH, OURS, Closure, Provider
 from .roofline import Ceilings
@@ -42,6 +45,8 @@ CONTEXT_LOST = "not run: an earlier provider of the group made CUDA unusable in 
 # fail, those that hung included.
 CUT_SHORT = ("not run", "not measured", "killed")
 LEFT_OUT = "not measured again"
+SETUP_SHARE = 0.8  # of the silence that ends a process, after which a setup is interrupted
+SLOW = "setup and first call took longer than"
 CONDITIONS = (
     "torch.backends.cudnn.benchmark is True for every provider; before each timing L2 is filled "
     "with clean lines of an unrelated buffer; graphs of every provider are captured in the same "
@@ -99,21 +104,33 @@ class Budget:
         return self.seconds - (self.clock() - self.start)
 
 
-class Watch:
-    """Follows the measuring of a group; this one ignores it.
+@contextlib.contextmanager
+def limited(seconds: float, late: Exception) -> Iterator[None]:
+    """Raises ``late`` in Python code that takes longer, which is gentler than ending its process.
 
-    Providers are named by their places in the group.
+    Only in the main thread, where signals arrive.
     """
+    if math.isinf(seconds):
+        yield
+        return
+    fired = False
 
-    def announce(self, place: int | None) -> None:
-        """The provider runs next, or none of them."""
+    def interrupt(number, frame):
+        nonlocal fired
+        fired = True
+        raise late
 
-    def setting_up(self) -> contextlib.AbstractContextManager:
-        """A setup and its first call."""
-        return contextlib.nullcontext()
-
-    def timed(self, rows: dict[int, Row]) -> None:
-        """All were timed; what follows may still crash."""
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        yield
+    except Exception:
+        if not fired:  # torch.compile wraps the exception in its own
+            raise
+        raise late from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Ready(NamedTuple):
@@ -138,6 +155,10 @@ class Bench:
     """Where, in which dtype, with which clock and for how long groups are measured.
 
     ``ceilings``: of the machine, measured in the same run; None leaves out shares of the floor.
+    ``send`` is given the place in the group of the provider that runs next, None where none of them
+    does, and the rows by their places once all are timed: what follows may still crash.
+    ``silence``: seconds without such a message after which this process is ended; a setup and its
+    first call are interrupted before.
     """
 
     device: torch.device
@@ -146,7 +167,8 @@ class Bench:
     effort: Effort
     budget: Budget
     ceilings: Ceilings | None = None
-    watch: Watch = Watch()  # noqa: RUF009
+    send: Callable[[Any], Any] = id
+    silence: float = math.inf
 
     @cudnn_benchmark()
     def measure(self, workload: Any, mode: str, providers: Sequence[Provider]) -> list[Row]:
@@ -163,7 +185,7 @@ class Bench:
                     if self.budget.left <= 0:
                         raise OutOfTimeError
                     problem = problem or workload.draw(mode, self.dtype, self.device)
-                    self.watch.announce(place)
+                    self.send(place)
                     closure = self._set_up(provider, provider.problem(problem), row, place)
                     ready.append(Ready(place, row, provider, closure))
             self._time_in_turns(ready, times)
@@ -176,7 +198,8 @@ class Bench:
             row.update(_quantiles(times[place]))
             if not workload.whole:
                 row.update(self._rates(row, workload))
-        self.watch.timed(dict(enumerate(rows)))
+        self.send({place: dict(row) for place, row in enumerate(rows)})
+        self.send(None)
         for one in ready:
             self._observe(one, workload.whole)
         compare(rows)
@@ -209,10 +232,15 @@ class Bench:
         Raises:
             _WrongError: its result is not the reference's.
         """
-        with self.watch.setting_up():
+        limit = SETUP_SHARE * self.silence
+        late: Exception = TimeoutError(f"{SLOW} {limit:.0f} s")
+        if self.budget.left < limit:
+            limit, late = self.budget.left, OutOfTimeError()
+        with limited(limit, late):
             closure = provider.setup(problem)
             if self.effort.warm_up:
                 closure()
+            wait(self.device)
         errors = problem.check(closure, self.effort.warm_up - 1)
         row.update(zip(("error", "error_gradient"), errors, strict=False))
         allowed = problem.allowed(provider.baseline)
@@ -231,7 +259,7 @@ class Bench:
             for place, row, provider, closure in (*ready[first:], *ready[:first]):
                 if row["status"] == OK:
                     with self._noting(row):
-                        self.watch.announce(place)
+                        self.send(place)
                         ms = self.timer(closure, launches_count=provider.launch != GRAPH)
                         times[place].append(ms)
 
