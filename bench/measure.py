@@ -327,18 +327,43 @@ def new_row(
     }  # fmt: skip
 
 
-# Each ratio refers to the fastest row of the group for which its condition holds. Without a block
-# there is nothing to compare a block with.
 WITHOUT = "without block"
-REFERENCES: dict[str, Callable[[Row, Row], bool]] = {
-    "ratio_to_eager": lambda row, other: other["baseline"],
-    "ratio_same_format": lambda row, other: other["baseline"] and other["layout"] == row["layout"],
-    "ratio_to_compiled": lambda row, other: other["provider"] == "compile eager",
-    "ratio_to_max_autotune": lambda row, other: other["provider"] == "compile eager max-autotune",
-    "ratio_to_rivals": lambda row, other: (
-        other["provider"] not in OURS and not other["provider"].endswith(WITHOUT)
+
+
+class Ratio(NamedTuple):
+    """How many times as fast a row is as the fastest of its references, rows of the same group."""
+
+    title: str  # of its column in tables
+    meaning: str
+    legend: str  # of its bars; empty where it has none
+    is_reference: Callable[[Row, Row], bool]  # whether the second is a reference of the first
+
+
+RATIOS = {
+    "ratio_to_eager": Ratio(
+        "x eager", "the better of eager NCHW and channels_last", "against eager",
+        lambda row, other: other["baseline"],
     ),
-}
+    "ratio_same_format": Ratio(
+        "same format", "eager in the same memory format", "",
+        lambda row, other: other["baseline"] and other["layout"] == row["layout"],
+    ),
+    "ratio_to_compiled": Ratio(
+        "x compile", "torch.compile of eager, the better of NCHW and channels_last",
+        "against torch.compile of eager",
+        lambda row, other: other["provider"] == "compile eager",
+    ),
+    "ratio_to_max_autotune": Ratio(
+        "x max-autotune",
+        "torch.compile of eager in mode max-autotune, the better of NCHW and channels_last",
+        "against its mode max-autotune",
+        lambda row, other: other["provider"] == "compile eager max-autotune",
+    ),
+    "ratio_to_rivals": Ratio(  # without a block there is nothing to compare a block with
+        "x best other", "the fastest of all other implementations", "",
+        lambda row, other: not (other["provider"] in OURS or other["provider"].endswith(WITHOUT)),
+    ),
+}  # fmt: skip
 
 
 def compare(rows: list[Row]) -> None:
@@ -348,12 +373,12 @@ def compare(rows: list[Row]) -> None:
     fastest. References that failed, hung or disagree are named in ``failed_references``.
     """
     for row in rows:
-        for name in (*REFERENCES, "failed_references"):
+        for name in (*RATIOS, "failed_references"):
             row.pop(name, None)  # of a comparison with fewer rows
     for row in (row for row in rows if row["status"] == OK):
         failed: dict[str, None] = {}
-        for name, is_reference in REFERENCES.items():
-            references = [other for other in rows if is_reference(row, other)]
+        for name, ratio in RATIOS.items():
+            references = [other for other in rows if ratio.is_reference(row, other)]
             times = [other["median_ms"] for other in references if other["status"] == OK]
             if not times or any(map(undecided, references)):
                 continue

@@ -6,17 +6,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .measure import RATIOS
 from .problems import MODES
 from .providers import OURS
 from .roofline import Ceilings
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-KINDS = {
-    "ratio_to_eager": "against eager",
-    "ratio_to_compiled": "against torch.compile of eager",
-    "ratio_to_max_autotune": "against its mode max-autotune",
-}
+LEGENDS = {name: ratio.legend for name, ratio in RATIOS.items() if ratio.legend}
 GREY = "#555555"
 
 
@@ -44,8 +41,8 @@ def bars(timed: pd.DataFrame, title: str) -> Figure:
     figure.suptitle(f"{title}\nours, in its better memory format; above 1 it is faster", size=11)
     axes = figure.subplots(max(1, len(panels)), 1, squeeze=False)[:, 0]
     for panel, ((dtype, launch, mode), part) in zip(axes, panels, strict=False):
-        values = part.set_index("workload")[list(KINDS)].dropna(axis=1, how="all")
-        values = values.astype(float).reindex(sizes.index).rename(columns=KINDS)
+        values = part.set_index("workload")[[*LEGENDS]].dropna(axis=1, how="all")
+        values = values.astype(float).reindex(sizes.index).rename(columns=LEGENDS)
         values.plot.bar(ax=panel, width=0.8, color=COLOURS, xlabel="", ylabel="times as fast")
         for drawn in panel.containers:
             labels = ["" if np.isnan(x) else f"{x:.2f}" for x in drawn.datavalues]

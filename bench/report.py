@@ -17,24 +17,20 @@ import torch
 
 from . import plots, tables
 from .environment import columns, environment
-from .measure import CONDITIONS, OK, Row
+from .measure import CONDITIONS, OK, RATIOS, Row
 from .roofline import Ceilings
 
 IDENTITY = (
     "workload", "n", "c", "positions", "c_m", "c_n", "heads", "device", "dtype", "layout", "mode",
     "launch", "provider",
 )  # fmt: skip
-MEASURED = (
-    "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions", "ratio_to_eager",
-    "ratio_same_format", "ratio_to_compiled", "ratio_to_max_autotune", "ratio_to_rivals",
+COLUMNS = (
+    *IDENTITY, "baseline", "status", "median_ms", "p20_ms", "p80_ms", "repetitions", *RATIOS,
     "failed_references", "kernels_not_used", "added", "gb_s", "tflop_s", "floor_ms", "bound",
     "share_of_floor", "peak_bytes", "saved_bytes", "launches", "cpu_us", "first_call_cold_s",
     "first_call_warm_s", "error", "error_gradient",
-)  # fmt: skip
-MACHINE = (
     "machine", "driver", "cuda", "torch", "triton", "commit", "code", "date", "clock_mhz",
 )  # fmt: skip
-COLUMNS = (*IDENTITY, *MEASURED, *MACHINE)
 PARTIAL = ".part"  # ends the name of a file while it is written
 INTERRUPTED = "Interrupted: these are the measurements until then."
 
@@ -90,7 +86,7 @@ class Report:
         machine = columns(self.environment)
         frame = pd.DataFrame([machine | row for row in self.rows], columns=list(COLUMNS))
         untrusted = [not self.trusts(row) for row in self.rows]
-        frame.loc[untrusted, [*tables.RATIOS, "share_of_floor"]] = np.nan
+        frame.loc[untrusted, [*RATIOS, "share_of_floor"]] = np.nan
         return frame
 
     def trusts(self, row: Row) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 import da_triton
 
-from .measure import OK
+from .measure import OK, RATIOS
 from .problems import BACKWARD, FORWARD
 from .providers import CHANNELS_LAST, OURS
 
@@ -21,13 +21,7 @@ SHOWN = {
 # What --metric may name: columns, with their title and the digits that are printed.
 METRICS: dict[str, dict[str, tuple[str, int]]] = {
     "time": {"median_ms": ("median ms", 3), "p20_ms": ("p20", 3), "p80_ms": ("p80", 3)},
-    "ratio": {
-        "ratio_to_eager": ("x eager", 2),
-        "ratio_same_format": ("same format", 2),
-        "ratio_to_compiled": ("x compile", 2),
-        "ratio_to_max_autotune": ("x max-autotune", 2),
-        "ratio_to_rivals": ("x best other", 2),
-    },
+    "ratio": {name: (ratio.title, 2) for name, ratio in RATIOS.items()},
     "rate": {"gb_s": ("GB/s", 1), "tflop_s": ("TFLOP/s", 2)},
     "floor": {"floor_ms": ("floor ms", 3), "share_of_floor": ("of floor", 2)},
     "memory": {"peak_bytes": ("peak B", 0), "saved_bytes": ("saved B", 0)},
@@ -36,15 +30,6 @@ METRICS: dict[str, dict[str, tuple[str, int]]] = {
     "first_call": {"first_call_cold_s": ("cold s", 2), "first_call_warm_s": ("warm s", 2)},
 }
 DEFAULT_METRICS = ("time", "ratio")
-RATIOS = {
-    "ratio_to_eager": "the better of eager NCHW and channels_last",
-    "ratio_same_format": "eager in the same memory format",
-    "ratio_to_compiled": "torch.compile of eager, the better of NCHW and channels_last",
-    "ratio_to_max_autotune": (
-        "torch.compile of eager in mode max-autotune, the better of NCHW and channels_last"
-    ),
-    "ratio_to_rivals": "the fastest of all other implementations",
-}
 SERIES = ["dtype", "launch", "mode", "provider", "layout"]  # what a mean is over the workloads of
 NOISY = 1.5
 UNUSED, MARK = "kernels_not_used", " *"  # the column, and the mark of rows that have it
@@ -121,8 +106,8 @@ def ratios(timed: pd.DataFrame) -> str:
     found = means(timed)
     if found.empty:
         return ""
-    titles = {name: title for name, (title, _) in METRICS["ratio"].items()}
-    meant = [f"* {titles[name]}: {RATIOS[name]}" for name in found["against"].unique()]
+    titles = {name: RATIOS[name].title for name in found["against"].unique()}
+    meant = [f"* {title}: {RATIOS[name].meaning}" for name, title in titles.items()]
     table = markdown(found.replace({"against": titles}), {"geometric mean": 2, "worst": 2})
     said = "Times as fast as these, in the same launch mode:\n\n" + "\n".join(meant)
     return "\n\n".join(filter(None, [said, table, failed_references(timed)]))
