@@ -1,9 +1,9 @@
 """Tables of measurements: columns of a metric, means of ratios, what was not timed, Markdown."""
 
 from collections.abc import Iterable, Mapping
+from statistics import geometric_mean
 from types import MappingProxyType
 
-import numpy as np
 import pandas as pd
 import tabulate  # noqa: F401  # of to_markdown: missing, it shows before anything is measured
 import torch
@@ -14,10 +14,7 @@ from .measure import OK, RATIOS
 from .problems import BACKWARD, FORWARD
 from .providers import CHANNELS_LAST, OURS
 
-SHOWN = {
-    "workload": "workload", "n": "N", "mode": "mode", "launch": "launch", "provider": "provider",
-    "layout": "layout",
-}  # fmt: skip
+SHOWN = ["workload", "n", "mode", "launch", "provider", "layout"]
 # What --metric may name: columns, with their title and the digits that are printed.
 METRICS: dict[str, dict[str, tuple[str, int]]] = {
     "time": {"median_ms": ("median ms", 3), "p20_ms": ("p20", 3), "p80_ms": ("p80", 3)},
@@ -54,11 +51,15 @@ def markdown(frame: pd.DataFrame, digits: Mapping[str, int] = MappingProxyType({
 def measurements(timed: pd.DataFrame, metrics: Iterable[str]) -> str:
     """A line per timing, with those columns of some metrics that have a value."""
     wanted = {k: v for m in metrics for k, v in METRICS[m].items() if timed[k].notna().any()}
-    facts = SHOWN | ({"dtype": "dtype"} if timed["dtype"].nunique() > 1 else {})
-    titles = facts | {name: title for name, (title, _) in wanted.items()}
-    replaced = timed[UNUSED].notna()
-    shown = timed.assign(provider=timed["provider"].mask(replaced, timed["provider"] + MARK))
-    return markdown(shown[[*titles]].rename(columns=titles), dict(wanted.values()))
+    dtype = ["dtype"] if timed["dtype"].nunique() > 1 else []
+    titles = {"n": "N"} | {name: title for name, (title, _) in wanted.items()}
+    shown = marked(timed, timed[UNUSED].notna())[[*SHOWN, *dtype, *wanted]]
+    return markdown(shown.rename(columns=titles), dict(wanted.values()))
+
+
+def marked(rows: pd.DataFrame, replaced: pd.Series) -> pd.DataFrame:
+    """Marks providers of rows where PyTorch operations replaced kernels."""
+    return rows.assign(provider=rows["provider"].mask(replaced, rows["provider"] + MARK))
 
 
 def untimed(frame: pd.DataFrame) -> str:
@@ -83,22 +84,17 @@ def merged(timed: pd.DataFrame) -> pd.DataFrame:
 def means(timed: pd.DataFrame) -> pd.DataFrame:
     """A row per ratio and series of ours: geometric mean, worst case, where ours is slower."""
     ours = merged(timed[timed["provider"].isin(OURS)])
-    replaced = ours.groupby(SERIES)[UNUSED].transform("count") > 0
-    ours["provider"] = ours["provider"].mask(replaced, ours["provider"] + MARK)
+    ours = marked(ours, ours.groupby(SERIES)[UNUSED].transform("count") > 0)
+    each = ours.melt(["workload", *SERIES], list(RATIOS), "against", "ratio").dropna(subset="ratio")
     keys = ["against", *SERIES]
-    each = ours.melt(["workload", *SERIES], list(RATIOS), "against", "ratio")
-    each = each.dropna(subset="ratio").astype({"ratio": float})
-    slower = each[each["ratio"] < 1].sort_values("ratio")
-    slower["slower on"] = slower["workload"] + slower["ratio"].map(" {:.2f}".format)
-    groups = each.groupby(keys, sort=False)
-    found = np.exp(np.log(each["ratio"]).groupby([each[k] for k in keys], sort=False).mean())
-    return pd.DataFrame({
-        "geometric mean": found,
-        "worst": groups["ratio"].min(),
-        "on": each.loc[groups["ratio"].idxmin()].set_index(keys)["workload"],
-        "timed": groups.size(),
-        "slower on": slower.groupby(keys)["slower on"].agg(", ".join),
-    }).reindex(found.index).fillna({"slower on": ""}).reset_index()  # fmt: skip
+    rows = []
+    for key, part in each.groupby(keys, sort=False):
+        found = part.set_index("workload")["ratio"].sort_values(kind="stable")
+        slower = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found[found < 1].items())
+        mean = geometric_mean(found)
+        rows.append((*key, mean, found.iloc[0], found.index[0], len(found), slower))
+    columns = ["geometric mean", "worst", "on", "timed", "slower on"]
+    return pd.DataFrame(rows, columns=[*keys, *columns])
 
 
 def ratios(timed: pd.DataFrame) -> str:
@@ -115,9 +111,8 @@ def ratios(timed: pd.DataFrame) -> str:
 
 def failed_references(timed: pd.DataFrame) -> str:
     """The references that failed, with their workloads."""
-    failed = timed.dropna(subset="failed_references")[["failed_references", "workload"]]
-    each = failed.assign(failed_references=failed["failed_references"].map(lambda x: x.split(", ")))
-    groups = each.explode("failed_references").groupby("failed_references", sort=False)["workload"]
+    names = timed["failed_references"].astype(object).str.split(", ")
+    groups = timed.assign(name=names).explode("name").groupby("name", sort=False)["workload"]
     parts = [f"{name} on {', '.join(found.unique())}" for name, found in groups]
     return f"The ratios do not consider what failed: {'; '.join(parts)}." if parts else ""
 
