@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class JoinedReport(Report):
 
     def __init__(self, out: Path, title: str, logs: Path, facts: dict[str, Any]) -> None:
         super().__init__(out, title, METRICS)
+        self.trusts = lambda row: not self.objection(row.get("assembler", assembler()))
         self.logs = logs
         self.remarks: list[str] = []
         for path in out.glob(f"*{PARTIAL}"):  # of an invocation that was killed
@@ -67,16 +68,18 @@ class JoinedReport(Report):
         known = {_identity(row): row for row in self.rows}
         for row in rows:
             row |= {**columns(self.environment), "assembler": assembler()}
-            earlier = known.get(_identity(row))
-            stays = cut_short(row) and earlier is not None and _timed_alike(earlier, row)
-            if not stays:
+            earlier = known.get(_identity(row), row)
+            timed_alike = (earlier["status"], earlier["assembler"]) == (OK, row["assembler"])
+            if not (cut_short(row) and timed_alike):
                 known[_identity(row)] = row
         self.rows = [*known.values()]
-        self.judge()
         self._save()
 
     def objection(self, made_with: str) -> str:
-        """Why nothing that was compiled by some assembler has ratios; empty if it has."""
+        """Why nothing that was compiled by some assembler has ratios; empty if it has.
+
+        Ratios need tests that passed, and kernels that gave right results.
+        """
         outcome = str(self.environment.get("tests", "they were not run on this code"))
         if not outcome.startswith("passed"):
             return f"THE TESTS DID NOT PASS, so there are raw times only: {outcome}"
@@ -87,28 +90,23 @@ class JoinedReport(Report):
             return "THE KERNELS GAVE WRONG RESULTS in the smoke check: raw times only."
         return f"THE SMOKE CHECK DID NOT FINISH ({smoke['verdict']}): raw times only."
 
-    def trusts(self, row: Row) -> bool:
-        return not self.objection(row.get("assembler", assembler()))
-
-    def judge(self) -> None:
-        """Ratios need tests that passed, and kernels that gave right results."""
-        objection = self.objection(assembler())
-        self.with_ratios = not objection
-        self.notes = [objection] if objection else []
-        if self.with_ratios and assembler() not in (self.environment.get("smoke") or {}):
-            self.notes.append("The smoke check was not run on this code.")
+    def _noted(self) -> Iterator[str]:
+        """What the checks say of the rows, remarks, and how long the stages took."""
+        if objection := self.objection(assembler()):
+            yield objection
+        elif assembler() not in (self.environment.get("smoke") or {}):
+            yield "The smoke check was not run on this code."
         untrusted = sum(not self.trusts(row) for row in self.rows)
         if 0 < untrusted < len(self.rows):
-            self.notes.append(
+            yield (
                 f"{untrusted} of {len(self.rows)} rows have no ratios: with their assembler, the "
                 "smoke check did not pass."
             )
-        self.notes += self.remarks
-        stages = self.environment.get("stages") or {}
-        spent = pd.DataFrame([{"stage": name} | x for name, x in stages.items()])
-        if len(spent):
-            spent = spent.drop(columns="result", errors="ignore")
-            self.notes.append(f"Seconds by stage:\n\n{tables.markdown(spent)}")
+        yield from self.remarks
+        if stages := self.environment.get("stages"):
+            spent = [(name, stage["seconds"]) for name, stage in stages.items()]
+            table = tables.markdown(pd.DataFrame(spent, columns=["stage", "seconds"]))
+            yield f"Seconds by stage:\n\n{table}"
 
     def _save(self) -> None:
         if self.rows:
@@ -131,7 +129,7 @@ class JoinedReport(Report):
 
     def written(self) -> str:
         """Writes the report; what cannot be drawn does not take the rest with it."""
-        self.judge()
+        self.notes = [*self._noted()]
         try:
             return self.finish(short=True)
         except Exception as error:
@@ -143,11 +141,6 @@ class JoinedReport(Report):
             return text
         finally:
             self._save()
-
-
-def _timed_alike(earlier: Row, row: Row) -> bool:
-    """Whether an earlier row is a timing of kernels that the same assembler made."""
-    return earlier["status"] == OK and earlier["assembler"] == row["assembler"]
 
 
 def _identity(row: Row) -> tuple:

@@ -7,7 +7,7 @@ short leaves what it measured.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ INTERRUPTED = "Interrupted: these are the measurements until then."
 class Report:
     """Rows, notes and environment of one run, in one folder.
 
-    ``with_ratios`` is False where results were not checked: then there are raw times only.
+    ``trusts`` says whether a row may have ratios. Where none may, there are raw times only.
     """
 
     out: Path
@@ -51,7 +51,7 @@ class Report:
     rows: list[Row] = dataclasses.field(default_factory=list)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     ceilings: Ceilings | None = None
-    with_ratios: bool = True
+    trusts: Callable[[Row], bool] = lambda row: True
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -89,13 +89,9 @@ class Report:
         frame.loc[untrusted, [*RATIOS, "share_of_floor"]] = np.nan
         return frame
 
-    def trusts(self, row: Row) -> bool:
-        """Whether the row may have ratios."""
-        return self.with_ratios
-
     @property
     def shows_ratios(self) -> bool:
-        return any(map(self.trusts, self.rows)) if self.rows else self.with_ratios
+        return any(map(self.trusts, self.rows or [{}]))
 
     def timed(self) -> pd.DataFrame:
         frame = self.frame()
@@ -104,9 +100,8 @@ class Report:
     def finish(self, *, short: bool) -> str:
         """Writes report and plots; returns what to print, ``short`` without a line per timing."""
         timed = self.timed()
-        ratios = tables.ratios(timed) if self.shows_ratios else ""
         found = {
-            "Ratios": ratios, "Not timed": tables.untimed(self.frame()),
+            "Ratios": tables.ratios(timed), "Not timed": tables.untimed(self.frame()),
             "Warnings": tables.warnings(timed),
         }  # fmt: skip
         everything = found | {
@@ -115,10 +110,8 @@ class Report:
             "Environment": self._facts(),
         }
         head = [f"# {self.title}", *self.notes]
-        replace(
-            self.out / "report.md",
-            _page([*head, *self._plots(tables.merged(timed))], everything) + "\n",
-        )
+        page = _page([*head, *self._plots(tables.merged(timed))], everything)
+        replace(self.out / "report.md", page + "\n")
         if "ratio" not in self.metrics:
             del found["Ratios"]
         if not short or not self.shows_ratios:

@@ -300,7 +300,7 @@ def cost_against_positions(run: Run, budget: Budget) -> str:
     """Eager and da_triton, as CUDA graphs, in files of their own."""
     where = run.settings.where
     beside = Report(run.report.out, run.report.title, ("time", "ratio"))
-    beside.environment, beside.with_ratios = run.report.environment, run.report.with_ratios
+    beside.environment, beside.trusts = run.report.environment, run.report.trusts
     launch = GRAPH if where.device.type == "cuda" else EAGER
     wanted = ["eager", run.settings.ours]
     group = providers.select(wanted, launch, where.device, where.dtype, [NCHW])

@@ -149,7 +149,9 @@ def test_code_is_all_python_files_and_nothing_else(tmp_path):
     assert len(seen) == 1 + len(SOURCES)
 
 
-def test_no_ratio_if_the_smoke_check_did_not_finish(run, tiny, capsys):
+def test_no_ratio_unless_tests_passed_and_the_smoke_check_finished(run, out, tiny, capsys):
+    run("scaling")
+    assert pd.read_csv(out / "scaling.csv")["ratio_to_eager"].isna().all()
     _, frame = run("eager", workloads=[tiny])
     assert frame["ratio_to_eager"].isna().all()
     _, frame = run("tests")

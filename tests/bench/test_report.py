@@ -123,7 +123,7 @@ def test_chosen_metrics_are_what_is_printed(tmp_path):
 
 
 def test_without_ratios_there_are_raw_times(report):
-    report.with_ratios = False
+    report.trusts = lambda row: False
     report.ceilings = CEILINGS
     report.add([])
     short, page = finished(report)
