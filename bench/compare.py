@@ -7,6 +7,7 @@ that was timed and now fails or disagrees is a regression, too.
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .measure import OK
@@ -19,12 +20,10 @@ KEY = [name for name in IDENTITY if name != "device"]
 NEEDED = (*IDENTITY, "status", "median_ms", "p20_ms", "p80_ms", "machine")
 SHOWN = ["workload", "dtype", "layout", "mode", "launch", "provider"]
 TIMES = {"median_ms_old": "old ms", "median_ms": "new ms", "ratio": "new / old"}
-SLOWER, FASTER, SAME, BROKEN, MISSING = (
+VERDICTS = SLOWER, FASTER, SAME, BROKEN, MISSING = (
     "slower", "faster", "within the noise", "broken", "not in the new run",
 )  # fmt: skip
-COLUMNS = {
-    SLOWER: TIMES, FASTER: TIMES, BROKEN: {"status": "status"}, MISSING: {},
-}  # fmt: skip
+COLUMNS = {SLOWER: TIMES, FASTER: TIMES, BROKEN: {"status": "status"}, MISSING: {}}
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -62,13 +61,14 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, across: bool = False) -> pd.Da
     if not (found["found"] == "both").any():
         raise UsageError("the files have no measurement in common.")
     found = found[found["status_old"] == OK]
-    slower = found["p20_ms"] > found["p80_ms_old"] * (1 + MARGIN)
-    faster = found["p80_ms"] * (1 + MARGIN) < found["p20_ms_old"]
-    found = found.assign(ratio=found["median_ms"] / found["median_ms_old"], verdict=SAME)
-    found.loc[slower, "verdict"] = SLOWER
-    found.loc[faster, "verdict"] = FASTER
-    found.loc[found["status"] != OK, "verdict"] = BROKEN
-    found.loc[found["found"] == "left_only", "verdict"] = MISSING
+    verdicts = {  # the first that holds
+        MISSING: found["found"] == "left_only",
+        BROKEN: found["status"] != OK,
+        FASTER: found["p80_ms"] * (1 + MARGIN) < found["p20_ms_old"],
+        SLOWER: found["p20_ms"] > found["p80_ms_old"] * (1 + MARGIN),
+    }
+    verdict = np.select([*verdicts.values()], [*verdicts], SAME)
+    found = found.assign(ratio=found["median_ms"] / found["median_ms_old"], verdict=verdict)
     return found.sort_values("ratio", ascending=False)
 
 
@@ -78,8 +78,7 @@ def regressed(found: pd.DataFrame) -> bool:
 
 def text(found: pd.DataFrame) -> str:
     """The number of rows with each verdict, and the rows that are not as before."""
-    order = (SLOWER, FASTER, SAME, BROKEN, MISSING)
-    parts = [", ".join(f"{(found['verdict'] == verdict).sum()} {verdict}" for verdict in order)]
+    parts = [", ".join(f"{(found['verdict'] == verdict).sum()} {verdict}" for verdict in VERDICTS)]
     for verdict, titles in COLUMNS.items():
         rows = found[found["verdict"] == verdict]
         rows = rows[::-1] if verdict == FASTER else rows  # the largest change first

@@ -19,7 +19,7 @@ from .providers import OURS, Provider
 from .report import COLUMNS, Report, replace
 from .workloads import Workload
 
-BASE = Workload("scaling", 1, 128, (2**12,), 64, 64)
+BASE = Workload("scaling", 1, 128, (64, 64), 64, 64)
 AXES = {
     "L": [2**k for k in range(10, 22)],
     "N": [2**k for k in range(9)],
@@ -30,15 +30,12 @@ TITLES = {"L": "positions", "N": "samples", "C": "channels", "c_n": "descriptors
 
 
 def workload(axis: str, size: int) -> Workload:
-    changes: dict[str, Any] = {"positions": (64, 64)}
-    if axis == "L":
-        side = 2 ** (size.bit_length() // 2)
-        changes["positions"] = (size // side, side) if size % side == 0 else (size,)
-    elif axis == "N":
-        changes |= {"n": size, "cpu_n": size}
-    else:
-        changes[axis.lower()] = size
-    return dataclasses.replace(BASE, name=f"scaling {axis}={size}", **changes)
+    side = 2 ** (size.bit_length() // 2)  # sizes are powers of two
+    changes: dict[str, dict[str, Any]] = {
+        "L": {"positions": (size // side, side)}, "N": {"n": size, "cpu_n": size},
+        "C": {"c": size}, "c_n": {"c_n": size},
+    }  # fmt: skip
+    return dataclasses.replace(BASE, name=f"scaling {axis}={size}", **changes[axis])
 
 
 def run(
