@@ -45,8 +45,7 @@ def bars(timed: pd.DataFrame, title: str) -> Figure:
         values = values.astype(float).reindex(sizes.index).rename(columns=LEGENDS)
         values.plot.bar(ax=panel, width=0.8, color=COLOURS, xlabel="", ylabel="times as fast")
         for drawn in panel.containers:
-            labels = ["" if np.isnan(x) else f"{x:.2f}" for x in drawn.datavalues]
-            panel.bar_label(drawn, labels=labels, fontsize=7, padding=1)
+            panel.bar_label(drawn, fmt="{:.2f}", fontsize=7, padding=1)
         panel.axhline(1.0, color=GREY, linewidth=1, linestyle="--", zorder=0.9)
         panel.margins(x=0.01, y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
@@ -86,9 +85,8 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
         eager = eager.drop_duplicates("workload").set_index("workload")
         ours = best_of_ours(part).set_index("workload")
         _roof(panel, part, ceilings)
-        for frame, look, colour, name in (
-            (eager, "o", COLOURS[1], "eager"), (ours, "^", COLOURS[0], "ours"),
-        ):  # fmt: skip
+        marks = {"eager": (eager, "o", COLOURS[1]), "ours": (ours, "^", COLOURS[0])}
+        for name, (frame, look, colour) in marks.items():
             label = f"{name}, better memory format"
             panel.plot(frame["reuse"], frame["tflop_s"], look, color=colour, label=label, zorder=3)
         for name, row in ours.join(eager["tflop_s"].rename("eager")).iterrows():
@@ -117,8 +115,7 @@ def _roof(panel: Any, part: pd.DataFrame, ceilings: Ceilings) -> None:
         textcoords="offset points", **text,
     )  # fmt: skip
     panel.set_ylim(0.4 * min(part["tflop_s"].min(), top), 2.5 * max(part["tflop_s"].max(), top))
-    panel.set_xlabel("useful operations per compulsory byte")
-    panel.set_ylabel("useful TFLOP/s")
+    panel.set(xlabel="useful operations per compulsory byte", ylabel="useful TFLOP/s")
 
 
 def scaling(timed: pd.DataFrame, axis: str, title: str) -> Figure:
