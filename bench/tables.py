@@ -11,7 +11,7 @@ import torch
 import da_triton
 
 from .measure import OK, RATIOS
-from .problems import BACKWARD, FORWARD
+from .problems import BACKWARD, FORWARD, memory_format
 from .providers import CHANNELS_LAST, OURS
 
 SHOWN = ["workload", "n", "mode", "launch", "provider", "layout"]
@@ -139,11 +139,10 @@ def against_model(timed: pd.DataFrame) -> pd.DataFrame:
     ours = timed[(timed["provider"] == "triton") & (timed["device"] == "cuda")]
     for row in ours.dropna(subset="c_m").to_dict("records"):  # no networks
         shape = (row["n"], row["c"], *map(int, row["positions"].split("x")))
-        last = row["layout"] == CHANNELS_LAST
         plan = da_triton.plan(
             shape, int(row["c_m"]), int(row["c_n"]), heads=int(row["heads"]),
             dtype=getattr(torch, row["dtype"]),
-            memory_format=torch.channels_last if last else torch.contiguous_format,
+            memory_format=memory_format(len(shape) - 2, row["layout"] == CHANNELS_LAST),
         )  # fmt: skip
         passes = {FORWARD: plan.chosen.seconds, BACKWARD: plan.chosen.backward_seconds}
         modelled = 1e6 * passes.get(row["mode"], sum(passes.values()))

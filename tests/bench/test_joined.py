@@ -116,7 +116,7 @@ def test_results_of_other_code_are_kept(run, out, tiny, on_code, capsys):
     assert frame["ratio_to_eager"].notna().all()
 
 
-def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
+def test_no_ratio_while_tests_fail(run, tiny, capsys):
     code, frame = run("tests", "eager", test_command=FAILING, workloads=[tiny])
     assert code == 1
     assert frame["ratio_to_eager"].isna().all()
@@ -126,8 +126,6 @@ def test_no_ratio_while_tests_fail(run, out, tiny, capsys):
         "THE TESTS DID NOT PASS, so there are raw times only: failed with exit status 1" in printed
     )
     assert "FAILED tests/test_a.py::test_b - assert 1 == 2" in printed
-    assert "geometric mean" not in printed
-    assert "x eager" not in (out / "report.md").read_text()
     code, frame = run("tests")  # repaired
     assert code == 0
     assert frame["ratio_to_eager"].notna().all()
