@@ -8,12 +8,13 @@ from matplotlib.figure import Figure
 
 from .measure import RATIOS
 from .problems import MODES
-from .providers import OURS
+from .providers import EAGER, GRAPH, OURS
 from .roofline import Ceilings
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LEGENDS = {name: ratio.legend for name, ratio in RATIOS.items() if ratio.legend}
+LAUNCHES = {EAGER: "eager launches", GRAPH: "CUDA graph"}
 GREY = "#555555"
 
 
@@ -50,13 +51,9 @@ def bars(timed: pd.DataFrame, title: str) -> Figure:
         panel.margins(x=0.01, y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-        panel.set_title(f"{mode}, {_launches(launch)}, {dtype}", size=10)
+        panel.set_title(f"{mode}, {LAUNCHES[launch]}, {dtype}", size=10)
         panel.set_xticks(np.arange(len(names)), names, fontsize=7, rotation=0)
     return figure
-
-
-def _launches(launch: str) -> str:
-    return "CUDA graph" if launch == "graph" else "eager launches"
 
 
 def _by_mode(timed: pd.DataFrame, title: str, size: float) -> tuple[Figure, dict[str, Any]]:
@@ -75,7 +72,7 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
     """
     dtype = timed["dtype"].iloc[0]  # the one that the matrix rate was measured in
     timed = timed[timed["dtype"] == dtype].assign(reuse=1e3 * timed["tflop_s"] / timed["gb_s"])
-    numbers = {name: str(n + 1) for n, name in enumerate(timed["workload"].unique())}
+    numbers = {name: str(n) for n, name in enumerate(timed["workload"].unique(), 1)}
     figure, panels = _by_mode(timed, f"{title}: roofline, {dtype}", 6.2)
     for mode, panel in panels.items():
         part = timed[timed["mode"] == mode]
@@ -96,7 +93,7 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
             )  # fmt: skip
             ends = row[["eager", "tflop_s"]].astype(float)
             panel.plot([row["reuse"]] * 2, ends, color=GREY, linewidth=0.7)
-        panel.set_title(f"{mode}, {_launches(launch)}", size=10)
+        panel.set_title(f"{mode}, {LAUNCHES[launch]}", size=10)
         panel.legend(fontsize=8, loc="lower right", frameon=False)
     listed = "\n".join(f"{number}  {name}" for name, number in numbers.items())
     panel.text(1.02, 1.0, listed, transform=panel.transAxes, fontsize=8, va="top", color=GREY)
