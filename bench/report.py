@@ -77,7 +77,7 @@ class Report:
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
-        if "conditions" not in self.environment and any(r["device"] == "cuda" for r in rows):
+        if "conditions" not in self.environment and any(r["device"] == "cuda" for r in self.rows):
             self.record(conditions=CONDITIONS)
         if self.csv:
             replace(self.out / "results.csv", self.frame().to_csv(index=False))

@@ -7,7 +7,7 @@ import pytest
 
 from bench.environment import SOURCES, code
 from bench.joined import LONGEST_LOG, JoinedReport
-from bench.measure import CONTEXT_LOST, OK, OUT_OF_TIME
+from bench.measure import CONDITIONS, CONTEXT_LOST, OK, OUT_OF_TIME
 from support.gpu_run import FAILING, facts, logged
 from support.rows import row
 
@@ -48,7 +48,7 @@ def test_what_replaces_an_earlier_timing(out):
 
     def added(status):
         joined = JoinedReport(out, "A title", out / "logs", {"code": "a"})
-        joined.add([row(status=status)])
+        joined.add([row(status=status, device="cuda")])
         (found,) = joined.rows
         return found["status"]
 
@@ -58,6 +58,7 @@ def test_what_replaces_an_earlier_timing(out):
     assert added(OK) == OK
     for status in (OUT_OF_TIME, CONTEXT_LOST, "killed after 150 s without a result"):
         assert added(status) == OK
+    assert facts(out)["conditions"] == CONDITIONS
 
 
 def test_a_run_that_is_killed_leaves_no_other_files(out, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import matplotlib.image
 import pandas as pd
@@ -11,10 +12,10 @@ import torch
 
 import da_triton
 from bench import environment as module
-from bench import plots
+from bench import plots, scaling
 from bench.environment import COMMIT, commit, environment
 from bench.measure import CONDITIONS, RATIOS
-from bench.report import COLUMNS, Report
+from bench.report import COLUMNS, INTERRUPTED, Report
 from bench.roofline import Ceilings
 from bench.tables import METRICS, against_model, markdown, means
 from support.rows import row, unpadded
@@ -146,6 +147,15 @@ def test_report_of_nothing(tmp_path):
     report = Report(tmp_path, "A title")
     report.add([row("broken", status="failed: why")])
     assert "failed: why" in report.finish(short=False)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_scaling_that_is_interrupted_at_once(tmp_path):
+    def run(*_):
+        raise KeyboardInterrupt
+
+    printed = scaling.run(SimpleNamespace(run=run), "L", [8], [], [], Report(tmp_path, "A title"))
+    assert INTERRUPTED in printed
     assert not list(tmp_path.glob("*.png"))
 
 
