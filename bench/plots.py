@@ -70,6 +70,7 @@ def roofline(timed: pd.DataFrame, ceilings: Ceilings, title: str) -> Figure:
 
     Both have the same useful operations and compulsory bytes, so one is above the other.
     """
+    timed = timed.dropna(subset="tflop_s")  # no networks
     dtype = timed["dtype"].iloc[0]  # the one that the matrix rate was measured in
     timed = timed[timed["dtype"] == dtype].assign(reuse=1e3 * timed["tflop_s"] / timed["gb_s"])
     numbers = {name: str(n) for n, name in enumerate(timed["workload"].unique(), 1)}

@@ -123,7 +123,7 @@ class Report:
         if not (self.png and self.shows_ratios and len(timed)):
             return []
         drawn = {"bars.png": ("Times as fast, by workload", plots.bars(timed, self.title))}
-        if self.ceilings:
+        if self.ceilings and timed["tflop_s"].notna().any():
             figure = plots.roofline(timed, self.ceilings, self.title)
             drawn["roofline.png"] = ("Roofline: operations per second, against reuse", figure)
         for name, (_, figure) in drawn.items():

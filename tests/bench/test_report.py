@@ -150,6 +150,13 @@ def test_report_of_nothing(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_networks_have_no_roofline(tmp_path):
+    report = Report(tmp_path, "A title", ceilings=CEILINGS)
+    report.add([row("eager", gb_s=None, tflop_s=None), row("torch", gb_s=None, tflop_s=None)])
+    report.finish(short=True)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["bars.png"]
+
+
 def test_scaling_that_is_interrupted_at_once(tmp_path):
     def run(*_):
         raise KeyboardInterrupt
