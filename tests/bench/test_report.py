@@ -143,18 +143,16 @@ def test_without_ratios_there_are_raw_times(report):
     assert not list(report.out.glob("*.png"))
 
 
-def test_report_of_nothing(tmp_path):
-    report = Report(tmp_path, "A title")
-    report.add([row("broken", status="failed: why")])
-    assert "failed: why" in report.finish(short=False)
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_networks_have_no_roofline(tmp_path):
+@pytest.mark.parametrize(
+    ("facts", "drawn"),
+    [({"status": "failed: why"}, []), ({"gb_s": None, "tflop_s": None}, ["bars.png"])],
+    ids=["nothing timed", "networks"],
+)
+def test_only_what_there_is_is_drawn(tmp_path, facts, drawn):
     report = Report(tmp_path, "A title", ceilings=CEILINGS)
-    report.add([row("eager", gb_s=None, tflop_s=None), row("torch", gb_s=None, tflop_s=None)])
-    report.finish(short=True)
-    assert [path.name for path in tmp_path.glob("*.png")] == ["bars.png"]
+    report.add([row("eager", **facts), row("torch", **facts)])
+    assert facts.get("status", "eager") in report.finish(short=False)
+    assert [path.name for path in tmp_path.glob("*.png")] == drawn
 
 
 def test_scaling_that_is_interrupted_at_once(tmp_path):
