@@ -66,7 +66,7 @@ def run(
 
 def frame(report: Report, axis: str) -> pd.DataFrame:
     found = report.frame()
-    sizes = found["workload"].str.split("=").str[-1].astype(int)
+    sizes = found["workload"].str.rsplit("=", n=1).str[-1].astype(int)
     return found.assign(axis=axis, size=sizes)[["axis", "size", *COLUMNS]]
 
 
