@@ -281,27 +281,25 @@ def plain(*others: str) -> list[Provider]:
 
 SIDES = ("eager", "triton")  # the baseline and da_triton, in every group
 ONE_FORMAT = ("torch", "eager autocast", "einsum", "fla", "compile triton")  # NCHW suffices
-# The groups of each stage: their launch mode, and what is timed beside ``SIDES``.
-STAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+# The groups of each stage, by number: the launch mode, and what is timed beside ``SIDES``.
+STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "eager": (
         (
-            GRAPH,
-            ("torch", "eager autocast", "einsum", "sdpa", "fla", "absorbed", "absorbed unbiased"),
+            GRAPH, "torch", "eager autocast", "einsum", "sdpa", "fla", "absorbed",
+            "absorbed unbiased",
         ),
-        (EAGER, ()),
+        (EAGER,),
     ),
     "compiled": (
-        (GRAPH, ("compile eager", "compile triton")),
-        (GRAPH, ("compile eager max-autotune",)),
-        (GRAPH, ("compile eager mm", "compile absorbed unbiased", "compile absorbed flex")),
-        (EAGER, ("compile eager", "compile triton")),
-        (GRAPH, ("compile eager mm max-autotune", "compile absorbed flex max-autotune")),
+        (GRAPH, "compile eager", "compile triton"),
+        (GRAPH, "compile eager max-autotune"),
+        (GRAPH, "compile eager mm", "compile absorbed unbiased", "compile absorbed flex"),
+        (EAGER, "compile eager", "compile triton"),
+        (GRAPH, "compile eager mm max-autotune", "compile absorbed flex max-autotune"),
     ),
-}
-# Numbers of groups of the compiled stage, in the order of their worth for the time they take.
-COMPILED_DEFAULT, COMPILED_AUTOTUNED = 0, 1
+}  # fmt: skip
+# Groups of the compiled stage by their worth for the time they take; the others follow by number.
 COMPILED_MAIN = (0, 2, 1)
-COMPILED_LATER = (2, 3, 4)
 
 
 def gpu_sweeps(stage: str) -> list[list[Provider]]:
@@ -311,7 +309,7 @@ def gpu_sweeps(stage: str) -> list[list[Provider]]:
     da_triton in both memory formats.
     """
     found = []
-    for launch, others in STAGES[stage]:
+    for launch, *others in STAGES[stage]:
         group = in_layouts(p for p in catalogue(launch) if p.name in (*SIDES, *others))
         found.append([p for p in group if not (p.channels_last and p.name in ONE_FORMAT)])
     return found

@@ -214,23 +214,16 @@ def order(
     eager stage; the compiled stage begins with the main groups on the first workloads, then with
     the default mode on all, then with max-autotune.
     """
-    rank = {name: place for place, name in enumerate(COMPILED_FIRST)}
-    works = list(workloads)
+    works, numbers = list(workloads), range(groups)
     if stage == "compiled":
-        works.sort(key=lambda work: rank.get(work.name, len(rank)))
-    first = works[:COMPLETE]
-    later = (providers.COMPILED_DEFAULT, providers.COMPILED_AUTOTUNED, *providers.COMPILED_LATER)
-
-    def turn(pair: tuple[Workload, int]) -> tuple[int, ...]:
-        work, group = pair
-        if stage != "compiled":
-            return work.small, group, works.index(work)
-        if work in first and group in providers.COMPILED_MAIN:
-            return 0, works.index(work), providers.COMPILED_MAIN.index(group)
-        return 1 + later.index(group), works.index(work)
-
-    pairs = sorted(itertools.product(works, range(groups)), key=turn)
-    return [(work, mode, group) for work, group in pairs for mode in (FORWARD, STEP)]
+        works.sort(key=lambda work: [*COMPILED_FIRST, work.name].index(work.name))
+        main = [group for group in providers.COMPILED_MAIN if group in numbers]
+        turns = [*itertools.product(works[:COMPLETE], main)]
+        turns += [(work, group) for group in numbers for work in works]
+    else:
+        turns = [*itertools.product(works, numbers)]
+        turns.sort(key=lambda turn: (turn[0].small, turn[1]))
+    return [(work, mode, group) for work, group in dict.fromkeys(turns) for mode in (FORWARD, STEP)]
 
 
 def _counted(rows) -> str:

@@ -226,7 +226,7 @@ def test_absorbed_flex_attention(tiny, compiled):
 def test_every_gpu_sweep_has_what_its_ratios_refer_to(stage):
     """Both layouts of eager, da_triton and what is compiled of eager; the rivals' one layout."""
     groups = providers.gpu_sweeps(stage)
-    for sweep, (launch, others) in zip(groups, providers.STAGES[stage], strict=True):
+    for sweep, (launch, *others) in zip(groups, providers.STAGES[stage], strict=True):
         assert {p.launch for p in sweep} == {launch}
         timed = [(p.name, p.layout) for p in sweep]
         assert len(set(timed)) == len(timed)
