@@ -158,7 +158,8 @@ def setup_block(
     if autocast:
         run = torch.autocast(device.type, dtype)(run)
     if compile_mode is not None and problem.mode == BACKWARD:
-        run = _keeping_its_graph(run)
+        # Its backward is run later, with other calls between.
+        run = torch._functorch.config.patch(donated_buffer=False)(run)
     call = Call(run, problem, block.parameters())
     return Replay(call) if capture else call
 
@@ -167,22 +168,8 @@ def matmul_options(mode: str) -> dict[str, Any]:
     """Arguments of ``torch.compile``: a mode's options and those of ``as_matmul``."""
     from torch import _inductor
 
-    options = {
-        **_inductor.list_mode_options(mode),
-        "conv_1x1_as_mm": True,
-        "triton.native_matmul": True,
-    }
-    return {"options": options}
-
-
-def _keeping_its_graph(run: Block) -> Block:
-    """Compiled forward passes whose backward is run later, with other calls between."""
-
-    def keeping(x: Tensor) -> Tensor:
-        with torch._functorch.config.patch(donated_buffer=False):
-            return run(x)
-
-    return keeping
+    options = _inductor.list_mode_options(mode)
+    return {"options": {**options, "conv_1x1_as_mm": True, "triton.native_matmul": True}}
 
 
 # --- catalogue ------------------------------------------------------------------------------------
