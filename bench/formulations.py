@@ -19,7 +19,7 @@ class EagerDoubleAttention(nn.Module):
 
     def __init__(self, in_channels: int, c_m: int, c_n: int, heads: int = 1, axes: int = 2) -> None:
         super().__init__()
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+        convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
         self.heads = heads
         self.convA = convolution(in_channels, c_m, 1)
         self.convB = convolution(in_channels, c_n, 1)
@@ -46,16 +46,6 @@ class EagerDoubleAttention(nn.Module):
         """``(batch, heads, channels, positions)`` of a convolution's output."""
         return t.flatten(2).unflatten(1, (self.heads, -1))
 
-    def rows(self, convolution: nn.Module, *batch: int) -> Tensor:
-        """A convolution's weights by head, ``(heads, c_out, c_in)``, for each sample of a batch."""
-        weight: Any = convolution.weight
-        return weight.reshape(self.heads, -1, weight.shape[1]).expand(*batch, -1, -1, -1)
-
-    def bias_of_v(self) -> Tensor | None:
-        """As a mask that is constant over positions."""
-        bias = self.convV.bias
-        return None if bias is None else bias.view(1, self.heads, 1, -1)
-
 
 class EinsumDoubleAttention(EagerDoubleAttention):
     """The core in two contractions, with the heads as an axis of their own."""
@@ -77,18 +67,28 @@ class AttentionCalls(EagerDoubleAttention):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = x.shape[0]
-        positions = x.flatten(2).mT[:, None].expand(-1, self.heads, -1, -1)
+        positions, queries, keys = self.operands(x)
         features = self.by_head(self.convA(x)).mT
-        queries, keys = self.rows(self.convB, batch), self.rows(self.convV, batch)
         g = scaled_dot_product_attention(queries, positions, features, scale=1.0)
-        z = scaled_dot_product_attention(
-            positions, keys, g, attn_mask=self.bias_of_v(), scale=1.0
-        )  # fmt: skip
-        return self.reconstruct(x, z.mT)
+        return self.reconstruct(x, self.distribute(positions, keys, g).mT)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """X, the weights of B and those of V, each ``(batch, heads, rows, in_channels)``."""
+        shape = x.shape[0], self.heads, -1, -1
+        positions = x.flatten(2).mT[:, None].expand(shape)
+        return positions, self.rows(self.convB).expand(shape), self.rows(self.convV).expand(shape)
+
+    def rows(self, convolution: Any) -> Tensor:
+        """A convolution's weights by head, ``(heads, c_out, c_in)``."""
+        return convolution.weight.reshape(self.heads, -1, convolution.in_channels)
+
+    def distribute(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        bias = self.convV.bias
+        mask = None if bias is None else bias.view(1, self.heads, 1, -1)
+        return scaled_dot_product_attention(positions, keys, values, attn_mask=mask, scale=1.0)
 
 
-class AbsorbedAttention(EagerDoubleAttention):
+class AbsorbedAttention(AttentionCalls):
     """Two attention calls on X itself; A, B, V and Z never exist.
 
     Gather: ``SDPA(Wb, X, X)``. Its softmax rows sum to 1, so Wa and the bias of A apply to the
@@ -99,22 +99,15 @@ class AbsorbedAttention(EagerDoubleAttention):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, heads = x.shape[0], x.shape[1], self.heads
-        positions = x.flatten(2).mT[:, None].expand(-1, heads, -1, -1)
-        queries, keys = self.rows(self.convB, batch), self.rows(self.convV, batch)
+        channels, heads = x.shape[1], self.heads
+        positions, queries, keys = self.operands(x)
         gathered = scaled_dot_product_attention(queries, positions, positions, scale=1.0)
-        assert self.convA.bias is not None
-        assert self.conv_reconstruct.bias is not None
         g = gathered @ self.rows(self.convA).mT + self.convA.bias.view(heads, 1, -1)
         last = self.conv_reconstruct.weight.reshape(channels, heads, -1).permute(1, 2, 0)
         values = g @ last + self.conv_reconstruct.bias / heads
         mixed = self.distribute(positions, keys, values)
         mixed = mixed.squeeze(1) if heads == 1 else mixed.sum(1)
         return x + mixed.mT.unflatten(2, x.shape[2:])
-
-    def distribute(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        mask = self.bias_of_v()
-        return scaled_dot_product_attention(positions, keys, values, attn_mask=mask, scale=1.0)
 
 
 class AbsorbedFlexAttention(AbsorbedAttention):
@@ -123,7 +116,6 @@ class AbsorbedFlexAttention(AbsorbedAttention):
     def distribute(self, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        assert self.convV.bias is not None
         bias = self.convV.bias.view(self.heads, -1)
 
         def add_bias(score, sample, head, position, descriptor):
