@@ -48,10 +48,8 @@ TEST_ENVIRONMENT = {
     "DA_TRITON_PROVE": "0",  # the kernels themselves are tested, not what replaces wrong ones
     "DA_TRITON_EXAMPLES": "8",  # every example is a new shape, whose kernels are compiled serially
 }
-MEMORY_CHECKED = (
-    "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "one_tile or block-fused",
-    "tests/kernels/test_sanitize.py",
-)  # fmt: skip
+# What exit statuses of ``da_triton.check`` mean.
+CHECKED: dict[int | None, str] = {0: "all right", 1: "WRONG RESULTS", 2: "could not run"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +107,15 @@ class Run:
 def smoke(run: Run, budget: Budget) -> str:
     """Every fused tile at full size against float64, once per assembler."""
     found, said = dict(run.report.environment.get("smoke") or {}), []
-    others = [str(path) for path in run.settings.ptxas]
-    for place, name in enumerate((assembler(), *others)):
+    assemblers = (assembler(), *run.settings.ptxas)
+    for place, name in enumerate(assemblers):
         log = run.logs / f"smoke-{place}.txt"
         facts = log.with_suffix(".json")
         facts.unlink(missing_ok=True)  # an earlier run's
-        device = str(run.settings.where.device)
-        command = [*run.settings.check_command, "--device", device, "--json", str(facts)]
+        options = ["--device", str(run.settings.where.device), "--json", str(facts)]
         environment = dict.fromkeys(PTXAS, name) if place else {}
-        ended = isolated(command, budget.left / (len(others) + 1 - place), log, environment)
+        limit = budget.left / (len(assemblers) - place)
+        ended = isolated([*run.settings.check_command, *options], limit, log, environment)
         status = _smoke_status(ended, facts)
         verdict = CHECKED.get(status, str(ended))
         found[name] = {
@@ -135,16 +133,8 @@ def _smoke_status(ended: Ended, facts: Path) -> int | None:
         verdicts = json.loads(facts.read_text(encoding="utf-8")).get("verdicts", [])
     except (OSError, ValueError):
         # Python ends with 1, too, where a program cannot even be imported.
-        return COULD_NOT_RUN if ended.status in CHECKED else ended.status
+        return 2 if ended.status in CHECKED else ended.status
     return ended.status if all(verdict["right"] for verdict in verdicts) else 1
-
-
-COULD_NOT_RUN = 2
-CHECKED: dict[int | None, str] = {
-    0: "all right",
-    1: "WRONG RESULTS",
-    COULD_NOT_RUN: "could not run",
-}
 
 
 def tests(run: Run, budget: Budget) -> str:
@@ -178,10 +168,9 @@ def test_command() -> list[str]:
 
 def outcome_of(ended: Ended) -> str:
     """One line that begins with ``passed`` only if the tests did."""
-    if ended.status == 0 and not ended.interrupted:
-        return f"passed: {last_line(ended.output)}"
-    stopped = ended.status is None or ended.interrupted
-    return str(ended) if stopped else f"failed with {ended}"
+    if ended.status is None or ended.interrupted:
+        return str(ended)
+    return f"failed with {ended}" if ended.status else f"passed: {last_line(ended.output)}"
 
 
 # --- how fast -------------------------------------------------------------------------------------
@@ -317,10 +306,13 @@ def memory_checks(run: Run, budget: Budget) -> str:
     tool = compute_sanitizer()
     if tool is None:
         return "compute-sanitizer is not installed"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "pytest"]
-    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DA_TRITON_PROVE": "0"}
-    log = run.logs / "sanitize.txt"
-    ended = isolated([*command, *MEMORY_CHECKED], budget.left, log, settings)
+    command = [
+        tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q",
+        "-p", "no:cacheprovider", "-m", "sanitize", "-k", "one_tile or block-fused",
+        "tests/kernels/test_sanitize.py",
+    ]  # fmt: skip
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DA_TRITON_PROVE": "0"}
+    ended = isolated(command, budget.left, run.logs / "sanitize.txt", environment)
     found = re.search(r"ERROR SUMMARY: (\d+ errors?)", ended.output)
     return f"{found[1] if found else 'no summary'}, {ended}"
 
