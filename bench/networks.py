@@ -89,9 +89,8 @@ class Run:
         torch.manual_seed(0)
         network = task.network.make(block).to(task.x.device)
         if self.has_block:
-            if "state" not in task.first:
-                task.first["state"] = copy.deepcopy(network.state_dict())
-            network.load_state_dict(task.first["state"])
+            state = task.first.setdefault("state", copy.deepcopy(network.state_dict()))
+            network.load_state_dict(state)
         form = memory_format(2, channels_last=not task.x.is_contiguous())
         network = network.to(memory_format=form).train(task.mode == STEP)
         self.call: Any = torch.compile(network, dynamic=False) if compiled else network
@@ -149,11 +148,12 @@ def _first(output: Any) -> Tensor:
 # --- the networks ---------------------------------------------------------------------------------
 
 
-class NearIdentity(nn.Sequential):
-    """A block behind a normalisation, so that deep networks with random weights stay finite."""
+class WithBlock(nn.Sequential):
+    """A layer, then a block and a normalisation, which keeps deep networks with random weights
+    finite."""
 
-    def __init__(self, block: nn.Module, channels: int) -> None:
-        super().__init__(block, nn.BatchNorm2d(channels))
+    def __init__(self, layer: nn.Module, block: Make, channels: int) -> None:
+        super().__init__(layer, block(channels), nn.BatchNorm2d(channels))
 
 
 def resnet50(block: Make | None) -> nn.Module:
@@ -164,9 +164,7 @@ def resnet50(block: Make | None) -> nn.Module:
         return network
     for name in paper_places(network):
         residual = network.get_submodule(name)
-        channels = residual.bn3.num_features
-        both = nn.Sequential(residual, NearIdentity(block(channels), channels))
-        network.set_submodule(name, both)
+        network.set_submodule(name, WithBlock(residual, block, residual.bn3.num_features))
     return network
 
 
@@ -178,8 +176,7 @@ def yolov8(block: Make | None) -> nn.Module:
     network.args = get_cfg()
     if block is not None:
         last = network.model[9]  # SPPF
-        channels = last.cv2.conv.out_channels
-        both: Any = nn.Sequential(last, NearIdentity(block(channels), channels))
+        both: Any = WithBlock(last, block, last.cv2.conv.out_channels)
         both.i, both.f, both.type = last.i, last.f, last.type
         network.model[9] = both
     return network

@@ -18,6 +18,8 @@ from bench.report import Report
 from support import fakes
 
 TINY = Network("tiny", fakes.small_network, fakes.loss, (4, 3, 9, 9), (2, 3, 9, 9))
+VARIANTS = networks.variants("torch", compiled=False)  # without a block, eager and ours
+IN_NCHW = [variant for variant in VARIANTS if variant.layout == NCHW]
 
 
 class Twice(networks.EagerDoubleAttention):
@@ -28,17 +30,9 @@ class Twice(networks.EagerDoubleAttention):
         return 2 * super().forward(x)
 
 
-def variants():
-    return networks.variants("torch", compiled=False)
-
-
-def in_nchw():
-    return [v for v in variants() if v.layout == NCHW]
-
-
 @pytest.mark.parametrize("mode", [FORWARD, STEP])
 def test_variants_are_timed_in_turns(measured, mode):
-    rows = measured(variants(), mode, TINY)
+    rows = measured(VARIANTS, mode, TINY)
     assert [row["status"] for row in rows] == [OK] * 6
     assert {row["provider"] for row in rows} == {WITHOUT, "eager", "torch"}
     assert all(row["ratio_to_eager"] == 1.0 for row in rows)
@@ -53,7 +47,7 @@ def test_cudnn_searches_for_networks(measured):
         seen.append(torch.backends.cudnn.benchmark)
         return fakes.small_network(block)
 
-    measured(variants(), workload=dataclasses.replace(TINY, make=make))
+    measured(VARIANTS, workload=dataclasses.replace(TINY, make=make))
     assert seen == [True] * 6
 
 
@@ -61,14 +55,14 @@ def test_share_of_the_added_time(measured):
     milliseconds = iter([10.0, 14.0, 11.0])  # without a block, eager, torch
     once = Effort(0, 1, 1, 0.0)
     timer = lambda closure, *, launches_count: next(milliseconds)  # noqa: E731
-    rows = measured(in_nchw(), workload=TINY, timer=timer, effort=once)
+    rows = measured(IN_NCHW, workload=TINY, timer=timer, effort=once)
     added = {row["provider"]: row["added"] for row in rows}
     assert added == {WITHOUT: 0.0, "eager": 1.0, "torch": 0.25}
 
 
 def test_wrong_block_is_not_timed(measured):
     wrong = Provider("torch", functools.partial(networks.Run, block=Twice, compiled=False))
-    good, bad = measured([in_nchw()[1], wrong], workload=TINY)
+    good, bad = measured([IN_NCHW[1], wrong], workload=TINY)
     assert good["status"] == OK
     assert bad["status"].startswith("disagrees: relative RMS")
     assert "median_ms" not in bad
@@ -76,13 +70,13 @@ def test_wrong_block_is_not_timed(measured):
 
 def test_library_that_is_missing_becomes_rows(measured, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    rows = measured(variants(), workload=networks.NETWORKS["resnet50"])
+    rows = measured(VARIANTS, workload=networks.NETWORKS["resnet50"])
     assert all("torchvision" in row["status"] for row in rows)
 
 
 def test_networks_have_no_model(measured, tmp_path, variant):
     """A report of both blocks and networks, timed on a GPU, compares only blocks with the model."""
-    rows = [*measured([variant("triton")]), *measured(variants(), workload=TINY)]
+    rows = [*measured([variant("triton")]), *measured(VARIANTS, workload=TINY)]
     report = Report(tmp_path, "both", png=False)
     report.add([row | {"device": "cuda", "provider": "triton"} for row in rows])
     report.finish(short=True)
@@ -98,9 +92,9 @@ def test_real_networks(measured, name, blocks):
     makes = networks.eager_block, functools.partial(networks.our_block, backend="torch")
     eager, ours = map(network.make, makes)
     assert eager.state_dict().keys() == ours.state_dict().keys()
-    assert sum(isinstance(m, networks.NearIdentity) for m in ours.modules()) == blocks
+    assert sum(isinstance(m, networks.WithBlock) for m in ours.modules()) == blocks
     for mode in (FORWARD, STEP):
-        rows = measured(in_nchw(), mode, network)
+        rows = measured(IN_NCHW, mode, network)
         assert [row["status"] for row in rows] == [OK] * 3
         assert max(row.get("error", 0.0) for row in rows) < 1e-3
 
