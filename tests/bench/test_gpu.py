@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from types import SimpleNamespace
 
@@ -167,8 +166,8 @@ def test_a_smoke_check_that_hangs(run, out):
 
 def test_crashes_and_warnings_of_workers_are_in_the_report(run, out, tiny, variant, capsys):
     """A crash costs its own row. A warning says that PyTorch's operations were timed, not ours."""
-    group = [*providers.plain("torch"), variant("crash", fakes.crashes)]
-    group.append(variant("warns", fakes.warns))
+    bad = variant("crash", fakes.crashes), variant("warns", fakes.warns)
+    group = [*providers.plain("torch"), *bad]
     code, frame = run("tests", "eager", workloads=[tiny], sweeps=lambda stage: [group])
     assert code == 0
     assert len(frame) == 2 * 6
@@ -333,14 +332,12 @@ def test_compiled_stage_begins_with_what_matters():
         assert len({work for work, _, _ in part}) == len(WORKLOADS) - 3
 
 
-def test_rows_have_the_numbers_of_their_groups(run, tiny, monkeypatch, tmp_path):
+def test_rows_have_the_numbers_of_their_groups(run, out, tiny, settings):
     """Whatever the order: results of several invocations are joined by them."""
-    plain = [p for p in providers.plain("torch") if not p.channels_last]
+    (plain,) = settings.sweeps("compiled")
     sweeps = [[dataclasses.replace(p, name=f"{p.name} {i}") for p in plain] for i in range(3)]
     run("compiled", workloads=[tiny], sweeps=lambda stage: sweeps)
-    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
-        lines = archive.extractfile("rows.jsonl").read().decode().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in logged(out, "rows.jsonl").splitlines()]
     assert len(rows) == 3 * 2 * 2
     assert all(row["group"] == f"compiled {row['provider'][-1]}" for row in rows)
 

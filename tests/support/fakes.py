@@ -45,6 +45,8 @@ class ThisProcess:
 
 # --- setups of providers --------------------------------------------------------------------------
 
+right = functools.partial(providers.setup_block, make=formulations.eager_block)
+
 
 def crashes(problem):
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -78,31 +80,18 @@ def poisons(problem):
 
 def warns(problem):
     warnings.warn("da_triton does not use its kernel 'a' here", stacklevel=1)
-    return providers.setup_block(problem, formulations.eager_block)
+    return right(problem)
 
 
 def counted(problem):
     """Says in the profiler's place which process counts."""
     measure.launches = lambda closure: os.getpid()
-    return providers.setup_block(problem, formulations.eager_block)
-
-
-def poisons_later(problem, calls=3):
-    """Right in its setup and in the check; wrong while it is timed."""
-    return _nth_call(problem, calls, poisons)
-
-
-def crashes_later(problem, calls=3):
-    return _nth_call(problem, calls, crashes)
-
-
-def hangs_later(problem, calls=3):
-    return _nth_call(problem, calls, hangs)
+    return right(problem)
 
 
 def crashes_when_observed(problem):
     """Right while it is timed; asking for its memory afterwards ends the process."""
-    block = providers.setup_block(problem, formulations.eager_block)
+    block = right(problem)
 
     def call():
         return block()
@@ -121,11 +110,12 @@ def fails_once_timed(path, problem):
     if path.exists():
         fails(problem)
     path.touch()
-    return providers.setup_block(problem, formulations.eager_block)
+    return right(problem)
 
 
-def _nth_call(problem, calls, then):
-    block = providers.setup_block(problem, formulations.eager_block)
+def _later(then, problem, calls=3):
+    """Right in its setup and in the check; wrong while it is timed."""
+    block = right(problem)
     left = iter([None] * calls)
 
     def call():
@@ -134,6 +124,11 @@ def _nth_call(problem, calls, then):
         return block()
 
     return call
+
+
+poisons_later, crashes_later, hangs_later = (
+    functools.partial(_later, then) for then in (poisons, crashes, hangs)
+)
 
 
 def crashing_timer():
