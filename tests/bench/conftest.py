@@ -121,8 +121,11 @@ def out(tmp_path):
 
 @pytest.fixture
 def run(out, table, settings):
-    def run(*names, seconds=1e9, workloads=table, known=STAGES, **changes):
-        chosen = [s for s in known if s.name in names]
+    """Runs stages, named or a test's own; returns the exit status and the results, if any."""
+    known = {stage.name: stage for stage in STAGES}
+
+    def run(*stages, seconds=1e9, workloads=table, **changes):
+        chosen = [known.get(stage, stage) for stage in stages]
         made = dataclasses.replace(settings, **changes)
         code = run_gpu(out, workloads, Budget(seconds), chosen, made)
         path = out / "results.csv"
