@@ -113,10 +113,13 @@ def test_backward_alone_is_not_captured(tiny):
 
 def test_compiled_forward_is_kept_for_a_later_backward(tiny, monkeypatch):
     """Two forward passes before either's backward, in a graph that may reuse no buffer."""
-    original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda block, **_: original(block, backend="aot_eager", dynamic=False)
-    )
+    original, donated = torch.compile, []
+
+    def compiled(block, **_):
+        run = original(block, backend="aot_eager", dynamic=False)
+        return lambda x: donated.append(torch._functorch.config.donated_buffer) or run(x)
+
+    monkeypatch.setattr(torch, "compile", compiled)
     problem = drawn(tiny, BACKWARD)
     call = setup_block(problem, eager_block, compile_mode="default")
     problem.show(problem.fresh)
@@ -126,6 +129,7 @@ def test_compiled_forward_is_kept_for_a_later_backward(tiny, monkeypatch):
     assert max(problem.errors(call())) < 1e-4
     call.out = first
     assert max(problem.errors(call())) < 1e-4
+    assert donated == [False, False]
 
 
 def test_autocast_keeps_weights_in_float32(tiny):
