@@ -61,9 +61,8 @@ def adding(
         for row in rows:
             if row["status"] == OK:
                 provider = known[row["provider"], row["launch"], row["layout"]]
-                work = works[row["workload"]]
                 try:
-                    found = seconds(work, provider, row["mode"], dtype, device)
+                    found = seconds(works[row["workload"]], provider, row["mode"], dtype, device)
                     row["first_call_cold_s"], row["first_call_warm_s"] = found
                 except Exception as error:
                     row["status"] = f"failed: {describe(error)}"

@@ -37,7 +37,7 @@ class EagerDoubleAttention(nn.Module):
         z = torch.bmm(descriptors, attention_vectors)
         return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))
 
-    # What the other formulations share.
+    # Shared by the other formulations.
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         return x + self.conv_reconstruct(z.reshape(x.shape[0], -1, *x.shape[2:]))

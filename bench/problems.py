@@ -88,8 +88,7 @@ class Problem:
 
 
 def draw(workload: Workload, mode: str, dtype: torch.dtype, device: torch.device) -> Problem:
-    features = workload.features(device, seed=0).to(dtype)
-    fresh = workload.features(device, seed=1).to(dtype)
+    features, fresh = (workload.features(device, seed).to(dtype) for seed in (0, 1))
     state = _weights(workload, fresh.double(), dtype)
     grad = None
     if mode != FORWARD:

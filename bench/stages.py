@@ -48,7 +48,7 @@ TEST_ENVIRONMENT = {
     "DA_TRITON_PROVE": "0",  # the kernels themselves are tested, not what replaces wrong ones
     "DA_TRITON_EXAMPLES": "8",  # every example is a new shape, whose kernels are compiled serially
 }
-# What exit statuses of ``da_triton.check`` mean.
+# Meanings of the exit statuses of ``da_triton.check``.
 CHECKED: dict[int | None, str] = {0: "all right", 1: "WRONG RESULTS", 2: "could not run"}
 
 
@@ -151,7 +151,7 @@ def tests(run: Run, budget: Budget) -> str:
 
 
 def test_command() -> list[str]:
-    """The command that runs what a GPU adds something to, in ``environment.ROOT``.
+    """The command for the tests that say more on a GPU, in ``environment.ROOT``.
 
     It ends after a hundred failures, not after the first: time on a GPU is short. Tests that fill
     the GPU's memory are one group, which pytest-xdist gives to one worker.
@@ -194,6 +194,9 @@ def sweep(run: Run, budget: Budget, stage: str) -> str:
     return _counted(rows)
 
 
+eager, compiled = partial(sweep, stage="eager"), partial(sweep, stage="compiled")
+
+
 def order(
     stage: str, workloads: Sequence[Workload], groups: int
 ) -> list[tuple[Workload, str, int]]:
@@ -221,7 +224,7 @@ def _counted(rows) -> str:
 
 
 def tuning(run: Run, budget: Budget) -> str:
-    """Tiles of the workloads that are furthest from their rooflines, for the processes after it."""
+    """Tiles of the workloads that are furthest from their rooflines, for the processes to come."""
     path = run.logs / "tiles.json"
     path.unlink(missing_ok=True)
     names = ",".join(furthest(run.report, run.workloads))
@@ -319,9 +322,8 @@ def memory_checks(run: Run, budget: Budget) -> str:
 
 def compute_sanitizer() -> str | None:
     """Its path: from PATH, the CUDA toolkit, or NVIDIA's wheels."""
-    toolkits = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/opt/cuda"]
+    places = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", "/opt/cuda/bin"]
     wheels = importlib.util.find_spec("nvidia")
-    places = [f"{folder}/bin" for folder in toolkits]
     for folder in (wheels and wheels.submodule_search_locations) or ():
         places += [str(path.parent) for path in Path(folder).rglob("compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([*os.get_exec_path(), *places]))
@@ -337,13 +339,8 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("smoke", 60, smoke, "every fused tile at full size against float64, per assembler"),
     Stage("tests", 110, tests, "the package's tests"),
-    Stage(
-        "eager",
-        290,
-        partial(sweep, stage="eager"),
-        "every workload: eager, da_triton and other formulations",
-    ),
-    Stage("compiled", 560, partial(sweep, stage="compiled"), "the same beside torch.compile"),
+    Stage("eager", 290, eager, "every workload: eager, da_triton and other formulations"),
+    Stage("compiled", 560, compiled, "the same beside torch.compile"),
     Stage("tune", 300, tuning, "tiles of the workloads that are furthest from their rooflines"),
     Stage("first", 60, first_calls, "first calls in fresh processes"),
     Stage("scaling", 40, cost_against_positions, "cost against positions"),
