@@ -4,11 +4,10 @@ A closure takes no arguments and returns the block's output and, except in forwa
 gradients of x and of all parameters. It reads its problem's ``x`` in place on every call.
 """
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class Provider:
     name: str
     setup: Callable[[Problem], Closure]
     launch: str = EAGER
-    channels_last: bool = False
+    layout: str = NCHW
     baseline: bool = False
     compiles: bool = False
     gpu: bool = False
@@ -53,14 +52,10 @@ class Provider:
     formats: tuple[str, ...] = LAYOUTS
     unbiased: bool = False
 
-    @property
-    def layout(self) -> str:
-        return CHANNELS_LAST if self.channels_last else NCHW
-
     def problem(self, problem: Problem) -> Problem:
         """The problem in this provider's layout, with or without a bias of V."""
         given = problem.without_bias_of_v if self.unbiased else problem
-        return given.in_format(self.channels_last)
+        return given.in_format(self.layout == CHANNELS_LAST)
 
 
 # --- closures -------------------------------------------------------------------------------------
@@ -221,12 +216,7 @@ def catalogue(launch: str = EAGER) -> list[Provider]:
 
 def in_layouts(providers: Iterable[Provider], layouts: Sequence[str] = LAYOUTS) -> list[Provider]:
     """Each provider in each memory format that it is written for."""
-    return [
-        dataclasses.replace(p, channels_last=layout == CHANNELS_LAST)
-        for p in providers
-        for layout in layouts
-        if layout in p.formats
-    ]
+    return [replace(p, layout=each) for p in providers for each in layouts if each in p.formats]
 
 
 def select(
@@ -298,5 +288,5 @@ def gpu_sweeps(stage: str) -> list[list[Provider]]:
     found = []
     for launch, *others in STAGES[stage]:
         group = in_layouts(p for p in catalogue(launch) if p.name in (*SIDES, *others))
-        found.append([p for p in group if not (p.channels_last and p.name in ONE_FORMAT)])
+        found.append([p for p in group if p.layout == NCHW or p.name not in ONE_FORMAT])
     return found

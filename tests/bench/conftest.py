@@ -11,6 +11,7 @@ from bench.environment import ROOT
 from bench.gpu import run_gpu
 from bench.measure import Bench, Budget, Effort
 from bench.problems import FORWARD
+from bench.providers import NCHW
 from bench.stages import STAGES, Settings
 from bench.workloads import Workload
 from support import fakes
@@ -52,7 +53,7 @@ def table(monkeypatch):
 @pytest.fixture
 def eager():
     """The baseline in NCHW."""
-    return next(p for p in providers.plain("torch") if p.baseline and not p.channels_last)
+    return next(p for p in providers.plain("torch") if p.baseline and p.layout == NCHW)
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def settings(monkeypatch, children, tmp_path):
     monkeypatch.setattr(stages, "compute_sanitizer", lambda: None)
     monkeypatch.setattr("bench.tune.path_of", lambda gpu: tmp_path / "data" / f"{gpu}.json")
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
-    plain = [p for p in providers.plain("torch") if not p.channels_last]
+    plain = [p for p in providers.plain("torch") if p.layout == NCHW]
     network = networks.Network("net", fakes.small_network, fakes.loss, (2, 3, 9, 9), (2, 3, 9, 9))
     return Settings(
         where=WHERE,
