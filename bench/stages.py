@@ -84,7 +84,7 @@ class Run:
         return Sweeper(self.worker, self.settings.where, budget, self.report.ceilings)
 
     def prepare(self, sweeper: Sweeper) -> None:
-        """Compiles kernels and measures the machine's ceilings, once per invocation."""
+        """Compiles kernels and measures the machine's ceilings, unless these are known."""
         if sweeper.ceilings is not None:
             return
         if self.settings.ours == "triton":
