@@ -9,19 +9,23 @@ linked against the driver.
 """
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 
 from da_triton import selfcheck
+from da_triton.runtime.tiles import ARCHITECTURES
 
 from . import problems
 from .environment import ROOT
@@ -31,86 +35,58 @@ from .workloads import Workload
 META = torch.device("meta")
 FILE = "warm.json"  # the key, beside Triton's entries
 
-
-class Target(NamedTuple):
-    """Facts about a GPU that compilation and planning need."""
-
-    capability: int
-    num_sms: int  # SMs, which decide how positions are split
-
-
-TARGETS = {
-    "sm_80": Target(80, 108),  # A100
-    "sm_89": Target(89, 128),  # RTX 4090
-    "sm_90": Target(90, 132),  # H100 and H200, SXM
-    "sm_100": Target(100, 148),  # B200
+# SMs, which decide how positions are split.
+NUM_SMS = {
+    "sm_80": 108,  # A100
+    "sm_89": 128,  # RTX 4090
+    "sm_90": 132,  # H100 and H200, SXM
+    "sm_100": 148,  # B200
 }
 
 
-class Warmed(NamedTuple):
-    kernels: int  # in the cache, of any architecture
-    compiled: int  # by this run
-    seconds: float
-    bytes: int
-
-
-def warm(
-    arch: str,
-    workloads: Sequence[Workload],
-    folder: Path,
-    dtype=torch.bfloat16,
-    checks: Sequence[tuple[selfcheck.Case, Any, bool]] = (),
-) -> Warmed:
+def warm(arch: str, workloads: Sequence[Workload], folder: Path, smoke: bool = False) -> str:
     """Compiles what a training step and inference launch on the planned routes, in both memory
     formats, into ``folder``, in Triton's own layout.
 
-    ``checks``: units of ``da_triton.check`` whose kernels are compiled, too.
+    ``smoke``: also what a thorough ``da_triton.check`` launches.
+
+    Returns a line with what was compiled and what is in the folder, of whatever architecture.
 
     Needs a process in which ``TRITON_INTERPRET`` was not set when ``da_triton`` was imported.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    start, before = time.perf_counter(), len(_kernels(folder))
+    start, before = time.perf_counter(), _kernels(folder)
     relocate(folder)
     settings = {"TRITON_CACHE_DIR": str(folder.resolve()), "TRITON_STORE_BINARY_ONLY": "1"}
     with mock.patch.dict(os.environ, settings), on_absent(arch), without_launches():
-        for work in workloads:
-            for channels_last in (False, True):
-                step(work, channels_last, dtype)
-        for unit in checks:
+        for work, channels_last in itertools.product(workloads, (False, True)):
+            step(work, channels_last, torch.bfloat16)
+        for unit in selfcheck.units() if smoke else ():
             selfcheck.run(*unit, META, every=True)
     (folder / FILE).write_text(json.dumps(key(arch), indent=1) + "\n", encoding="utf-8")
-    kernels = _kernels(folder)
-    return Warmed(
-        len(kernels), len(kernels) - before, time.perf_counter() - start,
-        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-    )  # fmt: skip
+    kernels, seconds = _kernels(folder), time.perf_counter() - start
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return (
+        f"{kernels} kernels, {kernels - before} of them compiled in {seconds:.1f} s, "
+        f"{size / 1e6:.1f} MB in {folder}"
+    )
 
 
 def step(
-    work: Workload,
-    channels_last: bool,
-    dtype: torch.dtype,
-    device: torch.device = META,
+    work: Workload, channels_last: bool, dtype: torch.dtype, device: torch.device = META
 ) -> None:
     """The launches of the block's forward and backward operators; values do not matter."""
-    from da_triton.ops.triton import block as triton_block
+    from da_triton.ops.triton import block
     from da_triton.planning import planner
 
-    form = torch.contiguous_format
-    if channels_last:
-        form = problems.memory_format(len(work.positions))
-    shape = (work.n, work.c, *work.positions)
-    x = torch.empty(shape, dtype=dtype, device=device).to(memory_format=form).flatten(2)
-    sizes = (
-        (work.c_m, work.c), (work.c_m,), (work.c_n, work.c), (work.c_n, work.c), (work.c_n,),
-        (work.c, work.c_m), (work.c,),
-    )  # fmt: skip
-    weights = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
-    save_v = planner.saves_v(work.c, work.c_m, work.c_n, work.heads, "auto")
+    empty = functools.partial(torch.empty, dtype=dtype, device=device)
+    form = problems.memory_format(len(work.positions), channels_last)
+    x = empty((work.n, work.c, *work.positions), memory_format=form).flatten(2)
+    c, m, n = work.c, work.c_m, work.c_n
+    weights = [empty(size) for size in ((m, c), (m,), (n, c), (n, c), (n,), (c, m), (c,))]
     options = work.heads, 1.0, 1.0, 1.0, True, True, "auto"
-    forward, backward = (
-        op._init_fn for op in (triton_block.block_op, triton_block.block_backward_op)
-    )
+    save_v = planner.saves_v(c, m, n, work.heads, "auto")
+    forward, backward = block.block_op._init_fn, block.block_backward_op._init_fn
     out, *saved = forward(x, *weights, None, *options, save_v)
     backward(torch.empty_like(out), x, *weights, None, *saved, *options, [True] * 8)
 
@@ -130,7 +106,7 @@ def key(arch: str) -> dict[str, Any]:
         "arch": arch,
         "triton": triton.__version__,
         "triton_key": hashlib.sha256(triton_key().encode()).hexdigest(),
-        "ptxas": get_ptxas_version(TARGETS[arch].capability).strip().splitlines()[-1],
+        "ptxas": get_ptxas_version(ARCHITECTURES[arch].target).strip().splitlines()[-1],
         "kernels": sources.hexdigest(),
         "settings": get_cache_invalidating_env_vars(),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -168,8 +144,8 @@ def relocate(folder: Path) -> int:
     return changed
 
 
-def _kernels(folder: Path) -> list[Path]:
-    return list(folder.glob("*/*.cubin"))
+def _kernels(folder: Path) -> int:
+    return len([*folder.glob("*/*.cubin")])
 
 
 @contextlib.contextmanager
@@ -186,33 +162,20 @@ def without_launches() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def on_absent(arch: str) -> Iterator[None]:
+def on_absent(arch: str) -> contextlib.AbstractContextManager[None]:
     """Triton finds a driver of such a GPU, and launchers choose as on one."""
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from da_triton.runtime import launch, tiles
+    from .codegen import compile, survey
 
-    target = TARGETS[arch]
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", target.capability, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    driver.set_active(Driver())  # for good: without a GPU there is no driver to go back to
-    with (
-        launch.forgetting(),
-        mock.patch.object(tiles, "architecture", always(arch)),
-        mock.patch.object(launch, "num_sms", always(target.num_sms)),
-    ):
-        yield
+    driver.set_active(  # for good: without a GPU there is no driver to go back to
+        SimpleNamespace(
+            get_current_target=lambda: compile.TARGETS[arch],
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    return survey.on(arch, NUM_SMS[arch])
 
 
 def always(value: Any) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ import torch
 
 from bench.codegen import compile
 from bench.codegen.compile import Launch
+from bench.warm import always
 from bench.workloads import WORKLOADS
 from da_triton.kernels import distribute, gather, gather_backward
 from da_triton.ops.triton import routes
@@ -103,12 +104,12 @@ Found = tuple[Launch, Variant, tuple[int, int, int]]  # C (0: the core), m, n
 
 
 @contextlib.contextmanager
-def on(arch: str) -> Iterator[None]:
+def on(arch: str, num_sms: int = NUM_SMS) -> Iterator[None]:
     """Launchers choose as on a GPU of this architecture."""
     with (
         launch.forgetting(),
-        mock.patch.object(tiles, "architecture", return_value=arch),
-        mock.patch.object(launch, "num_sms", return_value=NUM_SMS),
+        mock.patch.object(tiles, "architecture", always(arch)),
+        mock.patch.object(launch, "num_sms", always(num_sms)),
     ):
         yield
 
