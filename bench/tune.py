@@ -11,7 +11,7 @@ replaces the present tile only where its 80th percentile is below the present on
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from da_triton import plan
 from da_triton.ops.triton import routes
-from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.costs import AZ
-from da_triton.planning.shapes import Shape
 from da_triton.runtime import folders, launch, tiles
 from da_triton.runtime.tiles import Key as Site
 
-from .measure import Budget, describe, progress, usable
-from .observe import Timer
+from .measure import Budget, progress
+from .observe import Timer, describe, usable
 from .providers import Closure, Replay
 from .report import replace
 from .warm import without_launches
@@ -69,7 +68,7 @@ def tune(
     device: torch.device,
     timer: Timer,
     budget: Budget,
-    save: Callable[[list[Choice]], Any] = lambda choices: None,
+    save: Callable[[list[Choice]], Any],
 ) -> list[Choice]:
     """The choices made until the budget is used up; one for each site, on its first workload.
 
@@ -77,7 +76,7 @@ def tune(
     It ends early where a candidate makes CUDA unusable in this process.
     """
     found: dict[Site, Choice] = {}
-    for work in progress(list(workloads)):
+    for work in progress(workloads):
         if budget.left <= 0:
             break
         for site, (present, run) in sites(work, device).items():
@@ -89,8 +88,8 @@ def tune(
                 print(f"{site}: CUDA became unusable, so tuning ends here.")
                 return list(found.values())
             if present in ready:
-                times = _times(list(ready.values()), timer, budget)
-                found[site] = choose(site, work.name, list(ready), times)
+                times = _times(ready, timer, budget)
+                found[site] = choose(site, work.name, present, times)
                 save(list(found.values()))
                 print(found[site])
     return list(found.values())
@@ -112,7 +111,9 @@ def sites(work: Workload, device: torch.device) -> dict[Site, tuple[Entry, Closu
 
 def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
     """Passes of the block, each with all its results; forward first, which takes less time."""
-    x, w, options, planned = _problem(work, device)
+    x, w = _problem(work, device)
+    options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
+    planned = plan(x.shape, work.c_m, work.c_n, heads=work.heads).route
     mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.uint8, device=device)
     unfused = planned._replace(
         order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
@@ -136,15 +137,10 @@ def _problem(work, device):
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
 
-    batch = work.batch(device)
-    x = normal(batch, work.c, work.length)
+    x = normal(work.batch(device), work.c, work.length)
     sizes = ((work.c_m, work.c), (work.c_n, work.c), (work.c_n, work.c), (work.c, work.c_m))
     a, b, v, out = (normal(o, i) / i**0.5 for o, i in sizes)
-    w = routes.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
-    options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
-    s = Shape(batch, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
-    gpu = tiles.architecture(device), launch.num_sms(device)
-    return x, w, options, kernel_routes(s, work.c, *gpu)[0].route
+    return x, routes.Weights(a, normal(work.c_m), b, v, normal(work.c_n), out, normal(work.c))
 
 
 @contextlib.contextmanager
@@ -238,29 +234,28 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def _times(closures: Sequence[Closure], timer: Timer, budget: Budget) -> list[list[float]]:
+def _times(
+    ready: Mapping[Entry, Closure], timer: Timer, budget: Budget
+) -> dict[Entry, list[float]]:
     """Milliseconds of each, in turns; every one has been called before."""
-    times: list[list[float]] = [[] for _ in closures]
+    times: dict[Entry, list[float]] = {entry: [] for entry in ready}
     for turn in range(ROUNDS):
         if turn >= ROUNDS_MIN and budget.left <= 0:
             break
-        for closure, taken in zip(closures, times, strict=True):
-            taken.append(timer(closure, launches_count=False))
+        for entry, closure in ready.items():
+            times[entry].append(timer(closure, launches_count=False))
     return times
 
 
 def choose(
-    site: Site, workload: str, candidates: Sequence[Entry], times: Sequence[Sequence[float]]
+    site: Site, workload: str, present: Entry, times: Mapping[Entry, Sequence[float]]
 ) -> Choice:
-    """The candidate with the least median, if it is faster than the first beyond the noise."""
-    medians = [float(np.median(taken)) for taken in times]
-    best = int(np.argmin(medians))
-    if np.percentile(times[best], 80) >= np.percentile(times[0], 20):
-        best = 0
-    return Choice(
-        site, workload, candidates[0], candidates[best], 1e3 * medians[0], 1e3 * medians[best],
-        len(candidates),
-    )  # fmt: skip
+    """The candidate with the least median, if it beats the present tile beyond the noise."""
+    medians = {entry: 1e3 * float(np.median(taken)) for entry, taken in times.items()}
+    best = min(medians, key=medians.__getitem__)
+    if np.percentile(times[best], 80) >= np.percentile(times[present], 20):
+        best = present
+    return Choice(site, workload, present, best, medians[present], medians[best], len(times))
 
 
 def candidates_of(kernel: str) -> Sequence[Entry]:
@@ -276,7 +271,7 @@ def write(path: Path, gpu_name: str, choices: Sequence[Choice]) -> None:
     table = {}
     for c in choices:
         note = f"{c.best_us:.2f} us on {c.workload}; {c.present} took {c.present_us:.2f} us"
-        table[c.site] = tiles.Entry._make((*c.best, "pointers", note))
+        table[c.site] = tiles.Entry(*c.best, note=note)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, tiles.text(header, table))
 

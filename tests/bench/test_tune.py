@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
+import da_triton
 from bench import tune
 from bench.environment import ROOT
 from bench.measure import Budget
 from bench.tune import Choice
 from bench.workloads import Workload
 from da_triton.ops.triton import routes
-from da_triton.runtime import launch, tiles
+from da_triton.runtime import tiles
 
 CPU = torch.device("cpu")
 WORK = Workload("small", 1, 64, (8, 16), 32, 32)
@@ -82,9 +83,6 @@ def interpreted_tiles(monkeypatch):
     """Interpreted kernels take the tiles of an H200; here they start from a small one."""
     present = {key: tiles.Entry(*PRESENT) for key in tiles.shipped("sm_90")}
     monkeypatch.setattr(tiles, "shipped", lambda arch: present)
-    launch.forget()
-    yield
-    launch.forget()
 
 
 @pytest.mark.usefixtures("interpreted_tiles")
@@ -99,6 +97,13 @@ def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
     }  # fmt: skip
     assert len(found[SITE][1]()) == 1  # the forward pass is enough
     assert len(found[SITE._replace(kernel="block_bwd_distribute")][1]()) > 1
+
+
+def test_planned_route_is_that_of_an_odd_number_of_positions():
+    work = Workload("odd", 2, 256, (7, 7), 128, 128, cpu_n=2)
+    planned, *_ = next(tune.steps(work, CPU)).args
+    assert planned == da_triton.plan((2, 256, 7, 7), 128, 128).route
+    assert planned != da_triton.plan((2, 256, 7, 8), 128, 128).route  # whose loads are wide
 
 
 @pytest.mark.parametrize(("fast", "best"), [(0.5, FASTER), (1.0, PRESENT), (2.0, PRESENT)])
@@ -143,11 +148,9 @@ def test_tuning_ends_with_the_context(tuned, capsys, monkeypatch):
 
 
 def test_difference_within_the_noise_changes_nothing():
-    candidates = [PRESENT, FASTER]
-    noisy = [[1.0, 1.1, 1.2, 1.3], [0.9, 1.0, 1.15, 1.2]]
-    assert tune.choose(SITE, "w", candidates, noisy).best == PRESENT
-    clear = [[1.0, 1.1, 1.2, 1.3], [0.5, 0.6, 0.7, 0.8]]
-    assert tune.choose(SITE, "w", candidates, clear).best == FASTER
+    present, noisy, clear = [1.0, 1.1, 1.2, 1.3], [0.9, 1.0, 1.15, 1.2], [0.5, 0.6, 0.7, 0.8]
+    for times, best in ((noisy, PRESENT), (clear, FASTER)):
+        assert tune.choose(SITE, "w", PRESENT, {PRESENT: present, FASTER: times}).best == best
 
 
 def test_step_with_another_tile_gives_the_same(interpreted_tiles):
@@ -187,8 +190,8 @@ def test_no_choice_is_made_from_a_single_round():
     def timer(closure, *, launches_count):
         return closure()
 
-    times = tune._times([lambda: 1.0, lambda: 2.0], timer, Budget(0))
-    assert times == [[1.0] * tune.ROUNDS_MIN, [2.0] * tune.ROUNDS_MIN]
+    times = tune._times({PRESENT: lambda: 1.0, FASTER: lambda: 2.0}, timer, Budget(0))
+    assert times == {PRESENT: [1.0] * tune.ROUNDS_MIN, FASTER: [2.0] * tune.ROUNDS_MIN}
 
 
 def test_compilations_that_have_not_begun_end_with_the_budget():
@@ -218,7 +221,6 @@ def test_the_package_reads_what_is_written(tmp_path, monkeypatch):
     path = tune.path_of("NVIDIA Test (80GB)")
     tune.write(path, "NVIDIA Test (80GB)", [Choice(SITE, "w", PRESENT, (64, 4, 2), 2.0, 1.0, 3)])
     assert path == tmp_path / "nvidia-test-80gb.json"
-    launch.forget()
     entry = tiles.Entry(64, 4, 2, "pointers", "1.00 us on w; (32, 4, 1) took 2.00 us")
     assert tiles.tuned("NVIDIA Test (80GB)") == {SITE: entry}
 
