@@ -236,7 +236,7 @@ import bench
 before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
 from bench.codegen import compile, survey
-from bench.warm import on_absent
+from bench.warm import on_absent, without_launches
 from da_triton.ops.triton import routes
 from da_triton.runtime import tiles as table
 
@@ -249,27 +249,16 @@ run = lambda: routes.forward(x, w, None, options, survey.route("project_distribu
 site = table.Key("project_distribute", table.PLAIN, "half", 256, 64)
 entries = [(32, 4, 2), (64, 8, 2)]
 
-def no_compilation(*args, **options):
-    raise AssertionError("compiled twice")
-
-original = JITFunction.run
-launched = []
-
-def without_launch(self, *args, grid, warmup, **options):
-    launched.append(self.fn.__name__)
-    original(self, *args, grid=grid, warmup=True, **options)
-
-with on_absent("sm_90"):
+with on_absent("sm_90"), without_launches():
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
-        mock.patch("triton.compile", no_compilation),
-        mock.patch("triton.compiler.compile", no_compilation),
-        mock.patch("triton.compiler.compiler.compile", no_compilation),
-        mock.patch.object(JITFunction, "run", without_launch),
+        mock.patch.object(JITFunction, "_do_compile", side_effect=AssertionError("compiled twice")),
+        mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as launch,
     ):
         for entry in entries:
             with tune.tile_of(site, entry):
                 run()
+launched = [call.args[0].fn.__name__ for call in launch.call_args_list]
 print(launched.count("project_distribute_kernel"))
 with survey.on("sm_90"):
     recorded = survey.record(site.kernel, (256, 64, 64), variant, (32, 4, 2))
