@@ -2,22 +2,18 @@
 
 import functools
 import importlib.util
-import os
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
 
+import da_triton
 from bench import cli, host
-from bench.environment import ROOT
 from bench.host import CALL, ISSUE, Measured
 from bench.problems import FORWARD, STEP
 from bench.workloads import select
-from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.shapes import Shape
+from support.processes import python
 
 CPU = torch.device("cpu")
 # Fused, and vendor GEMMs around the core, with an odd number of positions.
@@ -30,12 +26,8 @@ LAYERS = ("layer", "functional", "recorded", "operator", "launchers", "launches"
 def measured(tmp_path_factory):
     """The rows, and what the command printed."""
     out = tmp_path_factory.mktemp("host") / "new"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "bench", "host", "--seconds", "0", "--out", str(out)]
-    ran = subprocess.run(
-        [*command, "--workload", ",".join(NAMES)], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    command = "-m", "bench", "host", "--seconds", "0", "--out", str(out)
+    ran = python(*command, "--workload", ",".join(NAMES), CUDA_VISIBLE_DEVICES="")
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr
     return pd.read_csv(out / host.FILE), ran.stdout
@@ -64,9 +56,7 @@ def test_there_is_a_row_for_everything_that_is_measured(measured):
 def test_launches_are_those_of_the_plan(measured, name):
     frame, _ = measured
     (work,) = select([name], "all")
-    wide = work.length * 2 % 8 == 0
-    s = Shape(work.n, work.c, work.c_m, work.c_n, 1, work.length, 2, True, wide)
-    plan = kernel_routes(s, work.c, "sm_90", 132)[0]
+    plan = da_triton.plan((work.n, work.c, *work.positions), work.c_m, work.c_n).chosen
     forward, backward = (
         sum(step.launches for step in way) for way in (plan.forward, plan.backward)
     )

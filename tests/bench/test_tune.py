@@ -1,20 +1,16 @@
 """The tuning loop on interpreted kernels, with times that the tests choose."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import da_triton
 from bench import tune
-from bench.environment import ROOT
 from bench.measure import Budget
 from bench.tune import Choice
 from bench.workloads import Workload
 from da_triton.ops.triton import routes
 from da_triton.runtime import tiles
+from support.processes import python
 
 CPU = torch.device("cpu")
 WORK = Workload("small", 1, 64, (8, 16), 32, 32)
@@ -270,9 +266,6 @@ print(knobs.compilation.disable_line_info)
 
 def test_candidates_are_compiled_once_under_the_keys_of_later_launches():
     """Neither by importing the ahead-of-time compiler nor by using it does the key change."""
-    hidden = ("TRITON_INTERPRET", "TRITON_DISABLE_LINE_INFO")
-    env = {k: v for k, v in os.environ.items() if k not in hidden}
-    command = [sys.executable, "-c", COMPILED]
-    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    ran = python("-c", COMPILED)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("\n") == ["2", "0", "set()", "False", ""]

@@ -1,17 +1,14 @@
 """A compile cache made without a GPU, in processes where kernels are not interpreted."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from bench import warm
-from bench.environment import ROOT
 from bench.workloads import Workload
 from da_triton.runtime import tiles
+from support.processes import python
 
 TINY = Workload("tiny", 4, 8, (4, 5), 4, 4, 2, cpu_n=4)
 WARM = "import sys; from bench import cli, workloads; from bench.workloads import Workload\n"
@@ -42,18 +39,11 @@ print(len(found), sum(found))
 """
 
 
-def python(code, *arguments, **variables):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
-    env |= {"PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder, and what the command printed."""
     folder = tmp_path_factory.mktemp("cache")
-    ran = python(WARM, "--out", str(folder))
+    ran = python("-c", WARM, "--out", str(folder))
     assert ran.returncode == 0, ran.stderr
     return folder, ran.stdout
 
@@ -74,7 +64,7 @@ def test_what_it_says(made):
 def test_a_second_run_compiles_nothing(made):
     folder, _ = made
     before = sorted(folder.rglob("*"))
-    ran = python(WARM, "--out", str(folder))
+    ran = python("-c", WARM, "--out", str(folder))
     assert " kernels, 0 of them compiled in " in ran.stdout
     assert sorted(folder.rglob("*")) == before
 
@@ -85,11 +75,11 @@ def test_a_cache_is_used_elsewhere(made, tmp_path):
     code = LOOKED_UP.replace("WORKLOAD", repr(TINY))
     moved = folder.rename(tmp_path / "moved")
     try:
-        ran = python(WARM, "--out", str(moved), "--check")
+        ran = python("-c", WARM, "--out", str(moved), "--check")
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert "the cache is of this Triton and these kernels" in ran.stdout
         assert int(re.search(r"(\d+) entries adjusted", ran.stdout)[1]) > 10
-        ran = python(code, TRITON_CACHE_DIR=str(moved))
+        ran = python("-c", code, TRITON_CACHE_DIR=str(moved))
         assert ran.stdout.split() == [printed.split()[0]] * 2, ran.stderr
     finally:
         moved.rename(folder)
@@ -117,7 +107,8 @@ with (
 def test_a_run_compiles_the_same_kernels(made, tmp_path):
     """What `bench gpu` calls before it measures needs nothing that `warm` has not made."""
     folder, _ = made
-    ran = python(COMPILED_BY_A_RUN.replace("WORKLOAD", repr(TINY)), TRITON_CACHE_DIR=str(tmp_path))
+    code = COMPILED_BY_A_RUN.replace("WORKLOAD", repr(TINY))
+    ran = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert ran.stdout.splitlines()[:2] == ["None"] * 2, ran.stderr
     assert {p.parent.name for p in tmp_path.glob("*/*.cubin")} == {
         p.parent.name for p in folder.glob("*/*.cubin")
@@ -128,11 +119,11 @@ def test_a_cache_of_another_triton(made, tmp_path):
     folder, _ = made
     facts = json.loads((folder / warm.FILE).read_text())
     (tmp_path / warm.FILE).write_text(json.dumps(facts | {"ptxas": "V1.0"}))
-    ran = python(WARM, "--out", str(tmp_path), "--check")
+    ran = python("-c", WARM, "--out", str(tmp_path), "--check")
     assert ran.returncode == 1
     assert f"ptxas: {facts['ptxas']} here, V1.0 in the cache" in ran.stdout
     (tmp_path / warm.FILE).unlink()
-    ran = python(WARM, "--out", str(tmp_path), "--check")
+    ran = python("-c", WARM, "--out", str(tmp_path), "--check")
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
     assert "has no warm.json" in ran.stderr
 
@@ -140,12 +131,12 @@ def test_a_cache_of_another_triton(made, tmp_path):
 def test_key_alone(made):
     folder, _ = made
     facts = json.loads((folder / warm.FILE).read_text())
-    printed = python(WARM, "--check").stdout
+    printed = python("-c", WARM, "--check").stdout
     assert printed == "".join(f"{name}: {value}\n" for name, value in facts.items())
 
 
 def test_without_a_folder():
-    ran = python(WARM)
+    ran = python("-c", WARM)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
     assert "needs --out or TRITON_CACHE_DIR" in ran.stderr
 
