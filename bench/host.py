@@ -69,14 +69,13 @@ class Measured(NamedTuple):
     dtype: str
     mode: str
     what: str
-    measured: str = ISSUE
 
 
 # --- what the package calls, from the top to the bottom -------------------------------------------
 
 
-def lower_layers(run: Run) -> dict[str, list[Run]]:
-    """The calls that each of the layers below the functional one receives.
+def lower_layers(run: Run) -> dict[str, Run]:
+    """What each of the layers below the functional one is called with, again.
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
@@ -87,18 +86,20 @@ def lower_layers(run: Run) -> dict[str, list[Run]]:
 
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            call = functools.partial(op, *args, **(kwargs or {}))
             if op.namespace == "da_triton":
-                found["operator"].append(functools.partial(op, *args, **(kwargs or {})))
-            return op(*args, **(kwargs or {}))
+                found["operator"].append(call)
+            return call()
 
     def kept(what, owner, name):
         function = getattr(owner, name)
 
-        def call(*args, **kwargs):
-            found[what].append(functools.partial(function, *args, **kwargs))
-            return function(*args, **kwargs)
+        def noted(*args, **kwargs):
+            call = functools.partial(function, *args, **kwargs)
+            found[what].append(call)
+            return call()
 
-        return mock.patch.object(owner, name, call)
+        return mock.patch.object(owner, name, noted)
 
     launch.forget()  # a first call runs the launchers
     with (
@@ -113,7 +114,15 @@ def lower_layers(run: Run) -> dict[str, list[Run]]:
         run()
     with Operators():
         run()
-    return found
+    return {what: in_a_row(calls) for what, calls in found.items() if calls}
+
+
+def in_a_row(calls: Sequence[Run]) -> Run:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 class NoKernel:
@@ -178,21 +187,21 @@ def no_products() -> Iterator[None]:
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def of_workload(work: Workload, device: torch.device) -> list[list[Measured]]:
-    """Calls that are measured in turns."""
+def of_workload(work: Workload, device: torch.device) -> dict[str, list[Measured]]:
+    """Calls that are measured in turns, by what is measured of them."""
     if device.type != "cpu":
         gpu = work.n, device, torch.bfloat16
-        return [[*ours(work, "triton", *gpu), *ours(work, "torch", *gpu), *eager(work, *gpu)]]
+        calls = [*ours(work, "triton", *gpu), *ours(work, "torch", *gpu), *eager(work, *gpu)]
+        return {ISSUE: calls}
     width = 4 * work.heads
     tiny = Workload(work.name, 1, width, (2,) * len(work.positions), width, width, work.heads)
     with no_products():
         issued = ours(work, "triton", work.n, device, torch.bfloat16)
     cpu = work.cpu_n, device, torch.float32
-    computed = [*ours(work, "torch", *cpu), *eager(work, *cpu)]
-    return [
-        [*issued, *eager(tiny, 1, device, torch.float32)],
-        [call._replace(measured=CALL) for call in computed],
-    ]
+    return {
+        ISSUE: [*issued, *eager(tiny, 1, device, torch.float32)],
+        CALL: [*ours(work, "torch", *cpu), *eager(work, *cpu)],
+    }
 
 
 def eager(work: Workload, n: int, device: torch.device, dtype: torch.dtype) -> list[Measured]:
@@ -200,11 +209,8 @@ def eager(work: Workload, n: int, device: torch.device, dtype: torch.dtype) -> l
     block = EagerDoubleAttention(work.c, work.c_m, work.c_n, work.heads, axes=axes)
     block = block.to(device, dtype)
     x = torch.randn(n, work.c, *work.positions).to(device, dtype)
-    named = "eager", str(dtype)[6:]
-    return [
-        Measured(functools.partial(block, x), *named, FORWARD, "layer"),
-        Measured(step(block, x, list(block.parameters())), *named, STEP, "layer"),
-    ]
+    passes = passes_of(block, x, [*block.parameters()])
+    return [Measured(run, "eager", str(dtype)[6:], mode, "layer") for mode, run in passes.items()]
 
 
 def ours(
@@ -212,35 +218,26 @@ def ours(
 ) -> list[Measured]:
     core: dict[str, Any] = {"heads": work.heads, "backend": backend}
     layer = DoubleAttention(work.c, work.c_m, work.c_n, residual=True, **core).to(device, dtype)
-    parameters = list(layer.parameters())  # in the order of the function's arguments
+    parameters = [*layer.parameters()]  # in the order of the function's arguments
     x, a, b, v = (
         torch.randn(n, c, *work.positions).to(device, dtype)
         for c in (work.c, work.c_m, work.c_n, work.c_n)
     )
-    with torch.no_grad():
-        g = gather(a, b, **core)
+    g = gather(a, b, **core)
 
     def functional(x: Tensor) -> Tensor:
         return double_attention_block(x, *parameters, residual=True, **core)
 
-    runs: dict[str, dict[str, Run]] = {
-        FORWARD: {
-            "layer": functools.partial(layer, x),
-            "functional": functools.partial(functional, x),
-            "gather": functools.partial(gather, a, b, **core),
-            "distribute": functools.partial(distribute, g, v, backend=backend),
-            "double_attention": functools.partial(double_attention, a, b, v, **core),
-        },
-        STEP: {
-            "layer": step(layer, x, parameters),
-            "functional": step(functional, x, parameters),
-        },
+    layers, functions = (passes_of(call, x, parameters) for call in (layer, functional))
+    runs = {mode: {"layer": layers[mode], "functional": functions[mode]} for mode in layers}
+    runs[FORWARD] |= {
+        "gather": functools.partial(gather, a, b, **core),
+        "distribute": functools.partial(distribute, g, v, backend=backend),
+        "double_attention": functools.partial(double_attention, a, b, v, **core),
     }
     if backend == "triton":
         for of_mode in runs.values():
-            with torch.no_grad():
-                below = lower_layers(of_mode["functional"])
-            of_mode |= {what: in_a_row(calls) for what, calls in below.items() if calls}
+            of_mode |= lower_layers(of_mode["functional"])
     return [
         Measured(run, backend, str(dtype)[6:], mode, what)
         for mode, of_mode in runs.items()
@@ -248,53 +245,48 @@ def ours(
     ]
 
 
-def step(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]) -> Run:
-    """Forward and backward, with the gradients of x and of all parameters."""
+def passes_of(
+    run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]
+) -> dict[str, Run]:
+    """Forward; and a step, forward and backward with the gradients of x and of all parameters."""
     leaf = x.clone().requires_grad_()
     grad = torch.randn_like(x)
 
-    def call() -> None:
+    def step() -> None:
         with torch.enable_grad():
             torch.autograd.grad(run(leaf), (leaf, *parameters), grad)
 
-    return call
-
-
-def in_a_row(calls: Sequence[Run]) -> Run:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
+    return {FORWARD: functools.partial(run, x), STEP: step}
 
 
 # --- how it is measured ---------------------------------------------------------------------------
 
 
+@torch.no_grad()  # but for gradients that a step takes
 def measure(workloads: Sequence[Workload], device: torch.device, seconds: float) -> pd.DataFrame:
     """A row for each call of each workload, in ``seconds`` or what five rounds of all take."""
     rows = []
     with contextlib.nullcontext() if observe.on_gpu(device) else nothing_behind():
         for work in progress(workloads):
             groups = of_workload(work, device)
-            for group in groups:
-                found = in_turns(group, device, seconds / len(workloads) / len(groups))
-                rows += [_row(work, *each, device) for each in zip(group, found, strict=True)]
+            for measured, calls in groups.items():
+                found = in_turns(calls, device, seconds / len(workloads) / len(groups))
+                for call, times in zip(calls, found, strict=True):
+                    rows.append(_row(work, measured, call, times, device))
     return pd.DataFrame(rows)
 
 
 def _row(
-    work: Workload, call: Measured, times: Sequence[float], device: torch.device
+    work: Workload, measured: str, call: Measured, times: Sequence[float], device: torch.device
 ) -> dict[str, Any]:
     low, median = np.quantile(times, (0.25, 0.5))
     named = call._asdict()
     del named["run"]
     return {
-        "workload": work.name, "n": work.cpu_n if call.measured == CALL else work.n,
-        "c": work.c, "positions": "x".join(map(str, work.positions)), "c_m": work.c_m,
-        "c_n": work.c_n, "heads": work.heads, "device": device.type,
-        "threads": torch.get_num_threads(), **named, "median_us": median,
-        "quartile_us": low, "batches": len(times), "launches": launches(call, device),
+        **work.columns(device), "n": work.cpu_n if measured == CALL else work.n,
+        "device": device.type, "threads": torch.get_num_threads(), **named, "measured": measured,
+        "median_us": median, "quartile_us": low, "batches": len(times),
+        "launches": launches(call, device),
     }  # fmt: skip
 
 
@@ -324,37 +316,29 @@ def batch_size(call: Measured, device: torch.device) -> int:
 def batch(call: Measured, device: torch.device, size: int) -> float:
     """Microseconds until a call returns, the mean of ``size`` calls."""
     run = call.run
-    with _surroundings(call, device):
+    replaced = device.type == "cpu" and call.provider == "triton"
+    with no_products() if replaced else contextlib.nullcontext():
         run()  # finds caches as they are between calls
         observe.wait(device)
         start = time.perf_counter_ns()
         for _ in range(size):
             run()
-        return (time.perf_counter_ns() - start) / (1e3 * size)
+        taken = time.perf_counter_ns() - start
+    observe.wait(device)
+    return taken / (1e3 * size)
 
 
 def launches(call: Measured, device: torch.device) -> int | None:
     """Kernels that a call launches, and products; None where nothing is launched or counted."""
-    if device.type == "cpu" and call.provider != "triton":
-        return None
-    with _surroundings(call, device):
-        if device.type == "cpu":
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError):  # no profiling interface
+            return observe.launches(call.run)
+    elif call.provider == "triton":
+        with no_products():
             NoKernel.launched = 0
             call.run()
             return NoKernel.launched
-        try:
-            return observe.launches(lambda: (call.run(),))
-        except RuntimeError:  # no profiling interface
-            return None
-
-
-@contextlib.contextmanager
-def _surroundings(call: Measured, device: torch.device) -> Iterator[None]:
-    """Without gradients, but for those that a step takes; the GPU, or nothing in its place."""
-    replaced = device.type == "cpu" and call.provider == "triton"
-    with torch.no_grad(), no_products() if replaced else contextlib.nullcontext():
-        yield
-    observe.wait(device)
+    return None
 
 
 def shown(frame: pd.DataFrame) -> str:
