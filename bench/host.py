@@ -131,9 +131,7 @@ class NoKernel:
     launched = 0  # kernels and GEMMs
     function = 0
     packed_metadata = ()
-
-    def launch_metadata(self, grid, stream, *args):
-        return None
+    launch_metadata = always(None)
 
     def run(self, *args):
         NoKernel.launched += 1

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from da_triton import plan
 from da_triton.ops.triton import routes
-from da_triton.planning.costs import AZ
 from da_triton.runtime import folders, launch, tiles
 from da_triton.runtime.tiles import Key as Site
 
+from .codegen.survey import UNFUSED
 from .measure import Budget, progress
 from .observe import Timer, describe, usable
 from .providers import Closure, Replay
@@ -115,9 +115,7 @@ def steps(work: Workload, device: torch.device) -> Iterator[Closure]:
     options = routes.Options(work.heads, 1.0, 1.0, 1.0, True, True)
     planned = plan(x.shape, work.c_m, work.c_n, heads=work.heads).route
     mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.uint8, device=device)
-    unfused = planned._replace(
-        order=AZ, gather="unfused", distribute="unfused", backward="unfused", backward_order=AZ
-    )
+    unfused = UNFUSED._replace(batch_chunk=planned.batch_chunk)
 
     def step(route, mask, backward):
         out, lse, g, v = routes.forward(x, w, mask, options, route, mask is not None)

@@ -27,11 +27,11 @@ class Step:
         self.results, self.fails, self.captured = results or {}, fails, []
 
     def __call__(self):
-        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)
-        self.captured.append((tile.block_l, tile.num_warps, tile.num_stages))
-        if self.captured[-1] in self.fails:
+        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)[2:5]
+        self.captured.append(tile)
+        if tile in self.fails:
             raise RuntimeError("out of resource: shared memory")
-        return (torch.full((4,), self.results.get(self.captured[-1], 1.0)),)
+        return (torch.full((4,), self.results.get(tile, 1.0)),)
 
 
 class Graph:
@@ -222,7 +222,7 @@ def test_the_package_reads_what_is_written(tmp_path, monkeypatch):
 
 
 COMPILED = """
-import os, sys, tempfile
+import os, tempfile
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 from unittest import mock
 import torch
@@ -233,18 +233,11 @@ before = dict(os.environ)
 import bench.gpu, bench.measure, bench.tune as tune
 from bench.codegen import compile, survey
 from bench.warm import on_absent, without_launches
-from da_triton.ops.triton import routes
-from da_triton.runtime import tiles as table
+from bench.workloads import Workload
+from da_triton.runtime.tiles import Key
 
-variant = survey.Variant("nchw", 256)
-shapes = (64, 256), (64,), (64, 256), (64, 256), (64,), (256, 64), (256,)
-w = routes.Weights(*(survey._empty(variant, *shape) for shape in shapes))
-x = survey._empty(variant, 1, 256, 256)
-options = routes.Options(1, 1.0, 1.0, 1.0, True, True)
-run = lambda: routes.forward(x, w, None, options, survey.route("project_distribute"), False)
-site = table.Key("project_distribute", table.PLAIN, "half", 256, 64)
-entries = [(32, 4, 2), (64, 8, 2)]
-
+site, entries = SITE, [(32, 4, 2), (64, 8, 2)]
+run = next(tune.steps(WORK, torch.device("cpu")))
 with on_absent("sm_90"), without_launches():
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))
     with (
@@ -257,7 +250,7 @@ with on_absent("sm_90"), without_launches():
 launched = [call.args[0].fn.__name__ for call in launch.call_args_list]
 print(launched.count("project_distribute_kernel"))
 with survey.on("sm_90"):
-    recorded = survey.record(site.kernel, (256, 64, 64), variant, (32, 4, 2))
+    recorded = survey.record(site.kernel, (64, 32, 32), survey.Variant(), entries[0])
 print(compile.compile_launch(recorded[0], "sm_90").spills)
 print({k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)})
 print(knobs.compilation.disable_line_info)
@@ -266,6 +259,6 @@ print(knobs.compilation.disable_line_info)
 
 def test_candidates_are_compiled_once_under_the_keys_of_later_launches():
     """Neither by importing the ahead-of-time compiler nor by using it does the key change."""
-    ran = python("-c", COMPILED)
+    ran = python("-c", COMPILED.replace("SITE", repr(SITE)).replace("WORK", repr(WORK)))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("\n") == ["2", "0", "set()", "False", ""]
