@@ -336,10 +336,10 @@ def tune(
 
     gpu_name = torch.cuda.get_device_name(device)
     path = out or tuning.path_of(gpu_name)
-    choices = tuning.tune(
-        select(workload, "all"), device, make_timer(), Budget(budget),
-        save=lambda choices: tuning.write(path, gpu_name, choices),
-    )  # fmt: skip
+    choices: list[tuning.Choice] = []
+    for choice in tuning.tune(select(workload, "all"), device, make_timer(), Budget(budget)):
+        choices.append(choice)
+        tuning.write(path, gpu_name, choices)
     replaced = sum(c.best != c.present for c in choices)
     written = f" Written to {path}." if choices else ""
     print(f"{len(choices)} tiles measured, {replaced} replaced.{written}")

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -64,18 +64,14 @@ class Choice(NamedTuple):
 
 
 def tune(
-    workloads: Sequence[Workload],
-    device: torch.device,
-    timer: Timer,
-    budget: Budget,
-    save: Callable[[list[Choice]], Any],
-) -> list[Choice]:
-    """The choices made until the budget is used up; one for each site, on its first workload.
+    workloads: Sequence[Workload], device: torch.device, timer: Timer, budget: Budget
+) -> Iterator[Choice]:
+    """Yields the choice of each site, on its first workload, until the budget is used up.
 
-    ``save`` is given all choices so far after each one, so that a run that is killed leaves them.
-    It ends early where a candidate makes CUDA unusable in this process.
+    One by one, so that a run that is killed leaves those before. It ends early where a candidate
+    makes CUDA unusable in this process.
     """
-    found: dict[Site, Choice] = {}
+    found: set[Site] = set()
     for work in progress(workloads):
         if budget.left <= 0:
             break
@@ -86,13 +82,12 @@ def tune(
             ready = prepared(site, entries, run, device, budget)
             if not usable(device):
                 print(f"{site}: CUDA became unusable, so tuning ends here.")
-                return list(found.values())
-            if present in ready:
-                times = _times(ready, timer, budget)
-                found[site] = choose(site, work.name, present, times)
-                save(list(found.values()))
-                print(found[site])
-    return list(found.values())
+                return
+            if ready:
+                found.add(site)
+                choice = choose(site, work.name, present, _times(ready, timer, budget))
+                yield choice
+                print(choice)
 
 
 def sites(work: Workload, device: torch.device) -> dict[Site, tuple[Entry, Closure]]:
@@ -166,7 +161,7 @@ def tile_of(site: Site, entry: Entry) -> contextlib.AbstractContextManager[None]
 def prepared(
     site: Site, entries: Sequence[Entry], run: Closure, device: torch.device, budget: Budget
 ) -> dict[Entry, Closure]:
-    """A captured graph for each tile that gives the first one's results.
+    """A captured graph for each tile that gives the first one's results; none without these.
 
     Tiles that the budget has no time for are left out.
     """

@@ -168,13 +168,12 @@ def on_absent(arch: str) -> contextlib.AbstractContextManager[None]:
 
     from .codegen import compile, survey
 
-    driver.set_active(  # for good: without a GPU there is no driver to go back to
-        SimpleNamespace(
-            get_current_target=lambda: compile.TARGETS[arch],
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
+    gpu = SimpleNamespace(
+        get_current_target=always(compile.TARGETS[arch]),
+        get_current_device=always(0),
+        get_current_stream=always(0),
     )
+    driver.set_active(gpu)  # for good: without a GPU there is no driver to go back to
     return survey.on(arch, NUM_SMS[arch])
 
 

@@ -57,9 +57,9 @@ def compiled(monkeypatch):
 
 @pytest.fixture
 def tuned(monkeypatch, interpreted_tiles, compiled):
-    """Tunes sites with a given step and times; the choices, and the tiles that were timed."""
+    """Tunes sites with a given step and times; the choices, as they come, and the timed tiles."""
 
-    def tuned(run, times, budget=1e9, save=len, sites=(SITE,)):
+    def tuned(run, times, budget=1e9, sites=(SITE,)):
         timed = []
 
         def timer(closure, *, launches_count):
@@ -69,7 +69,7 @@ def tuned(monkeypatch, interpreted_tiles, compiled):
 
         monkeypatch.setattr(tune, "sites", lambda *_: dict.fromkeys(sites, (PRESENT, run)))
         monkeypatch.setattr(tune, "candidates_of", lambda kernel: [PRESENT, *OTHERS])
-        return tune.tune([WORK], CPU, timer, Budget(budget), save), timed
+        return tune.tune([WORK], CPU, timer, Budget(budget)), timed
 
     return tuned
 
@@ -132,14 +132,14 @@ def test_candidate_that_fails_or_is_wrong_is_not_timed(tuned, capsys, wrong, why
 
 
 def test_site_whose_present_tile_fails_has_no_choice(tuned, capsys):
-    assert tuned(Step(fails=[PRESENT]), {}) == ([], [])
+    assert not [*tuned(Step(fails=[PRESENT]), {})[0]]
     assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_tuning_ends_with_the_context(tuned, capsys, monkeypatch):
     run = Step(fails=[FASTER])
     monkeypatch.setattr(tune, "usable", lambda device: FASTER not in run.captured)
-    assert tuned(run, {}) == ([], [])
+    assert not [*tuned(run, {})[0]]
     assert "tuning ends here" in capsys.readouterr().out
 
 
@@ -158,18 +158,17 @@ def test_step_with_another_tile_gives_the_same(interpreted_tiles):
 
 
 def test_used_up_budget(tuned):
-    assert tuned(Step(), {}, budget=0) == ([], [])
+    assert not [*tuned(Step(), {}, budget=0)[0]]
 
 
-def test_choices_are_saved_one_by_one(tuned):
+def test_choices_come_one_by_one(tuned):
     """A run that is killed while it tunes the second site leaves the first one's choice."""
-    saved = []
-    tuned(
-        Step(), dict.fromkeys([PRESENT, *OTHERS], 1.0),
-        save=lambda found: saved.append(len(found)),
-        sites=(SITE, SITE._replace(kernel="gather_from_x")),
-    )  # fmt: skip
-    assert saved == [1, 2]
+    sites = SITE, SITE._replace(kernel="gather_from_x")
+    times = dict.fromkeys([PRESENT, *OTHERS], 1.0)
+    choices, timed = tuned(Step(), times, sites=sites)
+    for number, site in enumerate(sites, 1):
+        assert next(choices).site == site
+        assert len(timed) == number * len(times) * tune.ROUNDS
 
 
 @pytest.mark.usefixtures("compiled")
