@@ -101,7 +101,6 @@ Launches = Annotated[Any, names("launch mode", (EAGER, GRAPH), "graph: CUDA grap
 Metrics = Annotated[Any, names("metric", list(METRICS))]
 Out = Annotated[Path, option("folder for results")]
 Seconds = Annotated[float, option("seconds for everything", "--budget")]
-Arch = Annotated[str, option("the GPU to compile for")]
 KEPT = typer.Option(help="a CSV file, kept in order", show_default="bench/results/codegen.csv")
 STAGE = names("stage", [s.name for s in STAGES], "repeatable")
 RESULTS = Path("bench/out")
@@ -397,7 +396,7 @@ def compare(
 
 @command("warm", "--arch sm_90 --out /tmp/cache --smoke", "--out /tmp/cache --check")
 def fill_cache(
-    arch: Arch = "sm_90",
+    arch: Annotated[str, option("the GPU to compile for")] = "sm_90",
     out: Annotated[Path | None, typer.Option(envvar="TRITON_CACHE_DIR", help="a folder")] = None,
     workload: Workloads = "",
     verify: Annotated[bool, option("exit 1 if --out is of other kernels", "--check")] = False,
