@@ -219,7 +219,7 @@ def spy(kernel, *given):
 with survey.on("sm_90"), compile.record(), mock.patch.object(tiles, "tile", spy):
     for case in selfcheck.THOROUGH:
         selfcheck.run(case, torch.bfloat16, False, torch.device("meta"), True)
-wanted = {(k.kernel, *k[3:]) for k in tiles.shipped("sm_90") if k.kernel in survey.BLOCKS}
+wanted = {(k.kernel, *k[3:]) for k in tiles.shipped("sm_90") if k.kernel in survey.KERNELS}
 print(json.dumps(sorted(wanted - reached)))
 """
 

@@ -20,18 +20,31 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from bench.environment import ROOT
 from da_triton.runtime.tiles import ARCHITECTURES
 
-KEPT = Path(__file__).parents[1] / "results" / "codegen.csv"
+
+class Code(NamedTuple):
+    """The compiler's result for a launch on one architecture."""
+
+    registers: int = 0
+    spills: int = 0  # NVIDIA: local loads and stores; AMD: spilled registers
+    shared: int = 0  # bytes of shared memory; where there are fewer, the other figures are 0
+    matrix: int = 0  # matrix instructions (mma.sync, wgmma, tcgen05, v_mfma)
+    wgmma: int = 0
+    copy_bytes: int = 0  # the widest asynchronous copy
+    load_bytes: int = 0  # the widest direct load from global memory
+    loads_2: int = 0  # direct loads of two bytes
+
+
+KEPT = ROOT / "bench" / "results" / "codegen.csv"
 # A row of the file is found again by these, whatever tile it has now.
 KEY = ["arch", "kernel", "dtype", "layout", "L", "C", "m", "n", "call", "flags"]
-FIGURES = (
-    "registers", "spills", "shared", "matrix", "wgmma", "copy_bytes", "load_bytes", "loads_2",
-)  # fmt: skip
+FIGURES = Code._fields
 COLUMNS = [*KEY, "products", "blocks", "warps", "stages", *FIGURES, "triton", "digest"]
 NUMBERS = {"L", "C", "m", "n", "products", "warps", "stages", *FIGURES}
 ORDER = tuple(ARCHITECTURES)
@@ -68,12 +81,11 @@ def surveyed(arch: str, known: Iterable[str] = (), *, sample: bool = False) -> I
     Raises:
         RuntimeError: with the end of the process's errors.
     """
-    root = str(Path(__file__).parents[2])
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "bench.codegen.survey", arch, *(["--sample"] * sample)]
-    digests = json.dumps(list(known))
-    ended = subprocess.run(command, env=env, text=True, input=digests, capture_output=True)
+    ended = subprocess.run(
+        command, env=env, cwd=ROOT, text=True, input=json.dumps(list(known)), capture_output=True
+    )
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)}: {ended.stderr[-4000:]}")
     yield from map(json.loads, ended.stdout.splitlines())

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton import knobs
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from bench.codegen import Code
 from da_triton.runtime.tiles import ARCHITECTURES
 
 FUNCTION = re.compile(r'@(?:"[^"]+"|[\w.$-]+)')
@@ -45,19 +47,6 @@ class Launch(NamedTuple):
         return self.kernel.fn.__name__
 
 
-class Code(NamedTuple):
-    """The compiler's result for a launch on one architecture."""
-
-    registers: int = 0
-    spills: int = 0  # NVIDIA: local loads and stores; AMD: spilled registers
-    shared: int = 0  # bytes of shared memory; where there are fewer, the other figures are 0
-    matrix: int = 0  # matrix instructions (mma.sync, wgmma, tcgen05, v_mfma)
-    wgmma: int = 0
-    copy_bytes: int = 0  # the widest asynchronous copy
-    load_bytes: int = 0  # the widest direct load from global memory
-    loads_2: int = 0  # direct loads of two bytes
-
-
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
     """Collects launches instead of running them."""
@@ -66,12 +55,8 @@ def record() -> Iterator[list[Launch]]:
     def run(self, *args, grid, warmup, **kwargs):
         launches.append(Launch(self, args, kwargs))
 
-    original = JITFunction.run
-    JITFunction.run = run
-    try:
+    with mock.patch.object(JITFunction, "run", run):
         yield launches
-    finally:
-        JITFunction.run = original
 
 
 def specialized(launch: Launch, arch: str) -> tuple[ASTSource, dict]:
@@ -138,10 +123,14 @@ def compile_launch(launch: Launch, arch: str) -> Code:
     limit = ARCHITECTURES[arch].shared_memory
     source, options = specialized(launch, arch)
     try:
-        with _cut_short(limit), _without_line_info():
+        # Line numbers change nothing of the code and take a quarter of the time. The switch is an
+        # environment variable and part of the key of Triton's cache: were it set for longer, child
+        # processes would inherit it and compile everything again.
+        with _cut_short(limit), knobs.compilation.scope():
+            knobs.compilation.disable_line_info = True
             compiled = triton.compile(source, target=target, options=options)
     except _OutOfSharedMemoryError as error:
-        return Code(shared=error.needed)
+        return Code(shared=error.args[0])
     shared = compiled.metadata.shared
     if shared > limit:  # the cache had it
         return Code(shared=shared)
@@ -150,21 +139,7 @@ def compile_launch(launch: Launch, arch: str) -> Code:
 
 
 class _OutOfSharedMemoryError(Exception):
-    def __init__(self, needed):
-        super().__init__(needed)
-        self.needed = needed
-
-
-@contextlib.contextmanager
-def _without_line_info():
-    """Saves a quarter of the time and changes nothing of the code.
-
-    Only during a compilation: the switch is an environment variable and part of the key of
-    Triton's cache, so child processes would inherit it and compile everything again.
-    """
-    with knobs.compilation.scope():
-        knobs.compilation.disable_line_info = True
-        yield
+    """Of a program that needs as many bytes."""
 
 
 @contextlib.contextmanager
@@ -184,11 +159,8 @@ def _cut_short(limit):
 
         stages[name] = checked
 
-    knobs.runtime.add_stages_inspection_hook = hook
-    try:
+    with mock.patch.object(knobs.runtime, "add_stages_inspection_hook", hook):
         yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = None
 
 
 # --- read from compiled programs ------------------------------------------------------------------

@@ -8,10 +8,11 @@ without figures; with ``--sample`` one row of each kernel is compiled, known or 
 Runs in a process of its own, without TRITON_INTERPRET, on a machine without a GPU. Which kernels
 there are is found from the launches that calls make, on meta tensors:
 
-    core        tiles by m and n, in each dtype and layout
-    full_n      the kernel that holds all n, by n: without and with a mask
-    fused       each block of the tile table: NCHW with all that the kernel can do beside, also with
-                an odd number of positions, and channels-last memory without
+    core        tiles by m and n, in each dtype and layout; those of the kernel that holds all n,
+                also with a mask
+    blocks      each block of the tile table, for the fused kernels: NCHW with all that the kernel
+                can do beside, also with an odd number of positions, and channels-last memory
+                without
     workloads   what the named ones launch besides: several heads, an n that fills no block, and
                 kernels that neither of the above reaches
 """
@@ -19,13 +20,14 @@ there are is found from the launches that calls make, on meta tensors:
 import contextlib
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from bench.codegen import compile
+from bench.codegen import ODD, Row, compile
 from bench.codegen.compile import Launch
 from bench.warm import always
 from bench.workloads import WORKLOADS
@@ -38,36 +40,14 @@ from da_triton.planning.shapes import Shape
 from da_triton.precision import matmul_precision
 from da_triton.runtime import launch, tiles
 
-# Positions of 28×28, of 14×14 (rows not a multiple of 16), and of either in
-# channels-last memory.
-LAYOUTS = (("nchw", 784), ("nchw", 196), ("nhwc", 196))
-ODD = ("nchw", 49)  # 7×7: every load is of one element
 NUM_SMS = 132
 BATCH = 64
+FUSED = Route(XH, "fused", "fused", "fused", XH, BATCH)
+FROM_A = Route(AH, "fused", "fused", "unfused", AZ, BATCH)
 UNFUSED = Route(AZ, "unfused", "unfused", "unfused", AZ, BATCH)
-ANY_TILE = (32, 4, 1)  # of fused kernels that are launched on the way
-PAIRS = [(c, n) for c in (64, 128, 256, 512) for n in (32, 64, 128) if c * n <= 128 * 128]
-# kernel -> {(block_m, block_n): (C, c_m, c_n) that lead there}
-BLOCKS: dict[str, dict[tuple[int, int], tuple[int, int, int]]] = {
-    "combine": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
-    "combine_backward": {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)},
-    "gather_from_x": {(c, n): (c, 64, n) for c, n in PAIRS},
-    "block_bwd_gather": {(64, n): (256, 64, n) for n in (32, 64, 128, 256)},
-    "block_bwd_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
-    "project_distribute": {(c, n): (c, 64, n) for c, n in PAIRS},
-    "project_distribute_blocks": {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)},
-    "outer_product": {(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)},
-    "weight_gradients": {(32, 32): (256, 64, 64)},
-    "gather_from_a": {
-        (m, n): (4 * m * n // 64, m, n) for m in (32, 64, 128) for n in (32, 64, 128)
-    },
-}
-BLOCKED_SHAPES = ((512, 512), (32, 512), (512, 32))
-# m or n: each side reaches a tile of its own in the tables of the core.
-SIDES = {2: (32, 64, 128), 4: (32,), 8: (16, 32)}
 OPTIONS = {"ACC", "PRECISION", "enable_fp_fusion", "num_warps", "num_stages", "P_SCALE"}
 
-Row = dict[str, Any]
+Sizes = tuple[int, int, int]  # C (0: the core), m, n
 
 
 # --- launches of a call ---------------------------------------------------------------------------
@@ -100,7 +80,14 @@ class Variant(NamedTuple):
         return " ".join(names)
 
 
-Found = tuple[Launch, Variant, tuple[int, int, int]]  # C (0: the core), m, n
+WIDE = Variant("nchw", 784)  # 28×28
+NARROW = Variant("nchw", 196)  # 14×14: rows are not a multiple of 16
+LAST = Variant("nhwc", 196)  # either, in channels-last memory
+ODD_ROWS = Variant("nchw", ODD)  # 7×7: every load is of one element
+FLOAT32, FLOAT64 = (NARROW._replace(dtype=dtype) for dtype in (torch.float32, torch.float64))
+
+Made = tuple[list[Launch], Variant, Sizes]
+Found = tuple[Launch, Variant, Sizes]
 
 
 @contextlib.contextmanager
@@ -114,16 +101,10 @@ def on(arch: str, num_sms: int = NUM_SMS) -> Iterator[None]:
         yield
 
 
-def core(m: int, n: int, v: Variant, batch: int = BATCH) -> list[Launch]:
+def core(m: int, n: int, v: Variant) -> list[Launch]:
     """One forward and backward pass of the core."""
-
-    def activations(channels):
-        if v.layout == "nchw":
-            return _empty(v, batch, 1, channels, v.length)
-        return _empty(v, batch, v.length, 1, channels).permute(0, 2, 3, 1)
-
-    a, b, logits, dz = (activations(c) for c in (m, n, n, m))
-    mask = _mask(v, batch)
+    a, b, logits, dz = (_activations(v, channels).unsqueeze(1) for channels in (m, n, n, m))
+    mask = _mask(v)
     sources = [(a, b, mask)]
     if v.extra:
         sources.append((a[..., :4], b[..., :4], None))
@@ -135,80 +116,113 @@ def core(m: int, n: int, v: Variant, batch: int = BATCH) -> list[Launch]:
     return made
 
 
-def of_block(sizes: tuple[int, int, int, int], route: Route, v: Variant) -> list[Launch]:
-    """One training step of the block; ``sizes``: batch, channels, c_m, c_n."""
-    batch, channels, c_m, c_n = sizes
-    x = _empty(v, batch, channels, v.length)
-    if v.layout == "nhwc":
-        x = _empty(v, batch, v.length, channels).transpose(1, 2)
+def full_n(m: int, n: int, v: Variant) -> list[Launch]:
+    """Launches of the kernel that holds all n, which only a block makes."""
+    return [made for made in of_block((64, m, n), UNFUSED, v) if made.name == "full_n_kernel"]
+
+
+def of_block(sizes: Sizes, route: Route, v: Variant) -> list[Launch]:
+    """One training step of the block."""
+    channels, c_m, c_n = sizes
+    x, mask = _activations(v, channels), _mask(v)
     w = routes.Weights(
         _empty(v, c_m, channels), _empty(v, c_m), _empty(v, c_n, channels),
         _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
     )  # fmt: skip
     options = routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
-    mask = _mask(v, batch)
     with compile.record() as made:
         _, lse, g, kept = routes.forward(x, w, mask, options, route, v.save_v)
         routes.backward(torch.empty_like(x), x, w, mask, lse, g, kept, options, route)
     return made
 
 
+def _activations(v, channels):
+    """``(N, channels, L)``, without data."""
+    if v.layout == "nchw":
+        return _empty(v, BATCH, channels, v.length)
+    return _empty(v, BATCH, v.length, channels).transpose(1, 2)
+
+
+def _mask(v):
+    shape = (BATCH, v.length)
+    return torch.empty(shape, dtype=torch.uint8, device="meta") if v.masked else None
+
+
 def _empty(v, *shape):
     return torch.empty(shape, dtype=v.dtype, device="meta")
-
-
-def _mask(v, batch):
-    shape = (batch, v.length)
-    return torch.empty(shape, dtype=torch.uint8, device="meta") if v.masked else None
 
 
 # --- launches of a tile ---------------------------------------------------------------------------
 
 
-def route(kernel: str) -> Route:
-    """One that launches the kernel."""
-    fused = Route(XH, "fused", "fused", "fused", XH, BATCH)
-    from_a = fused._replace(order=AH, backward="unfused", backward_order=AZ)
-    if kernel == "project_distribute_blocks":
-        return from_a._replace(gather="unfused")
-    return from_a if kernel == "gather_from_a" else fused
+class Kernel(NamedTuple):
+    """A kernel of the fused block, whose tiles the search finds."""
+
+    blocks: dict[tuple[int, int], Sizes]  # (block_m, block_n) -> sizes that lead there
+    # The variant that may have a tile of its own, and the call's flags that lead to it.
+    special: tuple[str, dict[str, Any]] = ("", {})
+    holds_channels: bool = False  # all of them, of a tile of X
+    route: Route = FUSED  # one that launches the kernel
+
+
+MASK, V = ("mask", {"masked": True}), ("v", {"save_v": True})
+SIDES = (32, 64, 128)
+ANY_TILE = (32, 4, 1)  # of these kernels, where they are launched on the way
+COMBINED = {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)}
+HELD = {(c, n): (c, 64, n) for c in (64, 128, 256, 512) for n in SIDES if c * n <= 128 * 128}
+BY_CHANNELS = {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)}
+FROM_A_BLOCKS = {(m, n): (4 * m * n // 64, m, n) for m, n in product(SIDES, SIDES)}
+KERNELS = {
+    "combine": Kernel(COMBINED),
+    "combine_backward": Kernel(COMBINED),
+    "gather_from_x": Kernel(HELD, MASK, holds_channels=True),
+    "block_bwd_gather": Kernel({(64, n): (256, 64, n) for n in (32, 64, 128, 256)}, MASK),
+    "block_bwd_distribute": Kernel(HELD, V, holds_channels=True),
+    "project_distribute": Kernel(HELD, V, holds_channels=True),
+    "project_distribute_blocks": Kernel(BY_CHANNELS, V),
+    "outer_product": Kernel({(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)}),
+    "weight_gradients": Kernel({(32, 32): (256, 64, 64)}),
+    "gather_from_a": Kernel(FROM_A_BLOCKS, MASK, route=FROM_A),
+}
 
 
 def record(
-    kernel: str,
-    sizes: tuple[int, int, int],
-    variant: Variant,
-    tile: tuple[int, int, int] | None = None,
+    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, int, int] | None = None
 ) -> list[Launch]:
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
     original = tiles.tile
 
     def chosen(name, x, m, n, variant=tiles.PLAIN):
-        entry = tile if name == kernel else ANY_TILE if name in BLOCKS else None
+        entry = tile if name == kernel else ANY_TILE if name in KERNELS else None
         if entry is None:
             return original(name, x, m, n, variant)
-        blocks = tiles.blocks(name, "half", m, n)
-        return tiles.Tile(*blocks, *entry, 1)
+        return tiles.Tile(*tiles.blocks(name, "half", m, n), *entry, 1)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
-        found = of_block((BATCH, *sizes), route(kernel), variant)
+        made = of_block(sizes, KERNELS[kernel].route, variant)
     launched = kernel.removesuffix("_blocks") + "_kernel"
-    return [made for made in found if made.name == launched]
-
-
-def special(kernel: str) -> tuple[str, dict[str, Any]]:
-    """The variant that may have a tile of its own, and the call's flags that lead to it."""
-    if "gather" in kernel:
-        return "mask", {"masked": True}
-    return ("v", {"save_v": True}) if "distribute" in kernel else ("", {})
-
-
-def odd_variants(kernel: str, flags: dict[str, Any]) -> list[Variant]:
-    """An odd number of positions in NCHW, where the kernel has positions."""
-    return [] if kernel.startswith(("combine", "weight")) else [Variant(*ODD, **flags)]
+    return [each for each in made if each.name == launched]
 
 
 # --- everything that ships ------------------------------------------------------------------------
+
+Launches = Callable[[int, int, Variant], list[Launch]]
+BY_BLOCKS = [(512, 512), (32, 512), (512, 32)]
+SQUARES = [(n, n) for n in (32, 64, 128, 256, 512)]
+SWITCHED = [
+    WIDE._replace(masked=True, extra=True),
+    WIDE._replace(softmax=False),
+    WIDE._replace(dtype=torch.float16),
+]
+# Sizes (m, n) that reach every tile in the tables of the core, with the variants to compile.
+CORE: list[tuple[Launches, list[tuple[int, int]], list[Variant]]] = [
+    (core, [*product(SIDES, SIDES), *BY_BLOCKS], [WIDE, NARROW, LAST]),
+    (core, [(32, 32), (512, 512)], [FLOAT32]),
+    (core, [*product((16, 32), (16, 32)), (512, 512)], [FLOAT64]),
+    (core, [(128, 128), (512, 512)], SWITCHED),
+    (full_n, SQUARES, [WIDE, NARROW, LAST, NARROW._replace(masked=True)]),
+    (full_n, [(32, 32)], [FLOAT32, FLOAT64]),
+]
 
 
 def survey(arch: str, known: Collection[str] = (), sample: bool = False) -> Iterator[Row]:
@@ -236,11 +250,42 @@ def _distinct(arch: str) -> dict[str, Found]:
 
 def found(arch: str) -> list[Found]:
     """Launches of every kernel with every tile; to be called where ``on(arch)`` is."""
-    known = [*_core(), *_full_n(arch), *_fused(arch)]
-    return known + list(_workloads(arch, {made.name for made, *_ in known}))
+    runs: list[Made] = [
+        (launches(m, n, variant), variant, (0, m, n))
+        for launches, shapes, variants in CORE
+        for (m, n), variant in product(shapes, variants)
+    ]
+    for name, kernel in KERNELS.items():
+        flags = kernel.special[1]
+        variants = [NARROW._replace(**flags), LAST, ODD_ROWS, ODD_ROWS._replace(**flags)]
+        runs += [
+            (record(name, sizes, variant), variant, sizes)
+            for (block, sizes), variant in product(kernel.blocks.items(), variants)
+            if tiles.Key(name, tiles.PLAIN, "half", *block) in tiles.shipped(arch)
+        ]
+    runs += _workloads(arch, {each.name for made, *_ in runs for each in made})
+    return [(each, variant, sizes) for made, variant, sizes in runs for each in made]
 
 
-def describe(made: Launch, variant: Variant, sizes: tuple[int, int, int]) -> Row:
+def _workloads(arch: str, known: set[str]) -> Iterator[Made]:
+    """Launches of the named workloads on their route, and on the unfused one, that are new.
+
+    Not of small ones, whose time is that of launches, whatever a kernel's code.
+    """
+    for work in WORKLOADS:
+        if work.small:
+            continue
+        s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
+        planned = kernel_routes(s, work.c, arch, NUM_SMS)[0].route._replace(batch_chunk=BATCH)
+        special = work.heads > 1 or work.c_n % 16 > 0
+        old = known - {f"{name}_kernel" for name in KERNELS} if special else known
+        for route, layout in product((planned, UNFUSED), (NARROW, LAST)):
+            variant = layout._replace(heads=work.heads)
+            made = of_block(s[1:4], route, variant)
+            yield [each for each in made if each.name not in old], variant, s[1:4]
+
+
+def describe(made: Launch, variant: Variant, sizes: Sizes) -> Row:
     """The row of a launch, without figures."""
     constants = {k: str(x) for k, x in made.kwargs.items()}
     flags = [
@@ -262,77 +307,6 @@ def describe(made: Launch, variant: Variant, sizes: tuple[int, int, int]) -> Row
         "warps": int(constants.get("num_warps", 4)),
         "stages": int(constants.get("num_stages", 1)),
     }
-
-
-def _core() -> Iterator[Found]:
-    """Launches of the core with every tile of its tables."""
-    runs: list[tuple[int, int, Variant, int]] = []
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        sides = SIDES[dtype.itemsize]
-        blocked = BLOCKED_SHAPES if dtype.itemsize == 2 else BLOCKED_SHAPES[:1]
-        runs += [
-            (m, n, Variant(*layout, dtype), BATCH)
-            for m, n in [*((m, n) for m in sides for n in sides), *blocked]
-            for layout in (LAYOUTS if dtype == torch.bfloat16 else LAYOUTS[1:2])
-        ]
-    wide = Variant(*LAYOUTS[0])
-    for m, n in ((128, 128), (512, 512)):
-        runs += [
-            (m, n, wide._replace(masked=True, extra=True), 4),
-            (m, n, wide._replace(softmax=False), BATCH),
-            (m, n, wide._replace(dtype=torch.float16), BATCH),
-        ]
-    for m, n, variant, batch in runs:
-        for made in core(m, n, variant, batch):
-            yield made, variant, (0, m, n)
-
-
-def _full_n(arch: str) -> Iterator[Found]:
-    """Launches of the kernel that holds all n, with every tile of its table."""
-    keys = [key for key in tiles.shipped(arch) if key.tile_class == "half"]
-    sizes = sorted({key.block_n for key in keys if key.kernel == "full_n"}, reverse=True)
-    runs = [(n, Variant(*layout)) for n in sizes for layout in LAYOUTS]
-    runs += [(n, Variant(*LAYOUTS[1], masked=True)) for n in sizes]
-    runs += [(32, Variant(*LAYOUTS[1], dtype)) for dtype in (torch.float32, torch.float64)]
-    for n, variant in runs:
-        for made in of_block((BATCH, 64, n, n), UNFUSED, variant):
-            if made.name == "full_n_kernel":
-                yield made, variant, (0, n, n)
-
-
-def _fused(arch: str) -> Iterator[Found]:
-    """Launches of the fused kernels, with every block that has a tile on this architecture."""
-    for kernel, blocks in BLOCKS.items():
-        _, flags = special(kernel)
-        variants = [Variant(*LAYOUTS[1], **flags), Variant(*LAYOUTS[2])]
-        variants += odd_variants(kernel, {}) + odd_variants(kernel, flags)
-        for block, sizes in blocks.items():
-            if tiles.Key(kernel, tiles.PLAIN, "half", *block) not in tiles.shipped(arch):
-                continue
-            for variant in variants:
-                for made in record(kernel, sizes, variant):
-                    yield made, variant, sizes
-
-
-def _workloads(arch: str, known: set[str]) -> Iterator[Found]:
-    """Launches of the named workloads on their route, and on the unfused one, that are new.
-
-    Not of small ones, whose time is that of launches, whatever a kernel's code.
-    """
-    for work in WORKLOADS:
-        if work.small:
-            continue
-        length = torch.Size(work.positions).numel()
-        s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, length, 2, True)
-        planned = kernel_routes(s, work.c, arch, NUM_SMS)[0].route
-        special = work.heads > 1 or work.c_n % 16 > 0
-        for route in (planned, UNFUSED._replace(batch_chunk=planned.batch_chunk)):
-            for layout in LAYOUTS[1:]:
-                variant = Variant(*layout, heads=work.heads)
-                for made in of_block(s[:4], route, variant):
-                    fused_too = made.name.removesuffix("_kernel") in BLOCKS
-                    if made.name not in known or (special and fused_too):
-                        yield made, variant, (work.c, work.c_m, work.c_n)
 
 
 if __name__ == "__main__":

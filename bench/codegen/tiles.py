@@ -22,7 +22,6 @@ from bench.codegen import cannot_compile, compile, survey
 from bench.tune import candidates_of
 from da_triton.runtime import tiles
 
-HOLD_ALL_CHANNELS = ("gather_from_x", "project_distribute", "block_bwd_distribute")
 SHORTEST = 32  # positions of a tile for which a route is fused at all
 HOPELESS = 64  # spills beyond which fewer stages do not help
 # Where the likeliest to spill need no more registers than this, of 255, the others are not tried.
@@ -42,13 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("arch", nargs="+", choices=tiles.ARCHITECTURES)
-    add("--kernel", action="append", choices=survey.BLOCKS, help="repeatable; else all")
+    add("--kernel", action="append", choices=survey.KERNELS, help="repeatable; else all")
     add("--from", dest="start", metavar="ARCH", help="begin at this architecture's tiles")
     options = parser.parse_args(argv)
     if reason := cannot_compile():
         parser.error(reason)
     for arch in options.arch:
-        for kernel in options.kernel or survey.BLOCKS:
+        for kernel in options.kernel or survey.KERNELS:
             write(arch, kernel, Search(arch, kernel, options.start).run())
 
 
@@ -58,17 +57,17 @@ class Search:
     def __init__(self, arch: str, kernel: str, start: str | None) -> None:
         self.arch, self.kernel = arch, kernel
         self.start = tiles.shipped(start) if start else {}
-        _, self.flags = survey.special(kernel)
+        self.facts = survey.KERNELS[kernel]
 
     def run(self) -> dict[Blocks, tuple[Found, Found]]:
         """The plain and the special tile of each block."""
         found = {}
-        for blocks, sizes in survey.BLOCKS[self.kernel].items():
+        for blocks, sizes in self.facts.blocks.items():
             key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
             first = self.start[key][:3] if key in self.start else None
             plain = special = self.best(blocks, sizes, first, {})
-            if plain and self.flags:
-                special = self.best(blocks, sizes, plain[0], self.flags)
+            if plain and self.facts.special[1]:
+                special = self.best(blocks, sizes, plain[0], self.facts.special[1])
             print(self.arch, self.kernel, blocks, plain, special, flush=True)
             if plain and special:
                 found[blocks] = plain, special
@@ -78,7 +77,7 @@ class Search:
         self, blocks: Blocks, sizes: Sizes, first: Candidate | None, flags: dict[str, Any]
     ) -> Found | None:
         """The first candidate from ``first`` on that is clean; None if none is."""
-        usual, odd = self.variants(flags), survey.odd_variants(self.kernel, flags)
+        usual, odd = self.variants(flags), [survey.ODD_ROWS._replace(**flags)]
         fallback: Found | None = None  # only one that is clean everywhere is better
         hopeless = set()
         for candidate in self.candidates(blocks, first):
@@ -101,9 +100,10 @@ class Search:
 
     def variants(self, flags: dict[str, Any]) -> list[survey.Variant]:
         """Variants in which a tile must be clean, the likeliest to spill first."""
-        wide, narrow, last = (survey.Variant(*layout, **flags) for layout in survey.LAYOUTS)
+        layouts = survey.NARROW, survey.LAST, survey.WIDE
+        narrow, last, wide = (layout._replace(**flags) for layout in layouts)
         found = [narrow, last, wide, narrow._replace(dtype=torch.float16)]
-        if "distribute" in self.kernel and not flags:
+        if self.facts.special == survey.V and not flags:
             found.append(narrow._replace(heads=4))
         if self.kernel.startswith("combine"):
             found.insert(0, narrow._replace(masked=True))
@@ -119,7 +119,7 @@ class Search:
         """Whether the buffers of a pipeline for X alone leave room; cheaper than to compile."""
         if self.arch == "gfx942" and stages > 2:
             return False  # one buffer beside the registers is what its pipelines are made of
-        held = blocks[0] * block_l * 2 * (stages - 1) if self.kernel in HOLD_ALL_CHANNELS else 0
+        held = blocks[0] * block_l * 2 * (stages - 1) if self.facts.holds_channels else 0
         return held < tiles.ARCHITECTURES[self.arch].shared_memory
 
     def spills(
@@ -160,7 +160,7 @@ def write(arch: str, kernel: str, found: dict[Blocks, tuple[Found, Found]]) -> N
     path = tiles.SHIPPED / f"{arch}.json"
     header = json.loads(path.read_text(encoding="utf-8"))
     table = {k: e for k, e in tiles.entries(header).items() if k.kernel != kernel}
-    special_name, _ = survey.special(kernel)
+    special_name, _ = survey.KERNELS[kernel].special
     for blocks, (plain, special) in found.items():
         variants = {tiles.PLAIN: (plain[0], plain[1] or special[1])}
         if special[0] != plain[0]:

@@ -86,7 +86,7 @@ with survey.on("sm_90"):
     sizes = (24, 19), (200, 19), (200, 600)  # that reach every kernel of the gather's backward
     found = [x for m, n in sizes for x in survey.core(m, n, survey.Variant())]
     fused = Route(XH, "fused", "fused", "fused", XH, 64)
-    found += survey.of_block((64, 64, 32, 32), fused, survey.Variant())
+    found += survey.of_block((64, 32, 32), fused, survey.Variant())
 for launch in found:
     launch.kwargs.update(FUSION)
     source, options = compile.specialized(launch, "sm_90")
