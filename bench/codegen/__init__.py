@@ -15,6 +15,7 @@ The modules need Triton, in a process without TRITON_INTERPRET; importing the pa
 import importlib.metadata
 import importlib.util
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -133,10 +134,7 @@ def title(row: Row) -> str:
 
 def worse(fresh: Sequence[Row], kept: Sequence[Row]) -> list[str]:
     """Figures that got worse than in the kept rows of the same version of Triton, a line each."""
-
-    def key(row):
-        return *(row[name] for name in KEY), row["triton"]
-
+    key = operator.itemgetter(*KEY, "triton")
     before = {key(x): x for x in kept}
     found = []
     for now in fresh:

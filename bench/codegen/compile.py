@@ -135,7 +135,7 @@ def compile_launch(launch: Launch, arch: str) -> Code:
     if shared > limit:  # the cache had it
         return Code(shared=shared)
     read = _read_cuda if target.backend == "cuda" else read_hip
-    return Code(shared=shared, **read(compiled.asm))
+    return read(compiled.asm)._replace(shared=shared)
 
 
 class _OutOfSharedMemoryError(Exception):
@@ -188,22 +188,16 @@ def _read_cuda(asm):
             spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))
     ptx = asm["ptx"]
     wgmma = ptx.count("wgmma.mma_async")
+    matrix = wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma")
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x[0-9a-f]+|\d+),", ptx)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
-    return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "spills": spills,
-        "matrix": wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
-        "wgmma": wgmma,
-        **_widths(
-            [int(width, 0) for width in copies],
-            [int(vector or 1) * int(bits) // 8 for vector, bits in loads],
-        ),
-    }
+    widths = [int(vector or 1) * int(bits) // 8 for vector, bits in loads]
+    registers = _number(r"REG:(\d+)", usage)
+    return _code(registers, spills, matrix, wgmma, [int(width, 0) for width in copies], widths)
 
 
-def read_hip(asm: dict) -> dict:
-    """Fields of ``Code`` from AMD's assembly."""
+def read_hip(asm: dict) -> Code:
+    """The figures in AMD's assembly, without shared memory."""
     text = asm["amdgcn"]
     copies: list[int] = []
     loads: list[int] = []
@@ -212,17 +206,11 @@ def read_hip(asm: dict) -> dict:
         width = next(x for name, x in HIP_BYTES.items() if name in kind)
         (copies if to_lds else loads).append(width)
     spilled = (_number(rf"\.{kind}_spill_count:\s*(\d+)", text) for kind in ("vgpr", "sgpr"))
-    return {
-        "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
-        "spills": sum(spilled),
-        "matrix": text.count("v_mfma"),
-        **_widths(copies, loads),
-    }
+    registers = _number(r"\.vgpr_count:\s*(\d+)", text)
+    return _code(registers, sum(spilled), text.count("v_mfma"), 0, copies, loads)
 
 
-def _widths(copies, loads):
-    return {
-        "copy_bytes": max(copies, default=0),
-        "load_bytes": max(loads, default=0),
-        "loads_2": loads.count(2),
-    }
+def _code(registers, spills, matrix, wgmma, copies, loads):
+    """``copies`` and ``loads``: the bytes of each."""
+    widest = max(copies, default=0), max(loads, default=0)
+    return Code(registers, spills, 0, matrix, wgmma, *widest, loads.count(2))

@@ -226,26 +226,20 @@ CORE: list[tuple[Launches, list[tuple[int, int]], list[Variant]]] = [
 
 
 def survey(arch: str, known: Collection[str] = (), sample: bool = False) -> Iterator[Row]:
-    """Yields a description of every distinct compilation."""
-    distinct = _distinct(arch)
+    """Yields a description of every distinct compilation, of the first launch with its digest."""
+    same: dict[tuple, Found] = {}
+    distinct: dict[str, Found] = {}
+    with on(arch):
+        for each in found(arch):
+            same.setdefault(compile.identity(each[0], arch), each)
+        for each in same.values():
+            distinct.setdefault(compile.digest(each[0], arch), each)
     wanted = distinct.keys() - set(known)
     if sample:  # the last digest of each kernel
         wanted = set({distinct[digest][0].name: digest for digest in sorted(distinct)}.values())
     for digest, (made, variant, sizes) in distinct.items():
         figures = compile.compile_launch(made, arch)._asdict() if digest in wanted else {}
         yield {"arch": arch, **describe(made, variant, sizes), "digest": digest, **figures}
-
-
-def _distinct(arch: str) -> dict[str, Found]:
-    """Launches by their digests, the first of each."""
-    same: dict[tuple, Found] = {}
-    digests: dict[str, Found] = {}
-    with on(arch):
-        for each in found(arch):
-            same.setdefault(compile.identity(each[0], arch), each)
-        for each in same.values():
-            digests.setdefault(compile.digest(each[0], arch), each)
-    return digests
 
 
 def found(arch: str) -> list[Found]:

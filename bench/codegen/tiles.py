@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bench.codegen import cannot_compile, compile, survey
+from bench.codegen.survey import Variant
 from bench.tune import candidates_of
 from da_triton.runtime import tiles
 
@@ -28,7 +29,6 @@ HOPELESS = 64  # spills beyond which fewer stages do not help
 LIKELIEST, AT_EASE = 2, 200
 
 Blocks = tuple[int, int]
-Sizes = tuple[int, int, int]
 Candidate = tuple[int, int, int]  # positions of a tile, warps, stages
 Found = tuple[Candidate, str]  # with a remark
 
@@ -62,20 +62,19 @@ class Search:
     def run(self) -> dict[Blocks, tuple[Found, Found]]:
         """The plain and the special tile of each block."""
         found = {}
-        for blocks, sizes in self.facts.blocks.items():
+        _, flags = self.facts.special
+        for blocks in self.facts.blocks:
             key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
             first = self.start[key][:3] if key in self.start else None
-            plain = special = self.best(blocks, sizes, first, {})
-            if plain and self.facts.special[1]:
-                special = self.best(blocks, sizes, plain[0], self.facts.special[1])
+            plain = special = self.best(blocks, first, {})
+            if plain and flags:
+                special = self.best(blocks, plain[0], flags)
             print(self.arch, self.kernel, blocks, plain, special, flush=True)
             if plain and special:
                 found[blocks] = plain, special
         return found
 
-    def best(
-        self, blocks: Blocks, sizes: Sizes, first: Candidate | None, flags: dict[str, Any]
-    ) -> Found | None:
+    def best(self, blocks: Blocks, first: Candidate | None, flags: dict[str, Any]) -> Found | None:
         """The first candidate from ``first`` on that is clean; None if none is."""
         usual, odd = self.variants(flags), [survey.ODD_ROWS._replace(**flags)]
         fallback: Found | None = None  # only one that is clean everywhere is better
@@ -87,27 +86,26 @@ class Search:
             if stages > 1 and (block_l, warps) in hopeless:
                 continue
             if fallback:
-                if not self.spills(blocks, sizes, candidate, odd + usual):
+                if not self.spills(blocks, candidate, odd + usual):
                     return candidate, ""
-            elif spills := self.spills(blocks, sizes, candidate, usual):
+            elif spills := self.spills(blocks, candidate, usual):
                 if spills > HOPELESS:
                     hopeless.add((block_l, warps))
-            elif spills := self.spills(blocks, sizes, candidate, odd):
-                fallback = candidate, f"{spills} spills at odd L"
-            else:
+            elif not (spills := self.spills(blocks, candidate, odd)):
                 return candidate, ""
+            elif spills >= 1:  # slow; with any other failure, it could not be launched
+                fallback = candidate, f"{spills} spills at odd L"
         return fallback
 
-    def variants(self, flags: dict[str, Any]) -> list[survey.Variant]:
+    def variants(self, flags: dict[str, Any]) -> list[Variant]:
         """Variants in which a tile must be clean, the likeliest to spill first."""
-        layouts = survey.NARROW, survey.LAST, survey.WIDE
-        narrow, last, wide = (layout._replace(**flags) for layout in layouts)
-        found = [narrow, last, wide, narrow._replace(dtype=torch.float16)]
+        half = survey.NARROW._replace(dtype=torch.float16)
+        found = [survey.NARROW, survey.LAST, survey.WIDE, half]
         if self.facts.special == survey.V and not flags:
-            found.append(narrow._replace(heads=4))
+            found.append(survey.NARROW._replace(heads=4))
         if self.kernel.startswith("combine"):
-            found.insert(0, narrow._replace(masked=True))
-        return found
+            found.insert(0, survey.NARROW._replace(masked=True))
+        return [variant._replace(**flags) for variant in found]
 
     def candidates(self, blocks: Blocks, first: Candidate | None) -> list[Candidate]:
         """Candidates that may fit, in order of preference, from ``first`` on."""
@@ -122,16 +120,14 @@ class Search:
         held = blocks[0] * block_l * 2 * (stages - 1) if self.facts.holds_channels else 0
         return held < tiles.ARCHITECTURES[self.arch].shared_memory
 
-    def spills(
-        self, blocks: Blocks, sizes: Sizes, candidate: Candidate, wanted: list[survey.Variant]
-    ) -> float:
+    def spills(self, blocks: Blocks, candidate: Candidate, wanted: list[Variant]) -> float:
         """Spills of the first variant that has any, else 0; 0.5 for any other failure."""
         seen, registers = set(), 0
         for number, variant in enumerate(wanted):
             if number >= LIKELIEST and registers <= AT_EASE:
                 break
             with survey.on("sm_90"):  # its table has what the launchers ask for on the way
-                recorded = survey.record(self.kernel, sizes, variant, candidate)
+                recorded = survey.record(self.kernel, self.facts.blocks[blocks], variant, candidate)
             for launch in recorded:
                 key = compile.identity(launch, self.arch)
                 if key in seen:

@@ -7,6 +7,7 @@ import pytest
 
 from bench import cli as bench
 from bench import codegen
+from bench.codegen import tiles
 from bench.codegen.compile import read_hip
 from bench.environment import ROOT
 
@@ -168,5 +169,18 @@ HIP = """
     ],
 )
 def test_widths_of_loads_on_amd(line, widths):
-    found = codegen.Code(**read_hip({"amdgcn": f"{HIP}    {line}\n"}))
+    found = read_hip({"amdgcn": f"{HIP}    {line}\n"})
     assert found == codegen.Code(128, 3, 0, 1, 0, *widths)
+
+
+def test_tile_may_spill_at_an_odd_length_and_has_to_compile_there(monkeypatch):
+    search = tiles.Search("sm_90", "outer_product", None)
+    first, second, *_ = search.candidates((64, 64), None)
+
+    def spills(blocks, candidate, wanted):
+        if wanted[0].length != codegen.ODD:
+            return 0
+        return 0.5 if candidate == first else 7  # 0.5: it needs too much shared memory, or the like
+
+    monkeypatch.setattr(search, "spills", spills)
+    assert search.best((64, 64), None, {}) == (second, "7 spills at odd L")
