@@ -139,7 +139,7 @@ def compile_launch(launch: Launch, arch: str) -> Code:
 
 
 class _OutOfSharedMemoryError(Exception):
-    """Of a program that needs as many bytes."""
+    """A program needs more than there is; ``args``: the bytes."""
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def core(m: int, n: int, v: Variant) -> list[Launch]:
 
 
 def full_n(m: int, n: int, v: Variant) -> list[Launch]:
-    """Launches of the kernel that holds all n, which only a block makes."""
+    """Launches of the kernel that holds all n, which only the block launches."""
     return [made for made in of_block((64, m, n), UNFUSED, v) if made.name == "full_n_kernel"]
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from bench import cli as bench
 from bench import codegen
-from bench.codegen import tiles
+from bench.codegen import survey, tiles
 from bench.codegen.compile import read_hip
 from bench.environment import ROOT
+from da_triton.runtime.tiles import shipped
 
 TRITON = importlib.metadata.version("triton")
 ROW = {
@@ -171,6 +172,15 @@ HIP = """
 def test_widths_of_loads_on_amd(line, widths):
     found = read_hip({"amdgcn": f"{HIP}    {line}\n"})
     assert found == codegen.Code(128, 3, 0, 1, 0, *widths)
+
+
+@pytest.mark.parametrize("arch", codegen.ORDER)
+def test_survey_has_every_shipped_block_of_the_fused_kernels_and_every_full_n(arch):
+    listed = {(name, *block) for name, kernel in survey.KERNELS.items() for block in kernel.blocks}
+    fused = {(k.kernel, *k[3:]) for k in shipped(arch) if k.kernel in survey.KERNELS}
+    sizes = {k.block_n for k in shipped(arch) if k.kernel == "full_n"}
+    assert listed >= fused
+    assert sizes == {n for n, _ in survey.SQUARES}
 
 
 def test_tile_may_spill_at_an_odd_length_and_has_to_compile_there(monkeypatch):
