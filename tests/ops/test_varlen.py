@@ -44,7 +44,7 @@ def small(monkeypatch):
     monkeypatch.setattr(triton_varlen, "LONG", 18)
     monkeypatch.setattr(aten_varlen, "WORK", 12 * HEADS * N)
     monkeypatch.setattr(aten_varlen, "FEW", 20)
-    monkeypatch.setattr(aten, "WIDE_CHUNK", 25)
+    monkeypatch.setattr(aten, "POSITIONS_PER_PRODUCT", 25)
     triton_varlen.plan.cache_clear()
     yield
     triton_varlen.plan.cache_clear()

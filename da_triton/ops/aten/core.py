@@ -17,9 +17,9 @@ from ...precision import HALF, POLICIES, accumulator, converted, lse_dtype
 from ...reference import distribution_weights, exponentials, gather_weights, join_extra
 from ...tracing import exporting, transformed
 
-# Positions of one product on a CPU, in float32 or float64 and in half precision. Libraries add
-# positions sequentially: 10^6 equal terms in one float32 sum are wrong by 10^-3.
-WIDE_CHUNK, HALF_CHUNK = 2**11, 2**16
+# On a CPU, in float32 or float64 and in half precision. Libraries add positions sequentially: 10^6
+# equal terms in one float32 sum are wrong by 10^-3.
+POSITIONS_PER_PRODUCT, POSITIONS_PER_HALF_PRODUCT = 2**11, 2**16
 
 
 def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
@@ -32,7 +32,8 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], extra_b.shape[-1])], -1)
     weights = converted(gather_weights(logits_in(b, logit_scale, dtype), mask), dtype)
-    total = weights.sum(-1) if dtype not in HALF and chunk_of(weights) is not None else None
+    several = dtype not in HALF and positions_per_product(weights) is not None
+    total = weights.sum(-1) if several else None
     if extra is None:
         g = sum_over_positions(a, weights)
     else:
@@ -53,10 +54,10 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
     q = distribution_weights(logits_in(v, logit_scale, dtype)) if softmax else v
     q = converted(q, dtype)
     pairs = [(g, q)]
-    chunk = chunk_of(q) if g.requires_grad else None
-    if chunk is not None:  # dG is a sum over positions
-        parts = q.split(chunk, -1)
-        pairs = list(zip(g.expand(len(parts), *g.shape).unbind(), parts, strict=True))
+    positions = positions_per_product(q) if g.requires_grad else None
+    if positions is not None:  # dG is a sum over positions
+        slices = q.split(positions, -1)
+        pairs = list(zip(g.expand(len(slices), *g.shape).unbind(), slices, strict=True))
     if v.stride(-2) == 1 and v.shape[1] == 1:
         return converted(
             _cat([x.transpose(-1, -2) @ y.transpose(-1, -2) for y, x in pairs], -2), v.dtype
@@ -143,20 +144,20 @@ def logits_in(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def sum_over_positions(a: Tensor, weights: Tensor) -> Tensor:
     """``a @ weightsᵀ`` in the dtype of ``weights``."""
-    chunk = chunk_of(weights)
-    if chunk is None:
+    positions = positions_per_product(weights)
+    if positions is None:
         return converted(a, weights.dtype) @ weights.transpose(-1, -2)
-    pairs = zip(a.split(chunk, -1), weights.split(chunk, -1), strict=True)
+    pairs = zip(a.split(positions, -1), weights.split(positions, -1), strict=True)
     return torch.stack([converted(x, y.dtype) @ y.mT for x, y in pairs]).sum(0)
 
 
-def chunk_of(x: Tensor) -> int | None:
-    """Positions of one product of a sum over those of ``x``, or None for all."""
+def positions_per_product(x: Tensor) -> int | None:
+    """How many positions of ``x`` one product sums; None if one product sums all of them."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or _any_length(x):
         return None
-    chunk = HALF_CHUNK if x.dtype in HALF else WIDE_CHUNK
-    return chunk if x.shape[-1] > chunk else None
+    most = POSITIONS_PER_HALF_PRODUCT if x.dtype in HALF else POSITIONS_PER_PRODUCT
+    return most if x.shape[-1] > most else None
 
 
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _cat(slices: list[Tensor], dim: int) -> Tensor:
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...projection import channels_last
-from .core import WIDE_CHUNK
+from .core import POSITIONS_PER_PRODUCT
 
 SMALLEST_TILE, LARGEST_TILE = 2**20, 2**22  # elements of x, float32
 LEAST_POSITIONS = 2048  # of a tile: with fewer, products read weights more often than they pay for
@@ -167,9 +167,11 @@ def accumulate(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
     if x.is_contiguous() and grad.is_contiguous():
         grad, x = grad.flatten(0, 1)[None], x.flatten(0, 1)[None]
     for here, rows in zip(grad, x, strict=True):
-        whole = len(rows) // WIDE_CHUNK * WIDE_CHUNK
+        whole = len(rows) // POSITIONS_PER_PRODUCT * POSITIONS_PER_PRODUCT
         if whole:
-            left, right = (z[:whole].unflatten(0, (-1, WIDE_CHUNK)) for z in (here, rows))
+            left, right = (
+                z[:whole].unflatten(0, (-1, POSITIONS_PER_PRODUCT)) for z in (here, rows)
+            )
             total.add_((left.mT @ right).sum(0))
         total.addmm_(here[whole:].T, rows[whole:])
 

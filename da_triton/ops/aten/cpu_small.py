@@ -20,7 +20,7 @@ from ...arguments import Options, Weights
 from ...planning.costs import AZ
 from .. import direct
 from . import block as aten_block
-from .core import WIDE_CHUNK
+from .core import POSITIONS_PER_PRODUCT
 
 # Measured on one and two threads, forward and training step, (N, C, c, L) from (1, 16, 8, 64) to
 # (4, 2048, 512, 49). Beyond, cpu_block is faster: its tiles stay in the cache, and it multiplies
@@ -44,7 +44,7 @@ class Call(direct.Call):
         if (
             mask is not None
             or not 0 < x.numel() <= MOST_ELEMENTS
-            or length > WIDE_CHUNK
+            or length > POSITIONS_PER_PRODUCT
             or batch * w.a.numel() > MOST_WEIGHTS
             or (o.heads > 1 and order != AZ)
         ):

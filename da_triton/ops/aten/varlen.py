@@ -107,7 +107,7 @@ def _weights(rows, tokens, masked, dtype):
 
 def _total(p, extra_p):
     """Sums of weights over many positions, not exactly 1: see ``aten.gather``."""
-    if p.shape[-2] <= aten.WIDE_CHUNK or p.dtype in HALF:
+    if p.shape[-2] <= aten.POSITIONS_PER_PRODUCT or p.dtype in HALF:
         return None
     total = p.sum(-2, keepdim=True)
     if extra_p is not None:
@@ -167,7 +167,7 @@ def _over_n(function, *tensors):
 
 def _product(x, rows, out):
     """A sum over positions: ``x @ rows`` in ``out``."""
-    if x.shape[-1] > aten.WIDE_CHUNK:
+    if x.shape[-1] > aten.POSITIONS_PER_PRODUCT:
         out.copy_(aten.sum_over_positions(x, rows.mT))
     else:
         torch.bmm(x, rows, out=out)
