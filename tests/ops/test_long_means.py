@@ -178,7 +178,9 @@ def _in_double(block, x):
 
 
 def test_one_sum_over_all_positions_would_be_rejected():
+    """The processor decides in which layout a library's product adds the most terms in a row."""
     if DEVICE == "cpu":
-        a = torch.full((2, LONG), 0.7).mT.contiguous().mT
-        error = relative_rms(a @ a.mT, a.double() @ a.double().mT)
-        assert error > 100 * TOLERANCE[torch.float32]
+        a = torch.full((2, LONG), 0.7)
+        expected = a.double() @ a.double().mT
+        errors = [relative_rms(x @ x.mT, expected) for x in (a, a.mT.contiguous().mT)]
+        assert max(errors) > 10 * TOLERANCE[torch.float32], errors
