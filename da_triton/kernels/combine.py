@@ -314,19 +314,19 @@ def _forward(
 
 
 @guard.proved({"partials": "NS--", "lse": "N", "m": "N--"})
-def backward(partials, lse, m, weights, *, heads, scale):
+def combine_backward(partials, lse, m, weights, *, heads, scale):
     """``(dH, dG, dM, δ, lse)`` from the partials of dH, ``(N, NUM_PARTIALS, total_n, C')``.
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
     shifted = torch.empty_like(lse) if POLICIES[weights.a.dtype].extended else lse
-    ready = launch.prepared(_backward, (weights.a, weights.out, partials, lse, m), heads)
+    ready = launch.prepared(_combine_backward, (weights.a, weights.out, partials, lse, m), heads)
     dh, dg, delta, dm = ready.empty()
     ready((partials, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
     return dh, dg, dm, delta, shifted
 
 
-def _backward(a, out, partials, lse, m, heads):
+def _combine_backward(a, out, partials, lse, m, heads):
     batch, num_partials, total_n, c_out = partials.shape
     c_m, c_n, channels = a.shape[0] // heads, total_n // heads, a.shape[1]
     tile = tiles.tile("combine_backward", a, c_m, c_n)

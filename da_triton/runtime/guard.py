@@ -53,7 +53,7 @@ _attempts: Counter[str] = Counter()  # at proving a case
 
 
 def proved(axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_: 2):
-    """Decorates a launcher that has a stand-in of the same name, or of ``backward`` of a module.
+    """Decorates a launcher that has a stand-in of the same name.
 
     ``axes``: of tensors with a batch (N), positions (L) or partial results (S), a letter per axis,
     "-" for others, which may be left out at the end; a tuple for tensors in tuples. ``writes``:
@@ -63,7 +63,6 @@ def proved(axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_
 
     def decorate(launcher):
         name = launcher.__name__
-        name = f"{launcher.__module__.rsplit('.', 1)[1]}_backward" if name == "backward" else name
         spec = LAUNCHERS[name] = _Spec(name, launcher, axes, writes, roles or {}, num_splits)
 
         @functools.wraps(launcher)

@@ -186,7 +186,9 @@ def _fused_backward(dout, x, w, mask, v, o, needs):
         x, dout, w.v, w.bias_v, v, h, dv,
         heads=o.heads, logit_scale=o.logit_scale_v, softmax=o.softmax_v,
     )  # fmt: skip
-    dh, dg, dm, delta, lse = combine.backward(partials, lse, m, w, heads=o.heads, scale=o.scale)
+    dh, dg, dm, delta, lse = combine.combine_backward(
+        partials, lse, m, w, heads=o.heads, scale=o.scale
+    )
     dx = None
     if needs.x or needs.b:
         dx = block_backward.block_bwd_gather(
