@@ -1,6 +1,7 @@
 """The suite as a GPU runs it: which files, in what order, and what they would launch."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -45,25 +46,64 @@ def test_files_that_use_the_device_are_run_and_the_longest_first(files):
         assert name not in files  # they run on the CPU, and cost time on a GPU for nothing
 
 
+TESTS = ROOT / "tests"
+PACKAGES = {"bench": ROOT, "da_triton": ROOT, "support": TESTS}  # and where they are
+
+
+def imports(path):
+    """Modules that a file imports outside of functions, and names from modules, written alike."""
+    folder = path.parent.relative_to(TESTS if path.is_relative_to(TESTS) else ROOT)
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            name = importlib.util.resolve_name(name, ".".join(folder.parts))
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
+
+
+def libraries(*names):
+    """``(library, importing file)`` for these files and all that they import of this repository."""
+    found, paths = set(), [ROOT / name for name in names]
+    for path in paths:
+        optional = re.findall(r'pytest\.importorskip\("(\w+)"\)', path.read_text(encoding="utf-8"))
+        for name in imports(path):
+            package, *parts = name.split(".")
+            if package not in PACKAGES:
+                if package not in optional:
+                    found.add((package, path.relative_to(ROOT).as_posix()))
+                continue
+            stem = PACKAGES[package] / package
+            for part in [*parts, ""]:
+                files = [stem / "__init__.py", stem.with_suffix(".py")]
+                paths += [file for file in files if file.is_file() and file not in paths]
+                stem /= part
+    return found
+
+
 def test_files_import_only_what_a_bare_machine_has(files):
     """Or the first file that cannot be imported stops them all."""
-    there = {
-        *sys.stdlib_module_names, "bench", "da_triton", "numpy", "pytest", "support", "torch",
-        "triton",
-    }  # fmt: skip
-    for name in [*files, "tests/conftest.py"]:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for node in ast.parse(text).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            optional = {*re.findall(r'pytest\.importorskip\("(\w+)"\)', text)}
-            assert {name.split(".")[0] for name in names} <= there | optional, name
+    there = {*sys.stdlib_module_names, "numpy", "pytest", "torch", "triton"}
+    found = libraries(*files, "tests/conftest.py", "tests/integrations/conftest.py")
+    assert {library for library, _ in found} >= {"numpy", "torch", "triton"}
+    assert not {(library, file) for library, file in found if library not in there}
+
+
+def test_imports_are_followed():
+    """From support to bench, and by relative imports in it."""
+    assert {("tqdm", "bench/measure.py"), ("numpy", "bench/measure.py")} <= libraries(
+        "tests/support/fakes.py"
+    )
 
 
 def test_command_without_xdist(monkeypatch):
     assert "loadgroup" in stages.test_command()
     monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
     assert "loadgroup" not in stages.test_command()
+    assert collected("-p", "no:xdist", "tests/ops/triton/test_large.py")  # the marker is known
 
 
 def test_convolutions_are_not_tf32_in_tests():

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import matplotlib
 import pytest
 import torch
 
@@ -62,6 +61,7 @@ def quiet_ultralytics(home):
     threads = torch.get_num_threads()
     quiet = {"YOLO_CONFIG_DIR": str(home), "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
     with mock.patch.dict(os.environ, quiet), pytest.MonkeyPatch.context() as patch:
+        import matplotlib
         from ultralytics.utils import checks, dist
 
         try:
