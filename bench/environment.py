@@ -69,6 +69,7 @@ def version(package: str) -> str | None:
 def commit(root: Path = ROOT) -> str | None:
     """The commit of a checkout, with ``-dirty`` where tracked files differ from it.
 
+    Untracked files do not make it dirty: Python files among them change ``code``.
     A copy without ``.git`` has the variable ``DA_TRITON_COMMIT``; None where neither is known.
     """
     checkout = ("git", f"--git-dir={root / '.git'}", f"--work-tree={root}")
