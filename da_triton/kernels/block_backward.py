@@ -4,10 +4,10 @@ r"""The fused block's backward pass over positions, in order XH, where H fits on
     gather         P                dB = s · P∘(dMᵀ X − δ)
                    dX = dO (residual) + Wvᵀ dV + Wbᵀ dB + dM P
 
-A program of either holds a split of the positions with the full n: X and dO are read once in each,
-dX is written once. dV and dB are the only temporaries with positions, adjacent in one ``(N,
-2·total_n, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers, written
-in parts and merged by ``combine``.
+A program of either kernel handles a split of the positions with the full n: each reads X and dO
+once, and dX is written once. dV and dB are the only temporaries with positions, adjacent in one
+``(N, 2·total_n, L)``, from which ``weight_gradients`` makes the rest. dH is summed in registers,
+written as partials and merged by ``combine``.
 """
 
 import triton

@@ -3,7 +3,7 @@ r"""The small products between the passes over positions, which also merge a pas
     forward     M or G from partials   G = Wa M + ba·1ᵀ      H = scale · Wo G
     backward    dH from partials       dG = scale · Woᵀ dH   dM = Waᵀ dG      δ = Σ_C dM∘M
 
-One launch each, on the matrix unit, with descriptors in two parts where the weights have half
+One launch each, on the matrix unit, with descriptors in two halves where the weights have half
 precision (``dot_2xhalf``). A program owns a tile of n of one head of one sample, with all
 features. The number of positions does not enter.
 

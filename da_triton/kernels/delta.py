@@ -1,6 +1,6 @@
 r"""Between backward's two passes over positions: sums and rounds dG, and ``δ = Σ_m dG∘(G − ba)``.
 
-δ is the correction of the gather's softmax; it equals ``Σ_L P∘dP`` and so costs no pass over
+δ is the correction of the gather's softmax; it equals ``Σ_L P∘dP``, so it needs no pass over
 positions. ba, where A was used without its bias, is in G but not in dP.
 """
 

@@ -4,8 +4,8 @@ r"""Distribute: ``Z = scale · G Q``, ``Q = softmax_n(s V)`` or ``Q = s V``, for
 
 Q is recomputed from V. Where G fits one tile, a program owns positions with all m and n:
 each element of V, Z, dZ and dV is read or written once, and the program's part of dG is summed in
-registers, then added to the others' in a fixed order. Elsewhere see ``core_full_n`` (backward then
-writes Q once, for dG), and for more than that holds ``core_tiled``.
+registers, then added to the others' in a fixed order. A larger G takes ``core_full_n`` (backward
+then writes Q once, for dG), or where that does not fit, ``core_tiled``.
 
 Tensors are ``(N, heads, channels, positions)`` in any strides.
 """
@@ -225,8 +225,8 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
 def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     """Writes dV, and Z unless None; returns partials of dG, ``(N, heads, num_partials, m, n)``.
 
-    ``g``: perhaps rounded to the dtype of v. ``bias``: to be added to v, or None. ``q``: a place
-    for Q, like v; what is undefined afterwards.
+    ``g``: perhaps rounded to the dtype of v. ``bias``: to be added to v, or None. ``q``: memory for
+    Q, with the layout of v; its contents are undefined afterwards.
     """
     scalars = {"scale": scale, "softmax": softmax, "logit_scale": logit_scale}
     if core_full_n.fits(v, v.shape[2]):
@@ -248,7 +248,7 @@ def with_bias(v, bias):
 
 
 def _backward_in_one_tile(dz, g, v, dv, need_g, *, scale, softmax, logit_scale):
-    """Writes dV unless None; parts of dG, if needed, where one program holds all of it."""
+    """Writes dV unless None; returns partials of dG, if needed. One program holds all of G."""
     ready = launch.prepared(_backward, (v, dz, g, dv), softmax, need_g)
     partial = ready.empty()[0] if need_g else v
     ready((dz, g, v, v if dv is None else dv, partial), (scale, logit_scale))

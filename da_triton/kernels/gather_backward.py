@@ -1,7 +1,7 @@
 r"""Backward of the gather: dA and dB from dG, on ``(N, heads, channels, L)``.
 
-``P = exp(s B − lse)`` is recomputed. ``δ = Σ_m dG∘G`` equals ``Σ_L P∘dP``, so the softmax's
-correction takes no pass over positions, and nothing is summed over them:
+``P = exp(s B − lse)`` is recomputed. ``δ = Σ_m dG∘G`` equals ``Σ_L P∘dP``, so the correction of the
+softmax needs no pass over positions, and nothing is summed over them:
 
     dA = dG P            dB = s · P∘(dGᵀ A − δ)
 
@@ -140,7 +140,7 @@ def gather_backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
     if not tiles.g_fits_one_tile(a, c_m, c_n):
         options = {"logit_scale": logit_scale, "lse": lse, "mask": mask}
         if core_full_n.fits(b, c_n):
-            # The same bits, whether dB is needed or not.
+            # The same bits whether or not dB is needed.
             db = launch.empty_activations_like(b) if db is None else db
             core_full_n.gather_backward(dg, a, b, correction, da, db, **options)
             return

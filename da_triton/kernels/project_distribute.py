@@ -1,8 +1,8 @@
 r"""Pass 2 of the fused block: ``out = H softmax_n(s (Wv X + bv)) + bo (+ X)``, X read once more.
 
-A program holds positions with the full n of all heads: it projects V, takes the softmax
-over n in each head, multiplies with H, adds bias and X, and writes each element of the
-result once. V and Q are never written, unless V is requested. Where all channels fit, the tile of
+A program holds positions with the full n of all heads: it projects V, takes the softmax over n in
+each head, multiplies with H, adds bias and X, and writes each element of the result once.
+V and Q are never written, unless V is requested. Where all channels fit, the tile of
 X stays resident between the two products, and the weights between tiles of positions.
 
 X, V and the result are ``(N, channels, L)`` in any strides.
@@ -17,9 +17,9 @@ from .primitives import dot, exp, load_matrix, load_tile, scalar
 
 @triton.jit
 def rows_of_packed_cols(packed_cols, HEADS, C_N, PACKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The descriptor of each lane, head-major; beyond the last one where the lane has none.
+    """The descriptor of each packed column, head-major; beyond the last one in padding columns.
 
-    PACKED: lanes are descriptors in order, which the compiler must see to load several at once.
+    PACKED: columns are descriptors in order, which the compiler must see to vectorise loads.
     """
     if PACKED:
         rows = packed_cols

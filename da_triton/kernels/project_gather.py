@@ -6,11 +6,11 @@ r"""Pass 1 of the fused block: B (and A) are projected from X tile by tile and g
 As in attention, with the n descriptors as queries: a program holds a tile of n and takes positions
 tile by tile, with the online softmax of ``gather``. Neither B nor A nor P is written. From X, the
 tile of positions holds all channels and serves twice, as keys and as values; heads are simply more
-n. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the
-result is m × n.
+n. From A, a loop over channels projects the tiles of B and of A, so C has no limit and the result
+is m × n.
 
-Both write partial results per split, which ``combine`` merges:
-``acc = Σ y·exp(z − mx)`` as ``(N, NUM_SPLITS, total_n, features)``, ``mx`` and ``sum`` as
+Both write partial results per split, which ``combine`` merges: ``acc = Σ y·exp(z − mx)`` as
+``(N, NUM_SPLITS, total_n, features)``, ``mx`` and ``sum`` as
 ``(N, NUM_SPLITS, total_n)``. X is ``(N, C, L)`` in any strides.
 """
 

@@ -133,7 +133,7 @@ def _operands(w, activation, x, g, bias, rows, start, has_x):
 
 
 def _aligned_together(x, rows):
-    """Whether A, B, V with these rows, stacked in one tensor like x, can be loaded as wide.
+    """Whether A, B, V with these rows, stacked in one tensor like x, keep its vector loads.
 
     An odd number of positions in NCHW is loaded element by element anyway.
     """

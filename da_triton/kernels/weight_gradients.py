@@ -5,7 +5,7 @@ r"""The gradients of the fused block's weights, from the results of the passes o
                                   dbo = Σ dO = Σ dH of one head, since columns of Q sum to 1
 
 The first are sums over all positions of the batch, split over programs, whose partials the second
-launch adds in a fixed order, beside its own products of descriptors: two launches for all six. On
+launch adds in a fixed order, besides its own products of descriptors: two launches for all six. On
 the unfused route every gradient is such a sum: two launches for the projections of X, two for Wo.
 """
 

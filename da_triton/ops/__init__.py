@@ -1,7 +1,7 @@
-"""Backends: the same functions in different operations.
+"""Backends: the same functions in different operations, and the choice between them.
 
-One for each backend. (A folder named backends, in a package whose name ends in triton, would be
-skipped by torch.compile, which leaves out every path that contains "triton/backends".)
+(A folder named backends, in a package whose name ends in triton, would be skipped by torch.compile,
+which leaves out every path that contains "triton/backends".)
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ def select(name: str, x: torch.Tensor) -> Backend:
 
     ``"auto"`` is Triton where it can run, else ``"torch"``, which is also what an exported program
     holds. An explicitly requested backend is never substituted: where it cannot run, RuntimeError
-    says why. One exception: transforms that cannot follow the kernels (forward mode, ``torch.vmap``
+    says why. The exception: transforms that cannot follow the kernels (forward mode, ``torch.vmap``
     in the compiler) get the same function in ATen operations.
     """
     if name == "eager":

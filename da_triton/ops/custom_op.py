@@ -1,7 +1,4 @@
-"""Shared parts of the operators over kernels.
-
-Scales that change, absent gradients, gradients of gradients, torch.vmap.
-"""
+"""Helpers of the custom operators: varying scales, absent gradients, second derivatives, vmap."""
 
 import functools
 from typing import Any
@@ -24,7 +21,7 @@ def scalars(*scales):
 
     The compiler makes a constant of a float that an operator takes, and compiles again for the next
     value. A scale that it traces as a variable, because it changes from call to call, becomes a
-    tensor, and the scales beside it too.
+    tensor, and so do the operator's other scales.
     """
     if torch.compiler.is_dynamo_compiling():
         # Imports sympy, which the compiler has imported already.
@@ -105,7 +102,7 @@ def or_empty(gradient, like):
 
 
 def as_owned_tensor(x):
-    """``x`` as a tensor of its own: autograd forbids changing a view in place that a Function made.
+    """``x``, but not a view: autograd rejects in-place changes of views that a Function returns.
 
     Operations after a layer often do: ``nn.ReLU(inplace=True)``, ``y += shortcut``. For results
     that nothing else holds: autograd does not see that the two share memory.
@@ -120,7 +117,7 @@ def _vectorised():
 
 
 def needs_aten():
-    """Whether a transform is at work that cannot follow the operators, nor their Functions.
+    """Whether an active transform can follow neither the operators nor their Functions.
 
     The compiler cannot trace a Function under ``torch.vmap``.
     """
@@ -128,10 +125,10 @@ def needs_aten():
 
 
 def wants_graph(*upstream):
-    """Whether a backward pass is to be made of differentiable operations.
+    """Whether the backward pass has to consist of differentiable operations.
 
     It is itself differentiated (``create_graph=True``, tangents), or ``is_grads_batched=True`` has
-    joined gradients in a way that operators cannot see.
+    batched gradients in a way that operators cannot see.
     """
     if torch.compiler.is_compiling():
         return False
@@ -163,10 +160,10 @@ def differentiable(forward, inputs, needs, upstream):
 
 
 def vectorise(op, *, shared=(), joined=True):
-    """Registers torch.vmap for an operator: the axis joins the batch, axis 0 of every tensor.
+    """Registers a vmap rule that folds the vmapped axis into the batch, axis 0 of every tensor.
 
-    ``shared`` tensors, such as weights, have no batch: where one of them has the axis, the operator
-    runs once for each. So it does if not ``joined``: a sum over the batch would add up.
+    ``shared`` tensors, such as weights, have no batch: where one of them is vmapped, the operator
+    runs once per index. It also does if not ``joined``, since a sum over the batch would mix them.
     """
     names = [argument.name for argument in op._opoverload._schema.arguments]
 

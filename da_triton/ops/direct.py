@@ -1,7 +1,7 @@
-"""The block where nothing but autograd sees it: one node, from tensors as given to the result.
+"""The block as a single autograd node, for calls that nothing but autograd observes.
 
-A backend says in a :class:`Call` what it does for one signature. Operators are not dispatched, and
-a view has no node of its own; only a cast has one.
+A backend implements a :class:`Call`, prepared once per signature. No operator is dispatched, and
+views have no nodes of their own; only casts do.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .custom_op import as_owned_tensor, differentiable, wants_graph
 
 
 class Call:
-    """The block for one signature, prepared on tensors of it, none of which it holds.
+    """The block for one signature, prepared from such tensors, none of which it keeps.
 
     ``weights`` are the arguments of ``double_attention_block`` in its order, bias_b among them.
     """
@@ -41,7 +41,7 @@ class Call:
 
     @classmethod
     def prepare(cls, x: Tensor, weights: Any, mask: Any, o: Options, residual: bool) -> Any:
-        """A call, or None for tensors that this one does not take.
+        """Returns a call, or None if it does not support these tensors.
 
         ``residual``: adds x, in its own dtype.
         """
@@ -84,7 +84,7 @@ class Call:
         raise NotImplementedError
 
     def composed(self, bias_b: Tensor | None, mask: Tensor | None) -> Callable[..., Tensor]:
-        """``plain`` on tensors as they were given, all but ``bias_b`` and the mask."""
+        """``plain`` as a function of the tensors as given, without ``bias_b`` and the mask."""
 
         def forward(x, weight_a, bias_a, weight_b, *others):
             weights = weight_a, bias_a, weight_b, bias_b, *others
@@ -98,7 +98,7 @@ class Call:
         return self.run(x, mask, *weights)[0]
 
     def run(self, x: Tensor, mask: Tensor | None, *weights: Any) -> Any:
-        """The result as x is given, and the tensors saved for ``gradients``."""
+        """The result, laid out like x, and the tensors saved for ``gradients``."""
         out, saved = self.forward(*self.as_matrices(x, weights, mask))
         return self.restore_layout(out), *saved
 
@@ -132,7 +132,7 @@ class Call:
 
 
 class Block(torch.autograd.Function):
-    """Without ``setup_context``: no transform of ``torch.func`` gets here."""
+    """Has no ``setup_context``: transforms of ``torch.func`` never get here."""
 
     @staticmethod
     def forward(ctx, call, *tensors):

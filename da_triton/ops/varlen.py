@@ -2,8 +2,8 @@
 
 ``torch.ops.da_triton.gather_packed``, ``gather_packed_backward``, ``distribute_packed`` and
 ``distribute_packed_backward`` run either backend on activations ``(1, heads, channels, total)``:
-the kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one after
-another (see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not
+the kernels on batches of sequences (see ``ops.triton.varlen``), ATen operations on one sequence at
+a time (see ``ops.aten.varlen``). They are opaque to the compiler, so a compiled model is not
 compiled again for other lengths, nor for another number of sequences.
 
 Second derivatives are taken through the ``torch`` backend, one run of equal lengths after another.
@@ -33,7 +33,7 @@ from .custom_op import (
 
 
 def packed_ops(backend: Backend, cu_seqlens: Tensor) -> Backend:
-    """As ``varlen.per_sequence``, in these operators."""
+    """``varlen.per_sequence`` with these operators."""
     kernels = backend is not TORCH
 
     def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):

@@ -8,18 +8,18 @@ MACs of one sample:
     XH  both                              L·4C·c_n + 2·c_m·C·c_n/h
 
 A step is a launch, or a few that belong together. ``elements`` are the tensors with positions that
-it moves to and from memory, once each; what a step reads again while it is still in the
-L2 cache is not counted twice. ``requested`` is what its programs load from that cache: a
-tile of positions loads all weights that it is multiplied with, so short tiles load more.
+it moves to and from memory, once each; what a step reads again while it is still in the L2 cache is
+not counted twice. ``requested`` is what its programs load from that cache: a tile of positions
+loads all weights that it is multiplied with, so short tiles load more.
 """
 
 from typing import NamedTuple
 
 from .shapes import CoreLimits, Cost, Limits, Shape, Step
 
-BLOCK = 128  # features or descriptors in a block of kernels that walk over them, half precision
+BLOCK = 128  # tile size along m and n of kernels that loop over these, half precision
 L2 = 50e6  # bytes, of an H200; half of it is assumed to hold X
-POSITIONS = 64  # in a block of the core's gather, with most of its tiles
+POSITIONS = 64  # per block of the core's gather, in most of its tiles
 
 
 class Order(NamedTuple):
@@ -37,7 +37,7 @@ AZ = Order("AZ", from_x=False, through_h=False)  # the paper's
 XZ = Order("XZ", from_x=True, through_h=False)
 AH = Order("AH", from_x=False, through_h=True)
 XH = Order("XH", from_x=True, through_h=True)
-ORDERS = {order.name: order for order in (AZ, XZ, AH, XH)}  # of equal costs, the first runs
+ORDERS = {order.name: order for order in (AZ, XZ, AH, XH)}  # ties go to the first
 
 
 def orders(reconstruct: bool) -> tuple[Order, ...]:
@@ -89,7 +89,7 @@ def least_macs(s: Shape) -> int:
 
 
 def fused_tiles(order: Order, limits: Limits) -> tuple[int, int]:
-    """Positions in a tile of the fused gather and of the fused distribute, 0 for no such kernel."""
+    """Positions per tile of the fused gather and the fused distribute; 0 without such a kernel."""
     gather = limits.gather_from_x if order.from_x else limits.gather_from_a
     return gather, limits.project_distribute if order.through_h else 0
 
@@ -113,9 +113,9 @@ def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int
 def gather_steps(
     s: Shape, order: Order, block_l: int, num_splits: int, blocks: int = 1, with_v: bool = False
 ) -> list[Step]:  # fmt: skip
-    """Forward, up to G, or to H in an order that goes through it.
+    """Forward steps up to G, or up to H in an order that goes through it.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``num_splits``:
+    ``block_l``: positions per tile of the fused kernel, 0 for the unfused route. ``num_splits``:
     partial sums per sample. ``blocks``: of n, in a gather from X. ``with_v``: on the unfused route,
     V comes from the same product.
     """
@@ -151,9 +151,9 @@ def distribute_steps(
     s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, channels_fit: bool = True,
     v_is_there: bool = False,
 ) -> list[Step]:  # fmt: skip
-    """Forward, from G or H to the output. ``cached``: X is still in the L2 cache.
+    """Forward steps from G or H to the output. ``cached``: X is still in the L2 cache.
 
-    ``block_l``: positions in a tile of the fused kernel, 0 for the unfused route. ``channels_fit``:
+    ``block_l``: positions per tile of the fused kernel, 0 for the unfused route. ``channels_fit``:
     that kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
     """
     c, length, out = s.channels, s.length, s.out_channels
@@ -181,7 +181,7 @@ def distribute_steps(
         extra = (out * (s.heads + 1) if s.heads > 1 else 0) + x + 2 * out
         steps.append(Step("bias, residual, heads", True, 0, extra * length, 0, 2))
     elif s.reconstruct:
-        # The last product adds to X + bo, which the launch before the first product left.
+        # The last product adds to X + bo, which the launch before the first product wrote.
         steps.insert(0, Step("X + bo", False, 0, (c + out) * length, 0, 0 if v_is_there else 1))
         last = Step("reconstruct", True, length * s.c_m * c, (s.c_m + 2 * c) * length)
         steps.append(last)
@@ -191,9 +191,9 @@ def distribute_steps(
 def fused_backward_steps(
     s: Shape, num_splits: int, block_l: int, blocks: int = 1, saved_v: bool = False
 ) -> list[Step]:
-    """In order XH: pass 1 again, then two passes over X and dO, then the weights.
+    """Backward steps in order XH: pass 1 again, two passes over X and dO, the weights.
 
-    ``block_l``: positions in a tile of the second of those passes. ``blocks``: of n in pass 1.
+    ``block_l``: positions per tile of the second of those passes. ``blocks``: of n in pass 1.
     ``saved_v``: V is read instead of projected from X.
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
@@ -234,7 +234,7 @@ def fused_backward_steps(
 def unfused_backward_steps(
     s: Shape, order: Order, core: CoreLimits, saved_v: bool = False
 ) -> list[Step]:
-    """Vendor GEMMs around the core's backward kernels.
+    """Backward steps in vendor GEMMs around the core's kernels.
 
     Where a program holds neither all of G nor the full n of its positions, tiles of n read the
     features again and blocks of features read the logits again, and rowsum_v is a product of its

@@ -1,9 +1,9 @@
 """Chooses order and route from shapes with a static cost model; nothing is timed at run time.
 
 For the operations of the ``torch`` backend only the association order is chosen: each order's
-modelled time is a line over the number of positions L, so the best order is a few intervals of L.
-They depend on channels and heads only, which a compiled model knows: no guard on L is made unless L
-is known, and a model traced for any L takes the paper's order.
+modelled time is linear in the number of positions L, so the best order is constant on a few
+intervals of L. These depend only on channels and heads, which a compiled model knows: there is no
+guard on L unless L is known, and a model traced for any L takes the paper's order.
 
 For the kernels the whole plan is made inside the operator, where L is a number: order, route, batch
 chunk, and the route of the backward pass. ``da_triton.plan`` shows it.
@@ -80,7 +80,7 @@ def intervals(
 
 @constant
 def _known_intervals(*shape):
-    """``intervals``, which depends on nothing that varies from call to call of a model."""
+    """``intervals``, which depend on nothing that varies between the calls of a model."""
     return intervals(*shape)
 
 
@@ -175,8 +175,8 @@ def routes(
 ) -> tuple[PlannedRoute, ...]:
     """Every route that the kernels can take, the one with the least modelled forward time first.
 
-    ``order``: that of the forward pass; None for all. ``saved_v``: backward finds V, and does not
-    project it again.
+    ``order``: that of the forward pass; None for all. ``saved_v``: backward reads V instead of
+    projecting it again.
     """
     kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, saved_v)
     found = []
@@ -229,8 +229,8 @@ def _batch_chunk(s: Shape) -> int:
 def saves_v(channels: int, c_m: int, c_n: int, heads: int, recompute: bool | str) -> bool:
     """Whether forward saves V for backward. "auto": if recomputing it takes a tenth of a step.
 
-    In MACs of a position, in the paper's order: forward, backward (twice as much), and
-    what backward projects again. Where bytes decide, it costs less still: X is read anyway.
+    In MACs per position, in the paper's order: forward, backward (twice as much), and what backward
+    projects again. Where bandwidth is the limit it costs even less, since X is read anyway.
     """
     if isinstance(recompute, bool):
         return not recompute

@@ -1,4 +1,4 @@
-"""The types that costs are made of: a block's sizes, steps, and what kernels hold of a shape."""
+"""Types of the cost model: the sizes of a block, its steps, and the kernels' limits."""
 
 from typing import NamedTuple
 
@@ -22,11 +22,10 @@ class Shape(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Costs of one sample; launches of all samples together. A launch, or a few that belong
-    together."""
+    """A launch, or a few that belong together: costs per sample, but launches per batch."""
 
     name: str
-    library: bool  # a vendor GEMM, or a kernel of this package
+    library: bool  # a vendor GEMM, not a kernel of this package
     macs: int
     elements: int = 0  # of tensors with positions, in the input's dtype
     fp32_elements: int = 0  # float32
@@ -42,7 +41,7 @@ class Cost(NamedTuple):
 
     macs: int  # in products that run over positions
     small_macs: int  # in products of small matrices, float32
-    elements: int  # of feature maps read and written
+    elements: int  # of activations read and written
 
     @property
     def all_macs(self) -> int:

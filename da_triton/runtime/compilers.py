@@ -89,7 +89,7 @@ def ptxas(capability) -> tuple[str, str]:
 
 
 def driver() -> int:
-    """The newest version of CUDA that the driver knows, such as 13000; 0 if PyTorch cannot say."""
+    """The newest CUDA version that the driver supports, such as 13000; 0 if PyTorch cannot say."""
     return getattr(torch._C, "_cuda_getDriverVersion", int)()
 
 

@@ -12,6 +12,6 @@ def cache() -> Path:
 
 
 def tiles() -> Path:
-    """Folder of tuned tile tables: DA_TRITON_TILES, or in the cache."""
+    """Folder of tuned tile tables: DA_TRITON_TILES, or ``tiles`` in the cache."""
     named = os.environ.get("DA_TRITON_TILES")
     return Path(named) if named else cache() / "tiles"

@@ -1,4 +1,4 @@
-"""Kernels are proved on their first use where compilers are known to miscompile them.
+"""Proves kernels on their first use where compilers are known to miscompile them.
 
 There (``compilers``), a launcher's first call with new channels, dtypes or flags also runs a few
 times on a small random input, with the same tile, alignment and flags (``trials``). The results
@@ -12,7 +12,7 @@ CUDA graph is captured: an unproved kernel runs unchecked there, with a warning.
 Two environment variables, the first read once:
 
     DA_TRITON_PROVE      0: prove nothing; 1: prove on every NVIDIA GPU, half precision and TF32
-    DA_TRITON_CACHE_DIR  the folder of verdicts; ~/.cache/da_triton without ($XDG_CACHE_HOME if set)
+    DA_TRITON_CACHE_DIR  the folder of verdicts; default ~/.cache/da_triton, or in $XDG_CACHE_HOME
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from .verdicts import Verdict
 
 ALLOWED_TF32 = 5e-3
 SCALARS = {"logit_scale": 0.7, "scale": 1.3}
-ATTEMPTS = 3  # at a proof that memory, or something else but the kernel, prevents
+ATTEMPTS = 3  # at a proof that something other than the kernel prevents, such as memory
 WRONG, VARYING = "wrong results", "different results on the same input"
 UNPROVED = "not checked"
-# Launchers that return sums in parts: the axis of the parts, and how many of the results have one.
+# Launchers that return partial sums: the axis of the partials, and how many of the results have it.
 SUMMED = {"block_bwd_distribute": (1, 1), "backward_partials": (2, 1), "outer_product": (0, 2)}
 
 
 class _State(threading.local):
-    verdicts: list[Verdict] | None = None  # of an examination that is under way
+    verdicts: list[Verdict] | None = None  # of an examination in progress
     repetitions = 4
     proving = False
 
@@ -49,14 +49,14 @@ _state = _State()
 _lock = threading.RLock()
 _known: dict[Any, bool] = {}  # exact arguments -> whether the kernel may be used
 _verdicts: dict[str, Verdict] = {}  # a case -> what was found in this process
-_attempts: Counter[str] = Counter()  # at proving a case
+_attempts: Counter[str] = Counter()  # to prove a case
 
 
 def proved(axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_: 2):
     """Decorates a launcher that has a stand-in of the same name.
 
-    ``axes``: of tensors with a batch (N), positions (L) or partial results (S), a letter per axis,
-    "-" for others, which may be left out at the end; a tuple for tensors in tuples. ``writes``:
+    ``axes``: a letter per axis of every tensor with a batch (N), positions (L) or partials (S), "-"
+    for other axes, which may be left out at the end; a tuple for tensors in tuples. ``writes``:
     arguments that are results. ``roles``: "positive" for tensors with positive elements.
     ``num_splits``: how many programs share the positions, where the code depends on that.
     """
@@ -165,7 +165,7 @@ def _examined(spec, given):
 
 
 def _verdict(spec, given):
-    """The known verdict on a case, or a proof's; None where nothing can be proved now."""
+    """The verdict on a case, remembered or newly proved; None if nothing can be proved now."""
     device = next(tensors(given)).device
     case = spec.case(given)
     key = f"{spec.name} {device} {case}"
@@ -185,7 +185,7 @@ def _verdict(spec, given):
             except _FaultError as fault:
                 verdicts.remember(device, fault.verdict)
                 raise
-            if found.reason in ("", WRONG, VARYING):  # an error may be of this process alone
+            if found.reason in ("", WRONG, VARYING):  # an error may concern this process alone
                 verdicts.remember(device, found)
         _verdicts[key] = found
         if not found.right:
@@ -197,13 +197,13 @@ def _prove(spec, given, case):
     """Runs a launcher a few times on a small input, and its stand-in in float64.
 
     Raises:
-        _UnprovedError: there was no memory, or what fails is not the kernel.
+        _UnprovedError: memory was short, or something other than the kernel failed.
         _FaultError: the kernel made the GPU fault.
     """
     device, dtype = next(tensors(given)).device, _dtype(given)
     tf32 = dtype == torch.float32 and verdicts.allows_tf32()
     allowed, error, tiles = ALLOWED_TF32 if tf32 else POLICIES[dtype].proof, float("inf"), []
-    _synchronize(device)  # an error of what ran before is not the kernel's
+    _synchronize(device)  # errors of earlier work are not the kernel's
 
     def verdict(reason):
         shown = ", ".join(dict.fromkeys(tiles))
@@ -263,7 +263,7 @@ class _FaultError(RuntimeError):
 
 @contextlib.contextmanager
 def until_a_fault():
-    """Ends what is inside where a kernel that is examined makes the GPU fault, and notes it."""
+    """Leaves its body if an examined kernel makes the GPU fault, and records the fault."""
     try:
         yield
     except _FaultError as fault:
@@ -287,15 +287,15 @@ def _error(found, true):
     found, true = found.double(), true.double()
     scale = true.square().mean().sqrt() + true.abs()
     error = (found - true).abs() / scale.clamp(min=1e-30)
-    largest = error.masked_fill(found == true, 0).max().item()  # infinities, too
+    largest = error.masked_fill(found == true, 0).max().item()  # equal infinities, too
     return largest if largest == largest else float("inf")
 
 
 @contextlib.contextmanager
 def examine(repetitions=4):
-    """Proves every launch that is made inside, on any device and in any dtype.
+    """Proves every launch in its body, on any device and in any dtype.
 
-    Gives a list that the verdicts are added to. Nothing is remembered.
+    Yields a list that collects the verdicts. Nothing is remembered.
     """
     before = _state.verdicts, _state.repetitions
     _state.verdicts, _state.repetitions = [], repetitions
@@ -324,7 +324,7 @@ def watched():
 
 
 def _concerns(args):
-    """Whether a launch is to be proved, by the device and dtypes of its tensors."""
+    """Whether a launch has to be proved, by the device and dtypes of its tensors."""
     x = next(tensors(args))
     if not compilers.affected(x.device):
         return False

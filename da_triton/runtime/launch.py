@@ -26,7 +26,7 @@ from ..precision import accumulator
 from ..projection import channels_last
 from . import tiles
 
-# Read when the kernels are decorated, on import; a later change of the variable changes nothing.
+# Read when the kernels are decorated, on import; a later change of the variable has no effect.
 INTERPRETED = triton.knobs.runtime.interpret
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}  # of sums
@@ -84,7 +84,7 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def recording(recorder):
-    """Gives this thread's launches to ``recorder.launched``, too."""
+    """Passes this thread's launches to ``recorder.launched``, too."""
     _thread.recorder = recorder
     try:
         yield
@@ -97,7 +97,7 @@ def is_recorded():
 
 
 def leave_unrecorded():
-    """Marks what is done now as not to be repeated."""
+    """Marks the call that is being recorded as one that cannot be repeated."""
     if _thread.recorder is not None:
         _thread.recorder.complete = False
 
@@ -105,7 +105,7 @@ def leave_unrecorded():
 @contextlib.contextmanager
 def trial(num_splits, tiles):
     """Splits positions of this thread's launches over ``num_splits`` programs, if blocks permit,
-    and adds the tile of every launch to the list ``tiles``, in words."""
+    and adds the tile of every launch to the list ``tiles``, as text."""
     before = _thread.num_splits, _thread.tiles
     _thread.num_splits, _thread.tiles = num_splits, tiles
     try:
@@ -146,7 +146,7 @@ def empty_rows_like(x, channels):
 
 
 def is_channels_last(x):
-    """Whether neighbours in memory are neighbours in channels, not in positions."""
+    """Whether channels, not positions, are adjacent in memory."""
     return x.stride(3) != 1 and (x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) == 1))
 
 
@@ -213,14 +213,14 @@ class Launch:
 
     ``kernel``: one, or ``{impl: kernel}`` from which the tile chooses.
 
-    ``values`` are the others by name. Left out where they follow: block sizes of the tile (a kernel
-    without one gives ``num_warps``), ACC and PRECISION of ``like``; for ``activations``, whose
-    strides are in units of ALIGN, these, ALIGN and L_UNITS; strides of ``strided`` tensors, 0
-    without one; and BLOCKS_PER_SPLIT and NUM_SPLITS, which multiply ``programs``.
+    ``values`` are the others by name, except those that follow from the rest: block sizes of the
+    tile (a kernel without one gives ``num_warps``), ACC and PRECISION of ``like``; for
+    ``activations``, whose strides are in units of ALIGN, these, ALIGN and L_UNITS; strides of
+    ``strided`` tensors, 0 without one; BLOCKS_PER_SPLIT and NUM_SPLITS, by which ``programs`` grow.
 
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
-    FMA, ``scale·x − lse`` would round a huge logit differently than the pass that made lse did,
-    where a select stands between the two, and ``exp`` of the difference overflows.
+    FMA, ``scale·x − lse`` would round a huge logit differently from the pass that made lse, where a
+    select separates the two operations, and ``exp`` of the difference would overflow.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ class Launch:
         self.compiled = {}
 
     def allocating(self, dtype, *shapes):
-        """Itself, with contiguous results for ``empty``."""
+        """Adds contiguous results for ``empty`` to allocate; returns itself."""
         for shape in shapes:
             steps = [1]
             for size in reversed(shape[1:]):
@@ -283,8 +283,8 @@ class Launch:
     def __call__(self, tensors, scales=()):
         """Launches on the current stream of the tensors' device.
 
-        The compiler sees which addresses 16 divides. Whatever Triton asks at every launch is asked
-        here, too; where the answer is another kernel, or a hook before the launch, it launches.
+        The code depends on which addresses 16 divides. Whatever Triton checks at every launch is
+        checked here, too: if that calls for another kernel or a hook before it, Triton launches.
         """
         pointers = [t.data_ptr() for t in tensors]
         joined = 0
@@ -321,7 +321,7 @@ class Launch:
 
 
 def implementation(kernel, tile):
-    """The version of a kernel that its tile names: of a dictionary, or the kernel itself."""
+    """The version of a kernel that its tile names, if there are several."""
     known = kernel if isinstance(kernel, dict) else {"pointers": kernel}
     if tile is None:
         return kernel
@@ -335,7 +335,7 @@ def implementation(kernel, tile):
 
 
 def stream_of(device):
-    """Its current stream; None where another device is the current one."""
+    """The device's current stream; None if another device is current."""
     current = driver.active
     index = current.get_current_device()
     if index != device.index and device.type == "cuda":
@@ -344,7 +344,7 @@ def stream_of(device):
 
 
 def unobserved(kernels):
-    """Whether launches of these are seen by nothing, and take the kernels that they took before."""
+    """Whether nothing observes launches of these kernels, nor changes what they launch."""
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and getattr(hook, "calls", True):

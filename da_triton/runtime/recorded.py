@@ -1,10 +1,10 @@
 """The host side of a call, recorded once and then repeated: allocations, launches, GEMMs.
 
-The kernels that a pass launches, and the tensors they take, follow from metadata alone. So
-the eighth call with the same metadata is recorded, and later ones skip the launchers: they
-allocate, add offsets to addresses, launch, and call the library. Like a CUDA graph, a recording
-leaves out what was decided before; unlike one, it takes tensors at any address, runs on any stream
-and keeps no memory between calls.
+The kernels that a pass launches, and the tensors they take, follow from metadata alone. So the
+eighth call with the same metadata is recorded, and later ones skip the launchers: they allocate,
+add offsets to addresses, launch, and call the library. Like a CUDA graph, a recording does not
+repeat decisions; unlike one, it takes tensors at any address, runs on any stream and keeps no
+memory between calls.
 
 Temporaries that kernels alone see share one allocation, and the same bytes where their lifetimes do
 not overlap. Every other tensor is allocated before its first use and dropped after its last.
@@ -28,7 +28,8 @@ aten = torch.ops.aten
 ALLOCATIONS = (
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
 )  # fmt: skip
-# Operations whose result has a shape from values, is random, or is not all that they change.
+# Operations whose results are random or have a shape that depends on values, and those that change
+# more than their results.
 UNREPEATABLE = (
     torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view,
 )  # fmt: skip
@@ -93,11 +94,11 @@ class Recorded:
 
 
 # --- the recording --------------------------------------------------------------------------------
-# Tensors have numbers: first those that are given, then those that are made.
+# Tensors have numbers: first the arguments, then those that are made.
 
 
 class _View(NamedTuple):
-    """A tensor, or if a shape is given, what starts ``start`` elements after its start."""
+    """A tensor, or if a shape is given, a view that begins ``start`` elements after its start."""
 
     number: int
     start: int
@@ -182,7 +183,7 @@ class Program(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """A tensor that is given or made, as far as a recording must know it."""
+    """What a recording has to know of a tensor, given or made."""
 
     shape: Sequence[int]
     strides: Sequence[int]
@@ -192,7 +193,7 @@ class _Whole(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes launches and operations. A tensor is known by the memory that it takes."""
+    """Notes launches and operations. Tensors are identified by their memory."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -213,7 +214,7 @@ class _Recorder(TorchDispatchMode):
             last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
             self._add(t, t.data_ptr(), (last + 1) * t.itemsize, False)
         ends = sorted(self.places.values())
-        # Where tensors overlap, an address does not say which of them is meant.
+        # Where tensors overlap, an address does not identify one of them.
         apart = all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
         self.complete = apart and _aligned([start for start, _ in ends])
 
@@ -294,7 +295,7 @@ class _Recorder(TorchDispatchMode):
         return _View(number, start // x.itemsize, tuple(x.shape), x.stride())
 
     def program(self, results: Found) -> Program | None:
-        """The repetition of the recorded call; None where that is not known."""
+        """The program that repeats the recorded call; None if the recording is incomplete."""
         views = [None if r is None else self._view(r) for r in results]
         if not (self.complete and self.steps):
             return None
@@ -337,7 +338,7 @@ def _storage(x):
 
 
 def _unobserved(kernels):
-    """Whether nothing needs to see launches, or operators, where they are made."""
+    """Whether nothing has to observe launches or operators one by one."""
     return launch.unobserved(kernels) and not (tracing.named() or guard.examining())
 
 
@@ -386,7 +387,7 @@ def _placed(steps, wholes, given, returned):
 
 
 def _shared(lives):
-    """Where each tensor starts in one allocation, and the bytes of that.
+    """The offset of each tensor in one allocation, and the size of that, in bytes.
 
     ``lives``: by number, the first and the last step with it, and its bytes.
     """

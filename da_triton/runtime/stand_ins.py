@@ -1,8 +1,8 @@
-r"""Each launch in ATen operations: what a kernel is proved against, in float64, and what takes its
-place where it is wrong.
+r"""Each launcher in ATen operations: a kernel's reference in a proof, in float64, and its
+replacement where it is wrong.
 
-A function has the name, the arguments and the results of its launcher; partial results come in one
-part. Formulas are those of the launchers' modules.
+A function has the name, the arguments and the results of its launcher; partial results come as one
+partial. Formulas are those of the launchers' modules.
 """
 
 import torch
@@ -64,7 +64,7 @@ def _partials(a, z, mask):
 
 
 def merged(acc, mx, total):
-    """``(acc, mx, sum)`` of all parts, each without the axis of parts."""
+    """``(acc, mx, sum)`` of all partials, each without the axis of partials."""
     largest = mx.amax(1)
     weight = (mx - largest.masked_fill(largest == -torch.inf, 0)[:, None]).exp()
     return (acc * weight[..., None]).sum(1), largest, (total * weight).sum(1)

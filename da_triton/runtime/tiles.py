@@ -8,12 +8,12 @@ Shipped tables are ``kernels/tiles/<architecture>.json``, and ``wide.json`` with
 on all of them: those have no tensor cores on NVIDIA and few registers, so their tiles are small.
 The entries were found by ahead-of-time compilation (``python -m bench.codegen.tiles``): the largest
 tile of a kernel that compiles without spills, within the architecture's shared memory, on every
-layout. Ties go to more positions a tile, which means wider rows and fewer loop steps. None has been
-timed yet. A kernel and block that is missing spills with every candidate tried: ``fits`` says so,
-and the planner takes another route.
+layout. Ties go to more positions per tile, which means wider rows and fewer loop steps. None has
+been timed yet. A missing kernel and block spills with every candidate tried: ``fits`` is False for
+it, and the planner takes another route.
 
-Tuned tables are written by ``python -m bench tune``, one for each GPU by its name, into the folder
-that DA_TRITON_TILES names (``tiles`` in the cache without). Some may ship: ``kernels/tiles/tuned``.
+Tuned tables are written by ``python -m bench tune``, one per GPU model, into the folder that
+DA_TRITON_TILES names (default: ``tiles`` in the cache). Some may ship in ``kernels/tiles/tuned``.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def architecture(device: torch.device) -> str:
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why no table is safe for an AMD GPU, or None: RDNA's matrix units and waves differ."""
+    """Why no table is safe for an AMD GPU, or None. RDNA has other matrix units and waves."""
     name = _gcn(device)
     if name.startswith("gfx9"):
         return None
@@ -132,7 +132,7 @@ def _gcn(device):
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 
-@functools.cache  # one warning for all GPUs of a kind
+@functools.cache  # one warning per kind of GPU
 def _table_for(kind: tuple[int, int] | str) -> str:
     if isinstance(kind, str):
         found, own = AMD, kind == AMD
@@ -184,7 +184,7 @@ class Blocks(NamedTuple):
 
 
 BLOCKS = {
-    # of the core: all of G in a program; blocks of G; full n; statistics
+    # the core: all of G in a program; blocks of G; full n; statistics
     "distribute": Blocks(),
     "distribute_backward": Blocks(),
     "gather_backward": Blocks(),
@@ -210,7 +210,7 @@ BLOCKS = {
 }
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # if not "pointers" alone
 CORE = list(BLOCKS)[:7]  # an SM should hold two programs of these, if they are small
-# Rules: entries where no table has one. Of float32 and float64, fused kernels run interpreted only,
+# Rules: entries where no table has one. In float32 and float64, fused kernels run only interpreted,
 # and in tests.
 STATISTICS = {
     "position_lse": Entry(64, 4, 1), "delta": Entry(16, 4, 1), "gather_combine": Entry(16, 4, 1),
@@ -244,7 +244,7 @@ def _halves(size):
 
 
 def _power(size, least):
-    """The power of two that holds ``size``."""
+    """The smallest power of two that holds ``size``, but not below ``least``."""
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -361,7 +361,7 @@ def tuned(gpu_name: str) -> Table:
     """Entries tuned on a GPU: a table in the user's folder takes precedence over a shipped one.
 
     A table that cannot be read, is of another version of Triton, or has an entry that no kernel
-    could take is left out; that is warned of once.
+    could take is left out, with one warning.
     """
     found: dict[Key, Entry] = {}
     for path in tuned_files(gpu_name):

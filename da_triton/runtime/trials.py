@@ -20,7 +20,7 @@ def tensors(tree):
 
 
 def map_tensors(tree, function):
-    """The same tree with a function of every tensor; tensors that occur twice stay one."""
+    """The tree with a function applied to its tensors, once to a tensor that occurs twice."""
     seen: dict[int, torch.Tensor] = {}
 
     def walk(value):
@@ -39,7 +39,7 @@ def map_tensors(tree, function):
 
 
 def exact(name, args, kwargs):
-    """Everything a launch depends on but the numbers in its tensors, quickly."""
+    """A key of everything a launch depends on but the values of its tensors, made quickly."""
     found, half = [name], False
     stack = [*args, *kwargs.values()]
     while stack:
@@ -78,7 +78,7 @@ def _size(letter, size):
 
 
 def _unit(number):
-    """The power of two that it is divisible by, up to 128."""
+    """The largest power of two that divides a number, up to 128."""
     return min(number & -number, 128)
 
 
@@ -140,8 +140,8 @@ def few(letter, size):
 
 
 def like(value, sizes):
-    """Memory for a tensor with these sizes; strides in the order of ``value``'s, and equal to them
-    but for multiples of 128, so that the same loads are wide."""
+    """Memory for a tensor with these sizes. Its strides are ordered like those of ``value`` and are
+    equal to them modulo 128, so that the same loads are vectorised."""
     strides, packed = [0] * value.dim(), 1
     for axis in sorted(range(value.dim()), key=lambda i: (value.stride(i), -i)):
         if value.stride(axis) == 0 and value.shape[axis] > 1:

@@ -1,7 +1,7 @@
 """Verdicts on kernels, and the folder that keeps them for other processes.
 
-A verdict holds for one GPU, driver, compiler and package. A file is written whole or not at all:
-other processes read and write the same ones.
+A verdict holds for one GPU, driver, compiler and package. Files are replaced atomically, because
+other processes read and write them too.
 """
 
 import contextlib

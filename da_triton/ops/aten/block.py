@@ -8,9 +8,9 @@ Biases go where they are cheapest: bb cannot change a softmax over positions and
 of P sum to 1, so ba is added to G; columns of Q sum to 1, so with H bo is added to H.
 
 Everything here is a differentiable operation that can be transformed, traced and exported, and
-needs no code for gradients. Where nothing but autograd watches, a CPU's float32 and float64 take
-the same orders through ``cpu_small`` and ``cpu_block`` instead. X is ``(N, C, L)``; ``residual``,
-of the output's shape, is added to it.
+needs no code for gradients. Where only autograd observes the call, float32 and float64 on a CPU
+take the same orders through ``cpu_small`` and ``cpu_block`` instead. X is ``(N, C, L)``;
+``residual``, of the output's shape, is added to it.
 """
 
 import torch
@@ -54,7 +54,7 @@ def order_of(x: Tensor, w: Weights, o: Options) -> Order:
 
 
 def compose(x: Tensor, w: Weights, mask, residual, o: Options, order: Order) -> Tensor:
-    """The block in one order, whatever ``o`` says of it."""
+    """The block in the given order; ``o.order`` is ignored."""
     heads, logit_scale, logit_scale_v, scale, softmax_v, *_ = o
     weight_a, bias_a, weight_b, weight_v, bias_v, weight_out, bias_out = w
     b = split_heads(project(x, weight_b, None), heads)

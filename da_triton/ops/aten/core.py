@@ -1,13 +1,13 @@
 """The core in ATen operations: any device, differentiable twice, exportable.
 
-``gather`` and ``distribute`` have the arguments and results of ``reference``; the differences are
-those that save time or digits: A is not copied for extra tokens, scales are folded into the matrix
-G, products are laid out so that the result already has v's memory format, logits are scaled in the
-dtype of sums, and means over many positions are as right as those over few. G has the dtype of the
-products: that of the inputs, but float32 for many positions of float16.
+``gather`` and ``distribute`` have the arguments and results of ``reference``, and differ only where
+that saves time or digits: A is not copied for extra tokens, scales are folded into G, products are
+laid out so that the result already has v's memory format, logits are scaled in the dtype of sums,
+and means over many positions are as accurate as over few. G has the dtype of the products: that of
+the inputs, but float32 for many positions of float16.
 
-``gather_partial``, ``gather_lse`` and ``gather_backward`` are for part of the
-positions, and work in the dtype of sums, as the kernels do.
+``gather_partial``, ``gather_lse`` and ``gather_backward`` are for part of the positions, and work
+in the dtype of sums, as the kernels do.
 """
 
 import torch
@@ -115,9 +115,9 @@ def masked_features(a, mask):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The input dtype, but that of sums where it has more positions than weights can represent.
+    """The input dtype, or that of sums if x has more positions than weights in it can represent.
 
-    A graph for any number of positions has the product that is right for all of them.
+    A graph for any number of positions takes the dtype that is right for all of them.
     """
     policy = POLICIES[x.dtype]
     if policy.positions is not None and (_any_length(x) or x.shape[-1] > policy.positions):
@@ -126,7 +126,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _any_length(x: Tensor) -> bool:
-    """Whether a program is recorded that must not depend on the number of positions."""
+    """Whether a graph is traced that must not depend on the number of positions."""
     if torch.compiler.is_dynamo_compiling():
         return exporting()
     return torch.jit.is_tracing() or isinstance(x.shape[-1], torch.SymInt)

@@ -19,8 +19,8 @@ l, l):
 
     Z = S F      dF = Sᵀ dZ   dS = dZ Fᵀ   dQ = dS P   dP = dSᵀ Q   dB = P∘(dP − Σ_l P∘dP)
 
-Temporaries of a tile stay in the cache and in memory that the process already has: on a CPU, the
-first touch of a page can cost more than the product that fills it. The P of a tile is its own
+Temporaries of a tile stay in the cache and in memory that is already mapped: on a CPU, the first
+touch of a page can cost more than the product that fills it. The P of a tile is its own
 softmax; ``mass``, the tile's part of an attention map's softmax mass, is a factor on T and on dT.
 """
 
@@ -56,7 +56,7 @@ from .cpu_products import (
 
 
 class Call(direct.Call):
-    """Inputs that are not small, and masks."""
+    """Large inputs, and inputs with a mask."""
 
     def plan(self, x: Tensor, w: Weights, mask: Any, o: Options, residual: bool) -> bool:
         if few_descriptors(x, len(w.b)):
@@ -91,7 +91,7 @@ class Call(direct.Call):
         return None if dx is None else restore_layout(dx, x), *self._scaled(dw)
 
     def _scaled(self, w: Weights) -> Weights:
-        """Scales are part of the weights, and of their gradients."""
+        """Folds the scales into the weights, or into their gradients."""
         pairs = zip(w, self.factors, strict=True)
         return Weights(*(z if z is None or factor == 1 else factor * z for z, factor in pairs))
 

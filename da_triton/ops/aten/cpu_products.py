@@ -1,4 +1,4 @@
-"""Parts of the block on a CPU: when it applies, layouts, tiles of positions, products.
+"""Helpers of the block on a CPU: layouts, tiles of positions, products.
 
 Activations are ``(g, l, channels)``: g samples, l positions of each.
 """
@@ -13,11 +13,11 @@ from ...projection import channels_last
 from .core import POSITIONS_PER_PRODUCT
 
 SMALLEST_TILE, LARGEST_TILE = 2**20, 2**22  # elements of x, float32
-LEAST_POSITIONS = 2048  # of a tile: with fewer, products read weights more often than they pay for
-MOST_POSITIONS = 2**16  # of a tile: the sum in a softmax loses digits with more
-FEW_POSITIONS = 256  # products of each sample are slow with fewer: one of all samples is faster
-FEW_ELEMENTS = 2**14  # of a sample: with fewer, copying sample by sample costs more than it saves
-# So few that a softmax over positions is slow where they are adjacent in memory.
+LEAST_POSITIONS = 2048  # per tile: with fewer, reading weights again dominates the products
+MOST_POSITIONS = 2**16  # per tile: with more, the sum in a softmax loses digits
+FEW_POSITIONS = 256  # with fewer, one product for all samples is faster than one per sample
+FEW_ELEMENTS = 2**14  # per sample: with fewer, copying sample by sample costs more than it saves
+# Where no more than these are adjacent in memory, a softmax over positions is slow.
 FEW_DESCRIPTORS = 8
 NARROW = 32  # n so small that positions, not channels, are kept adjacent in memory
 
@@ -25,13 +25,13 @@ NARROW = 32  # n so small that positions, not channels, are kept adjacent in mem
 def tile_for(cache: int | None) -> int:
     """Elements of x in a tile, for a last-level cache of this size in bytes: an eighth of it.
 
-    The rest is for A, B, V and what other processes have there. Where it is not known: the least.
+    The rest is for A, B, V and other processes. If the size is unknown: the smallest tile.
     """
     return min(max(SMALLEST_TILE, (cache or 0) // 8 // 4), LARGEST_TILE)
 
 
 def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
-    """Bytes of the processor's largest cache, as Linux tells them; None elsewhere."""
+    """Bytes of the processor's largest cache, as Linux reports them; None elsewhere."""
     try:
         sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
         return max((int(size.removesuffix("K")) * 1024 for size in sizes), default=None)
@@ -97,8 +97,7 @@ def samples(tokens: Tensor) -> Iterator[slice]:
 def gathered_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x (g, l, C)``, but zeros where ``mask (g, l)`` is False, whatever x holds there.
 
-    Zero times NaN is NaN, and a choice between two numbers is five times as slow as one operation
-    on their bits.
+    Zero times NaN is NaN, and a select is five times as slow as a bitwise operation.
     """
     if mask is None:
         return x
@@ -151,7 +150,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, x: Tensor, matrix: Tensor) -> None:
-    """Adds ``x @ matrix`` to ``total (g, l, c)``; one matrix for all samples, or one for each."""
+    """Adds ``x @ matrix`` to ``total (g, l, c)``; one matrix for all samples, or one per sample."""
     if matrix.dim() == 2 and (total.is_contiguous() or len(total) == 1):
         total.flatten(0, 1).addmm_(x.flatten(0, 1), matrix)
     elif total.stride(-1) == 1:
@@ -183,7 +182,7 @@ def softmax_(logits: Tensor, heads: int) -> None:
 
 
 def softmax_backward(grad: Tensor, q: Tensor, heads: int) -> Tensor:
-    """The gradient of what ``softmax_`` was given; ``q`` is what it made of that."""
+    """The gradient of the logits; ``q`` is the result of ``softmax_``."""
     apart, dim = _per_head(q, heads)
     grad = match_layout(grad, q)  # with n = 1 both layouts match; q decides
     grad = grad.unflatten(-1, (heads, -1)) if dim == 3 else grad.mT.unflatten(1, (heads, -1))
@@ -203,7 +202,7 @@ def softmax_and_lse(
 ) -> tuple[Tensor, Tensor | None]:
     """The softmax over a tile's positions, in place, and ``log Σ exp`` of its logits.
 
-    Zeros where ``mask (g, l)`` is False. The latter is None if the tile is ``alone``.
+    Zeros where ``mask (g, l)`` is False. The log-sum-exp is None if the tile is ``alone``.
     """
     if mask is not None:
         logits.add_(mask[..., None].to(logits.dtype).log())  # 0 or -inf

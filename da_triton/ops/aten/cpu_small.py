@@ -1,8 +1,8 @@
 r"""The block on a CPU for small inputs: the fewest operations, in one tile.
 
 Channel-major, ``(C, L)`` for one sample and ``(N, C, L)`` for several, whatever the memory format
-of x: only the result and dX are made in it, and all that has positions where products are large
-(``rows``: of positions). Letters as in ``cpu_block``, transposed:
+of x: only the result and dX are made in that, and, where products are large (``rows``), everything
+else with positions. Letters as in ``cpu_block``, transposed:
 
     P = softmax over L of Wb x       F = Wa x + ba (A-) or x (X-)      T = F Pᵀ
     Q = softmax over n of Wv x + bv  G = T (A-) or Wa T + ba (X-)      D = G (-Z) or Wo G + bo (-H)
@@ -23,14 +23,14 @@ from . import block as aten_block
 from .core import POSITIONS_PER_PRODUCT
 
 # Measured on one and two threads, forward and training step, (N, C, c, L) from (1, 16, 8, 64) to
-# (4, 2048, 512, 49). Beyond, cpu_block is faster: its tiles stay in the cache, and it multiplies
+# (4, 2048, 512, 49). Above, cpu_block is faster: its tiles stay in the cache, and it multiplies
 # weights with the positions of all samples at once.
 MOST_ELEMENTS = 2**18  # of x
-MOST_WEIGHTS = 2**18  # elements of Wa, counted for each sample
+MOST_WEIGHTS = 2**18  # elements of Wa, counted once per sample
 # On several threads, where PyTorch convolves float32 with oneDNN, products of at least this many
 # multiplications are faster as convolutions, unless a side of the matrices is narrow.
 CONVOLVED_MULTIPLICATIONS, NARROW = 2**23, 64
-FEW_COLUMNS = 2**8  # of a product, for which its first matrix is not copied to be transposed
+FEW_COLUMNS = 2**8  # products with no more do not copy their first matrix to transpose it
 
 
 class Call(direct.Call):
@@ -168,7 +168,7 @@ class Call(direct.Call):
         return t(total) if channels_last else total
 
     def _spread(self, w: Weights) -> Weights:
-        """One matrix for each sample."""
+        """One matrix per sample, without copies."""
         if self.one:
             return w
         shape = self.batch, -1, -1
@@ -185,11 +185,11 @@ class Call(direct.Call):
         return dw if self.one else dw.sum(0)
 
     def _bias(self, dy: Tensor) -> Tensor:
-        """A bias's gradient."""
+        """The gradient of a bias."""
         return dy.sum(-1) if self.one else dy.sum((0, 2))
 
     def _split(self, x: Tensor) -> Tensor:
-        """Heads apart, joined with the batch."""
+        """Splits the heads, and folds them into the batch."""
         return x if self.heads == 1 else x.reshape(self.batch * self.heads, -1, x.shape[-1])
 
     def _join(self, x: Tensor) -> Tensor:

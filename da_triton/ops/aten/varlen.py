@@ -1,9 +1,9 @@
 """Packed sequences in ATen operations, one sequence after another: no padding, no copies.
 
-A sequence by itself has its products, written to where they belong, and a softmax over positions.
-All else is one operation for neighbours that together fit the cache: on a CPU, memory that is new
-to a process costs more than what is computed there. Gradients are written out. This is usually
-faster than fewer calls on padded batches; very short sequences of few channels are the exception.
+Products, written in place, and the softmax over positions run per sequence. Everything else is one
+operation for adjacent sequences that together fit the cache: on a CPU, the first touch of a page
+costs more than what is computed there. Gradients are written out. This is usually faster than fewer
+calls on padded batches; very short sequences of few channels are the exception.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch
 from ...precision import HALF, accumulator, converted, lse_dtype
 from . import core as aten
 
-WORK = 2**16  # values of a tensor in one operation for several sequences
+WORK = 2**16  # elements of a tensor in one operation on several sequences
 # Positions per sequence below which a softmax over adjacent ones is slower than to transpose first.
 FEW = 128
 
@@ -77,8 +77,8 @@ def gather_backward(dg, a, b, mask, extra_a, extra_b, g, _lse, lengths, logit_sc
 
 
 def _with_weights(use, b, mask, extra_b, lengths, logit_scale, dtype):
-    """Calls ``use`` for each sequence: its number, the weights ``(heads, L, n)`` of its positions,
-    and those of its tokens or None. Nothing holds them, so the next are in the same memory."""
+    """Calls ``use`` per sequence: with its number, the weights ``(heads, L, n)`` of its positions,
+    and those of its tokens or None. Nothing holds these, so the next ones reuse their memory."""
     s = 0
     for group, b_, mask_ in _groups(lengths, b, mask):
         logits = aten.logits_in(b_, logit_scale, dtype)
@@ -174,7 +174,7 @@ def _product(x, rows, out):
 
 
 def _groups(lengths, x, *others):
-    """Lengths of neighbours that share operations, and views ``(…, positions)`` of each tensor."""
+    """Lengths of sequences that share operations, and views ``(…, positions)`` of each tensor."""
     most = WORK // (x.shape[1] * x.shape[2])
     groups: list[list[int]] = [[]]
     total = 0
@@ -204,5 +204,5 @@ def empty_like(x, channels, dtype=None):
 
 
 def channels_last(x):
-    """Whether neighbours in memory are neighbours in channels, not in positions."""
+    """Whether channels, not positions, are adjacent in memory."""
     return x.dim() > 1 and x.stride(-1) != 1 and x.stride(-2) == 1

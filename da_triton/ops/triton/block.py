@@ -39,7 +39,7 @@ from . import routes as kernels
 from .plan import kernel_routes
 
 WEIGHTS = ("weight_a", "bias_a", "weight_b", "weight_v", "bias_v", "weight_out", "bias_out")
-MOST_RECORDED = 16  # backward passes of a signature: by what is needed, by strides of the gradient
+MOST_RECORDED = 16  # backward passes per signature: they differ in needs and the gradient's strides
 
 
 def block(x, w, mask, residual, o):
@@ -77,7 +77,7 @@ class Call(direct.Call):
         key = needs, grad.stride()
         recorded = self.recorded_gradients.get(key)
         if recorded is None:
-            # Hooks, and whoever sets ``data``, may change what was saved.
+            # Hooks, and assignments to ``data``, may change what was saved.
             recorded = Recorded(functools.partial(super().gradients, needs), compared=True)
             if len(self.recorded_gradients) < MOST_RECORDED:
                 self.recorded_gradients[key] = recorded
@@ -93,7 +93,7 @@ class Call(direct.Call):
 
     def backward(self, grad, x, w, mask, saved, needs):
         lse, g, v = saved
-        unlike = not all(t is None or t.is_contiguous() for t in w)  # the weights that were planned
+        unlike = not all(t is None or t.is_contiguous() for t in w)  # the planned weights
         if unlike or tracing.named() or (tracing.watched() and not launch.is_recorded()):
             v = x.new_empty(0) if v is None else v
             options = *self.options[:6], self.order, list(needs)
@@ -278,7 +278,7 @@ def _bytes(mask):
 
 
 def _in_format_of(x, y):
-    """y in the memory format of the fake implementation; copied only if it has another."""
+    """y in the memory format of the fake implementation; copied only if its own differs."""
     if launch.is_channels_last(x.unsqueeze(1)):
         return y.transpose(1, 2).contiguous().transpose(1, 2)
     return y.contiguous()

@@ -1,4 +1,4 @@
-"""The core in Triton kernels: operators PyTorch knows about, and their gradients.
+"""The core in Triton kernels: custom operators and their gradients.
 
 ``torch.ops.da_triton.gather``, ``gather_backward``, ``distribute`` and ``distribute_backward`` are
 opaque to the compiler: the tile and the split over positions are chosen inside, so a compiled model
@@ -7,7 +7,7 @@ formula; the forward operators have gradients. ``gather``, ``gather_lse`` and ``
 wrap them in ``torch.autograd.Function``, which ``torch.func`` can differentiate too.
 
 ``gather_of_tensors`` and so on are the same for scales that change between the calls of a compiled
-program: see ``operators.scalars``.
+program: see ``custom_op.scalars``.
 
 Second derivatives are taken through the ``torch`` backend.
 """
@@ -39,7 +39,7 @@ from ..custom_op import (
 )
 
 # Triton's interpreter computes bfloat16 on its bit patterns and gives wrong results. A test suite
-# that corrects the interpreter says so here.
+# that corrects the interpreter sets this.
 interpreter_has_bfloat16 = False
 
 
@@ -80,8 +80,8 @@ def gather(a, b, *, mask=None, extra=None, logit_scale=1.0):
 
 
 def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """As ``reference.gather_partial``. The pivot is lse in the dtype of sums, and the sum the rest:
-    together they have all digits of lse."""
+    """Like ``reference.gather_partial``. The pivot is lse rounded to the dtype of sums, and the sum
+    holds the remainder: together they have all digits of lse."""
     g, lse = gather_lse(a, b, mask=mask, extra=extra, logit_scale=logit_scale)
     if mask is None:
         pivot = lse.detach().to(g.dtype)
@@ -94,7 +94,7 @@ def gather_partial(a, b, *, mask=None, extra=None, logit_scale=1.0):
 
 
 def gather_lse(a, b, *, mask=None, extra=None, logit_scale=1.0):
-    """As ``aten.gather_lse``: what the kernels give."""
+    """Like ``aten.gather_lse``."""
     extra_a, extra_b = (None, None) if extra is None else extra
     return apply(GatherLse, a, b, mask, extra_a, extra_b, *scalars(logit_scale))
 
@@ -106,7 +106,7 @@ def distribute(g, v, *, scale=1.0, softmax=True, logit_scale=1.0):
 
 
 def gather_backward(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
-    """As ``aten.gather_backward``; empty where not needed."""
+    """Like ``aten.gather_backward``; empty where not needed."""
     (logit_scale,) = scalars(logit_scale)
     args = dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b
     return run(gather_backward_op, *args)
@@ -124,7 +124,7 @@ def gather_op(
     extra_b: Tensor | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """G and lse; see ``kernels.gather``. ``mask`` is ``(N, L)`` bool, tokens are more positions."""
+    """G and lse; see ``kernels.gather``. ``mask``: ``(N, L)`` bool; tokens are extra positions."""
     sources = [(a, b, None if mask is None else mask.view(torch.uint8))]
     if extra_a is not None and extra_b is not None:
         sources.append((extra_a, extra_b, None))

@@ -6,7 +6,7 @@ from ...runtime import tiles
 
 
 def project_abv(x, matrices, rows, heads):
-    """A, B or V for each of ``rows``, by head, without bias: ``matrices`` as ``prologue`` packs."""
+    """A, B or V per entry of ``rows``, by head, without bias; ``matrices``: from ``prologue``."""
     if len(matrices) == 1:
         activations = project(x, matrices[0][: sum(rows)], None).split(rows, 1)
     else:
@@ -20,7 +20,7 @@ def by_head(y, heads):
 
 
 def shared(x, heads):
-    """X for each head, without a copy."""
+    """X with a head axis, expanded without a copy."""
     return x[:, None].expand(-1, heads, -1, -1)
 
 

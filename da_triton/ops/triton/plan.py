@@ -1,6 +1,6 @@
-"""The plan of a block in kernels: what the planner chooses from the kernels' tables of tiles.
+"""The plan of a block in kernels: the planner's choice, given the kernels' tables of tiles.
 
-The only caller of both. ``plan`` is public, and imports Triton only when it is called.
+Only this module uses both. ``plan`` is public, and imports Triton only when it is called.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def kernel_limits(shape, c_out, arch, num_sms):
         return 0 if tile is None else tile.block_l
 
     def positions(last, *others):
-        """In a tile of the last kernel, if all fit; short tiles are left to the unfused route."""
+        """Per tile of the last kernel, if all fit; short tiles are left to the unfused route."""
         found = [positions_of(*kernel) for kernel in (*others, last)]
         return found[-1] if all(found) and found[-1] >= 32 else 0
 
@@ -135,21 +135,21 @@ def plan(
 
     Args:
         x_shape: ``(N, C, *positions)``.
-        c_m, c_n, heads, reconstruct, order, recompute: as of the block.
+        c_m, c_n, heads, reconstruct, order, recompute: as in the block.
         dtype: of the input and the weights.
-        device: a CUDA device. On a machine that has none, the plan is for an H200.
+        device: a CUDA device. On a machine without one, the plan is for an H200.
         memory_format: of the input.
 
     Returns:
         A :class:`Plan`, with the order, the route (which steps are fused kernels and which vendor
         GEMMs), samples per batch chunk, modelled operations, bytes and launches of each step, the
-        floor, and the runners-up. The times come from a model with stated assumptions, not from
-        measurements.
+        roofline bound, and the alternatives. The times come from a model with stated assumptions,
+        not from measurements.
 
     Raises:
         ValueError: shape, channels, heads, order, recompute.
         TypeError: unsupported dtype, or ``reconstruct`` is not a bool.
-        RuntimeError: ``device`` is no CUDA device, or Triton is not installed.
+        RuntimeError: ``device`` is not a CUDA device, or Triton is not installed.
     """
     shape = tuple(x_shape) if isinstance(x_shape, (tuple, list)) else ()
     if not 3 <= len(shape) <= 5 or not all(isinstance(n, int) and n >= 1 for n in shape):

@@ -72,7 +72,7 @@ def forward(x, w, mask, o, route, save_v):
 
 
 def _unfused_forward(x, w, mask, o, route, save_v):
-    """Distributes from a V in memory: through H, or through Z and the last product."""
+    """Distribute with V in memory: through H, or through Z and the last product."""
     projected_v, start = None, None
     if save_v or route.gather == "fused":
         projected_v = project(x, w.v, w.bias_v)
@@ -89,7 +89,7 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
     """Writes lse and G; returns H or G, which distribute, in the dtype of X, and V or None.
 
     ``with_v``: on the unfused route, V (by head, without its bias) comes from the same product.
-    ``start``: where X and bo are to be added up for the last product, or None.
+    ``start``: receives X + bo for the last product, or None.
     """
     from_x, want_h = route.order.from_x, route.order.through_h
     small = {
@@ -163,14 +163,14 @@ def _distribute(x, v, bias, d, start, w, o, through_h):
 
 
 def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
-    """Gradients of X and of the weights that are there, where needed."""
+    """Gradients of X and of the weights that are present, where needed."""
     if route.backward == "fused":
         return _fused_backward(dout, x, w, mask, v, o, needs)
     return Gradients(*unfused_backward.backward(dout, x, w, mask, lse, g, v, o, route, needs))
 
 
 def _fused_backward(dout, x, w, mask, v, o, needs):
-    """Pass 1 again for M, then two passes over X and dO. G and lse come again in pass 1."""
+    """Repeats pass 1 for M, and with it lse and G, then makes two passes over X and dO."""
     total_n = w.b.shape[0]
     partials = project_gather.gather_from_x(x, w.b, mask, o.logit_scale)
     lse, g = combine.empty(x, w, o.heads)
@@ -178,7 +178,7 @@ def _fused_backward(dout, x, w, mask, v, o, needs):
         partials, w, lse, g, heads=o.heads, scale=o.scale, mask=mask is not None, from_x=True,
         want_m=True,
     )  # fmt: skip
-    # In channels-last memory, rows that start at multiples of 16 elements can be loaded at once.
+    # In channels-last memory, rows that start at multiples of 16 elements have vector loads.
     rows = -(-total_n // 16) * 16 if x.stride(1) == 1 else total_n
     both = launch.empty_rows_like(x, 2 * rows)
     dv, db = both[:, :total_n], both[:, rows : rows + total_n]

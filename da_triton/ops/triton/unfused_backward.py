@@ -6,9 +6,9 @@ r"""The block's backward pass in vendor GEMMs around the core's kernels, in any 
     gather          A-   δ, then dA and dB
                     X-   M again, dM = Waᵀ dG, then dX (its part) and dB  dWa = dG Mᵀ
     dX = Wᵀ [dA;] dB, dV (+ dO)            one product
-    dW = [dA;] dB, dV · Xᵀ                 one kernel and the sums of its parts
+    dW = [dA;] dB, dV · Xᵀ                 one kernel and the sum of its partials
 
-dA, dB and dV are adjacent in memory as A, B and V are. A has no bias here: ba is in G, and where it
+dA, dB and dV are adjacent in memory, like A, B and V. A has no bias here: ba is in G, and where it
 is not in dP, it is taken out of δ.
 """
 
@@ -42,7 +42,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     parts = [t for grad, run in zip(grads, runs, strict=True) for t in grad.split(run, 1)]
     *da, db, dv = (by_head(t, o.heads) for t in parts)
 
-    # dV, and in the place of dB, until that is computed, Q.
+    # dV, and Q, in the memory of dB until that is computed.
     through = _through_h if through_h else _through_z
     partials, dwo, dbo = through(dout, w, g, lowp, v, bias_v, dv, db, o, needs)
 
@@ -66,7 +66,7 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs):
     if needs.x:
         for grad, matrix in zip(grads, matrices, strict=True):
             dx = project(grad, matrix.t(), None, add=dx)
-    del matrices, lowp, a, b, v, partials  # before the parts of the weights' gradients
+    del matrices, lowp, a, b, v, partials  # before the partials of the weights' gradients
     wanted = [needs.b, needs.v or needs.bias_v]
     wanted = wanted if from_x else [needs_a, *wanted]
     if len(runs) == 1:

@@ -1,9 +1,9 @@
-"""Packed sequences in Triton kernels: in batches, so that launches do not grow with their number.
+"""Packed sequences in Triton kernels: in batches, so that few launches serve many sequences.
 
-A long run of adjacent sequences of one length is a view and a launch. Short ones share buckets:
-their positions are copied into a batch padded to its longest sequence, which is at most a quarter
-longer than its shortest, and results are copied back. There are as many buckets as lengths differ
-by quarters, six from 10 positions to 40, and padding adds at most a quarter to what is copied.
+A long run of adjacent sequences of equal length is a view and takes one launch. Short runs share
+buckets: their positions are copied into a batch padded to its longest sequence, which is at most a
+quarter longer than its shortest, and results are copied back. Lengths from 10 to 40 positions need
+six buckets, and padding adds at most a quarter to what is copied.
 """
 
 import functools
@@ -74,7 +74,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def plan(lengths: tuple[int, ...], device: torch.device) -> list[Part]:
-    """The launches for sequences of these lengths; those without positions have none."""
+    """The launches for sequences of these lengths; empty sequences have none."""
     offsets = [0, *itertools.accumulate(lengths)]
     runs, first = [], 0
     for length, equal in itertools.groupby(lengths):
