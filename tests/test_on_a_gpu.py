@@ -58,9 +58,9 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            name = "." * node.level + (node.module or "")
-            name = importlib.util.resolve_name(name, ".".join(folder.parts))
-            yield from (f"{name}.{alias.name}" for alias in node.names)
+            written = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(written, ".".join(folder.parts))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             nodes += ast.iter_child_nodes(node)
 
