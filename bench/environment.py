@@ -18,7 +18,8 @@ GPU_FIELDS = (
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent
 COMMIT = "DA_TRITON_COMMIT"
-SOURCES = ("da_triton", "tests", "bench")  # folders whose Python files decide what is measured
+# Files that decide what is measured.
+SOURCES = ("da_triton/**/*.py", "da_triton/kernels/tiles/*.json", "tests/**/*.py", "bench/**/*.py")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -78,13 +79,13 @@ def commit(root: Path = ROOT) -> str | None:
 
 
 def code(root: Path = ROOT) -> str | None:
-    """A hash of all Python files of the package, its tests and its benchmark; None without them.
+    """A hash of ``SOURCES``: all Python files, and the shipped tables of tiles; None without them.
 
     Two runs with the same hash ran the same code, whatever results they left in the checkout.
     """
     found = hashlib.sha256()
-    for folder in SOURCES:
-        paths = sorted((root / folder).rglob("*.py"))
+    for pattern in SOURCES:
+        paths = sorted(root.glob(pattern))
         if not paths:
             return None
         for path in paths:

@@ -132,14 +132,16 @@ def test_no_ratio_while_tests_fail(run, tiny, capsys):
     assert frame["ratio_to_eager"].notna().all()
 
 
-def test_code_is_all_python_files_and_nothing_else(tmp_path):
-    paths = [tmp_path / folder / "kernels" / "a.py" for folder in SOURCES]
+def test_code_is_python_files_and_shipped_tiles_and_nothing_else(tmp_path):
+    paths = [tmp_path / pattern.replace("**", "kernels").replace("*", "a") for pattern in SOURCES]
     assert code(tmp_path) is None
     for path in paths:
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     before = code(tmp_path)
-    (tmp_path / "da_triton" / "kernels" / "data.json").write_text("{}")  # as tuning does
+    tuned = tmp_path / "da_triton" / "kernels" / "tiles" / "tuned" / "gpu.json"
+    tuned.parent.mkdir()
+    tuned.touch()  # it is a result of a run
     assert code(tmp_path) == before
     seen = {before}
     for path in paths:
