@@ -186,7 +186,7 @@ class Bench:
                         raise OutOfTimeError
                     problem = problem or workload.draw(mode, self.dtype, self.device)
                     self.send(place)
-                    closure = self._set_up(provider, provider.problem(problem), row, place)
+                    closure = self._set_up(provider, provider.problem(problem), row)
                     ready.append(Ready(place, row, provider, closure))
             self._time_in_turns(ready, times)
         except _LostError:
@@ -224,7 +224,7 @@ class Bench:
             if not usable(self.device):
                 raise _LostError from error
 
-    def _set_up(self, provider: Provider, problem: Any, row: Row, place: int) -> Closure:
+    def _set_up(self, provider: Provider, problem: Any, row: Row) -> Closure:
         """The provider's closure, warmed up and then checked.
 
         In this order, what is recorded or compiled late is checked too.
