@@ -19,7 +19,7 @@ from . import first_call, gpu, networks, problems, providers, scaling, workloads
 from .codegen import cannot_compile
 from .environment import columns, environment
 from .groups import Add, Sweeper, Where
-from .isolation import Worker
+from .isolation import Worker, terminable
 from .joined import LOGS
 from .measure import OK, Budget, Effort
 from .observe import here
@@ -31,7 +31,7 @@ from .workloads import UsageError, check, select
 
 DEFAULT = Effort(warm_up=1, rounds_min=5, rounds_max=50, seconds=2.0)
 QUICK = Effort(warm_up=1, rounds_min=3, rounds_max=20, seconds=1.0)
-PATIENCE = 600.0  # seconds that a call may take on a slow CPU before its process is ended
+PATIENCE = 600.0  # seconds without a message, on a slow CPU, before a process is ended
 MODES = {"fwd": problems.FORWARD, "bwd": problems.BACKWARD, "fwd_bwd": problems.STEP}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_NOTE = (
@@ -130,16 +130,16 @@ def _sweeps(provider, launch, layout, dtype, device) -> list[list[providers.Prov
 def _measuring(
     made: Report, dtype: torch.dtype, effort: Effort, budget: float = math.inf
 ) -> Iterator[Sweeper]:
-    """Measures in a process of its own, until an interrupt."""
+    """Measures in a process of its own, until Ctrl-C or a request to terminate."""
     device, make_timer = here()
     where = Where(device, dtype, make_timer, effort, PATIENCE)
-    with contextlib.closing(Worker()) as worker, made.ending_early():
+    with terminable(), contextlib.closing(Worker()) as worker, made.ending_early():
         yield Sweeper(worker, where, Budget(budget))
 
 
 def _take_ceilings(made: Report, sweeper: Sweeper) -> None:
     found = sweeper.measure_ceilings()
-    made.notes.append(made.compare_with(sweeper.ceilings, found))
+    made.notes.append(made.take_ceilings(sweeper.ceilings, found))
 
 
 def _finished(made: Report, text: str = "") -> None:
@@ -234,8 +234,8 @@ def scale(
         raise UsageError(f"--most {most} is below the least size, {along[0]}.")
     made = started(out, device, metrics=("time", "ratio"))
     with _measuring(made, of_dtype, DEFAULT, budget) as sweeper:
-        text = scaling.run(sweeper, axis.value, sizes, sweeps, mode, made)
-    _finished(made, text)
+        scaling.run(sweeper, axis.value, sizes, sweeps, mode, made)
+    _finished(made, scaling.finish(made, axis.value))
 
 
 @command("networks", "--network resnet50", "--mode fwd --compile --out /tmp/networks")

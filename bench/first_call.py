@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .isolation import Worker
-from .measure import OK, Row, describe
-from .observe import wait
+from .measure import OK, Row
+from .observe import describe, wait
 from .providers import Provider
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DA_TRITON_CACHE_DIR")

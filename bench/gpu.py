@@ -4,7 +4,6 @@ It always writes a report, even if a stage crashes.
 """
 
 import os
-import signal
 import tempfile
 import time
 import traceback
@@ -14,9 +13,10 @@ from typing import Any
 
 from . import warm
 from .environment import environment, gpu
-from .isolation import Worker
+from .isolation import Worker, terminable
 from .joined import JoinedReport
-from .measure import Budget, describe
+from .measure import Budget
+from .observe import describe
 from .report import INTERRUPTED
 from .stages import Run, Settings, Stage
 from .workloads import Workload
@@ -37,9 +37,7 @@ def run_gpu(
     """
     failed = False
     reserved = min(FINISH, 0.1 * budget.seconds)
-    # SIGTERM, which a time limit sends first, ends the run as Ctrl-C does: with a report.
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory() as folder:
+    with terminable(), tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
         report = _report(out, logs, environment(settings.where.device) | _warm_cache())
         name = (report.environment.get("gpu") or {}).get("name", settings.where.device.type)
@@ -59,7 +57,6 @@ def run_gpu(
             used = round(budget.seconds - budget.left, 1)
             report.record(gpu_afterwards=gpu(), seconds_used=used)
             print(report.written())
-            signal.signal(signal.SIGTERM, terminate)
     return int(failed)
 
 

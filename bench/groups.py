@@ -33,11 +33,10 @@ from .measure import (
     Effort,
     Row,
     Timed,
-    Timer,
     new_row,
-    on_gpu,
     progress,
 )
+from .observe import Timer, on_gpu
 from .problems import FORWARD, STEP
 from .providers import GRAPH, OURS, Provider
 from .roofline import Ceilings
@@ -52,7 +51,7 @@ Add = Callable[[list[Row]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Settings that all groups of a run share. Everything in it is picklable."""
+    """Settings of groups in one dtype. Everything in it is picklable."""
 
     device: torch.device
     dtype: torch.dtype
@@ -131,11 +130,11 @@ class Sweeper:
     hung: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
     def of_dtype(self, dtype: torch.dtype) -> "Sweeper":
-        """One that measures in another dtype, for which the ceilings are not."""
+        """A sweeper for a dtype; for another one without ceilings, which hold for the first."""
         if dtype == self.where.dtype:
             return self
         where = dataclasses.replace(self.where, dtype=dtype)
-        return dataclasses.replace(self, where=where, ceilings=None)
+        return dataclasses.replace(self, where=where, ceilings=None, hung={})
 
     def run(
         self,
@@ -234,7 +233,7 @@ class Sweeper:
     ) -> dict[str, Any]:
         """Measures the ceilings that later groups are compared with; the facts to be recorded."""
         found, failure, _ = self._measured(_ceilings, copy_bytes, side)
-        self.ceilings, facts = found or (None, {"ceilings": failure})
+        self.ceilings, facts = found or (None, {"not measured": failure})
         return facts
 
     def warm(self, workloads: Sequence[Any]) -> list[str]:

@@ -75,7 +75,7 @@ class Measured(NamedTuple):
 
 
 def lower_layers(run: Run) -> dict[str, Run]:
-    """What each of the layers below the functional one is called with, again.
+    """For each layer below the functional one, a call that repeats what it received.
 
     All that this file knows of the package's inside is here and in ``nothing_behind``.
     """
@@ -260,7 +260,7 @@ def passes_of(
 # --- how it is measured ---------------------------------------------------------------------------
 
 
-@torch.no_grad()  # but for gradients that a step takes
+@torch.no_grad()  # a step enables gradients itself
 def measure(workloads: Sequence[Workload], device: torch.device, seconds: float) -> pd.DataFrame:
     """A row for each call of each workload, in ``seconds`` or what five rounds of all take."""
     rows = []

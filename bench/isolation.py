@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -143,7 +143,8 @@ class Worker:
     def _wait(self, limit, receive, silence):
         start, pipe = self._began, self._pipe
         assert pipe is not None
-        heard = math.inf if self._fresh else start  # imports have the whole limit
+        # Imports have the whole limit, if there is one.
+        heard = math.inf if self._fresh and math.isfinite(limit) else start
         while True:
             left = min(start + limit, heard + silence) - time.monotonic()
             if not pipe.poll(min(max(0.0, left), LONGEST_POLL)):
@@ -200,11 +201,28 @@ class Worker:
         return f"{text}: {last_line(self.written())}" if self.log else text
 
     def _say_where(self) -> None:
-        """Has the process write its Python stack into the log."""
+        """Has the process write its Python stack into the log, without one to stderr."""
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGUSR1)
             time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, which a time limit sends first, and SIGHUP interrupt the block as Ctrl-C does.
+
+    Child processes have sessions of their own, so that no signal but this process's own ends them.
+    """
+    numbers = signal.SIGTERM, signal.SIGHUP
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def in_parallel(jobs: Sequence[Job], limit: float, log: Path | None) -> list[str]:

@@ -19,7 +19,8 @@ import pandas as pd
 
 from . import tables
 from .environment import columns
-from .measure import OK, Row, cut_short, describe
+from .measure import OK, Row, cut_short
+from .observe import describe
 from .report import IDENTITY, PARTIAL, Report, replace
 
 METRICS = ("time", "ratio", "floor", "memory", "launches")

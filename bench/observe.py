@@ -150,7 +150,7 @@ class CudaTimer:
 
 
 def here() -> tuple[torch.device, Callable[[], Timer]]:
-    """The GPU if there is one, and the kind of its clock."""
+    """The GPU if there is one, and the type of its timer."""
     if torch.cuda.is_available():
         return torch.device("cuda"), CudaTimer
     return torch.device("cpu"), WallTimer

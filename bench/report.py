@@ -69,8 +69,8 @@ class Report:
         text = json.dumps(self.environment, indent=2, ensure_ascii=False, default=str)
         replace(self.out / "environment.json", text + "\n")
 
-    def compare_with(self, ceilings: Ceilings | None, facts: dict[str, Any]) -> str:
-        """Takes the ceilings of the run; says them in a line."""
+    def take_ceilings(self, ceilings: Ceilings | None, facts: dict[str, Any]) -> str:
+        """Stores and records the ceilings; returns them as a line."""
         self.ceilings = ceilings
         self.record(ceilings=facts)
         return "Ceilings: " + ", ".join(f"{k} {v}" for k, v in facts.items())

@@ -45,15 +45,18 @@ def run(
     sweeps: Sequence[Sequence[Provider]],
     modes: Sequence[str],
     report: Report,
-) -> str:
-    """Measures, writes ``scaling.csv`` and ``scaling.png``, and returns what to print."""
+) -> None:
+    """Measures, and writes ``scaling.csv`` whenever something is added."""
 
     def add(rows: list[Row]) -> None:
         report.rows += rows
         replace(report.out / "scaling.csv", frame(report, axis).to_csv(index=False))
 
-    with report.ending_early():
-        sweeper.run([workload(axis, size) for size in sizes], sweeps, add, modes)
+    sweeper.run([workload(axis, size) for size in sizes], sweeps, add, modes)
+
+
+def finish(report: Report, axis: str) -> str:
+    """Writes ``scaling.png``; returns what to print."""
     found = frame(report, axis)
     timed = found[found["status"] == OK]
     if len(timed):

@@ -26,12 +26,12 @@ from .first_call import seconds
 from .groups import Sweeper, Where
 from .isolation import Ended, Worker, isolated, last_line
 from .joined import PTXAS, JoinedReport, assembler
-from .measure import OK, Budget, Effort, describe
+from .measure import OK, Budget, Effort
 from .networks import Network
-from .observe import CudaTimer
+from .observe import CudaTimer, describe
 from .problems import FORWARD, STEP
 from .providers import EAGER, GRAPH, NCHW, Provider
-from .report import INTERRUPTED, Report
+from .report import Report
 from .workloads import Workload
 
 EFFORT = Effort(warm_up=6, rounds_min=20, rounds_max=1000, seconds=1.3)
@@ -91,7 +91,7 @@ class Run:
             failures = sweeper.warm(self.workloads)
             self.report.remarks += [f"Compiling kernels beforehand: {f}" for f in failures]
         found = sweeper.measure_ceilings(self.settings.copy_bytes, self.settings.matrix_size)
-        self.report.remarks.append(self.report.compare_with(sweeper.ceilings, found))
+        self.report.remarks.append(self.report.take_ceilings(sweeper.ceilings, found))
 
     def repeat_warnings(self) -> None:
         """The report repeats what da_triton warned of in its workers."""
@@ -289,9 +289,11 @@ def cost_against_positions(run: Run, budget: Budget) -> str:
     launch = GRAPH if where.device.type == "cuda" else EAGER
     wanted = ["eager", run.settings.ours]
     group = providers.select(wanted, launch, where.device, where.dtype, [NCHW])
-    scaling.run(run.sweeper(budget), "L", scaling.AXES["L"], [group], [FORWARD, STEP], beside)
-    if INTERRUPTED in beside.notes:
-        raise KeyboardInterrupt
+    sizes, modes = scaling.AXES["L"], [FORWARD, STEP]
+    try:
+        scaling.run(run.sweeper(budget), "L", sizes, [group], modes, beside)
+    finally:
+        scaling.finish(beside, "L")
     return _counted(beside.rows)
 
 

@@ -68,8 +68,8 @@ def tune(
 ) -> Iterator[Choice]:
     """Yields the choice of each site, on its first workload, until the budget is used up.
 
-    One by one, so that a run that is killed leaves those before. It ends early where a candidate
-    makes CUDA unusable in this process.
+    One by one, so that a run that is killed keeps the choices made so far. It ends early where a
+    candidate makes CUDA unusable in this process.
     """
     found: set[Site] = set()
     for work in progress(workloads):
@@ -161,9 +161,9 @@ def tile_of(site: Site, entry: Entry) -> contextlib.AbstractContextManager[None]
 def prepared(
     site: Site, entries: Sequence[Entry], run: Closure, device: torch.device, budget: Budget
 ) -> dict[Entry, Closure]:
-    """A captured graph for each tile that gives the first one's results; none without these.
+    """A captured graph for each tile that gives the first one's results.
 
-    Tiles that the budget has no time for are left out.
+    Empty if the first one fails. Tiles that the budget has no time for are left out.
     """
     compile_in_parallel(site, entries, run, budget)
     ready: dict[Entry, Closure] = {}

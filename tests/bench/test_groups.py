@@ -145,6 +145,15 @@ def test_a_provider_that_hangs_is_left_out_of_later_groups(
     assert statuses([other]) == [OK]
 
 
+def test_a_provider_that_hangs_is_measured_in_another_dtype(sweeper, statuses, tiny, plain):
+    statuses([dataclasses.replace(plain[0], setup=fakes.hangs)], silence=2.0)
+    other = sweeper.of_dtype(torch.bfloat16)
+    other.where = dataclasses.replace(other.where, silence=WHERE.silence)
+    (row,) = other.group(tiny, FORWARD, plain[:1])
+    assert (row["status"], row["dtype"]) == (OK, "bfloat16")
+    assert sweeper.of_dtype(torch.float32) is sweeper
+
+
 def test_eager_that_hangs_is_measured_on_other_workloads(statuses, table, plain):
     statuses([dataclasses.replace(plain[0], setup=fakes.hangs)], silence=2.0)
     (again,) = statuses(plain[:1], STEP)
@@ -243,5 +252,5 @@ def test_ceilings(sweeper):
     assert (sweeper.ceilings.bandwidth, sweeper.ceilings.matrix_rate) == (4e9, 1e12)
     sweeper.where = dataclasses.replace(WHERE, make_timer=fakes.crashing_timer)
     sweeper.worker.close()
-    assert sweeper.measure_ceilings(1024, 16) == {"ceilings": DIED}
+    assert sweeper.measure_ceilings(1024, 16) == {"not measured": DIED}
     assert sweeper.ceilings is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import isolation
-from bench.isolation import Worker, in_parallel, isolated
+from bench.isolation import Worker, in_parallel, isolated, terminable
 from support import fakes
 
 # Starts a process, says its id, and then ends or does not.
@@ -171,3 +171,15 @@ def test_worker_ends_with_its_parent(tmp_path, children):
     while alive(int(ran.stdout)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(int(ran.stdout))
+
+
+def test_requests_to_terminate_interrupt_but_for_what_is_ignored():
+    """``nohup`` ignores SIGHUP for a command that shall go on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), terminable():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

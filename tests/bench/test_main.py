@@ -1,7 +1,9 @@
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -238,6 +240,30 @@ def test_run_that_is_interrupted_keeps_what_it_measured(
     assert "Interrupted" in capsys.readouterr().out
     assert (pd.read_csv(tmp_path / csv)["status"] == OK).all()
     assert written <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_run_that_is_terminated_leaves_a_report_and_no_process(
+    table, eager, tmp_path, capsys, monkeypatch
+):
+    """As by a time limit, while a provider hangs in the worker."""
+    workers = []
+
+    class Terminated(isolation.Worker):
+        def begin(self, job):
+            super().begin(job)
+            workers.append(self._process)
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "Worker", Terminated)
+    hangs = dataclasses.replace(eager, setup=fakes.hangs)
+    monkeypatch.setattr(providers, "plain", lambda *others: [hangs])
+    assert cli.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert report.INTERRUPTED in capsys.readouterr().out
+    assert report.INTERRUPTED in (tmp_path / "report.md").read_text()
+    (worker,) = workers
+    assert worker.returncode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_run_that_times_nothing_fails(table, tmp_path, monkeypatch):

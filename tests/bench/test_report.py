@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from types import SimpleNamespace
 
 import matplotlib.image
 import pandas as pd
@@ -155,12 +154,9 @@ def test_only_what_there_is_is_drawn(tmp_path, facts, drawn):
     assert [path.name for path in tmp_path.glob("*.png")] == drawn
 
 
-def test_scaling_that_is_interrupted_at_once(tmp_path):
-    def run(*_):
-        raise KeyboardInterrupt
-
-    printed = scaling.run(SimpleNamespace(run=run), "L", [8], [], [], Report(tmp_path, "A title"))
-    assert INTERRUPTED in printed
+def test_scaling_that_was_interrupted_at_once(tmp_path):
+    report = Report(tmp_path, "A title", notes=[INTERRUPTED])
+    assert INTERRUPTED in scaling.finish(report, "L")
     assert not list(tmp_path.glob("*.png"))
 
 
