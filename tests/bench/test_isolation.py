@@ -177,8 +177,9 @@ def test_requests_to_terminate_interrupt_but_for_what_is_ignored():
     """``nohup`` ignores SIGHUP for a command that shall go on."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt), terminable():
+        with terminable():
             os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt), terminable():
             os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
