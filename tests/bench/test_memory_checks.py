@@ -1,6 +1,5 @@
 """The memory checks of the last stage, with a compute-sanitizer that the tests write."""
 
-import re
 import sys
 from types import SimpleNamespace
 
@@ -58,7 +57,7 @@ def test_errors_and_the_exit_status(script, said, tmp_path):
 
 def test_time_limit(tmp_path):
     install(tmp_path / "bin", "import time; time.sleep(60)")
-    assert re.fullmatch(r"no summary, killed after \d s", checked(tmp_path, 0.3))
+    assert checked(tmp_path, 0.3).startswith("no summary, killed after 0 s")
 
 
 def test_where_the_tool_is_looked_for(tmp_path, monkeypatch):
