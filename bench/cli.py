@@ -16,6 +16,7 @@ import typer
 
 from . import codegen as programs
 from . import first_call, gpu, networks, problems, providers, scaling, workloads
+from . import model as modelling
 from .codegen import cannot_compile
 from .environment import columns, environment
 from .groups import Add, Sweeper, Where
@@ -101,7 +102,7 @@ Launches = Annotated[Any, names("launch mode", (EAGER, GRAPH), "graph: CUDA grap
 Metrics = Annotated[Any, names("metric", list(METRICS))]
 Out = Annotated[Path, option("folder for results")]
 Seconds = Annotated[float, option("seconds for everything", "--budget")]
-KEPT = typer.Option(help="a CSV file, kept in order", show_default="bench/results/codegen.csv")
+KEPT = typer.Option(help="a CSV file, kept in order", show_default="one in bench/results")
 STAGE = names("stage", [s.name for s in STAGES], "repeatable")
 RESULTS = Path("bench/out")
 SHOWN = ",".join(DEFAULT_METRICS)
@@ -436,3 +437,21 @@ def codegen(
     if reason := cannot_compile():
         raise UsageError(reason)
     programs.update(arch or programs.ORDER, out)
+
+
+@command("model", "--workload seg_19,yolo_p3", "--against HEAD~1 --out /tmp/model.csv")
+def model(
+    workload: Workloads = "",
+    layout: Layouts = f"{NCHW},{CHANNELS_LAST}",
+    gpu: Annotated[Any, names("GPU", modelling.GPUS)] = "H200",
+    against: Annotated[str, option("a CSV file, or a revision with its kept file")] = "",
+    out: Annotated[Path, KEPT] = modelling.KEPT,
+) -> None:
+    """Modelled µs of every launch of a block by cause, beside floor and planner, without a GPU."""
+    if reason := cannot_compile("model"):
+        raise UsageError(reason)
+    chosen = [w.name for w in select(workload, "all") if workload or not w.small]
+    try:
+        modelling.update(gpu, list(itertools.product(chosen, layout)), out, against)
+    except ValueError as error:
+        raise UsageError(error) from None

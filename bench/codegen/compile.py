@@ -41,6 +41,7 @@ class Launch(NamedTuple):
     kernel: Any
     args: tuple
     kwargs: dict  # flags, tile and compiler options
+    grid: tuple[int, ...] = (1,)
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ def record() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        launches.append(Launch(self, args, kwargs))
+        launches.append(Launch(self, args, kwargs, grid))
 
     with mock.patch.object(JITFunction, "run", run):
         yield launches
@@ -172,27 +173,32 @@ def _number(pattern, text):
     return int(found[1])
 
 
-def _tool(name, *args):
-    command = [str(TOOLS / name), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def tool(name: str, cubin: bytes, *args: str) -> str:
+    """The output of one of the tools that Triton brings, on a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / name), *args, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack."""
+    usage = tool("cuobjdump", cubin, "-res-usage")
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
 
 
 def _read_cuda(asm):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        # Spills are on the stack. Disassembly takes as long as compilation.
-        spills = 0
-        if _number(r"STACK:(\d+)", usage):
-            spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", file.name)))
+    registers, stack = resources(asm["cubin"])
+    # Spills are on the stack. Disassembly takes as long as compilation.
+    text = tool("nvdisasm", asm["cubin"]) if stack else ""
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
     ptx = asm["ptx"]
     wgmma = ptx.count("wgmma.mma_async")
     matrix = wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma")
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x[0-9a-f]+|\d+),", ptx)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
     widths = [int(vector or 1) * int(bits) // 8 for vector, bits in loads]
-    registers = _number(r"REG:(\d+)", usage)
     return _code(registers, spills, matrix, wgmma, [int(width, 0) for width in copies], widths)
 
 

@@ -123,24 +123,29 @@ def full_n(m: int, n: int, v: Variant) -> list[Launch]:
 
 def of_block(sizes: Sizes, route: Route, v: Variant) -> list[Launch]:
     """One training step of the block."""
-    channels, c_m, c_n = sizes
-    x, mask = _activations(v, channels), _mask(v)
-    w = routes.Weights(
-        _empty(v, c_m, channels), _empty(v, c_m), _empty(v, c_n, channels),
-        _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
-    )  # fmt: skip
-    options = routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
+    x, w, mask, options = block_inputs(sizes, v)
     with compile.record() as made:
         _, lse, g, kept = routes.forward(x, w, mask, options, route, v.save_v)
         routes.backward(torch.empty_like(x), x, w, mask, lse, g, kept, options, route)
     return made
 
 
-def _activations(v, channels):
+def block_inputs(sizes: Sizes, v: Variant, batch: int = BATCH) -> tuple[Any, ...]:
+    """X, weights, mask and options of a block with bias and residual, without data."""
+    channels, c_m, c_n = sizes
+    x, mask = _activations(v, channels, batch), _mask(v)
+    w = routes.Weights(
+        _empty(v, c_m, channels), _empty(v, c_m), _empty(v, c_n, channels),
+        _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
+    )  # fmt: skip
+    return x, w, mask, routes.Options(v.heads, 1.0, 1.0, 1.0, v.softmax, True)
+
+
+def _activations(v, channels, batch=BATCH):
     """``(N, channels, L)``, without data."""
     if v.layout == "nchw":
-        return _empty(v, BATCH, channels, v.length)
-    return _empty(v, BATCH, v.length, channels).transpose(1, 2)
+        return _empty(v, batch, channels, v.length)
+    return _empty(v, batch, v.length, channels).transpose(1, 2)
 
 
 def _mask(v):
