@@ -3,7 +3,7 @@
     python -m bench.model.anchors          (without TRITON_INTERPRET; no GPU)
 
 prints a JSON object per anchor. Published: a plain Triton GEMM of 8192³ in half precision without
-TMA 565 to 600 TFLOP/s (tritonbench issue 894, triton-lang/triton pull request 5461); a large copy
+TMA 565 to 600 TFLOP/s (tritonbench#894, triton-lang/triton#5461); a large copy
 2.95 to 3.03 TB/s, read and written together (the benchmarks of quack).
 """
 
