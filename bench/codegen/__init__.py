@@ -82,14 +82,25 @@ def surveyed(arch: str, known: Iterable[str] = (), *, sample: bool = False) -> I
     Raises:
         RuntimeError: with the end of the process's errors.
     """
+    yield from rows_of("bench.codegen.survey", list(known), arch, *["--sample"] * sample)
+
+
+def rows_of(module: str, given: Any, *arguments: str) -> list[Row]:
+    """What a module prints, an object per line, for ``given`` on its input.
+
+    It runs in a process of its own without TRITON_INTERPRET.
+
+    Raises:
+        RuntimeError: with the end of the process's errors.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.codegen.survey", arch, *(["--sample"] * sample)]
+    command = [sys.executable, "-m", module, *arguments]
     ended = subprocess.run(
-        command, env=env, cwd=ROOT, text=True, input=json.dumps(list(known)), capture_output=True
+        command, env=env, cwd=ROOT, text=True, input=json.dumps(given), capture_output=True
     )
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)}: {ended.stderr[-4000:]}")
-    yield from map(json.loads, ended.stdout.splitlines())
+    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def cannot_compile(command: str = "codegen", does: str = "compiles kernels") -> str:

@@ -16,21 +16,23 @@ Modules that compile need Triton, in a process without TRITON_INTERPRET; the oth
 """
 
 import io
-import json
+import itertools
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from statistics import geometric_mean
 
 import pandas as pd
 
+from bench.codegen import Row, rows_of
 from bench.environment import ROOT
 
-GPUS = ("H200", "H100", "A100")  # those of ``machine``
+from . import machine
+
+GPUS = tuple(machine.GPUS)
 KEPT = ROOT / "bench" / "results" / "model.csv"
 LAUNCH_GAP = 1.2  # µs between dependent launches in a CUDA graph
 LARGE = 5.0  # µs of a floor, from which on a workload counts in the means
@@ -46,7 +48,6 @@ TEXTS = [
     "digest",
 ]  # fmt: skip
 Job = tuple[str, str]  # workload and layout
-Row = dict[str, Any]
 
 
 def update(gpus: Sequence[str], jobs: Sequence[Job], path: Path, against: str = "") -> None:
@@ -73,24 +74,14 @@ def modelled(gpu: str, jobs: Sequence[Job], untimed: bool = False) -> list[Row]:
     Raises:
         RuntimeError: with the end of a process's errors.
     """
-    command = [sys.executable, "-m", "bench.model.passes", gpu, *["--untimed"] * untimed]
     workers = os.cpu_count() or 1
     parts = [part for i in range(workers) if (part := list(jobs[i::workers]))]
+    arguments = gpu, *["--untimed"] * untimed
     with ThreadPoolExecutor(workers) as pool:
-        outputs = pool.map(lambda part: _output(command, part), parts)
-        rows = [json.loads(line) for lines in outputs for line in lines.splitlines()]
+        found = pool.map(lambda part: rows_of("bench.model.passes", part, *arguments), parts)
+        rows = list(itertools.chain.from_iterable(found))
     place = {tuple(job): i for i, job in enumerate(jobs)}
     return sorted(rows, key=lambda row: place[row["workload"], row["layout"]])
-
-
-def _output(command: list[str], jobs: Sequence[Job]) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ended = subprocess.run(
-        command, env=env, cwd=ROOT, text=True, input=json.dumps(jobs), capture_output=True
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)}, {jobs}: {ended.stderr[-4000:]}")
-    return ended.stdout
 
 
 # --- rows and their file --------------------------------------------------------------------------
@@ -104,7 +95,7 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def kept(source: str) -> pd.DataFrame:
-    """The rows of a file, or of the kept file at a revision; none if there is no such file.
+    """The rows of a file, or of the kept file at a revision; an empty table without the file.
 
     Raises:
         ValueError: it is neither.
@@ -175,11 +166,6 @@ def summary(rows: pd.DataFrame) -> str:
         names = ", ".join(sorted(set(unknown["workload"])))
         lines.append(f"instructions or branches that the model does not follow: {names}")
     return "\n".join(lines)
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    logs = [math.log(ratio) for ratio in ratios]
-    return math.exp(sum(logs) / len(logs))
 
 
 def listing(rows: pd.DataFrame) -> str:

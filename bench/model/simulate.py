@@ -41,7 +41,7 @@ class _Facts(NamedTuple):
     latency: int
     cycles: float  # of the tensor core
     shared: float  # cycles of shared memory for a product's operands
-    pending: int  # copies or products that a wait leaves in flight; −1: no such wait
+    pending: int  # copies or products that a wait leaves in flight; −1: it waits for neither
     commits: bool  # ends a group of products
 
 

@@ -318,9 +318,9 @@ def test_a_barrier_waits_for_the_last_warp():
 
 
 def test_products_run_at_the_rate_of_the_tensor_cores():
-    """m64n128k16 from registers: 64 cycles each; with operands in shared memory 48 more to read."""
-    product = "HGMMA.64x128x16.F32.BF16 R24, {}, gdesc[UR8], R24"
-    for a, each in (("R4", 64), ("gdesc[UR4]", 64)):
+    """m64n128k16 takes 64 cycles, wherever its first operand is; in shared memory, it is read."""
+    product, each = "HGMMA.64x128x16.F32.BF16 R24, {}, gdesc[UR8], R24", 64
+    for a in ("R4", "gdesc[UR4]"):
         x = instruction(product.format(a))
         code, steps = alone(*[x] * 64, instruction("EXIT"))
         made = machine.product(x, H200)
