@@ -192,7 +192,7 @@ KERNELS = {
 
 
 def record(
-    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, int, int] | None = None
+    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, ...] | None = None
 ) -> list[Launch]:
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
     original = tiles.tile
@@ -201,7 +201,7 @@ def record(
         entry = tile if name == kernel else ANY_TILE if name in KERNELS else None
         if entry is None:
             return original(name, x, m, n, variant)
-        return tiles.Tile(*tiles.blocks(name, "half", m, n), *entry, 1)
+        return tiles.Tile(*tiles.blocks(name, "half", m, n), *entry)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         made = of_block(sizes, KERNELS[kernel].route, variant)

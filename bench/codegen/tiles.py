@@ -29,7 +29,7 @@ HOPELESS = 64  # spills beyond which fewer stages do not help
 LIKELIEST, AT_EASE = 2, 200
 
 Blocks = tuple[int, int]
-Candidate = tuple[int, int, int]  # positions of a tile, warps, stages
+Candidate = tuple[int, int, int, int]  # positions of a tile, warps, stages, programs per SM
 Found = tuple[Candidate, str]  # with a remark
 
 
@@ -65,7 +65,7 @@ class Search:
         _, flags = self.facts.special
         for blocks in self.facts.blocks:
             key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
-            first = self.start[key][:3] if key in self.start else None
+            first = self.start[key][:4] if key in self.start else None
             plain = special = self.best(blocks, first, {})
             if plain and flags:
                 special = self.best(blocks, plain[0], flags)
@@ -80,7 +80,7 @@ class Search:
         fallback: Found | None = None  # only one that is clean everywhere is better
         hopeless = set()
         for candidate in self.candidates(blocks, first):
-            block_l, warps, stages = candidate
+            block_l, warps, stages, _ = candidate
             if fallback and block_l < max(SHORTEST, fallback[0][0] // 2):
                 break
             if stages > 1 and (block_l, warps) in hopeless:
@@ -111,7 +111,7 @@ class Search:
         """Candidates that may fit, in order of preference, from ``first`` on."""
         order = candidates_of(self.kernel)
         start = order.index(first) if first in order else 0
-        return [c for c in order[start:] if self.may_fit(blocks, *c)]
+        return [c for c in order[start:] if self.may_fit(blocks, *c[:3])]
 
     def may_fit(self, blocks: Blocks, block_l: int, warps: int, stages: int) -> bool:
         """Whether the buffers of a pipeline for X alone leave room; cheaper than to compile."""
@@ -163,7 +163,7 @@ def write(arch: str, kernel: str, found: dict[Blocks, tuple[Found, Found]]) -> N
             variants = {tiles.PLAIN: plain, special_name: special}
         for variant, (entry, note) in variants.items():
             key = tiles.Key(kernel, variant, "half", *blocks)
-            table[key] = tiles.Entry._make((*entry, "pointers", note))
+            table[key] = tiles.Entry(*entry, note=note)
     path.write_text(tiles.text({"architecture": arch}, table), encoding="utf-8")
 
 

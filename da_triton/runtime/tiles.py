@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     block_l: int
     num_warps: int
     num_stages: int
-    ctas_per_sm: int  # programs that an SM should hold at once
+    ctas_per_sm: int = 1  # programs that an SM should hold at once: see ``split_positions``
     impl: str = "pointers"  # which version of the kernel: see ``launch.Launch``
 
 
@@ -57,19 +57,20 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of a table; ``note``: the reason for it, or what was measured."""
+    """An entry of a table: ``Tile`` from ``block_l`` on; ``note``: the reason, or what was measured."""
 
     block_l: int
     num_warps: int
     num_stages: int
+    ctas_per_sm: int = 1
     impl: str = "pointers"
     note: str = ""
 
 
 PLAIN = "plain"  # also every variant that a table lacks
 COLUMNS = [
-    "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages", "impl",
-    "note",
+    "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages",
+    "ctas_per_sm", "impl", "note",
 ]  # fmt: skip
 Table = Mapping[Key, Entry]
 
@@ -209,7 +210,7 @@ BLOCKS = {
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # if not "pointers" alone
-CORE = list(BLOCKS)[:7]  # an SM should hold two programs of these, if they are small
+CORE = list(BLOCKS)[:7]
 # Rules: entries where no table has one. In float32 and float64, fused kernels run only interpreted,
 # and in tests.
 STATISTICS = {
@@ -335,9 +336,7 @@ def _rule(kernel, tile_class, features, descriptors):
 
 
 def _tile(key, entry):
-    small = key.kernel in CORE and key.block_m * key.block_n <= 32 * 32
-    programs = 8 if key.kernel in STATISTICS else 2 if small else 1
-    return Tile(key.block_m, key.block_n, *entry[:3], programs, entry.impl)
+    return Tile(key.block_m, key.block_n, *entry[:-1])
 
 
 def forget() -> None:
@@ -421,6 +420,7 @@ def entries(table: Mapping[str, Any]) -> dict[Key, Entry]:
         sizes = key.block_m, key.block_n, entry.block_l
         powers = all(type(s) is int and s >= 16 and s & (s - 1) == 0 for s in sizes)
         options = entry.num_warps in (1, 2, 4, 8, 16) and entry.num_stages in range(1, 9)
+        options &= type(entry.ctas_per_sm) is int and 1 <= entry.ctas_per_sm <= 16
         options &= entry.impl in IMPLEMENTATIONS.get(key.kernel, ("pointers",))
         if key.kernel not in BLOCKS or not powers or not options or key in found:
             raise ValueError(f"no kernel could take its entry {row}, or it occurs twice")

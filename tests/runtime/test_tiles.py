@@ -124,7 +124,7 @@ def test_fused_kernel_without_an_entry_has_no_tile():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_dtypes_have_a_rule_for_fused_kernels_and_no_route_takes_them(dtype):
     x = X.to(dtype)
-    assert tiles.tile("gather_from_x", x, 64, 32) == (64, 32, *tiles.INTERPRETED[:3], 1, "pointers")
+    assert tiles.tile("gather_from_x", x, 64, 32) == (64, 32, *tiles.INTERPRETED[:-1])
     assert not tiles.fits("gather_from_x", x, 64, 32)
 
 
@@ -132,7 +132,7 @@ def test_tuned_over_shipped_over_rule(folder):
     statistics = Key("delta", PLAIN, "half", 16, 32)
     shipped = {KEY: Entry(128, 8, 3), KEY._replace(variant="mask"): Entry(64, 8, 3)}
     (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
-    put(folder, {KEY: Entry(32, 4, 1, "pointers", "1.00 us"), statistics: Entry(32, 8, 1)})
+    put(folder, {KEY: Entry(32, 4, 1, note="1.00 us"), statistics: Entry(32, 8, 1)})
     assert found(KEY.kernel)[2:5] == (128, 8, 3)
     assert found(KEY.kernel, gpu=GPU)[2:5] == (32, 4, 1)
     assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (64, 8, 3)  # has its own
@@ -153,9 +153,9 @@ def test_user_folder_over_tuned_tables_that_ship(folder):
 
 
 def test_tile_of_a_gpu_is_the_tuned_one(folder, monkeypatch):
-    put(folder, {KEY: Entry(16, 2, 1)})
+    put(folder, {KEY: Entry(16, 2, 1, 3)})
     monkeypatch.setattr(tiles, "gpu", lambda device: GPU)
-    assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 1, "pointers")
+    assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 3, "pointers")
 
 
 def test_verdicts_are_of_the_tiles_that_were_tuned(folder, monkeypatch):
@@ -176,7 +176,7 @@ def test_folder_of_tuned_tables(monkeypatch):
     assert tiles.file_name(GPU) == "nvidia-test-80gb.json"
 
 
-ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, "pointers", ""]
+ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, 2, "pointers", ""]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, "pointers", ""]
         ({"tiles": [["unknown", *ROW[1:]]]}, "'unknown'"),
         *(
             ({"tiles": [[*ROW[:at], value, *ROW[at + 1 :]]]}, "no kernel could take")
-            for at, value in ((3, 48), (4, "a"), (5, 48), (5, 8), (6, 5), (7, 0))
+            for at, value in ((3, 48), (4, "a"), (5, 48), (5, 8), (6, 5), (7, 0), (8, 0), (8, 1.5), (8, 33))
         ),
         (None, "Expecting value"),
     ],
@@ -303,6 +303,6 @@ def test_without_a_home_folder_the_shipped_tables_are_used(monkeypatch):
 
 
 def test_an_entry_for_an_implementation_that_a_kernel_lacks_is_rejected():
-    row = ["gather", "plain", "half", 64, 64, 64, 4, 2, "tma", ""]
+    row = [*ROW[:-2], "tma", ""]
     with pytest.raises(ValueError, match="no kernel could take"):
         tiles.entries({"columns": tiles.COLUMNS, "tiles": [row]})
