@@ -57,7 +57,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of a table: ``Tile`` from ``block_l`` on; ``note``: the reason, or what was measured."""
+    """An entry of a table, and the reason for it or what was measured, in ``note``."""
 
     block_l: int
     num_warps: int
