@@ -191,16 +191,8 @@ ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, 2, "pointers", ""]
         ({"tiles": [["unknown", *ROW[1:]]]}, "'unknown'"),
         *(
             ({"tiles": [[*ROW[:at], value, *ROW[at + 1 :]]]}, "no kernel could take")
-            for at, value in (
-                (3, 48),
-                (4, "a"),
-                (5, 48),
-                (5, 8),
-                (6, 5),
-                (7, 0),
-                (8, 0),
-                (8, 1.5),
-                (8, 33),
+            for at, value in zip(
+                (3, 4, 5, 5, 6, 7, 8, 8, 8), (48, "a", 48, 8, 5, 0, 0, 1.5, 33), strict=True
             )
         ),
         (None, "Expecting value"),
