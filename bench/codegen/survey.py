@@ -262,6 +262,11 @@ def found(arch: str) -> list[Found]:
             for (block, sizes), variant in product(kernel.blocks.items(), variants)
             if tiles.Key(name, tiles.PLAIN, "half", *block) in tiles.shipped(arch)
         ]
+        runs += [
+            (record(name, sizes, WIDE), WIDE, sizes)
+            for block, sizes in kernel.blocks.items()
+            if tiles.Key(name, tiles.ALIGNED, "half", *block) in tiles.shipped(arch)
+        ]
     runs += _workloads(arch, {each.name for made, *_ in runs for each in made})
     return [(each, variant, sizes) for made, variant, sizes in runs for each in made]
 

@@ -155,7 +155,10 @@ def write(arch: str, kernel: str, found: dict[Blocks, tuple[Found, Found]]) -> N
     """Replaces a kernel's entries in the table that ships."""
     path = tiles.SHIPPED / f"{arch}.json"
     header = json.loads(path.read_text(encoding="utf-8"))
-    table = {k: e for k, e in tiles.entries(header).items() if k.kernel != kernel}
+    kept = tiles.ALIGNED, tiles.ODD  # which the search does not find
+    table = {
+        k: e for k, e in tiles.entries(header).items() if k.kernel != kernel or k.variant in kept
+    }
     special_name, _ = survey.KERNELS[kernel].special
     for blocks, (plain, special) in found.items():
         variants = {tiles.PLAIN: (plain[0], plain[1] or special[1])}

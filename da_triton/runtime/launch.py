@@ -63,6 +63,14 @@ def alignment(*activations):
     return 1 if unit == 16 or max(rows) >= 2**31 else unit  # rebuilt in the kernel, it is int32
 
 
+def rows(x):
+    """The variant of a tile for x: ``tiles.ALIGNED``, ``tiles.ODD`` or ``tiles.PLAIN``."""
+    if x.stride(-1) != 1:
+        return tiles.PLAIN
+    unit = math.gcd(8, x.shape[-1], *strides(x, 1)[:-1])
+    return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.PLAIN)
+
+
 @functools.cache
 def num_sms(device):
     """SMs of the GPU; a small fixed number for interpreted kernels."""
@@ -114,15 +122,24 @@ def trial(num_splits, tiles):
         _thread.num_splits, _thread.tiles = before
 
 
-def split_positions(programs, length, tile, device):
+def split_positions(programs, length, tile, device, waves=1):
     """``(blocks_per_split, num_splits)`` that fill the GPU about once.
 
-    ``programs``: how many programs there are without splitting positions.
+    ``programs``: how many programs there are without splitting positions. ``waves``: how often the
+    GPU may be filled instead, where a single wave would leave much of it idle.
     """
     blocks = -(-length // tile.block_l)
-    wanted = _thread.num_splits or max(1, num_sms(device) * tile.ctas_per_sm // programs)
-    blocks_per_split = -(-blocks // min(wanted, blocks))
-    return blocks_per_split, -(-blocks // blocks_per_split)
+    room = num_sms(device) * tile.ctas_per_sm
+    wanted = _thread.num_splits or max(1, room // programs)
+    most = _thread.num_splits or waves * wanted
+    found = []
+    for splits in range(wanted, most + 1):
+        blocks_per_split = -(-blocks // min(splits, blocks))
+        num_splits = -(-blocks // blocks_per_split)
+        steps = blocks_per_split * -(-programs * num_splits // room)
+        found.append((steps, blocks_per_split, num_splits))
+    enough = 1.1 * min(found)[0]
+    return next(tuple(split) for steps, *split in found if steps <= enough)
 
 
 def empty_activations_like(x, channels=None):

@@ -68,6 +68,9 @@ class Entry(NamedTuple):
 
 
 PLAIN = "plain"  # also every variant that a table lacks
+# Rows of positions that begin at multiples of 16 bytes in half precision, and those of which every
+# load is of one element: see ``launch.rows``.
+ALIGNED, ODD = "aligned", "odd"
 COLUMNS = [
     "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages",
     "ctas_per_sm", "impl", "note",

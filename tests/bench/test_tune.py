@@ -14,7 +14,7 @@ from support.processes import python
 
 CPU = torch.device("cpu")
 WORK = Workload("small", 1, 64, (8, 16), 32, 32)
-SITE = tiles.Key("project_distribute", tiles.PLAIN, "half", 64, 32)
+SITE = tiles.Key("project_distribute", tiles.ALIGNED, "half", 64, 32)
 PRESENT = (32, 4, 1, 1)  # of every fused kernel, interpreted
 FASTER = (64, 4, 2, 2)
 OTHERS = [FASTER, (16, 4, 1, 1)]
@@ -27,7 +27,9 @@ class Step:
         self.results, self.fails, self.captured = results or {}, fails, []
 
     def __call__(self):
-        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)[2:6]
+        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32, SITE.variant)[
+            2:6
+        ]
         self.captured.append(tile)
         if tile in self.fails:
             raise RuntimeError("out of resource: shared memory")
@@ -87,12 +89,12 @@ def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
     assert found[SITE][0] == PRESENT
     named = {(site.kernel, site.variant) for site in found}
     assert named >= {
-        ("gather_from_x", "plain"), ("gather_from_x", "mask"), ("project_distribute", "v"),
+        ("gather_from_x", "aligned"), ("gather_from_x", "mask"), ("project_distribute", "v"),
         ("block_bwd_gather", "mask"), ("block_bwd_distribute", "v"), ("combine_backward", "plain"),
         ("gather", "plain"), ("full_n", "gradient"), ("gather_backward", "plain"),
     }  # fmt: skip
     assert len(found[SITE][1]()) == 1  # the forward pass is enough
-    assert len(found[SITE._replace(kernel="block_bwd_distribute")][1]()) > 1
+    assert len(found[SITE._replace(kernel="block_bwd_distribute", variant="plain")][1]()) > 1
 
 
 def test_planned_route_is_that_of_an_odd_number_of_positions():

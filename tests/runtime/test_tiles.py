@@ -10,6 +10,7 @@ import torch
 import triton
 
 from da_triton import ops
+from da_triton.kernels import project_gather
 from da_triton.ops.triton import core
 from da_triton.precision import POLICIES
 from da_triton.runtime import folders, launch, tiles, verdicts
@@ -73,7 +74,7 @@ def test_variants_have_a_plain_entry_which_is_another(arch):
     for key, entry in table.items():
         if key.variant not in (PLAIN, "gradient"):
             plain = table[key._replace(variant=PLAIN)]
-            assert plain[:3] != entry[:3]
+            assert plain[:4] != entry[:4]
 
 
 @each_architecture
@@ -142,6 +143,19 @@ def test_tuned_over_shipped_over_rule(folder):
     put(folder, {KEY._replace(variant="mask"): Entry(16, 4, 1)})
     assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (16, 4, 1)
     assert found(KEY.kernel, gpu=GPU)[2:5] == (128, 8, 3)
+
+
+def test_rows_take_their_tile_where_there_is_one(folder):
+    own = KEY._replace(variant=tiles.ALIGNED)
+    shipped = {KEY: Entry(128, 8, 3), own: Entry(64, 4, 3, 2)}
+    (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
+    launch.forget()
+    w = torch.empty(32, 64, dtype=torch.bfloat16)
+    found = {}
+    for length in (256, 196, 49):
+        ready = project_gather._gather_from_x(w.new_empty(2, 64, length), w, None)
+        found[length] = ready.options["num_warps"]
+    assert found == {256: 4, 196: 8, 49: 8}
 
 
 def test_user_folder_over_tuned_tables_that_ship(folder):
