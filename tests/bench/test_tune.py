@@ -27,9 +27,8 @@ class Step:
         self.results, self.fails, self.captured = results or {}, fails, []
 
     def __call__(self):
-        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32, SITE.variant)[
-            2:6
-        ]
+        x = torch.empty(1, dtype=torch.bfloat16)
+        tile = tiles.tile(SITE.kernel, x, 64, 32, SITE.variant)[2:6]
         self.captured.append(tile)
         if tile in self.fails:
             raise RuntimeError("out of resource: shared memory")
