@@ -104,7 +104,7 @@ def sites(work: Workload, device: torch.device) -> dict[Site, tuple[Entry, Closu
             found.setdefault(site, (tile[2:6], run))
             return tile
 
-        with _replaced(see):
+        with replaced(see):
             run()
     return found
 
@@ -142,7 +142,7 @@ def _problem(work, device):
 
 
 @contextlib.contextmanager
-def _replaced(choose: Callable[[Site, tiles.Tile], tiles.Tile]) -> Iterator[None]:
+def replaced(choose: Callable[[Site, tiles.Tile], tiles.Tile]) -> Iterator[None]:
     """Launches take the tile that ``choose`` makes of theirs."""
     original = tiles.tile
 
@@ -160,7 +160,7 @@ def tile_of(site: Site, entry: Entry) -> contextlib.AbstractContextManager[None]
     def choose(key, tile):
         return tiles.Tile._make((*tile[:2], *entry, *tile[6:])) if key == site else tile
 
-    return _replaced(choose)
+    return replaced(choose)
 
 
 def prepared(

@@ -2,6 +2,7 @@
 
     python -m bench.codegen.tiles sm_89 gfx942        (without TRITON_INTERPRET; no GPU)
     python -m bench.codegen.tiles sm_90 --kernel block_bwd_gather --kernel gather_from_x
+    python -m bench.codegen.tiles sm_90 --kernel gather_from_a --modelled
 
 For each architecture, kernel and block: the first candidate, in order of preference, that neither
 spills nor exceeds the shared memory in any variant: 28×28 and 14×14 positions in NCHW, 14×14 in
@@ -10,6 +11,9 @@ with V written or given, which may have a tile of its own. Odd numbers of positi
 every load is of one element, are to be clean too, if that costs at most half the positions of a
 tile; where they are not, the table says so. A block without a candidate for both is left out, and
 the planner then takes another route. Candidates prefer many positions, then stages.
+
+``--modelled`` prefers the candidate with the least modelled time on the named workloads, of those
+that are clean; blocks that none of them launches have the first, as before.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import torch
 
 from bench.codegen import cannot_compile, compile, survey
 from bench.codegen.survey import Variant
+from bench.model import tiles as ranking
 from bench.tune import candidates_of
 from da_triton.runtime import tiles
 
@@ -42,20 +47,23 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("arch", nargs="+", choices=tiles.ARCHITECTURES)
     add("--kernel", action="append", choices=survey.KERNELS, help="repeatable; else all")
+    add("--modelled", action="store_true", help="rank clean candidates by modelled time")
     add("--from", dest="start", metavar="ARCH", help="begin at this architecture's tiles")
     options = parser.parse_args(argv)
     if reason := cannot_compile():
         parser.error(reason)
     for arch in options.arch:
         for kernel in options.kernel or survey.KERNELS:
-            write(arch, kernel, Search(arch, kernel, options.start).run())
+            write(arch, kernel, Search(arch, kernel, options.start, options.modelled).run())
 
 
 class Search:
     """The tiles of one kernel on one architecture."""
 
-    def __init__(self, arch: str, kernel: str, start: str | None) -> None:
-        self.arch, self.kernel = arch, kernel
+    def __init__(
+        self, arch: str, kernel: str, start: str | None = None, modelled: bool = False
+    ) -> None:
+        self.arch, self.kernel, self.modelled = arch, kernel, modelled
         self.start = tiles.shipped(start) if start else {}
         self.facts = survey.KERNELS[kernel]
 
@@ -67,6 +75,8 @@ class Search:
             key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
             first = self.start[key][:4] if key in self.start else None
             plain = special = self.best(blocks, first, {})
+            if plain and self.modelled:
+                plain = special = self.fastest(blocks) or plain
             if plain and flags:
                 special = self.best(blocks, plain[0], flags)
             print(self.arch, self.kernel, blocks, plain, special, flush=True)
@@ -96,6 +106,19 @@ class Search:
             elif spills >= 1:  # slow; with any other failure, it could not be launched
                 fallback = candidate, f"{spills} spills at odd L"
         return fallback
+
+    def fastest(self, blocks: Blocks) -> Found | None:
+        """The candidate with the least modelled time; None if that is the present tile."""
+        clean = [
+            c
+            for c in self.candidates(blocks, None)
+            if not self.spills(blocks, c, self.variants({}))
+        ]
+        chosen = ranking.best(self.kernel, blocks, clean, ranking.gpu_of(self.arch))
+        if chosen is None:
+            return None
+        spills = self.spills(blocks, chosen, [survey.ODD_ROWS])
+        return chosen, f"modelled; {spills} spills at odd L" if spills else "modelled"
 
     def variants(self, flags: dict[str, Any]) -> list[Variant]:
         """Variants in which a tile must be clean, the likeliest to spill first."""
