@@ -172,7 +172,7 @@ class Kernel(NamedTuple):
 
 MASK, V = ("mask", {"masked": True}), ("v", {"save_v": True})
 SIDES = (32, 64, 128)
-ANY_TILE = (32, 4, 1)  # of these kernels, where they are launched on the way
+ANY_TILE = (32, 4, 1, 1)  # of these kernels, where they are launched on the way
 COMBINED = {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)}
 HELD = {(c, n): (c, 64, n) for c in (64, 128, 256, 512) for n in SIDES if c * n <= 128 * 128}
 BY_CHANNELS = {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)}
@@ -192,7 +192,7 @@ KERNELS = {
 
 
 def record(
-    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, ...] | None = None
+    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, int, int, int] | None = None
 ) -> list[Launch]:
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
     original = tiles.tile
