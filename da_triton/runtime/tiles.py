@@ -8,9 +8,10 @@ Shipped tables are ``kernels/tiles/<architecture>.json``, and ``wide.json`` with
 on all of them: those have no tensor cores on NVIDIA and few registers, so their tiles are small.
 The entries were found by ahead-of-time compilation (``python -m bench.codegen.tiles``): the largest
 tile of a kernel that compiles without spills, within the architecture's shared memory, on every
-layout. Ties go to more positions per tile, which means wider rows and fewer loop steps. None has
-been timed yet. A missing kernel and block spills with every candidate tried: ``fits`` is False for
-it, and the planner takes another route.
+layout. Ties go to more positions per tile, which means wider rows and fewer loop steps. Those whose
+note is "modelled" were chosen among tiles without spills by the modelled time of the named
+workloads. None has been timed yet. A missing kernel and block spills with every candidate tried:
+``fits`` is False for it, and the planner takes another route.
 
 Tuned tables are written by ``python -m bench tune``, one per GPU model, into the folder that
 DA_TRITON_TILES names (default: ``tiles`` in the cache). Some may ship in ``kernels/tiles/tuned``.
