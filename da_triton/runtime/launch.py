@@ -63,6 +63,11 @@ def alignment(*activations):
     return 1 if unit == 16 or max(rows) >= 2**31 else unit  # rebuilt in the kernel, it is int32
 
 
+def same_steps(x, *others):
+    """Whether all have x's strides of channels and positions, for kernels that then read x's."""
+    return all(strides(t, 1)[-2:] == strides(x, 1)[-2:] for t in others)
+
+
 @functools.cache
 def num_sms(device):
     """SMs of the GPU; a small fixed number for interpreted kernels."""
