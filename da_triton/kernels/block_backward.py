@@ -205,9 +205,8 @@ def product_of_x(
     """``dV Wv + P dM / P_SCALE + dB Wb``; the matrices are ``[BLOCK_N, BLOCK_C]``."""
     zero = tl.zeros((p.shape[0], dm.shape[1]), ACC)
     if CHAINED:
-        dx = dot(dv, wv, zero, PRECISION) * P_SCALE
-        dx = dot(p, dm, dx, PRECISION) / P_SCALE
-        dx = dot(db, wb, dx, PRECISION)
+        dx = dot(p, dm, zero, PRECISION) / P_SCALE
+        dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
     else:  # the selects keep Triton from chaining the products again
         dx = dot(p, dm, zero, PRECISION) / P_SCALE
         dx += tl.where(inside, dot(db, wb, zero, PRECISION), 0.0)
@@ -299,13 +298,13 @@ def block_bwd_gather_kernel(
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-        offs = cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
-        inside = (cols < L)[:, None] & inside_n[None, :]
         z = tl.zeros((BLOCK_L, BLOCK_N), ACC)
         if CHANNELS_FIT:
             x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
             z = dot(x, wb, z, PRECISION)
             if WRITE_X:
+                offs = cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+                inside = (cols < L)[:, None] & inside_n[None, :]
                 dv = tl.load(dv_base + offs, mask=inside, other=0.0)
         else:
             delta = tl.load(delta_base + rows_n, mask=inside_n, other=0.0)
@@ -329,6 +328,8 @@ def block_bwd_gather_kernel(
             p = tl.where(mask[:, None], p, 0.0)
             db = tl.where(mask[:, None], db, 0.0)
         db = db.to(dtype)
+        offs = cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+        inside = (cols < L)[:, None] & inside_n[None, :]
         tl.store(db_base + offs, db, mask=inside)
         if WRITE_X:
             p = (p * P_SCALE).to(dtype)
