@@ -182,6 +182,7 @@ KERNELS = {
     "combine_backward": Kernel(COMBINED),
     "gather_from_x": Kernel(HELD, MASK, holds_channels=True),
     "block_bwd_gather": Kernel({(64, n): (256, 64, n) for n in (32, 64, 128, 256)}, MASK),
+    "block_bwd_gather_full_c": Kernel({(64, n): (64, 64, n) for n in (32, 64)}, MASK),
     "block_bwd_distribute": Kernel(HELD, V, holds_channels=True),
     "project_distribute": Kernel(HELD, V, holds_channels=True),
     "project_distribute_blocks": Kernel(BY_CHANNELS, V),
@@ -205,7 +206,7 @@ def record(
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
         made = of_block(sizes, KERNELS[kernel].route, variant)
-    launched = kernel.removesuffix("_blocks") + "_kernel"
+    launched = kernel.removesuffix("_blocks").removesuffix("_full_c") + "_kernel"
     return [each for each in made if each.name == launched]
 
 

@@ -71,6 +71,11 @@ def rows(x):
     return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.PLAIN)
 
 
+def same_steps(x, *others):
+    """Whether all have x's strides of channels and positions, for kernels that then read x's."""
+    return all(strides(t, 1)[-2:] == strides(x, 1)[-2:] for t in others)
+
+
 @functools.cache
 def num_sms(device):
     """SMs of the GPU; a small fixed number for interpreted kernels."""

@@ -160,6 +160,11 @@ def reads_shared_operands(device):
     return architecture(device) in ("sm_90", "sm_100")
 
 
+def wants_64_rows(device):
+    """Whether the matrix unit is wgmma, whose results have 64 rows or a multiple."""
+    return architecture(device) == "sm_90"
+
+
 def chains_products(device):
     """Whether several products in a loop may add to one accumulator.
 
@@ -207,6 +212,7 @@ BLOCKS = {
     "gather_from_a": Blocks((32, ANY), (32, ANY)),
     "gather_from_x": Blocks((64, ANY), (32, ANY)),
     "block_bwd_gather": Blocks((64, 64), (32, ANY)),
+    "block_bwd_gather_full_c": Blocks((64, ANY), (32, ANY)),
     "block_bwd_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute_blocks": Blocks((64, 64), (32, ANY)),

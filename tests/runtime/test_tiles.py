@@ -65,7 +65,8 @@ def test_shipped_file_is_as_its_entries_are_written(name):
 @each_architecture
 def test_every_kernel_has_a_tile_on_every_architecture(arch):
     kernels = {key.kernel for key in tiles.shipped(arch)}
-    assert kernels | set(tiles.STATISTICS) == set(BLOCKS)
+    spared = set() if arch == "sm_90" else {"block_bwd_gather_full_c"}  # block_bwd_gather does it
+    assert kernels | set(tiles.STATISTICS) == set(BLOCKS) - spared
 
 
 @each_architecture
