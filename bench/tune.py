@@ -252,7 +252,7 @@ def choose(
 
 
 def candidates_of(kernel: str) -> Sequence[Entry]:
-    small = kernel.startswith(("combine", "weight", "delta", "gather_combine"))
+    small = kernel.startswith(("combine", "weight"))
     return SMALL if small else CANDIDATES
 
 
