@@ -26,7 +26,7 @@ from .product import product
 
 FEW = 8  # partials, which the products' launch merges itself
 SMALL_M = 128  # features of G, up to which one launch has all products of backward
-IN_FLIGHT = 2048  # elements of them that a warp loads at once
+IN_FLIGHT = 1024  # elements of them that a warp loads at once
 
 
 @triton.jit(do_not_specialize=[*launch.COUNTS, "NUM_PARTIALS"])
@@ -69,14 +69,13 @@ def combine_kernel(
     blocks = tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
-    first_split = split == 0
     pid = pid // NUM_SPLITS
     head = (pid // blocks % HEADS).to(tl.int64)
     n = (pid // (blocks * HEADS)).to(tl.int64)
     cols = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
     inside_n = cols < C_N
-    writes = inside_n & first_split
+    writes = cols < tl.where(split == 0, C_N, 0)
     total_n = HEADS * C_N
     first = head * C_N  # of this head's n
     base = n * NUM_PARTIALS * total_n + first
@@ -279,6 +278,8 @@ def _combine(a, bias, out, acc, mx, total, g, heads, mask, from_x, want_m, want_
     tile = tiles.tile("combine", a, c_m, c_n)
     programs = batch * heads * -(-c_n // tile.block_n)
     per_split, num_splits = launch.split_positions(programs, c_out, tile, a.device)
+    if 4 * programs > launch.num_sms(a.device):  # each reads the partials again
+        per_split, num_splits = per_split * num_splits, 1
     ready = launch.Launch(
         combine_kernel, a, tile, programs * num_splits,
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials,

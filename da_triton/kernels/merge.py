@@ -10,8 +10,7 @@ import triton.language as tl
 from ..runtime import launch
 from .primitives import exp, log_sum
 
-BLOCK_M = 32  # a row of 128 bytes
-IN_FLIGHT = 128  # rows that a program loads at once
+IN_FLIGHT = 128  # rows of 32 or 64 features that a program loads at once
 MOST = 32  # partials among them
 
 
@@ -173,12 +172,11 @@ def merge(partials, g, lse, bias=None, lowp=None, *, mask):
 def _merge(g, acc, mx, total, lse, bias, lowp, mask):
     batch, heads, c_m, c_n = g.shape
     num_partials = acc.shape[1]
-    group, block_n, blocks = _tiles(num_partials, c_m, c_n)
+    blocks, sizes = _tiles(num_partials, c_m, c_n)
     return launch.Launch(
         gather_combine_kernel, g, None, batch * heads * blocks, HEADS=heads, C_M=c_m, C_N=c_n,
         NUM_PARTIALS=num_partials, HAS_MASK=mask, HAS_BIAS=bias is not None,
-        LOWP=lowp is not None, BLOCK_M=BLOCK_M, BLOCK_N=block_n, GROUP=group,
-        num_warps=4,
+        LOWP=lowp is not None, **sizes, num_warps=4,
     )  # fmt: skip
 
 
@@ -192,15 +190,16 @@ def add(partials):
 
 def _add(partials):
     batch, num_partials, total_n, channels = partials.shape
-    group, block_n, blocks = _tiles(num_partials, channels, total_n)
+    blocks, sizes = _tiles(num_partials, channels, total_n)
     return launch.Launch(
         add_kernel, partials, None, batch * blocks, TOTAL_N=total_n, C=channels,
-        NUM_PARTIALS=num_partials, BLOCK_M=BLOCK_M, BLOCK_N=block_n, GROUP=group, num_warps=4,
+        NUM_PARTIALS=num_partials, **sizes, num_warps=4,
     ).allocating(partials.dtype, (batch, channels, total_n))  # fmt: skip
 
 
 def _tiles(num_partials, features, c_n):
-    """Partials that a program loads at once, its block of n, and how many tiles there are."""
+    """How many tiles there are, and their sizes, with the partials that are loaded at once."""
     group = min(MOST, 1 << (num_partials - 1).bit_length())
-    block_n = min(IN_FLIGHT // group, 64)
-    return group, block_n, -(-features // BLOCK_M) * -(-c_n // block_n)
+    block_m, block_n = 32 if features <= 32 else 64, min(IN_FLIGHT // group, 64)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": group}
+    return -(-features // block_m) * -(-c_n // block_n), sizes

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..runtime import launch
 from .primitives import GRADIENT_RANGE, dot_2xhalf, load_matrix, scalar
 
-BLOCK_R, BLOCK_N, BLOCK_K = 32, 16, 64
+BLOCK_R = 32
 
 
 @triton.jit(do_not_specialize=["HEADS"])
@@ -93,11 +93,13 @@ def product(w, x, out, scale=1.0, bias=None, lse=None, gradient=False):
 
 def _product(x, w, out, bias, lse, gradient):
     batch, heads, rows, c_n = out.shape
-    blocks = -(-rows // BLOCK_R) * -(-c_n // BLOCK_N)
+    # Rows of x that are not aligned are read once.
+    block_n, block_k = (32, 128) if 16 < c_n < 32 else (16, 64)
+    blocks = -(-rows // BLOCK_R) * -(-c_n // block_n)
     return launch.Launch(
         product_kernel, w, None, batch * heads * blocks, HEADS=heads, ROWS=rows, K=w.shape[2],
         C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=lse is not None,
         GRADIENT=gradient,
         strided={"w": w, "x": x, "out": out},
-        BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4,
+        BLOCK_R=BLOCK_R, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip

@@ -135,17 +135,13 @@ def gather_steps(
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
     features = c if order.from_x else s.c_m // s.heads
-    parts = 2 * num_splits * s.c_n * features
     products = order.from_x + order.through_h
-
-    def combine(partials: int) -> Step:
-        launches = _combine_launches(partials, products)
-        elements = parts + s.c_n * features
-        return Step("combine", False, products * small, 0, elements, launches)
-
+    partials = (2 * num_splits + 1) * s.c_n * features
+    descriptors = Step("combine", False, products * small, 0, partials)
     if block_l:
         wanted = num_splits // (blocks if order.from_x else s.heads)
-        descriptors = combine(num_partials(length, block_l, wanted))
+        launches = _combine_launches(num_partials(length, block_l, wanted), products)
+        descriptors = descriptors._replace(launches=launches)
     if block_l and order.from_x:
         pass_1 = Step("gather from X", False, 2 * length * c * s.c_n, c * length)
         return [pass_1._replace(requested=blocks * c * length), descriptors]
@@ -166,7 +162,9 @@ def gather_steps(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
         1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _requested(s, features, BLOCK),
     )  # fmt: skip
-    return [*steps, core, combine(core_splits)] if products else [*steps, core]
+    if not products:
+        return [*steps, core]
+    return [*steps, core, descriptors._replace(launches=_combine_launches(core_splits, products))]
 
 
 def distribute_steps(
