@@ -140,9 +140,11 @@ def lowp_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None)
 def _delta(partials, g, bias, lse, dlse, dtype, mask):
     batch, heads, num_partials, c_m, c_n = partials.shape
     # Few samples have many partials: their programs share n in narrow tiles.
-    size, block_n, warps = (2048, 16, 4) if num_partials == 1 else (8192, 8, 8)
+    size, block_n, warps = (1024, 16, 4) if num_partials == 1 else (8192, 8, 8)
     if num_partials > 8:
         block_n = 4
+    elif 16 < c_n < 32:  # rows that are not aligned are read once
+        size, block_n, warps = 4096, 32, 8
     group = min(GROUP, 1 << (num_partials - 1).bit_length())
     block_m = min(size // (block_n * group), 1 << (c_m - 1).bit_length())
     ready = launch.Launch(
