@@ -224,6 +224,7 @@ def empty(x, weights, heads):
     {"partials": ("NS--", "NS-", "NS-"), "lse": "N", "g": "N---"},
     writes=("lse", "g"),
     roles={"partials": ("", "", "positive")},
+    num_splits=lambda partials, **_: 3 if partials[0].shape[1] > FEW else 2,
 )
 def merge_partials(
     partials, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True
@@ -292,7 +293,10 @@ def _combine(a, bias, out, acc, mx, total, g, heads, mask, from_x, want_m, want_
     return ready.allocating(a.dtype, (batch, c_out, total_n)) if want_h else ready
 
 
-@guard.proved({"partials": "NS--", "lse": "N", "m": "N--"})
+@guard.proved(
+    {"partials": "NS--", "lse": "N", "m": "N--"},
+    num_splits=lambda partials, **_: 3 if partials.shape[1] > FEW else 2,
+)
 def combine_backward(partials, lse, m, weights, *, heads, scale):
     """``(dH, dG, dM, δ, lse)`` from the partials of dH, ``(N, NUM_PARTIALS, total_n, C')``.
 
