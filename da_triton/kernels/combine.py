@@ -6,7 +6,7 @@ r"""The small products between the passes over positions, which also merge a pas
 On the matrix unit, with descriptors in two halves where the weights have half precision
 (``dot_2xhalf``). Up to ``FEW`` partials are merged in the launch of the products, where a program
 owns a tile of n of one head of one sample, with all features. More of them are merged in a launch
-spread over features (``merge``); the products follow, spread over rows of the weights (``product``).
+spread over features (``merge``), and the products follow, spread over rows of the weights.
 
 M, H, dH and dM are ``(N, C, total_n)``, G and dG are ``(N, heads, C_M, C_N)``, with
 ``total_n = heads·C_N``. H and dM have the dtype of the weights, because that is how the passes over
