@@ -257,7 +257,7 @@ def choose(
 
 
 def candidates_of(kernel: str) -> Sequence[Entry]:
-    if kernel.startswith(("combine", "weight", "delta", "gather_combine")):
+    if kernel.startswith(("combine", "weight")):
         return SMALL
     if kernel in UNSPLIT:
         return list(dict.fromkeys((*c[:3], 1) for c in CANDIDATES))

@@ -27,6 +27,7 @@ from .costs import (
     fused_tiles,
     gather_steps,
     least_macs,
+    num_partials,
     order_cost,
     orders,
     unfused_backward_steps,
@@ -208,7 +209,12 @@ def _backward(
         for o in orders(s.reconstruct)
     ]
     if limits.backward:
-        sizes = num_splits, limits.backward, limits.blocks_of_n, saved_v
+        blocks = limits.blocks_of_n
+        partials = (
+            num_partials(s.length, limits.gather_from_x, num_splits // blocks),
+            num_partials(s.length, limits.block_bwd_distribute, num_splits),
+        )
+        sizes = num_splits, limits.backward, blocks, saved_v, partials
         candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])

@@ -64,6 +64,7 @@ class Limits(NamedTuple):
     gather_from_a: int
     project_distribute: int
     backward: int  # of the pass that writes dX
+    block_bwd_distribute: int  # of the pass before it
     blocks_of_n: int  # of gather_from_x
     channels_fit: bool  # project_distribute holds all channels of a tile
     core: CoreLimits

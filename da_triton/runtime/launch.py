@@ -258,6 +258,8 @@ class Launch:
         self.options = {"enable_fp_fusion": not again}
         if tile is None:
             self.options["num_warps"] = num_warps
+            if _thread.tiles is not None:
+                _thread.tiles.append(f"{num_warps}w")
         else:
             found["BLOCK_M"] = found["BLOCK_C"] = tile.block_m
             found["BLOCK_N"], found["BLOCK_L"] = tile.block_n, tile.block_l

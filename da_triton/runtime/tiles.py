@@ -204,8 +204,6 @@ BLOCKS = {
     "grad_logits": Blocks(walks="mn"),
     "full_n": Blocks((64, 64), (32, ANY), walks="m"),
     "position_lse": Blocks((16, 16), (1, 32)),
-    "delta": Blocks((16, 16), (32, 32)),
-    "gather_combine": Blocks((1, 32), (1, 64)),
     # fused with projections
     "combine": Blocks((32, ANY), (16, 16)),
     "combine_backward": Blocks((32, ANY), (16, 16)),
@@ -223,9 +221,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # if not "pointers" alone
 CORE = list(BLOCKS)[:7]
 # Rules: entries where no table has one. In float32 and float64, fused kernels run only interpreted,
 # and in tests.
-STATISTICS = {
-    "position_lse": Entry(64, 4, 1), "delta": Entry(16, 4, 1), "gather_combine": Entry(16, 4, 1),
-}  # fmt: skip
+STATISTICS = {"position_lse": Entry(64, 4, 1)}
 INTERPRETED = Entry(32, 4, 1)
 
 

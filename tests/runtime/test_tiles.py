@@ -131,7 +131,7 @@ def test_wide_dtypes_have_a_rule_for_fused_kernels_and_no_route_takes_them(dtype
 
 
 def test_tuned_over_shipped_over_rule(folder):
-    statistics = Key("delta", PLAIN, "half", 16, 32)
+    statistics = Key("position_lse", PLAIN, "half", 16, 32)
     shipped = {KEY: Entry(128, 8, 3), KEY._replace(variant="mask"): Entry(64, 8, 3)}
     (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
     put(folder, {KEY: Entry(32, 4, 1, note="1.00 us"), statistics: Entry(32, 8, 1)})
@@ -139,8 +139,8 @@ def test_tuned_over_shipped_over_rule(folder):
     assert found(KEY.kernel, gpu=GPU)[2:5] == (32, 4, 1)
     assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (64, 8, 3)  # has its own
     assert found(KEY.kernel, "v", gpu=GPU)[2:5] == (32, 4, 1)  # as plain
-    assert found("delta", gpu=GPU)[2:5] == (32, 8, 1)
-    assert tiles.tile("delta", X, 64, 32)[2:5] == tiles.STATISTICS["delta"][:3]
+    assert found("position_lse", gpu=GPU)[2:5] == (32, 8, 1)
+    assert tiles.tile("position_lse", X, 64, 32)[2:5] == tiles.STATISTICS["position_lse"][:3]
     put(folder, {KEY._replace(variant="mask"): Entry(16, 4, 1)})
     assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (16, 4, 1)
     assert found(KEY.kernel, gpu=GPU)[2:5] == (128, 8, 3)

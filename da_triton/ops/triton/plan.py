@@ -54,6 +54,7 @@ def kernel_limits(shape, c_out, arch, num_sms):
         gather_from_a=positions(("gather_from_a", m, n), small),
         project_distribute=positions((pass_2, widest, full_n), small),
         backward=positions(*backward) if shape.reconstruct else 0,
+        block_bwd_distribute=positions_of("block_bwd_distribute", widest, full_n),
         blocks_of_n=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
         channels_fit=channels_fit,
         core=CoreLimits(
