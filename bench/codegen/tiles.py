@@ -108,7 +108,7 @@ class Search:
         return fallback
 
     def fastest(self, blocks: Blocks) -> Found | None:
-        """The candidate with the least modelled time; None if that is the present tile."""
+        """The tile with the least modelled time: a clean candidate, or the one that ships."""
         clean = [
             c
             for c in self.candidates(blocks, None)
@@ -116,7 +116,10 @@ class Search:
         ]
         chosen = ranking.best(self.kernel, blocks, clean, ranking.gpu_of(self.arch))
         if chosen is None:
-            return None
+            entry = tiles.shipped(self.arch).get(
+                tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
+            )
+            return None if entry is None else (entry[:4], entry.note)
         spills = self.spills(blocks, chosen, [survey.ODD_ROWS])
         return chosen, f"modelled; {spills} spills at odd L" if spills else "modelled"
 

@@ -363,7 +363,10 @@ def block_bwd_gather_kernel(
                     store_tile(dx_base, cols, rows_c, L, C, stride_dx_l, stride_dx_c * ALIGN, dx)
 
 
-@guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
+@guard.proved(
+    {"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",),
+    apart=lambda x, dout, **_: not launch.same_steps(x, dout),
+)  # fmt: skip
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the partials of dH, ``(N, num_splits, total_n, C')``."""
     ready = launch.prepared(
@@ -411,6 +414,11 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
         "db": "N-L",
     },
     writes=("db",),
+    apart=lambda x, dout, residual, need_x, **_: (
+        not launch.same_steps(
+            x, dout if residual else x, launch.empty_rows_like(x, x.shape[1]) if need_x else x
+        )
+    ),
 )
 def block_bwd_gather(
     x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..planning.costs import FEW, SMALL_M
 from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
 from .delta import lowp_and_delta
@@ -25,8 +26,6 @@ from .merge import add, added, merge, merged_statistics
 from .primitives import GRADIENT_RANGE, dot_2xhalf, into_float16, load_matrix, log_sum, scalar
 from .product import product
 
-FEW = 8  # partials, which the products' launch merges itself
-SMALL_M = 128  # features of G, up to which one launch has all products of backward
 IN_FLIGHT = 1024  # elements of them that a warp loads at once
 
 
@@ -156,7 +155,8 @@ def combine_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,  # partials that are loaded at once; 0 where dH is known
+    ADDED: tl.constexpr,  # dH is there; else its partials are added
+    GROUP: tl.constexpr,  # partials that are loaded at once
 ):
     """One program: a tile of n of a head of a sample, all features. BLOCK_M ≥ C_M."""
     blocks = tl.cdiv(C_N, BLOCK_N)
@@ -172,13 +172,13 @@ def combine_backward_kernel(
     half: tl.constexpr = dtype == tl.float16
 
     base = partials_ptr + (n * NUM_PARTIALS * total_n + first) * C_OUT
-    if GROUP == 0:
+    if ADDED:
         base = dh_ptr + n * C_OUT * total_n + first
     dg = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for c0 in range(0, C_OUT, BLOCK_C):
         rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
         inside = (rows_c < C_OUT)[:, None] & inside_n[None, :]
-        if GROUP == 0:
+        if ADDED:
             dh = load_matrix(base, rows_c, cols, C_OUT, C_N, total_n, 1, ACC)
         else:
             dh = added(base, base, rows_c, cols, C_OUT, C_N, NUM_PARTIALS, 0, total_n, GROUP, False)
@@ -237,16 +237,20 @@ def merge_partials(
     acc = partials[0]
     batch, num_partials, total_n, features = acc.shape
     a, bias, out = weights.a, weights.bias_a, weights.out
-    if num_partials <= FEW and (from_x or want_h):
+    few = num_partials <= FEW
+    # Of many features, M would be written and read once more than a forward pass may cost.
+    whole = from_x and want_h and not want_m and g.shape[2] > SMALL_M
+    if whole or (few and (from_x or want_h)):
+        with_h = want_h and few
         ready = launch.prepared(
-            _combine, (a, bias, out, *partials, g), heads, mask, from_x, want_m, want_h
+            _combine, (a, bias, out, *partials, g), heads, mask, from_x, want_m, with_h
         )
         made = ready.empty()
-        m, h = made[0] if want_m else None, made[-1] if want_h else None
-        others = a if bias is None else bias, out if want_h else a
+        m, h = made[0] if want_m else None, made[-1] if with_h else None
+        others = a if bias is None else bias, out if with_h else a
         results = lse, acc if m is None else m, g, a if h is None else h
         ready((*partials, a, *others, *results), (scale,))
-        return m, h
+        return m, _h(g, weights, scale) if want_h and not few else h
     if from_x:
         m = acc.new_empty((batch, features, total_n))
         merge(partials, m[:, None], lse, mask=mask)
@@ -340,7 +344,7 @@ def _combine_backward(a, out, partials, lse, m, heads):
     ready = launch.Launch(
         combine_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials,
-        BLOCK_C=tile.block_l, GROUP=_group(tile, tile.block_l) if num_partials <= FEW else 0,
+        BLOCK_C=tile.block_l, ADDED=num_partials > FEW, GROUP=_group(tile, tile.block_l),
     )  # fmt: skip
     ready.allocating(partials.dtype, (batch, heads, c_m, c_n), (batch, total_n))
     ready.allocating(a.dtype, (batch, channels, total_n))
@@ -351,4 +355,4 @@ def _combine_backward(a, out, partials, lse, m, heads):
 
 def _group(tile, rows):
     """How many of a few partials a program loads at once: tiles of rows and n."""
-    return min(FEW, IN_FLIGHT * tile.num_warps // (rows * tile.block_n))
+    return max(1, min(FEW, IN_FLIGHT * tile.num_warps // (rows * tile.block_n)))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..precision import accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
-from .merge import merge, store_descriptors
+from .merge import few_or_many, merge, store_descriptors
 from .primitives import dot, load_mask, load_tile, online_softmax, scalar
 
 SOURCE = ("N--L", "N--L", "NL")
@@ -107,7 +107,7 @@ def gather_kernel(
 @guard.proved(
     {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
     writes=("lowp", "g", "lse"),
-    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _splits(sources))),
+    num_splits=lambda sources, **_: few_or_many(_num_partials(sources)),
 )
 def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the input itself, extra tokens).

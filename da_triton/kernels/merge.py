@@ -7,11 +7,12 @@ spread over tiles of n and m; ``combine`` merges a few partials in the launch of
 import triton
 import triton.language as tl
 
+from ..planning.costs import FEW
 from ..runtime import launch
 from .primitives import exp, log_sum
 
 IN_FLIGHT = 128  # rows of 32 or 64 features that a program loads at once
-MOST = 32  # partials among them
+MANY = 16  # partials among them, of more than a few
 
 
 @triton.jit
@@ -41,8 +42,10 @@ def added(
     acc_base, max_base, rows, cols, R, C_N, NUM_PARTIALS, pivot, stride, GROUP: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_i acc``, ``[cols, rows]``, of acc ``(NUM_PARTIALS, stride, R)``, each perhaps times
-    ``exp(mx − pivot)``."""
+    """``Σ_i acc``, ``[cols, rows]``, of acc ``(NUM_PARTIALS, stride, R)``.
+
+    WEIGHTED: each times ``exp(mx − pivot)``.
+    """
     found = tl.zeros((cols.shape[0], rows.shape[0]), acc_base.dtype.element_ty)
     inside_n = cols < C_N
     ptrs = acc_base + cols[:, None] * R + rows[None, :]
@@ -163,6 +166,11 @@ def add_kernel(
     tl.store(ptrs, tl.trans(out), mask=(rows_c < C)[:, None] & (cols < TOTAL_N)[None, :])
 
 
+def few_or_many(num_partials):
+    """The number of partials with which the code that merges ``num_partials`` is proved."""
+    return 1 if num_partials == 1 else 2 if num_partials <= FEW else FEW + 1
+
+
 def merge(partials, g, lse, bias=None, lowp=None, *, mask):
     """Writes G, ``(N, heads, m, n)``, plus ``bias``, in ``lowp`` too unless None, and lse."""
     ready = launch.prepared(_merge, (g, *partials, lse, bias, lowp), mask)
@@ -199,7 +207,7 @@ def _add(partials):
 
 def _tiles(num_partials, features, c_n):
     """How many tiles there are, and their sizes, with the partials that are loaded at once."""
-    group = min(MOST, 1 << (num_partials - 1).bit_length())
+    group = FEW if num_partials <= FEW else MANY  # proofs cover these two
     block_m, block_n = 32 if features <= 32 else 64, min(IN_FLIGHT // group, 64)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": group}
     return -(-features // block_m) * -(-c_n // block_n), sizes

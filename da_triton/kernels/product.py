@@ -7,6 +7,7 @@ no positions, so a launch is small: what counts is how many programs share it.
 import triton
 import triton.language as tl
 
+from ..precision import POLICIES
 from ..runtime import launch
 from .primitives import GRADIENT_RANGE, dot_2xhalf, load_matrix, scalar
 
@@ -93,8 +94,9 @@ def product(w, x, out, scale=1.0, bias=None, lse=None, gradient=False):
 
 def _product(x, w, out, bias, lse, gradient):
     batch, heads, rows, c_n = out.shape
-    # Rows of x that are not aligned are read once.
-    block_n, block_k = (32, 128) if 16 < c_n < 32 else (16, 64)
+    block_n, block_k = 16, 64
+    if 16 < c_n < 32:  # rows of x that are not aligned are read once
+        block_n, block_k = 32, 64 if POLICIES[w.dtype].extended else 128  # which spills there
     blocks = -(-rows // BLOCK_R) * -(-c_n // block_n)
     return launch.Launch(
         product_kernel, w, None, batch * heads * blocks, HEADS=heads, ROWS=rows, K=w.shape[2],

@@ -278,10 +278,10 @@ def _outer(t, x):
     tile = tiles.tile("outer_product", x, channels, rows, launch.rows(x))
     blocks = -(-rows // tile.block_n) * -(-channels // tile.block_m)
     padded = -(-length // tile.block_l) * tile.block_l
-    blocks_per_split, _ = launch.split_positions(blocks, padded * batch, tile, x.device, WAVES)
     # A partial has as many bytes as its tiles of t and x at a few blocks of positions.
-    blocks_per_split = max(blocks_per_split, LEAST_BLOCKS)
-    num_splits = -(-(padded * batch // tile.block_l) // blocks_per_split)
+    blocks_per_split, num_splits = launch.split_positions(
+        blocks, padded * batch, tile, x.device, WAVES, LEAST_BLOCKS
+    )
     ready = launch.Launch(
         outer_product_kernel, x, tile, blocks * num_splits, activations={"x": x, "t": t},
         N=batch, ROWS=rows, C=channels, BLOCKS_PER_SPLIT=blocks_per_split,

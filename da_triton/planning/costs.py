@@ -114,14 +114,19 @@ def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int
 
 def num_partials(length: int, block_l: int, wanted: int) -> int:
     """Partial sums of a pass over tiles of ``block_l`` positions, ``wanted`` at most."""
-    blocks = -(-length // max(1, block_l))
+    blocks = max(1, -(-length // max(1, block_l)))
     per_split = -(-blocks // min(max(1, wanted), blocks))
     return -(-blocks // per_split)
 
 
-def _combine_launches(partials: int, products: int) -> int:
-    """Launches that merge partials and multiply descriptors."""
-    return 1 if products and partials <= FEW else 1 + products
+def _combine_launches(partials: int, products: int, whole: bool = False) -> int:
+    """Launches that merge partials and multiply descriptors.
+
+    ``whole``: M, which many partials make, is not written.
+    """
+    if products and partials <= FEW:
+        return 1
+    return 2 if whole else 1 + products
 
 
 def gather_steps(
@@ -138,9 +143,10 @@ def gather_steps(
     products = order.from_x + order.through_h
     partials = (2 * num_splits + 1) * s.c_n * features
     descriptors = Step("combine", False, products * small, 0, partials)
+    whole = products == 2 and s.c_m // s.heads > SMALL_M
     if block_l:
         wanted = num_splits // (blocks if order.from_x else s.heads)
-        launches = _combine_launches(num_partials(length, block_l, wanted), products)
+        launches = _combine_launches(num_partials(length, block_l, wanted), products, whole)
         descriptors = descriptors._replace(launches=launches)
     if block_l and order.from_x:
         pass_1 = Step("gather from X", False, 2 * length * c * s.c_n, c * length)
@@ -164,7 +170,8 @@ def gather_steps(
     )  # fmt: skip
     if not products:
         return [*steps, core]
-    return [*steps, core, descriptors._replace(launches=_combine_launches(core_splits, products))]
+    launches = _combine_launches(core_splits, products, whole)
+    return [*steps, core, descriptors._replace(launches=launches)]
 
 
 def distribute_steps(

@@ -127,19 +127,20 @@ def trial(num_splits, tiles):
         _thread.num_splits, _thread.tiles = before
 
 
-def split_positions(programs, length, tile, device, waves=1):
+def split_positions(programs, length, tile, device, waves=1, least=1):
     """``(blocks_per_split, num_splits)`` that fill the GPU about once.
 
     ``programs``: how many programs there are without splitting positions. ``waves``: how often the
-    GPU may be filled instead, where a single wave would leave much of it idle.
+    GPU may be filled instead, where a single wave would leave much of it idle. ``least``: blocks
+    per split.
     """
     blocks = -(-length // tile.block_l)
     room = num_sms(device) * tile.ctas_per_sm
-    wanted = _thread.num_splits or max(1, room // programs)
+    wanted = _thread.num_splits or max(1, room // max(1, programs))
     most = _thread.num_splits or waves * wanted
     found = []
     for splits in range(wanted, most + 1):
-        blocks_per_split = -(-blocks // min(splits, blocks))
+        blocks_per_split = max(least, -(-blocks // min(splits, blocks)))
         num_splits = -(-blocks // blocks_per_split)
         steps = blocks_per_split * -(-programs * num_splits // room)
         found.append((steps, blocks_per_split, num_splits))

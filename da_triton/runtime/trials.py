@@ -89,8 +89,11 @@ def _inner(value, axes):
     return [axes] * len(value) if isinstance(value, list) else axes
 
 
-def random(value, axes, role, generator):
-    """Random tensors like those of a tree, with few samples, positions and partial results."""
+def random(value, axes, role, generator, spread=False):
+    """Random tensors like those of a tree, with few samples, positions and partial results.
+
+    ``spread``: with gaps between rows, so that strides are not those of a contiguous tensor.
+    """
     if isinstance(value, (tuple, list)):
         roles = role if isinstance(role, tuple) else [role] * len(value)
         items = [
@@ -103,6 +106,10 @@ def random(value, axes, role, generator):
     letters = (axes or "").ljust(value.dim(), "-")
     sizes = [few(letter, size) for letter, size in zip(letters, value.shape, strict=True)]
     x = like(value, sizes)
+    if spread:
+        axis = min(range(value.dim()), key=lambda i: (value.stride(i), -i))
+        x = like(value, [s + 128 * (i == axis) for i, s in enumerate(sizes)])
+        x = x.narrow(axis, 0, sizes[axis])
     if "S" in letters and value.is_contiguous():  # kernels take partials without strides
         x = value.new_empty(sizes)
     if value.dtype == torch.uint8:

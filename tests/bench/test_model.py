@@ -34,11 +34,11 @@ def instruction(text, stall=1, write=NO_BARRIER, read=NO_BARRIER, waits=(), addr
     return Instruction(address, guard, negated, op, operands, stall, write, read, waits)
 
 
-def output(module):
+def output(module, *arguments):
     """What a module of the model prints in a process that compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=env, check=True, capture_output=True, text=True
     ).stdout  # fmt: skip
@@ -318,9 +318,9 @@ def test_a_barrier_waits_for_the_last_warp():
 
 
 def test_products_run_at_the_rate_of_the_tensor_cores():
-    """m64n128k16 from registers: 64 cycles each; with operands in shared memory 48 more to read."""
-    product = "HGMMA.64x128x16.F32.BF16 R24, {}, gdesc[UR8], R24"
-    for a, each in (("R4", 64), ("gdesc[UR4]", 64)):
+    """m64n128k16 takes 64 cycles, wherever its first operand is; in shared memory, it is read."""
+    product, each = "HGMMA.64x128x16.F32.BF16 R24, {}, gdesc[UR8], R24", 64
+    for a in ("R4", "gdesc[UR4]"):
         x = instruction(product.format(a))
         code, steps = alone(*[x] * 64, instruction("EXIT"))
         made = machine.product(x, H200)

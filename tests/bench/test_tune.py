@@ -89,8 +89,9 @@ def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
     named = {(site.kernel, site.variant) for site in found}
     assert named >= {
         ("gather_from_x", "aligned"), ("gather_from_x", "mask"), ("project_distribute", "v"),
-        ("block_bwd_gather", "mask"), ("block_bwd_distribute", "v"), ("combine_backward", "plain"),
-        ("gather", "plain"), ("full_n", "gradient"), ("gather_backward", "aligned"),
+        ("block_bwd_gather_full_c", "mask"), ("block_bwd_distribute", "v"),
+        ("combine_backward", "plain"), ("gather", "plain"), ("full_n", "gradient"),
+        ("gather_backward", "aligned"),
     }  # fmt: skip
     assert len(found[SITE][1]()) == 1  # the forward pass is enough
     assert len(found[SITE._replace(kernel="block_bwd_distribute", variant="plain")][1]()) > 1

@@ -168,3 +168,20 @@ def test_partials_of_the_gradient_of_g(num_partials, dtype):
     without_bias = g.double() - bias.double().view(1, HEADS, -1, 1)
     expected = (lowp.double() * without_bias).sum(2) - dlse.double()
     check(found, expected, torch.float32 if acc == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("c_m", [300, 512])
+def test_many_features_are_merged_a_partial_at_a_time(c_m):
+    """A tile of all features of G leaves no room for several partials at once."""
+    parts = partials(3, c_m, torch.float32, batch=1)
+    w = Weights(
+        torch.randn(c_m, 32, device=DEVICE), None, torch.randn(C_N, 32, device=DEVICE),
+        torch.randn(C_N, 32, device=DEVICE), None, torch.randn(16, c_m, device=DEVICE), None,
+    )  # fmt: skip
+    lse = torch.empty(1, C_N, device=DEVICE, dtype=lse_dtype(torch.float32))
+    g = torch.empty(1, 1, c_m, C_N, device=DEVICE)
+    combine.merge_partials(parts, w, lse, g, heads=1, scale=1.0, mask=False, from_x=False)
+    acc, mx, total = (t.double() for t in parts)
+    weight = (mx - mx.amax(1, keepdim=True)).exp()
+    expected = (acc * weight[..., None]).sum(1) / (total * weight).sum(1)[..., None]
+    torch.testing.assert_close(g[0, 0].mT.double(), expected[0], rtol=1e-5, atol=1e-5)
