@@ -34,21 +34,26 @@ from .report import replace
 from .warm import without_launches
 from .workloads import Workload
 
-# Tiles that the tuner and the ahead-of-time search try: positions, warps, stages.
+# Tiles that the tuner and the ahead-of-time search try: positions, warps, stages, programs per SM.
 CANDIDATES = (
-    (128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 4, 3), (64, 8, 2), (64, 4, 2), (128, 8, 1),
-    (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 4, 1), (16, 8, 1), (16, 4, 1),
+    (128, 8, 3, 1), (128, 8, 2, 1), (128, 4, 2, 2), (64, 8, 3, 1), (64, 4, 3, 1), (64, 4, 3, 2),
+    (64, 8, 2, 1), (64, 4, 2, 1), (64, 4, 2, 2), (64, 4, 2, 4), (128, 8, 1, 1), (64, 8, 1, 1),
+    (32, 8, 3, 1), (32, 8, 2, 1), (32, 4, 3, 2), (32, 4, 2, 1), (32, 8, 1, 1), (32, 4, 1, 1),
+    (16, 8, 1, 1), (16, 4, 1, 1),
 )  # fmt: skip
 # For kernels that have no positions.
 SMALL = (
-    (64, 4, 3), (64, 8, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
+    (64, 4, 3, 1), (64, 8, 3, 1), (64, 4, 2, 1), (64, 8, 2, 1), (32, 4, 2, 1), (32, 8, 2, 1),
+    (32, 8, 1, 1), (16, 8, 1, 1),
 )  # fmt: skip
+# Kernels with a program for each tile, however many an SM holds.
+UNSPLIT = ("full_n", "apply_weights", "grad_logits", "position_lse")
 
 ROUNDS = 15
 ROUNDS_MIN = 5  # below which percentiles say nothing of the noise
 # Relative RMS between two tiles' results in bfloat16; they differ in the order of sums alone.
 TOLERANCE = 2e-2
-Entry = tuple[int, int, int]  # positions of a tile, warps, stages
+Entry = tuple[int, int, int, int]  # positions of a tile, warps, stages, programs per SM
 
 
 class Choice(NamedTuple):
@@ -96,10 +101,10 @@ def sites(work: Workload, device: torch.device) -> dict[Site, tuple[Entry, Closu
     for run in steps(work, device):
 
         def see(site, tile, run=run):
-            found.setdefault(site, (tile[2:5], run))
+            found.setdefault(site, (tile[2:6], run))
             return tile
 
-        with _replaced(see):
+        with replaced(see):
             run()
     return found
 
@@ -137,7 +142,7 @@ def _problem(work, device):
 
 
 @contextlib.contextmanager
-def _replaced(choose: Callable[[Site, tiles.Tile], tiles.Tile]) -> Iterator[None]:
+def replaced(choose: Callable[[Site, tiles.Tile], tiles.Tile]) -> Iterator[None]:
     """Launches take the tile that ``choose`` makes of theirs."""
     original = tiles.tile
 
@@ -153,9 +158,9 @@ def tile_of(site: Site, entry: Entry) -> contextlib.AbstractContextManager[None]
     """The site's launches take a tile."""
 
     def choose(key, tile):
-        return tiles.Tile._make((*tile[:2], *entry, *tile[5:])) if key == site else tile
+        return tiles.Tile._make((*tile[:2], *entry, *tile[6:])) if key == site else tile
 
-    return _replaced(choose)
+    return replaced(choose)
 
 
 def prepared(
@@ -252,8 +257,11 @@ def choose(
 
 
 def candidates_of(kernel: str) -> Sequence[Entry]:
-    small = kernel.startswith(("combine", "weight", "delta", "gather_combine"))
-    return SMALL if small else CANDIDATES
+    if kernel.startswith(("combine", "weight")):
+        return SMALL
+    if kernel in UNSPLIT:
+        return list(dict.fromkeys((*c[:3], 1) for c in CANDIDATES))
+    return CANDIDATES
 
 
 def write(path: Path, gpu_name: str, choices: Sequence[Choice]) -> None:

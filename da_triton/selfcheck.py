@@ -44,6 +44,7 @@ THOROUGH = (
     Case(1024, 64, 32),
     *(Case(c, c // 2, 64, channels_last=True) for c in (256, 512)),
     *(Case(c, c // 2, 64, length=length) for c in (256, 512) for length in (196, 49)),
+    *(Case(512, c_m, 32, length=196) for c_m in (256, 512)),  # with few partials
 )
 
 

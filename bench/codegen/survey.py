@@ -13,6 +13,7 @@ there are is found from the launches that calls make, on meta tensors:
     blocks      each block of the tile table, for the fused kernels: NCHW with all that the kernel
                 can do beside, also with an odd number of positions, and channels-last memory
                 without
+    one sample  kernels that merge many partials
     workloads   what the named ones launch besides: several heads, an n that fills no block, and
                 kernels that neither of the above reaches
 """
@@ -121,9 +122,9 @@ def full_n(m: int, n: int, v: Variant) -> list[Launch]:
     return [made for made in of_block((64, m, n), UNFUSED, v) if made.name == "full_n_kernel"]
 
 
-def of_block(sizes: Sizes, route: Route, v: Variant) -> list[Launch]:
+def of_block(sizes: Sizes, route: Route, v: Variant, batch: int = BATCH) -> list[Launch]:
     """One training step of the block."""
-    x, w, mask, options = block_inputs(sizes, v)
+    x, w, mask, options = block_inputs(sizes, v, batch)
     with compile.record() as made:
         _, lse, g, kept = routes.forward(x, w, mask, options, route, v.save_v)
         routes.backward(torch.empty_like(x), x, w, mask, lse, g, kept, options, route)
@@ -133,7 +134,7 @@ def of_block(sizes: Sizes, route: Route, v: Variant) -> list[Launch]:
 def block_inputs(sizes: Sizes, v: Variant, batch: int = BATCH) -> tuple[Any, ...]:
     """X, weights, mask and options of a block with bias and residual, without data."""
     channels, c_m, c_n = sizes
-    x, mask = _activations(v, channels, batch), _mask(v)
+    x, mask = _activations(v, channels, batch), _mask(v, batch)
     w = routes.Weights(
         _empty(v, c_m, channels), _empty(v, c_m), _empty(v, c_n, channels),
         _empty(v, c_n, channels), _empty(v, c_n), _empty(v, channels, c_m), _empty(v, channels),
@@ -148,8 +149,8 @@ def _activations(v, channels, batch=BATCH):
     return _empty(v, batch, v.length, channels).transpose(1, 2)
 
 
-def _mask(v):
-    shape = (BATCH, v.length)
+def _mask(v, batch=BATCH):
+    shape = (batch, v.length)
     return torch.empty(shape, dtype=torch.uint8, device="meta") if v.masked else None
 
 
@@ -172,7 +173,7 @@ class Kernel(NamedTuple):
 
 MASK, V = ("mask", {"masked": True}), ("v", {"save_v": True})
 SIDES = (32, 64, 128)
-ANY_TILE = (32, 4, 1)  # of these kernels, where they are launched on the way
+ANY_TILE = (32, 4, 1, 1)  # of these kernels, where they are launched on the way
 COMBINED = {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)}
 HELD = {(c, n): (c, 64, n) for c in (64, 128, 256, 512) for n in SIDES if c * n <= 128 * 128}
 BY_CHANNELS = {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)}
@@ -182,6 +183,7 @@ KERNELS = {
     "combine_backward": Kernel(COMBINED),
     "gather_from_x": Kernel(HELD, MASK, holds_channels=True),
     "block_bwd_gather": Kernel({(64, n): (256, 64, n) for n in (32, 64, 128, 256)}, MASK),
+    "block_bwd_gather_full_c": Kernel({(64, n): (64, 64, n) for n in (32, 64)}, MASK),
     "block_bwd_distribute": Kernel(HELD, V, holds_channels=True),
     "project_distribute": Kernel(HELD, V, holds_channels=True),
     "project_distribute_blocks": Kernel(BY_CHANNELS, V),
@@ -192,26 +194,41 @@ KERNELS = {
 
 
 def record(
-    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, int, int] | None = None
+    kernel: str, sizes: Sizes, variant: Variant, tile: tuple[int, int, int, int] | None = None
 ) -> list[Launch]:
     """Launches of a kernel with its tile, or another one, whatever others of its route have."""
+    launched = kernel.removesuffix("_blocks").removesuffix("_full_c") + "_kernel"
+    return [each for each in _around(kernel, sizes, variant, tile) if each.name == launched]
+
+
+def merging(sizes: Sizes, variant: Variant) -> list[Launch]:
+    """Launches that merge the many partials of a single sample."""
+    return [m for m in _around("combine_backward", sizes, variant, None, 1) if m.name in MERGING]
+
+
+def _around(kernel, sizes, variant, tile, batch=BATCH):
+    """All launches of a kernel's route, where other fused kernels have any tile, fitting or not."""
     original = tiles.tile
 
     def chosen(name, x, m, n, variant=tiles.PLAIN):
         entry = tile if name == kernel else ANY_TILE if name in KERNELS else None
         if entry is None:
             return original(name, x, m, n, variant)
-        return tiles.Tile(*tiles.blocks(name, "half", m, n), *entry, 1)
+        return tiles.Tile(*tiles.blocks(name, "half", m, n), *entry)
 
     with launch.forgetting(), mock.patch.object(tiles, "tile", chosen):
-        made = of_block(sizes, KERNELS[kernel].route, variant)
-    launched = kernel.removesuffix("_blocks") + "_kernel"
-    return [each for each in made if each.name == launched]
+        return of_block(sizes, KERNELS[kernel].route, variant, batch)
 
 
 # --- everything that ships ------------------------------------------------------------------------
 
 Launches = Callable[[int, int, Variant], list[Launch]]
+# Partials of one sample: with few and with many features, and an n that fills no tile.
+ONE_SAMPLE = [(256, 64, 64), (512, 512, 19)]
+MERGED = [
+    WIDE, LAST._replace(length=WIDE.length), WIDE._replace(masked=True, dtype=torch.float16)
+]  # fmt: skip
+MERGING = {f"{name}_kernel" for name in ("gather_combine", "add", "product", "combine_backward")}
 BY_BLOCKS = [(512, 512), (32, 512), (512, 32)]
 SQUARES = [(n, n) for n in (32, 64, 128, 256, 512)]
 SWITCHED = [
@@ -262,6 +279,12 @@ def found(arch: str) -> list[Found]:
             for (block, sizes), variant in product(kernel.blocks.items(), variants)
             if tiles.Key(name, tiles.PLAIN, "half", *block) in tiles.shipped(arch)
         ]
+        runs += [
+            (record(name, sizes, WIDE), WIDE, sizes)
+            for block, sizes in kernel.blocks.items()
+            if tiles.Key(name, tiles.ALIGNED, "half", *block) in tiles.shipped(arch)
+        ]
+    runs += [(merging(*one), one[1], one[0]) for one in product(ONE_SAMPLE, MERGED)]
     runs += _workloads(arch, {each.name for made, *_ in runs for each in made})
     return [(each, variant, sizes) for made, variant, sizes in runs for each in made]
 

@@ -2,6 +2,7 @@
 
     python -m bench.codegen.tiles sm_89 gfx942        (without TRITON_INTERPRET; no GPU)
     python -m bench.codegen.tiles sm_90 --kernel block_bwd_gather --kernel gather_from_x
+    python -m bench.codegen.tiles sm_90 --kernel gather_from_a --modelled
 
 For each architecture, kernel and block: the first candidate, in order of preference, that neither
 spills nor exceeds the shared memory in any variant: 28×28 and 14×14 positions in NCHW, 14×14 in
@@ -10,6 +11,9 @@ with V written or given, which may have a tile of its own. Odd numbers of positi
 every load is of one element, are to be clean too, if that costs at most half the positions of a
 tile; where they are not, the table says so. A block without a candidate for both is left out, and
 the planner then takes another route. Candidates prefer many positions, then stages.
+
+``--modelled`` prefers the candidate with the least modelled time on the named workloads, of those
+that are clean; blocks that none of them launches have the first, as before.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import torch
 
 from bench.codegen import cannot_compile, compile, survey
 from bench.codegen.survey import Variant
+from bench.model import tiles as ranking
 from bench.tune import candidates_of
 from da_triton.runtime import tiles
 
@@ -29,7 +34,7 @@ HOPELESS = 64  # spills beyond which fewer stages do not help
 LIKELIEST, AT_EASE = 2, 200
 
 Blocks = tuple[int, int]
-Candidate = tuple[int, int, int]  # positions of a tile, warps, stages
+Candidate = tuple[int, int, int, int]  # positions of a tile, warps, stages, programs per SM
 Found = tuple[Candidate, str]  # with a remark
 
 
@@ -42,20 +47,23 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("arch", nargs="+", choices=tiles.ARCHITECTURES)
     add("--kernel", action="append", choices=survey.KERNELS, help="repeatable; else all")
+    add("--modelled", action="store_true", help="rank clean candidates by modelled time")
     add("--from", dest="start", metavar="ARCH", help="begin at this architecture's tiles")
     options = parser.parse_args(argv)
     if reason := cannot_compile():
         parser.error(reason)
     for arch in options.arch:
         for kernel in options.kernel or survey.KERNELS:
-            write(arch, kernel, Search(arch, kernel, options.start).run())
+            write(arch, kernel, Search(arch, kernel, options.start, options.modelled).run())
 
 
 class Search:
     """The tiles of one kernel on one architecture."""
 
-    def __init__(self, arch: str, kernel: str, start: str | None) -> None:
-        self.arch, self.kernel = arch, kernel
+    def __init__(
+        self, arch: str, kernel: str, start: str | None = None, modelled: bool = False
+    ) -> None:
+        self.arch, self.kernel, self.modelled = arch, kernel, modelled
         self.start = tiles.shipped(start) if start else {}
         self.facts = survey.KERNELS[kernel]
 
@@ -65,8 +73,10 @@ class Search:
         _, flags = self.facts.special
         for blocks in self.facts.blocks:
             key = tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
-            first = self.start[key][:3] if key in self.start else None
+            first = self.start[key][:4] if key in self.start else None
             plain = special = self.best(blocks, first, {})
+            if plain and self.modelled:
+                plain = special = self.fastest(blocks) or plain
             if plain and flags:
                 special = self.best(blocks, plain[0], flags)
             print(self.arch, self.kernel, blocks, plain, special, flush=True)
@@ -80,7 +90,7 @@ class Search:
         fallback: Found | None = None  # only one that is clean everywhere is better
         hopeless = set()
         for candidate in self.candidates(blocks, first):
-            block_l, warps, stages = candidate
+            block_l, warps, stages, _ = candidate
             if fallback and block_l < max(SHORTEST, fallback[0][0] // 2):
                 break
             if stages > 1 and (block_l, warps) in hopeless:
@@ -97,6 +107,22 @@ class Search:
                 fallback = candidate, f"{spills} spills at odd L"
         return fallback
 
+    def fastest(self, blocks: Blocks) -> Found | None:
+        """The tile with the least modelled time: a clean candidate, or the one that ships."""
+        clean = [
+            c
+            for c in self.candidates(blocks, None)
+            if not self.spills(blocks, c, self.variants({}))
+        ]
+        chosen = ranking.best(self.kernel, blocks, clean, ranking.gpu_of(self.arch))
+        if chosen is None:
+            entry = tiles.shipped(self.arch).get(
+                tiles.Key(self.kernel, tiles.PLAIN, "half", *blocks)
+            )
+            return None if entry is None else (entry[:4], entry.note)
+        spills = self.spills(blocks, chosen, [survey.ODD_ROWS])
+        return chosen, f"modelled; {spills} spills at odd L" if spills else "modelled"
+
     def variants(self, flags: dict[str, Any]) -> list[Variant]:
         """Variants in which a tile must be clean, the likeliest to spill first."""
         half = survey.NARROW._replace(dtype=torch.float16)
@@ -111,7 +137,7 @@ class Search:
         """Candidates that may fit, in order of preference, from ``first`` on."""
         order = candidates_of(self.kernel)
         start = order.index(first) if first in order else 0
-        return [c for c in order[start:] if self.may_fit(blocks, *c)]
+        return [c for c in order[start:] if self.may_fit(blocks, *c[:3])]
 
     def may_fit(self, blocks: Blocks, block_l: int, warps: int, stages: int) -> bool:
         """Whether the buffers of a pipeline for X alone leave room; cheaper than to compile."""
@@ -155,7 +181,10 @@ def write(arch: str, kernel: str, found: dict[Blocks, tuple[Found, Found]]) -> N
     """Replaces a kernel's entries in the table that ships."""
     path = tiles.SHIPPED / f"{arch}.json"
     header = json.loads(path.read_text(encoding="utf-8"))
-    table = {k: e for k, e in tiles.entries(header).items() if k.kernel != kernel}
+    kept = tiles.ALIGNED, tiles.ODD  # which the search does not find
+    table = {
+        k: e for k, e in tiles.entries(header).items() if k.kernel != kernel or k.variant in kept
+    }
     special_name, _ = survey.KERNELS[kernel].special
     for blocks, (plain, special) in found.items():
         variants = {tiles.PLAIN: (plain[0], plain[1] or special[1])}
@@ -163,7 +192,7 @@ def write(arch: str, kernel: str, found: dict[Blocks, tuple[Found, Found]]) -> N
             variants = {tiles.PLAIN: plain, special_name: special}
         for variant, (entry, note) in variants.items():
             key = tiles.Key(kernel, variant, "half", *blocks)
-            table[key] = tiles.Entry._make((*entry, "pointers", note))
+            table[key] = tiles.Entry(*entry, note=note)
     path.write_text(tiles.text({"architecture": arch}, table), encoding="utf-8")
 
 

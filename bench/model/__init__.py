@@ -7,6 +7,7 @@
                  a program's instructions, and what one warp of it executes
     machine, simulate
                  the assumed GPU; throughput of its pipes, and time with latencies and barriers
+    tiles        ranks tiles of a kernel
     anchors      kernels whose speed is public
 
 and here the table of rows: its CSV file, its summary, and the comparison with another one. All

@@ -25,7 +25,7 @@ from .simulate import REGION, SM
 from .warp import Step
 
 SAMPLES = 5  # programs of the first SM that are followed
-ENOUGH = 1.5e6  # instructions of an SM that are simulated; the rest is extrapolated
+ENOUGH = 3e5  # instructions of an SM that are simulated; the rest is extrapolated
 HIDDEN = ("imad", "fp32", "control")  # parts of "fma", and nothing
 
 

@@ -15,8 +15,34 @@ import triton.language as tl
 
 from ..precision import POLICIES, accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import dot, exp_minus, load_mask, load_matrix, load_tile, scalar
+from .primitives import (
+    dot,
+    exp,
+    exp_minus,
+    load_mask,
+    load_matrix,
+    load_tile,
+    scalar,
+    store_tile,
+)
 from .project_distribute import rows_of_packed_cols, softmax_heads
+
+
+@triton.jit
+def softmax_rows(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Softmax of ``[HEADS·BLOCK_N, BLOCK_L]`` over n in each head; 0 beyond C_N."""
+    z = tl.reshape(z, (HEADS, BLOCK_N, z.shape[1]))
+    z = tl.where((tl.arange(0, BLOCK_N) < C_N)[None, :, None], z, -float("inf"))
+    e = exp(z - tl.max(z, 1)[:, None, :])
+    return tl.reshape(e * (1.0 / tl.sum(e, 1))[:, None, :], (HEADS * BLOCK_N, z.shape[2]))
+
+
+@triton.jit
+def sum_rows(x, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sum of ``[HEADS·BLOCK_N, BLOCK_L]`` over n in each head, repeated for its rows."""
+    total = tl.sum(tl.reshape(x, (HEADS, BLOCK_N, x.shape[1])), 1)[:, None, :]
+    total = tl.broadcast_to(total, (HEADS, BLOCK_N, x.shape[1]))
+    return tl.reshape(total, (HEADS * BLOCK_N, x.shape[1]))
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -54,7 +80,9 @@ def block_bwd_distribute_kernel(
     PROJECT: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SAME_STEPS: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
+    ROWS_N: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -64,8 +92,14 @@ def block_bwd_distribute_kernel(
 ):
     """One program: a split of the positions of a sample. BLOCK_C ≥ C and C_OUT, BLOCK_N ≥ C_N.
 
-    CHANNELS_FIRST: dH is summed with channels as rows, so that no accumulator is transposed, which
-    Triton before 3.7.1 miscompiles for Hopper.
+    SAME_STEPS: dO has X's strides of channels and positions, so that one set of offsets is held.
+
+    The tiles of an iteration are
+        ROWS_N          [n, positions]: at least 64 rows for wgmma, whatever the positions, and Q
+                        goes to its product in registers
+        CHANNELS_FIRST  [positions, n], dH with channels as rows: no accumulator is transposed,
+                        which Triton before 3.7.1 miscompiles for Hopper
+        else            [positions, n], dH with n as rows
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
@@ -82,52 +116,102 @@ def block_bwd_distribute_kernel(
     scale = scalar(logit_scale, ACC)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    if PROJECT:
-        w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
-    h = load_matrix(h_ptr + n * C_OUT * total_n, rows_c, rows_n, C_OUT, total_n, total_n, 1, dtype)
-    if CHANNELS_FIRST:
-        dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
-    else:
-        dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
-    for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
-        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+    end = tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L)
+    h_base = h_ptr + n * C_OUT * total_n
+    if SAME_STEPS:
+        stride_do_c, stride_do_l = stride_x_c, stride_x_l
+    if ROWS_N:
         if PROJECT:
-            x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
-            z = dot(x, w, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
-            if HAS_BIAS:
-                z += bias[None, :]
-        else:
-            z = load_tile(v_base, cols, rows_n, L, total_n, stride_v_l, stride_v_c * ALIGN).to(ACC)
-        q = z * scale
-        if SOFTMAX:
-            q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
-        do = load_tile(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
-        dq = dot(do, h, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION) * scale
-        if SOFTMAX:
-            if HEAD_BLOCK == 1:
-                dq = q * (dq - tl.sum(q * dq, 1)[:, None])
+            w = load_matrix(w_ptr, rows_n, rows_c, total_n, C, C, 1, dtype)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
+        h = load_matrix(h_base, rows_n, rows_c, total_n, C_OUT, 1, total_n, dtype)
+        dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
+        for l0 in range(start, end, BLOCK_L):
+            cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+            if PROJECT:
+                x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
+                z = dot(w, x, tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_L), ACC), PRECISION)
+                if HAS_BIAS:
+                    z += bias[:, None]
             else:
-                rowsum_v = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
-                rowsum_v = tl.broadcast_to(rowsum_v[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
-                dq = q * (dq - tl.reshape(rowsum_v, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
-        ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
-        tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < total_n)[None, :])
+                z = load_tile(v_base, rows_n, cols, total_n, L, stride_v_c * ALIGN, stride_v_l)
+                z = z.to(ACC)
+            do = load_tile(do_base, rows_c, cols, C_OUT, L, stride_do_c * ALIGN, stride_do_l)
+            q = z * scale
+            if SOFTMAX:
+                q = softmax_rows(q, C_N, HEAD_BLOCK, BLOCK_N)
+            dq = dot(h, do, tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_L), ACC), PRECISION) * scale
+            if SOFTMAX:
+                dq = q * (dq - sum_rows(q * dq, HEAD_BLOCK, BLOCK_N))
+            store_tile(dv_base, rows_n, cols, total_n, L, stride_dv_c * ALIGN, stride_dv_l, dq)
+            dh = dot(q.to(dtype), tl.trans(do), dh, PRECISION)
+    else:
+        if PROJECT:
+            w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
+        h = load_matrix(h_base, rows_c, rows_n, C_OUT, total_n, total_n, 1, dtype)
         if CHANNELS_FIRST:
-            dh = dot(tl.trans(do), q.to(dtype), dh, PRECISION)
+            dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
         else:
-            dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
+            dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
+        for l0 in range(start, end, BLOCK_L):
+            cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+            if PROJECT:
+                x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+                z = dot(x, w, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
+                if HAS_BIAS:
+                    z += bias[None, :]
+            else:
+                z = load_tile(v_base, cols, rows_n, L, total_n, stride_v_l, stride_v_c * ALIGN).to(
+                    ACC
+                )
+            q = z * scale
+            if SOFTMAX:
+                q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
+            do = load_tile(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
+            dq = dot(do, h, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION) * scale
+            if SOFTMAX:
+                if HEAD_BLOCK == 1:
+                    dq = q * (dq - tl.sum(q * dq, 1)[:, None])
+                else:
+                    rowsum_v = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
+                    rowsum_v = tl.broadcast_to(rowsum_v[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
+                    dq = q * (dq - tl.reshape(rowsum_v, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
+            ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+            tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < total_n)[None, :])
+            if CHANNELS_FIRST:
+                dh = dot(tl.trans(do), q.to(dtype), dh, PRECISION)
+            else:
+                dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
 
     partials = dh_ptr + ((n * NUM_SPLITS + split) * total_n + rows_n) * C_OUT
     inside_n, inside_c = rows_n < total_n, rows_c < C_OUT
-    if CHANNELS_FIRST:
+    if CHANNELS_FIRST and not ROWS_N:
         ptrs = partials[None, :] + rows_c[:, None]
         tl.store(ptrs, dh, mask=inside_n[None, :] & inside_c[:, None])
     else:
         ptrs = partials[:, None] + rows_c[None, :]
         tl.store(ptrs, dh, mask=inside_n[:, None] & inside_c[None, :])
+
+
+@triton.jit
+def product_of_x(
+    p, db, dv, dm, wb, wv, inside,
+    CHAINED: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``dV Wv + P dM / P_SCALE + dB Wb``; the matrices are ``[BLOCK_N, BLOCK_C]``."""
+    zero = tl.zeros((p.shape[0], dm.shape[1]), ACC)
+    if CHAINED:
+        dx = dot(p, dm, zero, PRECISION) / P_SCALE
+        dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
+    else:  # the selects keep Triton from chaining the products again
+        dx = dot(p, dm, zero, PRECISION) / P_SCALE
+        dx += tl.where(inside, dot(db, wb, zero, PRECISION), 0.0)
+        dx += tl.where(inside, dot(dv, wv, zero, PRECISION), 0.0)
+    return dx
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -167,6 +251,8 @@ def block_bwd_gather_kernel(
     RESIDUAL: tl.constexpr,
     WRITE_X: tl.constexpr,
     CHAINED: tl.constexpr,
+    CHANNELS_FIT: tl.constexpr,
+    SAME_STEPS: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -175,9 +261,14 @@ def block_bwd_gather_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: a split of the positions of a sample, full n; channels in blocks.
+    """One program: a split of the positions of a sample, full n. BLOCK_N ≥ TOTAL_N.
 
-    BLOCK_N ≥ TOTAL_N.
+    CHANNELS_FIT: BLOCK_C ≥ C. The matrices stay in shared memory, and tiles of positions are loaded
+    while others are in use. Otherwise channels come in blocks, with their part of the matrices.
+    SAME_STEPS: dO and dX have X's strides of channels and positions.
+
+    lse and δ are loaded for each tile of positions: held, they would take a quarter of the
+    registers where n is 128.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
@@ -194,22 +285,44 @@ def block_bwd_gather_kernel(
     scale = scalar(logit_scale, ACC)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    lse = tl.load(lse_ptr + n * TOTAL_N + rows_n, mask=inside_n, other=float("inf"))
-    delta = tl.load(delta_ptr + n * TOTAL_N + rows_n, mask=inside_n, other=0.0)
+    if SAME_STEPS:
+        stride_do_c, stride_do_l = stride_x_c, stride_x_l
+        stride_dx_c, stride_dx_l = stride_x_c, stride_x_l
+    lse_base, delta_base = lse_ptr + n * TOTAL_N, delta_ptr + n * TOTAL_N
+
+    if CHANNELS_FIT:
+        rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
+        wb = load_matrix(wb_ptr, rows_c, rows_n, C, TOTAL_N, 1, C, dtype)
+        wv = load_matrix(wv_ptr, rows_c, rows_n, C, TOTAL_N, 1, C, dtype)
+        dm = load_matrix(dm_base, rows_c, rows_n, C, TOTAL_N, TOTAL_N, 1, dtype)
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
         z = tl.zeros((BLOCK_L, BLOCK_N), ACC)
-        dp = tl.zeros((BLOCK_L, BLOCK_N), ACC)
-        for c0 in range(0, C, BLOCK_C):
-            rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+        if CHANNELS_FIT:
             x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
-            wb = load_matrix(wb_ptr, rows_c, rows_n, C, TOTAL_N, 1, C, dtype)
-            dm = load_matrix(dm_base, rows_c, rows_n, C, TOTAL_N, TOTAL_N, 1, dtype)
             z = dot(x, wb, z, PRECISION)
-            dp = dot(x, dm, dp, PRECISION)
+            if WRITE_X:
+                offs = cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+                inside = (cols < L)[:, None] & inside_n[None, :]
+                dv = tl.load(dv_base + offs, mask=inside, other=0.0)
+        else:
+            delta = tl.load(delta_base + rows_n, mask=inside_n, other=0.0)
+            dp = tl.broadcast_to(-delta[None, :], (BLOCK_L, BLOCK_N))
+            for c0 in range(0, C, BLOCK_C):
+                rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+                x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+                wb = load_matrix(wb_ptr, rows_c, rows_n, C, TOTAL_N, 1, C, dtype)
+                dm = load_matrix(dm_base, rows_c, rows_n, C, TOTAL_N, TOTAL_N, 1, dtype)
+                z = dot(x, wb, z, PRECISION)
+                dp = dot(x, dm, dp, PRECISION)
+        lse = tl.load(lse_base + rows_n, mask=inside_n, other=float("inf"))
         p = exp_minus(z * scale, lse[None, :])
-        db = scale * p * (dp - delta[None, :])
+        if CHANNELS_FIT:  # only now, so that z is gone
+            delta = tl.load(delta_base + rows_n, mask=inside_n, other=0.0)
+            dp = tl.broadcast_to(-delta[None, :], (BLOCK_L, BLOCK_N))
+            dp = dot(x, dm, dp, PRECISION)
+        db = scale * p * dp
         if HAS_MASK:
             mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
             p = tl.where(mask[:, None], p, 0.0)
@@ -219,29 +332,41 @@ def block_bwd_gather_kernel(
         inside = (cols < L)[:, None] & inside_n[None, :]
         tl.store(db_base + offs, db, mask=inside)
         if WRITE_X:
-            dv = tl.load(dv_base + offs, mask=inside, other=0.0)
             p = (p * P_SCALE).to(dtype)
-            for c0 in range(0, C, BLOCK_C):
-                rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
-                dm = load_matrix(dm_base, rows_n, rows_c, TOTAL_N, C, 1, TOTAL_N, dtype)
-                wb = load_matrix(wb_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
-                wv = load_matrix(wv_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
-                inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
-                dx = dot(p, dm, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION) / P_SCALE
-                if CHAINED:
-                    dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
-                else:  # the selects keep Triton from chaining the products again
-                    zero = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-                    dx += tl.where(inside_x, dot(db, wb, zero, PRECISION), 0.0)
-                    dx += tl.where(inside_x, dot(dv, wv, zero, PRECISION), 0.0)
+            if CHANNELS_FIT:
                 if RESIDUAL:
                     do = load_tile(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
+                inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
+                dx = product_of_x(
+                    p, db, dv, tl.trans(dm), tl.trans(wb), tl.trans(wv), inside_x,
+                    CHAINED, P_SCALE, PRECISION, ACC,
+                )  # fmt: skip
+                if RESIDUAL:
                     dx += do.to(ACC)
-                x_offs = cols[:, None] * stride_dx_l + rows_c[None, :] * stride_dx_c * ALIGN
-                tl.store(dx_base + x_offs, dx.to(dtype), mask=inside_x)
+                store_tile(dx_base, cols, rows_c, L, C, stride_dx_l, stride_dx_c * ALIGN, dx)
+            else:
+                dv = tl.load(dv_base + offs, mask=inside, other=0.0)
+                for c0 in range(0, C, BLOCK_C):
+                    rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+                    dm = load_matrix(dm_base, rows_n, rows_c, TOTAL_N, C, 1, TOTAL_N, dtype)
+                    wb = load_matrix(wb_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
+                    wv = load_matrix(wv_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
+                    inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
+                    dx = product_of_x(
+                        p, db, dv, dm, wb, wv, inside_x, CHAINED, P_SCALE, PRECISION, ACC
+                    )
+                    if RESIDUAL:
+                        do = load_tile(
+                            do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN
+                        )
+                        dx += do.to(ACC)
+                    store_tile(dx_base, cols, rows_c, L, C, stride_dx_l, stride_dx_c * ALIGN, dx)
 
 
-@guard.proved({"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",))
+@guard.proved(
+    {"x": "N-L", "dout": "N-L", "v": "N-L", "h": "N--", "dv": "N-L"}, writes=("dv",),
+    apart=lambda x, dout, **_: not launch.same_steps(x, dout),
+)  # fmt: skip
 def block_bwd_distribute(x, dout, weight_v, bias_v, v, h, dv, *, heads, logit_scale, softmax):
     """Writes dV and returns the partials of dH, ``(N, num_splits, total_n, C')``."""
     ready = launch.prepared(
@@ -270,7 +395,9 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
         HEADS=heads, C=channels, C_N=total_n // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
         PACKED=tiles.packed(heads, total_n // heads, block_n), PROJECT=v is None, SOFTMAX=softmax,
         HAS_BIAS=v is None and bias_v is not None,
-        CHANNELS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_N=block_n,
+        SAME_STEPS=launch.same_steps(x, dout),
+        CHANNELS_FIRST=tiles.reads_shared_operands(x.device),
+        ROWS_N=tiles.wants_64_rows(x.device) and head_block * block_n >= 64, BLOCK_N=block_n,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (batch, ready.num_splits, total_n, c_out))
 
@@ -287,6 +414,11 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
         "db": "N-L",
     },
     writes=("db",),
+    apart=lambda x, dout, residual, need_x, **_: (
+        not launch.same_steps(
+            x, dout if residual else x, launch.empty_rows_like(x, x.shape[1]) if need_x else x
+        )
+    ),
 )
 def block_bwd_gather(
     x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x
@@ -312,12 +444,13 @@ def _block_bwd_gather(
 ):
     batch, channels, _ = x.shape
     total_n = weight_b.shape[0]
-    tile = tiles.tile(
-        "block_bwd_gather", x, channels, total_n, tiles.PLAIN if mask is None else "mask"
-    )
+    channels_fit = tiles.fits("block_bwd_gather_full_c", x, channels, total_n)
+    kernel = "block_bwd_gather_full_c" if channels_fit else "block_bwd_gather"
+    tile = tiles.tile(kernel, x, channels, total_n, tiles.PLAIN if mask is None else "mask")
     return launch.Launch(
         block_bwd_gather_kernel, x, tile, batch,
         activations={"x": x, "do": dout, "dv": dv, "dx": dx}, strided={"mask": mask}, again=True,
         C=channels, TOTAL_N=total_n, HAS_MASK=mask is not None, RESIDUAL=residual, WRITE_X=need_x,
         CHAINED=tiles.chains_products(x.device), P_SCALE=POLICIES[x.dtype].p_scale,
+        CHANNELS_FIT=channels_fit, SAME_STEPS=launch.same_steps(x, dout, dx),
     )  # fmt: skip

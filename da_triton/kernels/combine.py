@@ -3,9 +3,10 @@ r"""The small products between the passes over positions, which also merge a pas
     forward     M or G from partials   G = Wa M + ba·1ᵀ      H = scale · Wo G
     backward    dH from partials       dG = scale · Woᵀ dH   dM = Waᵀ dG      δ = Σ_C dM∘M
 
-One launch each, on the matrix unit, with descriptors in two halves where the weights have half
-precision (``dot_2xhalf``). A program owns a tile of n of one head of one sample, with all
-features. The number of positions does not enter.
+On the matrix unit, with descriptors in two halves where the weights have half precision
+(``dot_2xhalf``). Up to ``FEW`` partials are merged in the launch of the products, where a program
+owns a tile of n of one head of one sample, with all features. More of them are merged in a launch
+spread over features (``merge``), and the products follow, spread over rows of the weights.
 
 M, H, dH and dM are ``(N, C, total_n)``, G and dG are ``(N, heads, C_M, C_N)``, with
 ``total_n = heads·C_N``. H and dM have the dtype of the weights, because that is how the passes over
@@ -17,40 +18,28 @@ import torch
 import triton
 import triton.language as tl
 
+from ..planning.costs import FEW, SMALL_M
 from ..precision import POLICIES, accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
-from .primitives import GRADIENT_RANGE, dot_2xhalf, exp, into_float16, load_matrix, log_sum, scalar
+from .delta import lowp_and_delta
+from .merge import add, added, merge, merged_statistics
+from .primitives import GRADIENT_RANGE, dot_2xhalf, into_float16, load_matrix, log_sum, scalar
+from .product import product
+
+IN_FLIGHT = 1024  # elements of them that a warp loads at once
 
 
-@triton.jit
-def _merged(
-    acc_base, max_base, rows, cols, R, C_N, NUM_PARTIALS, pivot, inverse,
-    stride_partial, stride_n, stride_f, stride_max, MERGE: tl.constexpr,
-):  # fmt: skip
-    """``Σ_i acc·exp(mx − pivot) / total``, ``[rows, cols]``, in order; or the only partial."""
-    inside = (rows < R)[:, None] & (cols < C_N)[None, :]
-    ptrs = acc_base + cols[None, :] * stride_n + rows[:, None] * stride_f
-    if not MERGE:
-        return tl.load(ptrs, mask=inside, other=0.0)
-    merged = tl.zeros((rows.shape[0], cols.shape[0]), acc_base.dtype.element_ty)
-    for partial in range(0, NUM_PARTIALS):
-        mx = tl.load(max_base + partial * stride_max + cols, mask=cols < C_N, other=-float("inf"))
-        weight = exp(mx - pivot) * inverse
-        merged += tl.load(ptrs + partial * stride_partial, mask=inside, other=0.0) * weight[None, :]
-    return merged
-
-
-@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
+@triton.jit(do_not_specialize=[*launch.COUNTS, "NUM_PARTIALS"])
 def combine_kernel(
-    acc_ptr,  # partials of M (FROM_X) or of G − ba; any strides
-    max_ptr,  # (N, NUM_PARTIALS, total_n); read if MERGE
-    sum_ptr,  # (N, NUM_PARTIALS, total_n); read if MERGE
-    lse_ptr,  # (N, total_n); written if MERGE, else read if HAS_BIAS
+    acc_ptr,  # (N, NUM_PARTIALS, total_n, features): partials of M (FROM_X) or of G − ba
+    max_ptr,  # (N, NUM_PARTIALS, total_n)
+    sum_ptr,  # (N, NUM_PARTIALS, total_n)
     wa_ptr,  # (HEADS·C_M, C), contiguous; read if FROM_X
     ba_ptr,  # (HEADS·C_M,); read if HAS_BIAS
     wo_ptr,  # (C_OUT, HEADS·C_M), contiguous; read if WRITE_H
+    lse_ptr,  # (N, total_n)
     m_ptr,  # (N, C, total_n); written if WRITE_M
-    g_ptr,  # (N, HEADS, C_M, C_N); written if WRITE_G
+    g_ptr,  # (N, HEADS, C_M, C_N)
     h_ptr,  # (N, C_OUT, total_n); written if WRITE_H
     scale_h: "fp64",
     HEADS,
@@ -59,92 +48,81 @@ def combine_kernel(
     C_N,
     C_OUT,
     NUM_PARTIALS,
-    stride_acc_s,
-    stride_acc_partial,
-    stride_acc_h,
-    stride_acc_n,
-    stride_acc_f,
+    BLOCKS_PER_SPLIT,
+    NUM_SPLITS,
     FROM_X: tl.constexpr,
-    MERGE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WRITE_M: tl.constexpr,
-    WRITE_G: tl.constexpr,
     WRITE_H: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,  # partials that are loaded at once
 ):
-    """One program: a tile of n of a head of a sample, all features. BLOCK_M ≥ C_M."""
+    """One program: a tile of n of a head of a sample, all features, a split of H's channels.
+
+    BLOCK_M ≥ C_M. The first split writes everything but H.
+    """
     blocks = tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
+    split = pid % NUM_SPLITS
+    pid = pid // NUM_SPLITS
     head = (pid // blocks % HEADS).to(tl.int64)
     n = (pid // (blocks * HEADS)).to(tl.int64)
     cols = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
     inside_n = cols < C_N
+    writes = cols < tl.where(split == 0, C_N, 0)
     total_n = HEADS * C_N
     first = head * C_N  # of this head's n
-    acc_base = acc_ptr + n * stride_acc_s + head * stride_acc_h
-    max_base = max_ptr + n * NUM_PARTIALS * total_n + first
+    base = n * NUM_PARTIALS * total_n + first
     dtype: tl.constexpr = h_ptr.dtype.element_ty
 
-    pivot = tl.zeros((BLOCK_N,), ACC)
-    total = tl.full((BLOCK_N,), 1.0, ACC)
-    if MERGE:
-        mx = tl.full((BLOCK_N,), -float("inf"), ACC)
-        for partial in range(0, NUM_PARTIALS):
-            part = tl.load(max_base + partial * total_n + cols, mask=inside_n, other=-float("inf"))
-            mx = tl.maximum(mx, part)
-        pivot = tl.where(mx == -float("inf"), 0.0, mx)
-        total = tl.zeros((BLOCK_N,), ACC)
-        for partial in range(0, NUM_PARTIALS):
-            offs = partial * total_n + cols
-            part = tl.load(max_base + offs, mask=inside_n, other=-float("inf"))
-            sums = tl.load(
-                sum_ptr + n * NUM_PARTIALS * total_n + first + offs, mask=inside_n, other=0.0
-            )
-            total += sums * exp(part - pivot)
-        lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
-        if HAS_MASK:
-            lse = tl.where(total == 0.0, float("inf"), lse)
-            total = tl.where(total == 0.0, 1.0, total)
-        tl.store(lse_ptr + n * total_n + first + cols, lse, mask=inside_n)
-    inverse = 1.0 / total
+    max_base = max_ptr + base
+    mx, pivot, total = merged_statistics(
+        max_base, sum_ptr + base, cols, C_N, NUM_PARTIALS, total_n, GROUP
+    )
+    lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
+    if HAS_MASK:
+        lse = tl.where(total == 0.0, float("inf"), lse)
+        total = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse_ptr + n * total_n + first + cols, lse, mask=writes)
+    inverse = (1.0 / total)[None, :]
 
     if FROM_X:
         g = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for c0 in range(0, C, BLOCK_C):
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
-            m = _merged(
-                acc_base, max_base, rows_c, cols, C, C_N, NUM_PARTIALS, pivot, inverse,
-                stride_acc_partial, stride_acc_n, stride_acc_f, total_n, MERGE,
+            m = added(
+                acc_ptr + base * C, max_base, rows_c, cols, C, C_N, NUM_PARTIALS, pivot, total_n,
+                GROUP, True,
             )  # fmt: skip
+            m = tl.trans(m) * inverse
             if WRITE_M:
                 m_ptrs = m_ptr + (n * C + rows_c)[:, None] * total_n + (first + cols)[None, :]
-                tl.store(m_ptrs, m, mask=(rows_c < C)[:, None] & inside_n[None, :])
+                tl.store(m_ptrs, m, mask=(rows_c < C)[:, None] & writes[None, :])
             wa = load_matrix(wa_ptr + head * C_M * C, rows_m, rows_c, C_M, C, C, 1, dtype)
             g = dot_2xhalf(wa, m, g, PRECISION)
     else:
-        g = _merged(
-            acc_base, max_base, rows_m, cols, C_M, C_N, NUM_PARTIALS, pivot, inverse,
-            stride_acc_partial, stride_acc_n, stride_acc_f, total_n, MERGE,
+        g = added(
+            acc_ptr + base * C_M, max_base, rows_m, cols, C_M, C_N, NUM_PARTIALS, pivot, total_n,
+            GROUP, True,
         )  # fmt: skip
+        g = tl.trans(g) * inverse
     if HAS_BIAS:
         ba = tl.load(ba_ptr + head * C_M + rows_m, mask=rows_m < C_M, other=0.0).to(ACC)[:, None]
         if HAS_MASK:  # rows of P sum to 1, but for attention maps whose positions are all masked
-            if not MERGE:
-                lse = tl.load(lse_ptr + n * total_n + first + cols, mask=inside_n, other=0.0)
             ba = tl.where((lse == float("inf"))[None, :], 0.0, ba)
         g += ba
-    if WRITE_G:
-        g_ptrs = g_ptr + ((n * HEADS + head) * C_M + rows_m)[:, None] * C_N + cols[None, :]
-        tl.store(g_ptrs, g, mask=(rows_m < C_M)[:, None] & inside_n[None, :])
+    g_ptrs = g_ptr + ((n * HEADS + head) * C_M + rows_m)[:, None] * C_N + cols[None, :]
+    tl.store(g_ptrs, g, mask=(rows_m < C_M)[:, None] & writes[None, :])
     if WRITE_H:
         scale = scalar(scale_h, ACC)
-        for c0 in range(0, C_OUT, BLOCK_C):
+        start = split * BLOCKS_PER_SPLIT * BLOCK_C
+        for c0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_C, C_OUT), BLOCK_C):
             rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
             wo_base = wo_ptr + head * C_M
             wo = load_matrix(wo_base, rows_c, rows_m, C_OUT, C_M, HEADS * C_M, 1, dtype)
@@ -177,6 +155,8 @@ def combine_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ADDED: tl.constexpr,  # dH is there; else its partials are added
+    GROUP: tl.constexpr,  # partials that are loaded at once
 ):
     """One program: a tile of n of a head of a sample, all features. BLOCK_M ≥ C_M."""
     blocks = tl.cdiv(C_N, BLOCK_N)
@@ -191,18 +171,20 @@ def combine_backward_kernel(
     dtype: tl.constexpr = dm_ptr.dtype.element_ty
     half: tl.constexpr = dtype == tl.float16
 
+    base = partials_ptr + (n * NUM_PARTIALS * total_n + first) * C_OUT
+    if ADDED:
+        base = dh_ptr + n * C_OUT * total_n + first
     dg = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for c0 in range(0, C_OUT, BLOCK_C):
         rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
         inside = (rows_c < C_OUT)[:, None] & inside_n[None, :]
-        dh = tl.zeros((BLOCK_C, BLOCK_N), ACC)
-        for partial in range(0, NUM_PARTIALS):
-            part = ((n * NUM_PARTIALS + partial) * total_n + first + cols)[
-                None, :
-            ] * C_OUT + rows_c[:, None]
-            dh += tl.load(partials_ptr + part, mask=inside, other=0.0)
-        ptrs = dh_ptr + (n * C_OUT + rows_c)[:, None] * total_n + (first + cols)[None, :]
-        tl.store(ptrs, dh, mask=inside)
+        if ADDED:
+            dh = load_matrix(base, rows_c, cols, C_OUT, C_N, total_n, 1, ACC)
+        else:
+            dh = added(base, base, rows_c, cols, C_OUT, C_N, NUM_PARTIALS, 0, total_n, GROUP, False)
+            dh = tl.trans(dh)
+            ptrs = dh_ptr + (n * C_OUT + rows_c)[:, None] * total_n + (first + cols)[None, :]
+            tl.store(ptrs, dh, mask=inside)
         wo_base = wo_ptr + head * C_M
         wo = load_matrix(wo_base, rows_m, rows_c, C_M, C_OUT, 1, HEADS * C_M, dtype)
         if half:
@@ -243,6 +225,7 @@ def empty(x, weights, heads):
     {"partials": ("NS--", "NS-", "NS-"), "lse": "N", "g": "N---"},
     writes=("lse", "g"),
     roles={"partials": ("", "", "positive")},
+    num_splits=lambda partials, **_: 3 if partials[0].shape[1] > FEW else 2,
 )
 def merge_partials(
     partials, weights, lse, g, *, heads, scale, mask, from_x, want_m=False, want_h=True
@@ -251,79 +234,107 @@ def merge_partials(
 
     ``weights``: weight_a, bias_a (or None) and weight_out, in the dtype of X.
     """
-    acc, mx, total = partials
-    _, num_partials, total_n, features = acc.shape
-    strides = (acc.stride(0), acc.stride(1), total_n // heads * features, features, 1)
-    return _descriptors(
-        acc, mx, total, lse, weights, num_partials, strides, heads=heads, scale=scale, mask=mask,
-        from_x=from_x, merge=True, bias=weights.bias_a, want_m=want_m, g=g, want_h=want_h,
-    )  # fmt: skip
+    acc = partials[0]
+    batch, num_partials, total_n, features = acc.shape
+    a, bias, out = weights.a, weights.bias_a, weights.out
+    few = num_partials <= FEW
+    # Of many features, M would be written and read once more than a forward pass may cost.
+    whole = from_x and want_h and not want_m and g.shape[2] > SMALL_M
+    if whole or (few and (from_x or want_h)):
+        with_h = want_h and few
+        ready = launch.prepared(
+            _combine, (a, bias, out, *partials, g), heads, mask, from_x, want_m, with_h
+        )
+        made = ready.empty()
+        m, h = made[0] if want_m else None, made[-1] if with_h else None
+        others = a if bias is None else bias, out if with_h else a
+        results = lse, acc if m is None else m, g, a if h is None else h
+        ready((*partials, a, *others, *results), (scale,))
+        return m, _h(g, weights, scale) if want_h and not few else h
+    if from_x:
+        m = acc.new_empty((batch, features, total_n))
+        merge(partials, m[:, None], lse, mask=mask)
+        by_head = a.unflatten(0, (heads, -1))
+        product(by_head, _by_head(m, heads), g, bias=bias, lse=lse if mask else None)
+    else:
+        m = None
+        merge(partials, g, lse, bias, mask=mask)
+    return m if want_m else None, _h(g, weights, scale) if want_h else None
 
 
 @guard.proved({"g": "N---"})
 def reconstructing(g, weights, *, heads, scale):
     """``H = scale · Wo G`` alone, ``(N, C', total_n)`` in the dtype of the weights."""
-    return _descriptors(
-        g, g, g, g, weights, 1, (g.stride(0), 0, g.stride(1), g.stride(3), g.stride(2)),
-        heads=heads, scale=scale, mask=False, from_x=False, merge=False, bias=None,
-        want_m=False, g=None, want_h=True,
-    )[-1]  # fmt: skip
+    return _h(g, weights, scale)
 
 
-def _descriptors(
-    acc, mx, total, lse, weights, num_partials, strides, *, heads, scale, mask, from_x, merge, bias,
-    want_m, g, want_h,
-):  # fmt: skip
-    a, out = weights.a, weights.out
-    ready = launch.prepared(
-        _forward, (a, weights.b, bias, out, acc, mx, total, lse, g), num_partials, strides, heads,
-        mask, from_x, merge, want_m, want_h,
-    )  # fmt: skip
-    results = ready.empty()
-    m = results[0] if want_m else None
-    h = results[-1] if want_h else None
-    ready(
-        (
-            acc, mx, total, lse, a, a if bias is None else bias, out if want_h else a,
-            acc if m is None else m, acc if g is None else g, a if h is None else h,
-        ),
-        (scale,),
-    )  # fmt: skip
-    return m, h
+def _h(g, weights, scale):
+    out = weights.out
+    batch, heads, _, c_n = g.shape
+    h = out.new_empty((batch, len(out), heads * c_n))
+    per_head = out.unflatten(1, (heads, -1)).transpose(0, 1)
+    product(per_head, g, _by_head(h, heads), scale)
+    return h
 
 
-def _forward(
-    a, b, bias, out, acc, mx, total, lse, g, num_partials, strides, heads, mask, from_x, merge,
-    want_m, want_h,
-):  # fmt: skip
-    batch, channels, total_n = acc.shape[0], a.shape[1], b.shape[0]
-    c_m, c_n = a.shape[0] // heads, total_n // heads
+def _combine(a, bias, out, acc, mx, total, g, heads, mask, from_x, want_m, want_h):
+    batch, _, c_m, c_n = g.shape
+    channels, num_partials, total_n = a.shape[1], acc.shape[1], heads * c_n
     c_out = out.shape[0] if want_h else 1
     tile = tiles.tile("combine", a, c_m, c_n)
-    steps = zip(("s", "partial", "h", "n", "f"), strides, strict=True)
+    programs = batch * heads * -(-c_n // tile.block_n)
+    per_split, num_splits = launch.split_positions(programs, c_out, tile, a.device)
+    if 4 * programs > launch.num_sms(a.device):  # each reads the partials again
+        per_split, num_splits = per_split * num_splits, 1
     ready = launch.Launch(
-        combine_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
+        combine_kernel, a, tile, programs * num_splits,
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials,
-        FROM_X=from_x, MERGE=merge, HAS_BIAS=bias is not None, HAS_MASK=mask, WRITE_M=want_m,
-        WRITE_G=g is not None, WRITE_H=want_h, BLOCK_C=tile.block_l,
-        **{f"stride_acc_{axis}": step for axis, step in steps},
+        BLOCKS_PER_SPLIT=per_split, NUM_SPLITS=num_splits, BLOCK_C=tile.block_l,
+        FROM_X=from_x, HAS_BIAS=bias is not None, HAS_MASK=mask, WRITE_M=want_m, WRITE_H=want_h,
+        GROUP=_group(tile, tile.block_l if from_x else tile.block_m),
     )  # fmt: skip
     if want_m:
         ready.allocating(acc.dtype, (batch, channels, total_n))
     return ready.allocating(a.dtype, (batch, c_out, total_n)) if want_h else ready
 
 
-@guard.proved({"partials": "NS--", "lse": "N", "m": "N--"})
+@guard.proved(
+    {"partials": "NS--", "lse": "N", "m": "N--"},
+    num_splits=lambda partials, **_: 3 if partials.shape[1] > FEW else 2,
+)
 def combine_backward(partials, lse, m, weights, *, heads, scale):
     """``(dH, dG, dM, δ, lse)`` from the partials of dH, ``(N, NUM_PARTIALS, total_n, C')``.
 
     In float16, the weights that go with dM and δ are those of the lse that is returned.
     """
+    many = partials.shape[1] > FEW
+    if many and weights.a.shape[0] > SMALL_M * heads:
+        return _backward_products(add(partials), lse, m, weights, heads, scale)
     shifted = torch.empty_like(lse) if POLICIES[weights.a.dtype].extended else lse
     ready = launch.prepared(_combine_backward, (weights.a, weights.out, partials, lse, m), heads)
-    dh, dg, delta, dm = ready.empty()
+    dg, delta, dm, *dh = ready.empty()
+    dh = add(partials) if many else dh[0]
     ready((partials, lse, m, weights.a, weights.out, dh, dg, dm, delta, shifted), (scale,))
     return dh, dg, dm, delta, shifted
+
+
+def _backward_products(dh, lse, m, weights, heads, scale):
+    """The same from dH, a product a launch."""
+    by_head = weights.a.unflatten(0, (heads, -1))
+    dg = dh.new_empty((len(dh), *by_head.shape[:2], dh.shape[2] // heads))
+    per_head = weights.out.unflatten(1, (heads, -1)).permute(1, 2, 0)
+    product(per_head, _by_head(dh, heads), dg, scale, lse=lse, gradient=True)
+    dm = torch.empty_like(m)
+    product(by_head.mT, dg, _by_head(dm, heads), gradient=True)
+    dm, delta, shifted = lowp_and_delta(
+        dm[:, None, None], m[:, None], weights.a.dtype, lse[:, None]
+    )  # fmt: skip
+    return dh, dg, dm.squeeze(1), delta.squeeze(1), shifted.squeeze(1)
+
+
+def _by_head(y, heads):
+    """``(N, features, total_n)`` as ``(N, heads, features, n)``."""
+    return y.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _combine_backward(a, out, partials, lse, m, heads):
@@ -333,9 +344,15 @@ def _combine_backward(a, out, partials, lse, m, heads):
     ready = launch.Launch(
         combine_backward_kernel, a, tile, batch * heads * -(-c_n // tile.block_n),
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, NUM_PARTIALS=num_partials,
-        BLOCK_C=tile.block_l,
+        BLOCK_C=tile.block_l, ADDED=num_partials > FEW, GROUP=_group(tile, tile.block_l),
     )  # fmt: skip
-    ready.allocating(
-        partials.dtype, (batch, c_out, total_n), (batch, heads, c_m, c_n), (batch, total_n)
-    )
-    return ready.allocating(a.dtype, (batch, channels, total_n))
+    ready.allocating(partials.dtype, (batch, heads, c_m, c_n), (batch, total_n))
+    ready.allocating(a.dtype, (batch, channels, total_n))
+    if num_partials <= FEW:
+        ready.allocating(partials.dtype, (batch, c_out, total_n))
+    return ready
+
+
+def _group(tile, rows):
+    """How many of a few partials a program loads at once: tiles of rows and n."""
+    return max(1, min(FEW, IN_FLIGHT * tile.num_warps // (rows * tile.block_n)))

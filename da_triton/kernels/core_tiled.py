@@ -422,7 +422,7 @@ def grad_g(y, x, scale, logit_scale, lse):
 def _grad_g(x, y, lse):
     batch, heads, c_n, _ = x.shape
     c_m = y.shape[2]
-    tile = tiles.tile("grad_g", x, c_m, c_n)
+    tile = tiles.tile("grad_g", x, c_m, c_n, launch.rows(x))
     blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
     ready = launch.Launch(
         grad_g_kernel, x, tile, batch * heads * blocks, again=True,

@@ -9,15 +9,17 @@ import triton
 import triton.language as tl
 
 from ..precision import POLICIES
-from ..runtime import launch, tiles
-from .primitives import into_float16, load_matrix
+from ..runtime import launch
+from .primitives import into_float16
+
+GROUP = 32  # partials that a program loads at once, at most
 
 
 @triton.jit
 def _round(
     dg_base, g_base, bias_base, lowp_base, rows_n, lse, factor, NUM_PARTIALS, C_M, C_N,
-    stride_s, stride_m, stride_k,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr,
+    stride_s, stride_m, stride_k, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Writes a block of dG, in float16 times ``factor``; returns δ of it, and its largest ``|dG|``
     of every descriptor, which is known in float16 only."""
@@ -28,17 +30,19 @@ def _round(
     for m0 in range(0, C_M, BLOCK_M):
         rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         dg = tl.zeros((rows_m.shape[0], rows_n.shape[0]), acc)
-        part = dg_base
-        for _ in range(0, NUM_PARTIALS):
-            dg += load_matrix(part, rows_m, rows_n, C_M, C_N, stride_m, stride_k, acc)
-            part += stride_s
+        inside = (rows_m < C_M)[:, None] & (rows_n < C_N)[None, :]
+        ptrs = dg_base + rows_m[:, None] * stride_m + rows_n[None, :] * stride_k
+        for first in range(0, NUM_PARTIALS, GROUP):
+            partials = (first + tl.arange(0, GROUP)).to(tl.int64)[:, None, None]
+            there = (partials < NUM_PARTIALS) & inside[None, :, :]
+            parts = tl.load(ptrs[None, :, :] + partials * stride_s, mask=there, other=0.0)
+            dg += tl.sum(parts.to(acc), 0)
         if HAS_MASK:
             dg = tl.where((lse == float("inf"))[None, :], 0.0, dg)
         if dtype == tl.float16:
             largest = tl.maximum(largest, tl.max(tl.abs(dg), 0))
             dg *= factor[None, :]
         dg = dg.to(dtype)
-        inside = (rows_m < C_M)[:, None] & (rows_n < C_N)[None, :]
         offs = rows_m[:, None] * C_N + rows_n[None, :]
         tl.store(lowp_base + offs, dg, mask=inside)
         g = tl.load(g_base + offs, mask=inside, other=0.0)
@@ -73,6 +77,7 @@ def delta_kernel(
     HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,  # partials that are loaded at once
 ):
     """One program: a tile of n of one head of one sample.
 
@@ -98,7 +103,7 @@ def delta_kernel(
     delta, largest = _round(
         dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
         NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, HAS_MASK or half,
-        BLOCK_M,
+        BLOCK_M, GROUP,
     )  # fmt: skip
     if half:
         shifted, factor = into_float16(largest, lse)
@@ -108,7 +113,7 @@ def delta_kernel(
             delta, largest = _round(
                 dg_base, g_ptr + base, bias_ptr + h * C_M, lowp_ptr + base, rows_n, lse, factor,
                 NUM_PARTIALS, C_M, C_N, stride_dg_s, stride_dg_m, stride_dg_k, HAS_BIAS, True,
-                BLOCK_M,
+                BLOCK_M, GROUP,
             )  # fmt: skip
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + offs_n, mask=inside_n, other=0.0).to(acc)
@@ -134,12 +139,19 @@ def lowp_and_delta(partials, g, dtype, lse, *, bias=None, mask=False, dlse=None)
 
 def _delta(partials, g, bias, lse, dlse, dtype, mask):
     batch, heads, num_partials, c_m, c_n = partials.shape
-    tile = tiles.tile("delta", g, c_m, c_n)
+    # Few samples have many partials: their programs share n in narrow tiles.
+    size, block_n, warps = (1024, 16, 4) if num_partials == 1 else (8192, 8, 8)
+    if num_partials > 8:
+        block_n = 4
+    elif 16 < c_n < 32:  # rows that are not aligned are read once
+        size, block_n, warps = 4096, 32, 8
+    group = min(GROUP, 1 << (num_partials - 1).bit_length())
+    block_m = min(size // (block_n * group), 1 << (c_m - 1).bit_length())
     ready = launch.Launch(
-        delta_kernel, g, None, batch * heads * -(-c_n // tile.block_n), strided={"dg": partials},
+        delta_kernel, g, None, batch * heads * -(-c_n // block_n), strided={"dg": partials},
         HEADS=heads, NUM_PARTIALS=num_partials, C_M=c_m, C_N=c_n, HAS_BIAS=bias is not None,
-        HAS_MASK=mask, HAS_DLSE=dlse is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
+        HAS_MASK=mask, HAS_DLSE=dlse is not None, BLOCK_M=block_m, BLOCK_N=block_n, GROUP=group,
+        num_warps=warps,
     )  # fmt: skip
     ready.allocating(g.dtype, (batch, heads, c_n))
     return ready.allocating(dtype, (batch, heads, c_m, c_n))

@@ -12,36 +12,10 @@ import triton.language as tl
 
 from ..precision import accumulator, lse_dtype
 from ..runtime import guard, launch, tiles
-from .primitives import dot, exp, load_mask, load_tile, log_sum, online_softmax, scalar
+from .merge import few_or_many, merge, store_descriptors
+from .primitives import dot, load_mask, load_tile, online_softmax, scalar
 
 SOURCE = ("N--L", "N--L", "NL")
-
-
-@triton.jit
-def _store_descriptors(
-    acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N, g_ptr, lowp_ptr, lse_ptr, bias_ptr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LOWP: tl.constexpr,
-):  # fmt: skip
-    """Writes lse, and G of a block from ``acc [BLOCK_N, BLOCK_M]`` over ``total`` with A's bias.
-
-    Rows of P sum to 1, so G has the bias of A; an attention map without positions has neither.
-    """
-    inside_n = rows_n < C_N
-    lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
-    if HAS_MASK:
-        lse = tl.where(total == 0.0, float("inf"), lse)
-        acc = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
-    else:
-        acc = acc / total[:, None]
-    tl.store(lse_ptr + nh * C_N + rows_n, lse, mask=inside_n)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + h * C_M + rows_m, mask=rows_m < C_M, other=0.0).to(acc.dtype)
-        acc += tl.where((total == 0.0)[:, None], 0.0, bias[None, :])
-    offs = nh * C_M * C_N + rows_m[None, :] * C_N + rows_n[:, None]
-    inside = inside_n[:, None] & (rows_m < C_M)[None, :]
-    tl.store(g_ptr + offs, acc, mask=inside)
-    if LOWP:
-        tl.store(lowp_ptr + offs, acc.to(lowp_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*launch.COUNTS, "PARTIAL", "NUM_PARTIALS"])
@@ -117,7 +91,7 @@ def gather_kernel(
         acc = dot(p.to(a.dtype), tl.trans(a), acc * rescale[:, None], PRECISION)
 
     if FINAL:
-        _store_descriptors(
+        store_descriptors(
             acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
             acc_ptr, lowp_ptr, sum_ptr, bias_ptr, HAS_MASK, HAS_BIAS, LOWP,
         )  # fmt: skip
@@ -130,62 +104,10 @@ def gather_kernel(
         tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_m < C_M)[None, :])
 
 
-@triton.jit(do_not_specialize=["HEADS", "NUM_PARTIALS"])
-def gather_combine_kernel(
-    acc_ptr,  # (N, NUM_PARTIALS, heads·C_N, C_M): partial sums
-    max_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial maxima
-    sum_ptr,  # (N, NUM_PARTIALS, heads·C_N): partial sums of exponentials
-    bias_ptr,  # (heads·C_M,): of A; read if HAS_BIAS
-    g_ptr,  # (N·heads, C_M, C_N): G
-    lowp_ptr,  # (N·heads, C_M, C_N): G in the input dtype; written if LOWP
-    lse_ptr,  # (N·heads, C_N)
-    HEADS,
-    C_M,
-    C_N,
-    NUM_PARTIALS,
-    HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    LOWP: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program: a tile of n and m of one head of one sample, partials in order."""
-    blocks_m = tl.cdiv(C_M, BLOCK_M)
-    tiles = blocks_m * tl.cdiv(C_N, BLOCK_N)
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    nh = (pid // tiles).to(tl.int64)
-    n, h = nh // HEADS, nh % HEADS
-    rows_m = (tile % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = (tile // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_n = rows_n < C_N
-    inside = inside_n[:, None] & (rows_m < C_M)[None, :]
-
-    mx = tl.full((BLOCK_N,), -float("inf"), ACC)
-    total = tl.zeros((BLOCK_N,), ACC)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    for i in range(0, NUM_PARTIALS):
-        offs_n = ((n * NUM_PARTIALS + i) * HEADS + h) * C_N + rows_n
-        partial_mx = tl.load(max_ptr + offs_n, mask=inside_n, other=-float("inf"))
-        partial_total = tl.load(sum_ptr + offs_n, mask=inside_n, other=0.0)
-        part = tl.load(acc_ptr + offs_n[:, None] * C_M + rows_m[None, :], mask=inside, other=0.0)
-        new_mx = tl.maximum(mx, partial_mx)
-        pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)
-        old, new = exp(mx - pivot), exp(partial_mx - pivot)
-        total = total * old + partial_total * new
-        acc = acc * old[:, None] + part * new[:, None]
-        mx = new_mx
-    _store_descriptors(
-        acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
-        g_ptr, lowp_ptr, lse_ptr, bias_ptr, HAS_MASK, HAS_BIAS, LOWP,
-    )  # fmt: skip
-
-
 @guard.proved(
     {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
     writes=("lowp", "g", "lse"),
-    num_splits=lambda sources, **_: min(2, sum(num_splits for _, num_splits in _splits(sources))),
+    num_splits=lambda sources, **_: few_or_many(_num_partials(sources)),
 )
 def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the input itself, extra tokens).
@@ -209,21 +131,8 @@ def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None)
         _gather(sources, logit_scale, (g, lse, lse), bias, lowp, final=True)
         return g, lse
     partials = _partials(sources, logit_scale)
-    ready = launch.prepared(_combine, (a, b, *partials, bias, g, lowp, lse), mask is not None)
-    ready((*partials, g if bias is None else bias, g, g if lowp is None else lowp, lse))
+    merge(partials, g, lse, bias, lowp, mask=mask is not None)
     return g, lse
-
-
-def _combine(a, b, acc, mx, total, bias, g, lowp, lse, masked):
-    batch, heads, c_m, _ = a.shape
-    c_n = b.shape[2]
-    tile = tiles.tile("gather_combine", a, c_m, c_n)
-    blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
-    return launch.Launch(
-        gather_combine_kernel, a, tile, batch * heads * blocks, HEADS=heads, C_M=c_m, C_N=c_n,
-        NUM_PARTIALS=acc.shape[1], HAS_MASK=masked, HAS_BIAS=bias is not None,
-        LOWP=lowp is not None,
-    )  # fmt: skip
 
 
 @guard.proved({"sources": SOURCE})

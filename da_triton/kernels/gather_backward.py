@@ -157,7 +157,7 @@ def gather_backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
 def _launch(a, b, dg, da, db, mask, lse, correction):
     batch, heads, c_m, _ = a.shape
     c_n = b.shape[2]
-    tile = tiles.tile("gather_backward", a, c_m, c_n)
+    tile = tiles.tile("gather_backward", a, c_m, c_n, launch.rows(a))
     return launch.Launch(
         gather_backward_kernel, a, tile, batch * heads, again=True,
         activations={"a": a, "b": b, "da": a if da is None else da, "db": b if db is None else db},

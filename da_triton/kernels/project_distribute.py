@@ -181,7 +181,7 @@ def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax
     sizes = max(channels, c_out), head_block * block_n
     channels_fit = tiles.channels_fit(*sizes)
     kernel = "project_distribute" if channels_fit else "project_distribute_blocks"
-    tile = tiles.tile(kernel, x, *sizes, tiles.PLAIN if v is None else "v")
+    tile = tiles.tile(kernel, x, *sizes, launch.rows(x) if v is None else "v")
     return launch.Launch(
         project_distribute_kernel, x, tile, batch,
         activations={"x": x, "v": x if v is None else v, "out": out},

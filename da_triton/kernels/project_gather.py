@@ -190,7 +190,7 @@ def gather_from_x(x, weight_b, mask, logit_scale):
 def _gather_from_x(x, weight_b, mask):
     batch, channels, _ = x.shape
     total_n = weight_b.shape[0]
-    variant = tiles.PLAIN if mask is None else "mask"
+    variant = launch.rows(x) if mask is None else "mask"
     tile = tiles.tile("gather_from_x", x, channels, total_n, variant)
     ready = launch.Launch(
         gather_from_x_kernel, x, tile, batch * -(-total_n // tile.block_n),

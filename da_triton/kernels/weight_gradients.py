@@ -20,6 +20,7 @@ from ..runtime import guard, launch, tiles
 from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_matrix, load_tile, scalar, split
 
 LEAST_BLOCKS = 4  # of positions per split
+WAVES = 4  # at most: with many blocks of t and x, a single one would leave SMs idle
 
 
 @triton.jit(do_not_specialize=["N", "BLOCKS_PER_SPLIT"])
@@ -274,13 +275,13 @@ def outer_product(t, x):
 def _outer(t, x):
     batch, channels, length = x.shape
     rows = t.shape[1]
-    tile = tiles.tile("outer_product", x, channels, rows)
+    tile = tiles.tile("outer_product", x, channels, rows, launch.rows(x))
     blocks = -(-rows // tile.block_n) * -(-channels // tile.block_m)
     padded = -(-length // tile.block_l) * tile.block_l
-    blocks_per_split, _ = launch.split_positions(blocks, padded * batch, tile, x.device)
     # A partial has as many bytes as its tiles of t and x at a few blocks of positions.
-    blocks_per_split = max(blocks_per_split, LEAST_BLOCKS)
-    num_splits = -(-(padded * batch // tile.block_l) // blocks_per_split)
+    blocks_per_split, num_splits = launch.split_positions(
+        blocks, padded * batch, tile, x.device, WAVES, LEAST_BLOCKS
+    )
     ready = launch.Launch(
         outer_product_kernel, x, tile, blocks * num_splits, activations={"x": x, "t": t},
         N=batch, ROWS=rows, C=channels, BLOCKS_PER_SPLIT=blocks_per_split,

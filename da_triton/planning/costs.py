@@ -20,6 +20,8 @@ from .shapes import CoreLimits, Cost, Limits, Shape, Step
 BLOCK = 128  # tile size along m and n of kernels that loop over these, half precision
 L2 = 50e6  # bytes, of an H200; half of it is assumed to hold X
 POSITIONS = 64  # per block of the core's gather, in most of its tiles
+FEW = 8  # partials that are merged in the launch of the products of descriptors
+SMALL_M = 128  # c_m of a head, up to which one launch has all products of backward
 
 
 class Order(NamedTuple):
@@ -110,6 +112,23 @@ def compulsory_bytes(s: Shape, cache: float = L2, backward: bool = False) -> int
     return s.batch * (reads * x + out) + weights
 
 
+def num_partials(length: int, block_l: int, wanted: int) -> int:
+    """Partial sums of a pass over tiles of ``block_l`` positions, ``wanted`` at most."""
+    blocks = max(1, -(-length // max(1, block_l)))
+    per_split = -(-blocks // min(max(1, wanted), blocks))
+    return -(-blocks // per_split)
+
+
+def _combine_launches(partials: int, products: int, whole: bool = False) -> int:
+    """Launches that merge partials and multiply descriptors.
+
+    ``whole``: M, which many partials make, is not written.
+    """
+    if products and partials <= FEW:
+        return 1
+    return 2 if whole else 1 + products
+
+
 def gather_steps(
     s: Shape, order: Order, block_l: int, num_splits: int, blocks: int = 1, with_v: bool = False
 ) -> list[Step]:  # fmt: skip
@@ -121,9 +140,14 @@ def gather_steps(
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
     features = c if order.from_x else s.c_m // s.heads
-    parts = 2 * num_splits * s.c_n * features
-    products = small * (order.from_x + order.through_h)
-    descriptors = Step("combine", False, products, 0, parts + s.c_n * features)
+    products = order.from_x + order.through_h
+    partials = (2 * num_splits + 1) * s.c_n * features
+    descriptors = Step("combine", False, products * small, 0, partials)
+    whole = products == 2 and s.c_m // s.heads > SMALL_M
+    if block_l:
+        wanted = num_splits // (blocks if order.from_x else s.heads)
+        launches = _combine_launches(num_partials(length, block_l, wanted), products, whole)
+        descriptors = descriptors._replace(launches=launches)
     if block_l and order.from_x:
         pass_1 = Step("gather from X", False, 2 * length * c * s.c_n, c * length)
         return [pass_1._replace(requested=blocks * c * length), descriptors]
@@ -144,7 +168,10 @@ def gather_steps(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
         1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _requested(s, features, BLOCK),
     )  # fmt: skip
-    return [*steps, core, descriptors] if order.through_h or order.from_x else [*steps, core]
+    if not products:
+        return [*steps, core]
+    launches = _combine_launches(core_splits, products, whole)
+    return [*steps, core, descriptors._replace(launches=launches)]
 
 
 def distribute_steps(
@@ -189,26 +216,28 @@ def distribute_steps(
 
 
 def fused_backward_steps(
-    s: Shape, num_splits: int, block_l: int, blocks: int = 1, saved_v: bool = False
-) -> list[Step]:
+    s: Shape, num_splits: int, block_l: int, blocks: int = 1, saved_v: bool = False,
+    partials: tuple[int, int] = (1, 1),
+) -> list[Step]:  # fmt: skip
     """Backward steps in order XH: pass 1 again, two passes over X and dO, the weights.
 
     ``block_l``: positions per tile of the second of those passes. ``blocks``: of n in pass 1.
-    ``saved_v``: V is read instead of projected from X.
+    ``saved_v``: V is read instead of projected from X. ``partials``: of M and of dH.
     """
     c, k, length, out = s.channels, s.c_n, s.length, s.out_channels
     small = c * s.c_m * k // s.heads
     parts = 2 * num_splits * k * c
+    again = 1 if partials[1] <= FEW else 2 if s.c_m // s.heads <= SMALL_M else 4
     return [
         Step("gather from X", False, 2 * length * c * k, c * length, 0, 1, blocks * c * length),
-        Step("combine", False, 2 * small, 0, parts + 2 * k * c),
+        Step("combine", False, 2 * small, 0, parts + 2 * k * c, _combine_launches(partials[0], 2)),
         Step(
             "dV and dH",
             False,
             length * k * ((0 if saved_v else c) + 2 * out),
             ((k if saved_v else c) + out + k) * length,
         ),
-        Step("combine, backward", False, 2 * small, 0, parts + 2 * k * c),
+        Step("combine, backward", False, 2 * small, 0, parts + 2 * k * c, again),
         Step(
             "dB and dX",
             False,

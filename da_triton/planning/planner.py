@@ -27,6 +27,7 @@ from .costs import (
     fused_tiles,
     gather_steps,
     least_macs,
+    num_partials,
     order_cost,
     orders,
     unfused_backward_steps,
@@ -184,7 +185,10 @@ def routes(
         fused_gather, fused_distribute = fused_tiles(o, limits)
         for one, two in itertools.product({fused_gather, 0}, {fused_distribute, 0}):
             batch_chunk = _batch_chunk(s) if one and two else max(1, s.batch)
-            num_splits = max(1, limits.num_sms // max(1, min(s.batch, batch_chunk)))
+            per_sm = 1
+            if one:
+                per_sm = limits.per_sm.gather_from_x if o.from_x else limits.per_sm.gather_from_a
+            num_splits = max(1, limits.num_sms * per_sm // max(1, min(s.batch, batch_chunk)))
             cached = batch_chunk * _bytes(s) <= CACHE
             both = not one and not two
             steps = (
@@ -208,7 +212,16 @@ def _backward(
         for o in orders(s.reconstruct)
     ]
     if limits.backward:
-        sizes = num_splits, limits.backward, limits.blocks_of_n, saved_v
+        blocks, batch, per_sm = limits.blocks_of_n, max(1, s.batch), limits.per_sm
+        wanted = (
+            limits.num_sms * per_sm.gather_from_x // (batch * blocks),
+            limits.num_sms * per_sm.block_bwd_distribute // batch,
+        )
+        partials = (
+            num_partials(s.length, limits.gather_from_x, wanted[0]),
+            num_partials(s.length, limits.block_bwd_distribute, wanted[1]),
+        )
+        sizes = num_splits, limits.backward, blocks, saved_v, partials
         candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
     timed = [(*c, modelled(c[2], s)) for c in candidates]
     return min(timed, key=lambda c: c[-1])

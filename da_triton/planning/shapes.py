@@ -56,6 +56,14 @@ class CoreLimits(NamedTuple):
     full_n_backward: int
 
 
+class PerSM(NamedTuple):
+    """Programs that an SM should hold at once, of kernels whose partials are merged."""
+
+    gather_from_x: int = 1
+    gather_from_a: int = 1
+    block_bwd_distribute: int = 1
+
+
 class Limits(NamedTuple):
     """Limits of the kernels for a shape on a GPU, from ``ops.triton.plan``."""
 
@@ -64,6 +72,8 @@ class Limits(NamedTuple):
     gather_from_a: int
     project_distribute: int
     backward: int  # of the pass that writes dX
+    block_bwd_distribute: int  # of the pass before it
     blocks_of_n: int  # of gather_from_x
     channels_fit: bool  # project_distribute holds all channels of a tile
     core: CoreLimits
+    per_sm: PerSM = PerSM()

@@ -52,18 +52,25 @@ _verdicts: dict[str, Verdict] = {}  # a case -> what was found in this process
 _attempts: Counter[str] = Counter()  # to prove a case
 
 
-def proved(axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_: 2):
+def proved(
+    axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_: 2,
+    apart=lambda **_: False,
+):  # fmt: skip
     """Decorates a launcher that has a stand-in of the same name.
 
     ``axes``: a letter per axis of every tensor with a batch (N), positions (L) or partials (S), "-"
     for other axes, which may be left out at the end; a tuple for tensors in tuples. ``writes``:
     arguments that are results. ``roles``: "positive" for tensors with positive elements.
     ``num_splits``: how many programs share the positions, where the code depends on that.
+    ``apart``: whether x has strides that other activations do not have, where the code depends on
+    that.
     """
 
     def decorate(launcher):
         name = launcher.__name__
-        spec = LAUNCHERS[name] = _Spec(name, launcher, axes, writes, roles or {}, num_splits)
+        spec = LAUNCHERS[name] = _Spec(
+            name, launcher, axes, writes, roles or {}, num_splits, apart
+        )  # fmt: skip
 
         @functools.wraps(launcher)
         def call(*args, **kwargs):
@@ -81,9 +88,9 @@ def proved(axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_
 class _Spec:
     """A launcher and how to make small arguments for it."""
 
-    def __init__(self, name, launcher, axes, writes, roles, num_splits):
+    def __init__(self, name, launcher, axes, writes, roles, num_splits, apart):
         self.name, self.launcher, self.axes = name, launcher, axes
-        self.writes, self.roles, self.num_splits = writes, roles, num_splits
+        self.writes, self.roles, self.num_splits, self.apart = writes, roles, num_splits, apart
         self.stand_in = getattr(stand_ins, name)
         self.signature = inspect.signature(launcher)
 
@@ -96,6 +103,7 @@ class _Spec:
         """Channels, dtypes, layouts and flags: what the generated code depends on."""
         found = {name: words(value, self.axes.get(name)) for name, value in given.items()}
         found["num_splits"] = str(self.num_splits(**given))
+        found["apart"] = "yes" if self.apart(**given) else ""
         if _dtype(given) == torch.float32:
             found["precision"] = "tf32" if verdicts.allows_tf32() else "ieee"
         return " ".join(f"{name}={word}" for name, word in found.items() if word)
@@ -103,10 +111,11 @@ class _Spec:
     def small(self, given):
         """Random arguments with the same channels and alignment, few samples and positions."""
         generator = torch.Generator(next(tensors(given)).device).manual_seed(0)
+        spread = {"x"} if self.apart(**given) else ()
         return {
             name: SCALARS.get(name, value)
             if isinstance(value, float)
-            else random(value, self.axes.get(name), self._role(name), generator)
+            else random(value, self.axes.get(name), self._role(name), generator, name in spread)
             for name, value in given.items()
         }
 

@@ -63,6 +63,19 @@ def alignment(*activations):
     return 1 if unit == 16 or max(rows) >= 2**31 else unit  # rebuilt in the kernel, it is int32
 
 
+def rows(x):
+    """The variant of a tile for x: ``tiles.ALIGNED``, ``tiles.ODD`` or ``tiles.PLAIN``."""
+    if x.stride(-1) != 1:
+        return tiles.PLAIN
+    unit = math.gcd(8, x.shape[-1], *strides(x, 1)[:-1])
+    return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.PLAIN)
+
+
+def same_steps(x, *others):
+    """Whether all have x's strides of channels and positions, for kernels that then read x's."""
+    return all(strides(t, 1)[-2:] == strides(x, 1)[-2:] for t in others)
+
+
 @functools.cache
 def num_sms(device):
     """SMs of the GPU; a small fixed number for interpreted kernels."""
@@ -72,9 +85,7 @@ def num_sms(device):
 
 
 class _Thread(threading.local):
-    num_splits = (
-        None  # programs that share the positions, instead of as many as the GPU has room for
-    )
+    num_splits = None  # of positions, instead of as many as the GPU has room for
     tiles = None  # tiles of launches are appended here
     recorder = None  # receives every launch
 
@@ -114,15 +125,25 @@ def trial(num_splits, tiles):
         _thread.num_splits, _thread.tiles = before
 
 
-def split_positions(programs, length, tile, device):
+def split_positions(programs, length, tile, device, waves=1, least=1):
     """``(blocks_per_split, num_splits)`` that fill the GPU about once.
 
-    ``programs``: how many programs there are without splitting positions.
+    ``programs``: how many programs there are without splitting positions. ``waves``: how often the
+    GPU may be filled instead, where a single wave would leave much of it idle. ``least``: blocks
+    per split.
     """
     blocks = -(-length // tile.block_l)
-    wanted = _thread.num_splits or max(1, num_sms(device) * tile.ctas_per_sm // programs)
-    blocks_per_split = -(-blocks // min(wanted, blocks))
-    return blocks_per_split, -(-blocks // blocks_per_split)
+    room = num_sms(device) * tile.ctas_per_sm
+    wanted = _thread.num_splits or max(1, room // max(1, programs))
+    most = _thread.num_splits or waves * wanted
+    found = []
+    for splits in range(wanted, most + 1):
+        blocks_per_split = max(least, -(-blocks // min(splits, blocks)))
+        num_splits = -(-blocks // blocks_per_split)
+        steps = blocks_per_split * -(-programs * num_splits // room)
+        found.append((steps, blocks_per_split, num_splits))
+    enough = 1.1 * min(found)[0]
+    return next(tuple(split) for steps, *split in found if steps <= enough)
 
 
 def empty_activations_like(x, channels=None):
@@ -236,6 +257,8 @@ class Launch:
         self.options = {"enable_fp_fusion": not again}
         if tile is None:
             self.options["num_warps"] = num_warps
+            if _thread.tiles is not None:
+                _thread.tiles.append(f"{num_warps}w")
         else:
             found["BLOCK_M"] = found["BLOCK_C"] = tile.block_m
             found["BLOCK_N"], found["BLOCK_L"] = tile.block_n, tile.block_l

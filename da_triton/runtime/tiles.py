@@ -8,9 +8,10 @@ Shipped tables are ``kernels/tiles/<architecture>.json``, and ``wide.json`` with
 on all of them: those have no tensor cores on NVIDIA and few registers, so their tiles are small.
 The entries were found by ahead-of-time compilation (``python -m bench.codegen.tiles``): the largest
 tile of a kernel that compiles without spills, within the architecture's shared memory, on every
-layout. Ties go to more positions per tile, which means wider rows and fewer loop steps. None has
-been timed yet. A missing kernel and block spills with every candidate tried: ``fits`` is False for
-it, and the planner takes another route.
+layout. Ties go to more positions per tile, which means wider rows and fewer loop steps. Those whose
+note is "modelled" were chosen among tiles without spills by the modelled time of the named
+workloads. None has been timed yet. A missing kernel and block spills with every candidate tried:
+``fits`` is False for it, and the planner takes another route.
 
 Tuned tables are written by ``python -m bench tune``, one per GPU model, into the folder that
 DA_TRITON_TILES names (default: ``tiles`` in the cache). Some may ship in ``kernels/tiles/tuned``.
@@ -42,7 +43,7 @@ class Tile(NamedTuple):
     block_l: int
     num_warps: int
     num_stages: int
-    ctas_per_sm: int  # programs that an SM should hold at once
+    ctas_per_sm: int = 1  # programs that an SM should hold at once: see ``split_positions``
     impl: str = "pointers"  # which version of the kernel: see ``launch.Launch``
 
 
@@ -57,19 +58,23 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of a table; ``note``: the reason for it, or what was measured."""
+    """An entry of a table, and the reason for it or what was measured, in ``note``."""
 
     block_l: int
     num_warps: int
     num_stages: int
+    ctas_per_sm: int = 1
     impl: str = "pointers"
     note: str = ""
 
 
 PLAIN = "plain"  # also every variant that a table lacks
+# Rows of positions that begin at multiples of 16 bytes in half precision, and those of which every
+# load is of one element: see ``launch.rows``.
+ALIGNED, ODD = "aligned", "odd"
 COLUMNS = [
-    "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages", "impl",
-    "note",
+    "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages",
+    "ctas_per_sm", "impl", "note",
 ]  # fmt: skip
 Table = Mapping[Key, Entry]
 
@@ -155,6 +160,11 @@ def reads_shared_operands(device):
     return architecture(device) in ("sm_90", "sm_100")
 
 
+def wants_64_rows(device):
+    """Whether the matrix unit is wgmma, whose results have 64 rows or a multiple."""
+    return architecture(device) == "sm_90"
+
+
 def chains_products(device):
     """Whether several products in a loop may add to one accumulator.
 
@@ -194,14 +204,13 @@ BLOCKS = {
     "grad_logits": Blocks(walks="mn"),
     "full_n": Blocks((64, 64), (32, ANY), walks="m"),
     "position_lse": Blocks((16, 16), (1, 32)),
-    "delta": Blocks((16, 16), (32, 32)),
-    "gather_combine": Blocks((1, 32), (1, 64)),
     # fused with projections
     "combine": Blocks((32, ANY), (16, 16)),
     "combine_backward": Blocks((32, ANY), (16, 16)),
     "gather_from_a": Blocks((32, ANY), (32, ANY)),
     "gather_from_x": Blocks((64, ANY), (32, ANY)),
     "block_bwd_gather": Blocks((64, 64), (32, ANY)),
+    "block_bwd_gather_full_c": Blocks((64, ANY), (32, ANY)),
     "block_bwd_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute_blocks": Blocks((64, 64), (32, ANY)),
@@ -209,12 +218,10 @@ BLOCKS = {
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # if not "pointers" alone
-CORE = list(BLOCKS)[:7]  # an SM should hold two programs of these, if they are small
+CORE = list(BLOCKS)[:7]
 # Rules: entries where no table has one. In float32 and float64, fused kernels run only interpreted,
 # and in tests.
-STATISTICS = {
-    "position_lse": Entry(64, 4, 1), "delta": Entry(16, 4, 1), "gather_combine": Entry(16, 4, 1),
-}  # fmt: skip
+STATISTICS = {"position_lse": Entry(64, 4, 1)}
 INTERPRETED = Entry(32, 4, 1)
 
 
@@ -335,9 +342,7 @@ def _rule(kernel, tile_class, features, descriptors):
 
 
 def _tile(key, entry):
-    small = key.kernel in CORE and key.block_m * key.block_n <= 32 * 32
-    programs = 8 if key.kernel in STATISTICS else 2 if small else 1
-    return Tile(key.block_m, key.block_n, *entry[:3], programs, entry.impl)
+    return Tile(key.block_m, key.block_n, *entry[:-1])
 
 
 def forget() -> None:
@@ -421,6 +426,7 @@ def entries(table: Mapping[str, Any]) -> dict[Key, Entry]:
         sizes = key.block_m, key.block_n, entry.block_l
         powers = all(type(s) is int and s >= 16 and s & (s - 1) == 0 for s in sizes)
         options = entry.num_warps in (1, 2, 4, 8, 16) and entry.num_stages in range(1, 9)
+        options &= type(entry.ctas_per_sm) is int and 1 <= entry.ctas_per_sm <= 16
         options &= entry.impl in IMPLEMENTATIONS.get(key.kernel, ("pointers",))
         if key.kernel not in BLOCKS or not powers or not options or key in found:
             raise ValueError(f"no kernel could take its entry {row}, or it occurs twice")

@@ -89,8 +89,11 @@ def _inner(value, axes):
     return [axes] * len(value) if isinstance(value, list) else axes
 
 
-def random(value, axes, role, generator):
-    """Random tensors like those of a tree, with few samples, positions and partial results."""
+def random(value, axes, role, generator, spread=False):
+    """Random tensors like those of a tree, with few samples, positions and partial results.
+
+    ``spread``: with gaps between rows, so that strides are not those of a contiguous tensor.
+    """
     if isinstance(value, (tuple, list)):
         roles = role if isinstance(role, tuple) else [role] * len(value)
         items = [
@@ -103,6 +106,12 @@ def random(value, axes, role, generator):
     letters = (axes or "").ljust(value.dim(), "-")
     sizes = [few(letter, size) for letter, size in zip(letters, value.shape, strict=True)]
     x = like(value, sizes)
+    if spread:
+        axis = min(range(value.dim()), key=lambda i: (value.stride(i), -i))
+        x = like(value, [s + 128 * (i == axis) for i, s in enumerate(sizes)])
+        x = x.narrow(axis, 0, sizes[axis])
+    if "S" in letters and value.is_contiguous():  # kernels take partials without strides
+        x = value.new_empty(sizes)
     if value.dtype == torch.uint8:
         mask = torch.rand(x.shape, generator=generator, device=x.device) < 0.7
         mask[..., 0] = True  # an attention map without positions has no finite log-sum-exp
@@ -132,8 +141,8 @@ def fill(x, numbers):
 def few(letter, size):
     if letter == "N":
         return min(size, 2)
-    if letter == "S":
-        return min(size, 3)
+    if letter == "S":  # more than eight are merged by other kernels than a few
+        return min(size, 3 if size <= 8 else 9)
     if letter == "L" and size > SHORT:
         return LONGEST - 128 + size % 128
     return size

@@ -10,6 +10,7 @@ from bench import codegen
 from bench.codegen import survey, tiles
 from bench.codegen.compile import read_hip
 from bench.environment import ROOT
+from bench.model import tiles as ranking
 from da_triton.runtime.tiles import shipped
 
 TRITON = importlib.metadata.version("triton")
@@ -183,8 +184,28 @@ def test_survey_has_every_shipped_block_of_the_fused_kernels_and_every_full_n(ar
     assert sizes == {n for n, _ in survey.SQUARES}
 
 
+def test_clean_candidates_are_ranked_by_modelled_time(monkeypatch):
+    """In the geometric mean of passes, of which none may be much slower; the present tile else."""
+    search = tiles.Search("sm_90", "outer_product", modelled=True)
+    spilling, uneven, better, *_ = search.candidates((64, 64), None)
+    modelled = {None: (2.0, 2.0), spilling: (0.5, 0.5), uneven: (0.5, 2.1), better: (1.8, 1.9)}
+    monkeypatch.setattr(
+        ranking, "times",
+        lambda kernel, blocks, entry, gpu: dict(enumerate(modelled.get(entry, (2.0, 2.0)))),
+    )  # fmt: skip
+
+    def spills(blocks, candidate, wanted):
+        return 7 if wanted[0].length == codegen.ODD else float(candidate == spilling)
+
+    monkeypatch.setattr(search, "spills", spills)
+    assert search.fastest((64, 64)) == (better, "modelled; 7 spills at odd L")
+    modelled[better] = modelled[None]
+    ships = tiles.tiles.shipped("sm_90")["outer_product", "plain", "half", 64, 64]
+    assert search.fastest((64, 64)) == (ships[:4], ships.note)
+
+
 def test_tile_may_spill_at_an_odd_length_and_has_to_compile_there(monkeypatch):
-    search = tiles.Search("sm_90", "outer_product", None)
+    search = tiles.Search("sm_90", "outer_product")
     first, second, *_ = search.candidates((64, 64), None)
 
     def spills(blocks, candidate, wanted):

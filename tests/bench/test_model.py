@@ -34,11 +34,11 @@ def instruction(text, stall=1, write=NO_BARRIER, read=NO_BARRIER, waits=(), addr
     return Instruction(address, guard, negated, op, operands, stall, write, read, waits)
 
 
-def output(module):
+def output(module, *arguments):
     """What a module of the model prints in a process that compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=env, check=True, capture_output=True, text=True
     ).stdout  # fmt: skip

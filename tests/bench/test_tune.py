@@ -14,10 +14,10 @@ from support.processes import python
 
 CPU = torch.device("cpu")
 WORK = Workload("small", 1, 64, (8, 16), 32, 32)
-SITE = tiles.Key("project_distribute", tiles.PLAIN, "half", 64, 32)
-PRESENT = (32, 4, 1)  # of every fused kernel, interpreted
-FASTER = (64, 4, 2)
-OTHERS = [FASTER, (16, 4, 1)]
+SITE = tiles.Key("project_distribute", tiles.ALIGNED, "half", 64, 32)
+PRESENT = (32, 4, 1, 1)  # of every fused kernel, interpreted
+FASTER = (64, 4, 2, 2)
+OTHERS = [FASTER, (16, 4, 1, 1)]
 
 
 class Step:
@@ -27,7 +27,8 @@ class Step:
         self.results, self.fails, self.captured = results or {}, fails, []
 
     def __call__(self):
-        tile = tiles.tile(SITE.kernel, torch.empty(1, dtype=torch.bfloat16), 64, 32)[2:5]
+        x = torch.empty(1, dtype=torch.bfloat16)
+        tile = tiles.tile(SITE.kernel, x, 64, 32, SITE.variant)[2:6]
         self.captured.append(tile)
         if tile in self.fails:
             raise RuntimeError("out of resource: shared memory")
@@ -87,12 +88,13 @@ def test_sites_are_all_kernels_of_the_planned_route_and_the_unfused_one():
     assert found[SITE][0] == PRESENT
     named = {(site.kernel, site.variant) for site in found}
     assert named >= {
-        ("gather_from_x", "plain"), ("gather_from_x", "mask"), ("project_distribute", "v"),
-        ("block_bwd_gather", "mask"), ("block_bwd_distribute", "v"), ("combine_backward", "plain"),
-        ("gather", "plain"), ("full_n", "gradient"), ("gather_backward", "plain"),
+        ("gather_from_x", "aligned"), ("gather_from_x", "mask"), ("project_distribute", "v"),
+        ("block_bwd_gather_full_c", "mask"), ("block_bwd_distribute", "v"),
+        ("combine_backward", "plain"), ("gather", "plain"), ("full_n", "gradient"),
+        ("gather_backward", "aligned"),
     }  # fmt: skip
     assert len(found[SITE][1]()) == 1  # the forward pass is enough
-    assert len(found[SITE._replace(kernel="block_bwd_distribute")][1]()) > 1
+    assert len(found[SITE._replace(kernel="block_bwd_distribute", variant="plain")][1]()) > 1
 
 
 def test_planned_route_is_that_of_an_odd_number_of_positions():
@@ -117,7 +119,7 @@ def test_faster_candidate_replaces_the_present_tile(tuned, compiled, capsys, fas
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        (Step({FASTER: 1.1}), "its results differ by 1.0e-01 from those of (32, 4, 1)"),
+        (Step({FASTER: 1.1}), "its results differ by 1.0e-01 from those of (32, 4, 1, 1)"),
         (Step({FASTER: float("nan")}), "its results differ by nan"),
         (Step(fails=[FASTER]), "RuntimeError: out of resource: shared memory"),
     ],
@@ -152,7 +154,7 @@ def test_difference_within_the_noise_changes_nothing():
 def test_step_with_another_tile_gives_the_same(interpreted_tiles):
     run = next(tune.steps(WORK, CPU))
     (before,) = run()
-    with tune.tile_of(SITE, (16, 4, 1)):
+    with tune.tile_of(SITE, (16, 4, 1, 2)):
         (after,) = run()
     torch.testing.assert_close(before, after, rtol=2e-2, atol=2e-2)
 
@@ -214,9 +216,9 @@ def test_step_returns_all_gradients(interpreted_tiles):
 def test_the_package_reads_what_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("DA_TRITON_TILES", str(tmp_path))
     path = tune.path_of("NVIDIA Test (80GB)")
-    tune.write(path, "NVIDIA Test (80GB)", [Choice(SITE, "w", PRESENT, (64, 4, 2), 2.0, 1.0, 3)])
+    tune.write(path, "NVIDIA Test (80GB)", [Choice(SITE, "w", PRESENT, FASTER, 2.0, 1.0, 3)])
     assert path == tmp_path / "nvidia-test-80gb.json"
-    entry = tiles.Entry(64, 4, 2, "pointers", "1.00 us on w; (32, 4, 1) took 2.00 us")
+    entry = tiles.Entry(*FASTER, note="1.00 us on w; (32, 4, 1, 1) took 2.00 us")
     assert tiles.tuned("NVIDIA Test (80GB)") == {SITE: entry}
 
 
@@ -235,7 +237,7 @@ from bench.warm import on_absent, without_launches
 from bench.workloads import Workload
 from da_triton.runtime.tiles import Key
 
-site, entries = SITE, [(32, 4, 2), (64, 8, 2)]
+site, entries = SITE, [(32, 4, 2, 1), (64, 8, 2, 2)]
 run = next(tune.steps(WORK, torch.device("cpu")))
 with on_absent("sm_90"), without_launches():
     tune.compile_in_parallel(site, entries, run, bench.measure.Budget(600))

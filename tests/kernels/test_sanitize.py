@@ -42,14 +42,14 @@ def core(heads, m, n, length=37):
         gather_backward.gradients(dg, a, b, mask, g, lse, None, 0.5, True, True)
 
 
-def block(sizes, way, order, backward):
+def block(sizes, way, order, backward, batch=2, length=37):
     """The block on a route, forward and backward, in both memory formats."""
     c, c_m, c_n = sizes
     backward_order = XH if backward == "fused" else ORDERS[order]
     route = Route(ORDERS[order], way, way, backward, backward_order, 1 if way == "fused" else 2)
     shapes = (c_m, c), (c_m,), (c_n, c), (c_n, c), (c_n,), (c, c_m), (c,)
     w = routes.Weights(*(normal(*shape) for shape in shapes))
-    x, mask = normal(2, c, 37), mask_of(2, 37)
+    x, mask = normal(batch, c, length), mask_of(batch, length)
     options = routes.Options(2, 0.5, 0.5, 1.0, True, True)
     for activations in (x, x.mT.contiguous().mT):
         out, lse, g, v = routes.forward(activations, w, mask, options, route, True)
@@ -63,6 +63,7 @@ GROUPS = {
     "core-full_n": lambda: core(2, 130, 9),
     "core-tiled": lambda: core(1, 5, 514),
     "block-fused": lambda: block(SMALL, "fused", "XH", "fused"),
+    "block-many_partials": lambda: block(SMALL, "fused", "XH", "fused", 1, 1153),
     "block-from_a": lambda: block(SMALL, "fused", "AH", "unfused"),
     "block-by_channels": lambda: block(BY_CHANNELS, "fused", "XH", "unfused"),
     "block-vendor_gemms_az": lambda: block(SMALL, "unfused", "AZ", "unfused"),

@@ -45,6 +45,34 @@ def test_splits_cover_all_positions_in_about_one_wave(programs, length, monkeypa
     assert splits * programs <= max(132, programs)
 
 
+@pytest.mark.parametrize(("programs", "expected"), [(24, 5), (48, 5), (96, 4), (132, 1), (192, 2)])
+def test_several_waves_leave_less_of_the_gpu_idle(programs, expected, monkeypatch):
+    """Where one is nearly full, there is one: 120 of 132 programs; else 240, 384, …"""
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132)
+    tile = tiles.Tile(128, 128, 64, 4, 2)
+    blocks, splits = launch.split_positions(programs, 2**16, tile, None, 4)
+    assert splits == expected
+    assert blocks * (splits - 1) * 64 < 2**16 <= blocks * splits * 64
+
+
+def test_splits_fill_as_many_programs_as_an_sm_should_hold(monkeypatch):
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132)
+    for held, splits in ((1, 16), (2, 32), (3, 48)):
+        tile = tiles.Tile(64, 64, 64, 4, 2, held)
+        assert launch.split_positions(8, 64 * 16 * 48, tile, None)[1] == splits
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(784, "aligned"), (24, "aligned"), (196, "plain"), (50, "plain"), (49, "odd")],
+)
+def test_rows_that_have_a_tile_of_their_own(length, expected):
+    x = torch.empty(2, 64, length)
+    assert launch.rows(x) == expected
+    assert launch.rows(x.transpose(1, 2).contiguous().transpose(1, 2)) == tiles.PLAIN
+    assert launch.rows(torch.empty(2, 64, length + 1)[..., :length]) != tiles.ALIGNED
+
+
 def test_memory_formats():
     nchw, nhwc = torch.empty(2, 3, 4, 5), torch.empty(2, 5, 3, 4).permute(0, 2, 3, 1)
     assert not launch.is_channels_last(nchw)

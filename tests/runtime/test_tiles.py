@@ -10,6 +10,7 @@ import torch
 import triton
 
 from da_triton import ops
+from da_triton.kernels import project_gather
 from da_triton.ops.triton import core
 from da_triton.precision import POLICIES
 from da_triton.runtime import folders, launch, tiles, verdicts
@@ -64,7 +65,8 @@ def test_shipped_file_is_as_its_entries_are_written(name):
 @each_architecture
 def test_every_kernel_has_a_tile_on_every_architecture(arch):
     kernels = {key.kernel for key in tiles.shipped(arch)}
-    assert kernels | set(tiles.STATISTICS) == set(BLOCKS)
+    spared = set() if arch == "sm_90" else {"block_bwd_gather_full_c"}  # block_bwd_gather does it
+    assert kernels | set(tiles.STATISTICS) == set(BLOCKS) - spared
 
 
 @each_architecture
@@ -73,7 +75,7 @@ def test_variants_have_a_plain_entry_which_is_another(arch):
     for key, entry in table.items():
         if key.variant not in (PLAIN, "gradient"):
             plain = table[key._replace(variant=PLAIN)]
-            assert plain[:3] != entry[:3]
+            assert plain[:4] != entry[:4]
 
 
 @each_architecture
@@ -124,24 +126,37 @@ def test_fused_kernel_without_an_entry_has_no_tile():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_dtypes_have_a_rule_for_fused_kernels_and_no_route_takes_them(dtype):
     x = X.to(dtype)
-    assert tiles.tile("gather_from_x", x, 64, 32) == (64, 32, *tiles.INTERPRETED[:3], 1, "pointers")
+    assert tiles.tile("gather_from_x", x, 64, 32) == (64, 32, *tiles.INTERPRETED[:-1])
     assert not tiles.fits("gather_from_x", x, 64, 32)
 
 
 def test_tuned_over_shipped_over_rule(folder):
-    statistics = Key("delta", PLAIN, "half", 16, 32)
+    statistics = Key("position_lse", PLAIN, "half", 16, 32)
     shipped = {KEY: Entry(128, 8, 3), KEY._replace(variant="mask"): Entry(64, 8, 3)}
     (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
-    put(folder, {KEY: Entry(32, 4, 1, "pointers", "1.00 us"), statistics: Entry(32, 8, 1)})
+    put(folder, {KEY: Entry(32, 4, 1, note="1.00 us"), statistics: Entry(32, 8, 1)})
     assert found(KEY.kernel)[2:5] == (128, 8, 3)
     assert found(KEY.kernel, gpu=GPU)[2:5] == (32, 4, 1)
     assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (64, 8, 3)  # has its own
     assert found(KEY.kernel, "v", gpu=GPU)[2:5] == (32, 4, 1)  # as plain
-    assert found("delta", gpu=GPU)[2:5] == (32, 8, 1)
-    assert tiles.tile("delta", X, 64, 32)[2:5] == tiles.STATISTICS["delta"][:3]
+    assert found("position_lse", gpu=GPU)[2:5] == (32, 8, 1)
+    assert tiles.tile("position_lse", X, 64, 32)[2:5] == tiles.STATISTICS["position_lse"][:3]
     put(folder, {KEY._replace(variant="mask"): Entry(16, 4, 1)})
     assert found(KEY.kernel, "mask", gpu=GPU)[2:5] == (16, 4, 1)
     assert found(KEY.kernel, gpu=GPU)[2:5] == (128, 8, 3)
+
+
+def test_rows_take_their_tile_where_there_is_one(folder):
+    own = KEY._replace(variant=tiles.ALIGNED)
+    shipped = {KEY: Entry(128, 8, 3), own: Entry(64, 4, 3, 2)}
+    (folder.parent / "sm_90.json").write_text(tiles.text({}, shipped))
+    launch.forget()
+    w = torch.empty(32, 64, dtype=torch.bfloat16)
+    found = {}
+    for length in (256, 196, 49):
+        ready = project_gather._gather_from_x(w.new_empty(2, 64, length), w, None)
+        found[length] = ready.options["num_warps"]
+    assert found == {256: 4, 196: 8, 49: 8}
 
 
 def test_user_folder_over_tuned_tables_that_ship(folder):
@@ -153,9 +168,9 @@ def test_user_folder_over_tuned_tables_that_ship(folder):
 
 
 def test_tile_of_a_gpu_is_the_tuned_one(folder, monkeypatch):
-    put(folder, {KEY: Entry(16, 2, 1)})
+    put(folder, {KEY: Entry(16, 2, 1, 3)})
     monkeypatch.setattr(tiles, "gpu", lambda device: GPU)
-    assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 1, "pointers")
+    assert tiles.tile(KEY.kernel, X, 64, 32) == (64, 32, 16, 2, 1, 3, "pointers")
 
 
 def test_verdicts_are_of_the_tiles_that_were_tuned(folder, monkeypatch):
@@ -176,7 +191,7 @@ def test_folder_of_tuned_tables(monkeypatch):
     assert tiles.file_name(GPU) == "nvidia-test-80gb.json"
 
 
-ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, "pointers", ""]
+ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, 2, "pointers", ""]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +206,9 @@ ROW = ["gather", PLAIN, "half", 64, 64, 64, 4, 2, "pointers", ""]
         ({"tiles": [["unknown", *ROW[1:]]]}, "'unknown'"),
         *(
             ({"tiles": [[*ROW[:at], value, *ROW[at + 1 :]]]}, "no kernel could take")
-            for at, value in ((3, 48), (4, "a"), (5, 48), (5, 8), (6, 5), (7, 0))
+            for at, value in zip(
+                (3, 4, 5, 5, 6, 7, 8, 8, 8), (48, "a", 48, 8, 5, 0, 0, 1.5, 33), strict=True
+            )
         ),
         (None, "Expecting value"),
     ],
@@ -303,6 +320,6 @@ def test_without_a_home_folder_the_shipped_tables_are_used(monkeypatch):
 
 
 def test_an_entry_for_an_implementation_that_a_kernel_lacks_is_rejected():
-    row = ["gather", "plain", "half", 64, 64, 64, 4, 2, "tma", ""]
+    row = [*ROW[:-2], "tma", ""]
     with pytest.raises(ValueError, match="no kernel could take"):
         tiles.entries({"columns": tiles.COLUMNS, "tiles": [row]})

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from da_triton.runtime import trials
+from da_triton.kernels import block_backward  # noqa: F401, its launchers are proved
+from da_triton.runtime import guard, launch, trials
 from support.numerics import DEVICE
 
 DTYPE = torch.float16
@@ -45,3 +46,26 @@ def test_cases_differ_where_code_does():
     )
     exact = {trials.exact("", (x,), {}) for x in given}
     assert len(exact) == len(given)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_strides_that_the_code_compares_are_part_of_a_case(channels_last):
+    """Whether dO has the strides of X: in the case, and in the tensors of its proof."""
+    spec = guard.LAUNCHERS["block_bwd_distribute"]
+
+    def activations(channels, length=1024):
+        x = torch.zeros(2, channels, length)
+        return (x.mT.contiguous().mT if channels_last else x)[:, :64, :1024]
+
+    h, dv = torch.zeros(2, 64, 32), torch.zeros(2, 32, 1024)
+    others = torch.zeros(32, 64), None, None, h, dv
+    options = {"heads": 1, "logit_scale": 1.0, "softmax": True}
+    alike, apart = (
+        spec.bound((activations(64), dout, *others), options)
+        for dout in (activations(64), activations(192) if channels_last else activations(64, 2048))
+    )
+    assert spec.case(alike) != spec.case(apart)
+    for given, same in ((alike, True), (apart, False)):
+        made = spec.small(given)
+        assert launch.same_steps(made["x"], made["dout"]) == same
+        assert made["x"].isfinite().all()

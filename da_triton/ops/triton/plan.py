@@ -14,7 +14,7 @@ from ... import checks
 from ...planning import planner
 from ...planning.costs import ORDERS
 from ...planning.planner import PlannedRoute, Route
-from ...planning.shapes import CoreLimits, Limits, Shape, Step
+from ...planning.shapes import CoreLimits, Limits, PerSM, Shape, Step
 from ...precision import POLICIES
 from ...runtime import tiles
 
@@ -22,7 +22,7 @@ TILE_CLASSES = {dtype.itemsize: policy.tile_class for dtype, policy in POLICIES.
 
 
 def kernel_limits(shape, c_out, arch, num_sms):
-    """Limits of the kernels on a GPU, for the planner."""
+    """Limits of the kernels on a GPU, for the planner: those of tiles for any rows and no mask."""
     m, n, channels = shape.c_m // shape.heads, shape.c_n // shape.heads, shape.channels
     tile_class = TILE_CLASSES[shape.itemsize]
     widest, full_n = max(channels, c_out), math.prod(tiles.packed_cols(shape.heads, n))
@@ -33,33 +33,40 @@ def kernel_limits(shape, c_out, arch, num_sms):
         tile = tiles.find(kernel, tile_class, features, descriptors, variant, arch)
         return 0 if tile is None else tile.block_l
 
+    def per_sm(kernel, *sizes):
+        tile = tiles.find(kernel, tile_class, *sizes, tiles.PLAIN, arch)
+        return 1 if tile is None else tile.ctas_per_sm
+
     def positions(last, *others):
         """Per tile of the last kernel, if all fit; short tiles are left to the unfused route."""
         found = [positions_of(*kernel) for kernel in (*others, last)]
         return found[-1] if all(found) and found[-1] >= 32 else 0
 
     small, pass_1 = ("combine", m, n), ("gather_from_x", channels, shape.c_n)
+    from_a, last_but_one = ("gather_from_a", m, n), ("block_bwd_distribute", widest, full_n)
     backward = (
         ("block_bwd_gather", channels, shape.c_n),
         small,
         pass_1,
         ("combine_backward", m, n),
-        ("block_bwd_distribute", widest, full_n),
+        last_but_one,
         ("outer_product", channels, 2 * shape.c_n),
         ("weight_gradients", m, n),
     )
     return Limits(
         num_sms=num_sms,
         gather_from_x=positions(pass_1, small),
-        gather_from_a=positions(("gather_from_a", m, n), small),
+        gather_from_a=positions(from_a, small),
         project_distribute=positions((pass_2, widest, full_n), small),
         backward=positions(*backward) if shape.reconstruct else 0,
+        block_bwd_distribute=positions_of(*last_but_one),
         blocks_of_n=-(-shape.c_n // tiles.blocks(pass_1[0], tile_class, *pass_1[1:])[1]),
         channels_fit=channels_fit,
         core=CoreLimits(
             tiles.LARGEST_G_TILE[tile_class],
             *(positions_of("full_n", 1, n, variant) for variant in (tiles.PLAIN, "gradient")),
         ),
+        per_sm=PerSM(per_sm(*pass_1), per_sm(*from_a), per_sm(*last_but_one)),
     )
 
 

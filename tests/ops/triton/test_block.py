@@ -13,6 +13,7 @@ from da_triton.ops.triton import block as triton_block
 from da_triton.ops.triton import routes as kernels
 from da_triton.planning.costs import AZ, ORDERS, XH, order_cost
 from da_triton.planning.planner import Route
+from da_triton.runtime import launch, tiles
 from support import launches
 from support.compare import check_against_reference
 from support.numerics import AS_ON_A_GPU, DEVICE, route_dtype
@@ -126,6 +127,49 @@ def test_some_inputs_that_need_no_gradient(route, taking):
         grads = torch.autograd.grad(function(*some).square().sum(), [some[i] for i in wanted])
         for i, grad in zip(wanted, grads, strict=True):
             assert torch.equal(grad, every[i])
+
+
+@pytest.mark.skipif(AS_ON_A_GPU, reason="no tile of a fused kernel is as wide as float64")
+@layouts
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("save_v", [False, True])
+@pytest.mark.parametrize(("heads", "c_n"), [(1, 70), (4, 68)])
+def test_versions_of_the_fused_backward_pass_agree(
+    heads, c_n, save_v, masked, channels_last, monkeypatch
+):
+    """n as rows of a tile or as columns; all channels in a program or blocks of them."""
+    length, route = 70, ROUTES["fused"]
+    x, dout = torch.randn(2, 2, C, length, dtype=torch.float64)
+    if channels_last:
+        x, dout = x.mT.contiguous().mT, dout  # whose strides then differ
+    shapes = ((4 * heads, C), (4 * heads,), (c_n, C), (c_n, C), (c_n,), (C, 4 * heads), (C,))
+    w = kernels.Weights(*(torch.randn(s, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes))
+    mask = (torch.rand(2, length) > 0.4).to(torch.uint8) if masked else None
+    o = kernels.Options(heads, 0.7, 0.9, 1.3, True, True)
+    _, lse, g, v = kernels.forward(x, w, mask, o, route, save_v)
+
+    def gradients(new):
+        found = {}
+        with monkeypatch.context() as patch, launch.forgetting():
+            fits = tiles.fits
+            patch.setattr(tiles, "wants_64_rows", lambda device: new)
+            patch.setattr(
+                tiles, "fits", lambda kernel, *a: new if "full_c" in kernel else fits(kernel, *a)
+            )
+            original = launch.Launch.__call__
+
+            def call(self, *args):
+                found.update(self.constants)
+                return original(self, *args)
+
+            patch.setattr(launch.Launch, "__call__", call)
+            grads = kernels.backward(dout, x, w, mask, lse, g, v, o, route)
+        assert (found["ROWS_N"], found["CHANNELS_FIT"]) == (new, new)
+        assert found["SAME_STEPS"] == (not channels_last)
+        return grads
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU, which would run")

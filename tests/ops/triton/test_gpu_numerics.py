@@ -19,7 +19,7 @@ from da_triton.planning import planner
 from da_triton.planning.costs import XH
 from da_triton.planning.planner import Route
 from da_triton.planning.shapes import Shape
-from da_triton.runtime import tiles
+from da_triton.runtime import launch, tiles
 from support import launches
 from support.block import NAMES, Case, definition, inputs, run
 from support.numerics import (
@@ -169,6 +169,10 @@ def test_every_kernel_is_among_them():
                 given = inputs(case, *VARIANTS[variant][:2])
                 for route in routes(width).values():
                     run(route, case, *given)
+        case = case_of(WIDTHS[0], "bf16")._replace(length=784)
+        given = inputs(case, torch.bfloat16, False)
+        with launch.trial(13, []):  # partials, as many as on a GPU
+            run(routes(WIDTHS[0])["XH-backward"], case, *given)
         for m, n in CORES:
             core_run(core, *core_inputs(m, n, torch.float32, True, SHORT), torch.float32)
     assert {*re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)} <= {*names}

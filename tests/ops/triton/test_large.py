@@ -101,7 +101,8 @@ BLOCK = {  # the route; C, c_m, c_n
 }
 # These take descriptors, partials and weights, which are contiguous.
 WITHOUT_ACTIVATIONS = {
-    "delta", "combine", "combine_backward", "gather_combine", "sums", "weight_gradients",
+    "delta", "combine", "combine_backward", "gather_combine", "add", "product", "sums",
+    "weight_gradients",
 }  # fmt: skip
 
 
