@@ -231,24 +231,24 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     from .planning.shapes import Shape
     from .runtime import launch, tiles
 
-    size = x.element_size()
-    s = Shape(
-        2, case.channels, case.c_m, case.c_n, case.heads, case.length, size, True, planner.wide(x)
-    )
+    sizes = case.channels, case.c_m, case.c_n, case.heads, case.length
+    s = Shape(2, *sizes, x.element_size(), True, launch.channels_last(x))
     arch, num_sms = tiles.architecture(x.device), launch.num_sms(x.device)
     limits = kernel_limits(s, case.channels, arch, num_sms)
     fused = ("fused", XH)
     found = [planned.route for planned in planner.routes(s, limits)]
     if not every:
-        parts = [(r.gather, r.distribute, r.order.from_x) for r in found]
+        parts = [(r.gather, r.distribute, r.order.from_x, r.to_channels_last) for r in found]
         found = [r for i, r in enumerate(found) if parts.index(parts[i]) == i]
     for route in found:
         unfused = ("unfused", route.order)
         for kind, order in (unfused, fused) if limits.backward else (unfused,):
-            yield (
-                route._replace(backward=kind, backward_order=order),
-                route.gather == "fused",
-            )
+            copied = route.to_channels_last
+            full = route._replace(
+                backward=kind, backward_order=order,
+                backward_to_channels_last=copied and kind == "unfused",
+            )  # fmt: skip
+            yield full, route.gather == "fused" or copied
 
 
 def _versions() -> dict[str, Any]:

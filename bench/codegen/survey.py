@@ -32,7 +32,7 @@ from bench.codegen import ODD, Row, compile
 from bench.codegen.compile import Launch
 from bench.warm import always
 from bench.workloads import WORKLOADS
-from da_triton.kernels import distribute, gather, gather_backward
+from da_triton.kernels import distribute, gather, gather_backward, prologue
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
 from da_triton.planning.costs import AH, AZ, XH
@@ -117,6 +117,13 @@ def core(m: int, n: int, v: Variant) -> list[Launch]:
     return made
 
 
+def copies(m: int, _: int, v: Variant) -> list[Launch]:
+    """Activations into channels-last memory and back."""
+    with compile.record() as made:
+        prologue.formatted(prologue.formatted(_activations(v, m), True), False)
+    return made
+
+
 def full_n(m: int, n: int, v: Variant) -> list[Launch]:
     """Launches of the kernel that holds all n, which only the block launches."""
     return [made for made in of_block((64, m, n), UNFUSED, v) if made.name == "full_n_kernel"]
@@ -176,18 +183,21 @@ SIDES = (32, 64, 128)
 ANY_TILE = (32, 4, 1, 1)  # of these kernels, where they are launched on the way
 COMBINED = {(m, 16): (256, m, 64) for m in (32, 64, 128, 256, 512)}
 HELD = {(c, n): (c, 64, n) for c in (64, 128, 256, 512) for n in SIDES if c * n <= 128 * 128}
+FULL_C = [(64, 32), (64, 64), (128, 128), (256, 64)]
 BY_CHANNELS = {(64, n): (1024, 64, n) for n in (32, 64, 128, 256, 512)}
 FROM_A_BLOCKS = {(m, n): (4 * m * n // 64, m, n) for m, n in product(SIDES, SIDES)}
+OUTER = {(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)}
+OUTER[256, 128] = (512, 64, 64)  # several tiles: a single one is split in two
 KERNELS = {
     "combine": Kernel(COMBINED),
     "combine_backward": Kernel(COMBINED),
     "gather_from_x": Kernel(HELD, MASK, holds_channels=True),
-    "block_bwd_gather": Kernel({(64, n): (256, 64, n) for n in (32, 64, 128, 256)}, MASK),
-    "block_bwd_gather_full_c": Kernel({(64, n): (64, 64, n) for n in (32, 64)}, MASK),
+    "block_bwd_gather": Kernel({(64, n): (512, 64, n) for n in (32, 64, 128, 256)}, MASK),
+    "block_bwd_gather_full_c": Kernel({(c, n): (c, 64, n) for c, n in FULL_C}, MASK),
     "block_bwd_distribute": Kernel(HELD, V, holds_channels=True),
     "project_distribute": Kernel(HELD, V, holds_channels=True),
     "project_distribute_blocks": Kernel(BY_CHANNELS, V),
-    "outer_product": Kernel({(c, n): (c, 64, n // 2) for c in (64, 128) for n in (64, 128)}),
+    "outer_product": Kernel(OUTER),
     "weight_gradients": Kernel({(32, 32): (256, 64, 64)}),
     "gather_from_a": Kernel(FROM_A_BLOCKS, MASK, route=FROM_A),
 }
@@ -243,7 +253,9 @@ CORE: list[tuple[Launches, list[tuple[int, int]], list[Variant]]] = [
     (core, [*product((16, 32), (16, 32)), (512, 512)], [FLOAT64]),
     (core, [(128, 128), (512, 512)], SWITCHED),
     (full_n, SQUARES, [WIDE, NARROW, LAST, NARROW._replace(masked=True)]),
+    (full_n, SQUARES[-2:], [v._replace(length=56) for v in (NARROW, LAST)]),  # few programs
     (full_n, [(32, 32)], [FLOAT32, FLOAT64]),
+    (copies, [(64, 64)], [NARROW, ODD_ROWS]),
 ]
 
 
@@ -297,14 +309,16 @@ def _workloads(arch: str, known: set[str]) -> Iterator[Made]:
     for work in WORKLOADS:
         if work.small:
             continue
-        s = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True)
-        planned = kernel_routes(s, work.c, arch, NUM_SMS)[0].route._replace(batch_chunk=BATCH)
+        sizes = work.c, work.c_m, work.c_n
         special = work.heads > 1 or work.c_n % 16 > 0
         old = known - {f"{name}_kernel" for name in KERNELS} if special else known
-        for route, layout in product((planned, UNFUSED), (NARROW, LAST)):
+        for layout in (NARROW, LAST):
+            s = Shape(work.n, *sizes, work.heads, work.length, 2, True, layout == LAST)
+            planned = kernel_routes(s, work.c, arch, NUM_SMS)[0].route._replace(batch_chunk=BATCH)
             variant = layout._replace(heads=work.heads)
-            made = of_block(s[1:4], route, variant)
-            yield [each for each in made if each.name not in old], variant, s[1:4]
+            for route in (planned, UNFUSED):
+                made = of_block(sizes, route, variant)
+                yield [each for each in made if each.name not in old], variant, sizes
 
 
 def describe(made: Launch, variant: Variant, sizes: Sizes) -> Row:

@@ -30,12 +30,13 @@ import pandas as pd
 
 from bench.codegen import Row, rows_of
 from bench.environment import ROOT
+from da_triton.planning.planner import LAUNCH
 
 from . import machine
 
 GPUS = tuple(machine.GPUS)
 KEPT = ROOT / "bench" / "results" / "model.csv"
-LAUNCH_GAP = 1.2  # µs between dependent launches in a CUDA graph
+LAUNCH_GAP = 1e6 * LAUNCH  # µs between dependent launches in a CUDA graph
 LARGE = 5.0  # µs of a floor, from which on a workload counts in the means
 PASS = ["gpu", "workload", "layout", "pass"]
 RESOURCES = ("tensor", "issue", "fma", "alu", "xu", "mio", "uniform", "shared", "L2", "DRAM")
@@ -160,8 +161,8 @@ def summary(rows: pd.DataFrame) -> str:
         worst = group.loc[ratio.idxmax(), "workload"]
         lines.append(
             f"{gpu} {layout} {mode}: {geometric_mean(ratio):.2f} times the floor in the geometric "
-            f"mean of {len(group)}, at most {ratio.max():.1f} ({worst}); the planner differs by "
-            f"{agrees:.2f} times at most"
+            f"mean of {len(group)}, at most {ratio.max():.1f} ({worst}); the planner, "
+            f"fitted to such times, differs by {agrees:.2f} times at most"
         )
     if (unknown := found[found["unknown"] != ""]).size:
         names = ", ".join(sorted(set(unknown["workload"])))

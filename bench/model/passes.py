@@ -40,7 +40,6 @@ class Block(NamedTuple):
     """A workload's block on a GPU, in bfloat16."""
 
     shape: Shape
-    memory: str  # "nchw" or "nhwc"
     save_v: bool
 
     def planned(self, gpu: GPU) -> tuple[PlannedRoute, ...]:
@@ -51,7 +50,7 @@ class Block(NamedTuple):
     def operations(self, gpu: GPU, route: Route) -> dict[str, Operations]:
         """The launches of a forward and of a backward pass."""
         s = self.shape
-        v = Variant(self.memory, s.length, heads=s.heads)
+        v = Variant("nhwc" if s.channels_last else "nchw", s.length, heads=s.heads)
         with survey.on(gpu.arch, gpu.num_sms):
             sizes = s.channels, s.c_m, s.c_n
             x, w, mask, options = survey.block_inputs(sizes, v, s.batch)
@@ -64,11 +63,10 @@ class Block(NamedTuple):
 
 
 def block_of(work: Workload, layout: str) -> Block:
-    memory = "nhwc" if layout == CHANNELS_LAST else "nchw"
-    wide = (work.length if memory == "nchw" else work.c) * 2 % 8 == 0
-    shape = Shape(work.n, work.c, work.c_m, work.c_n, work.heads, work.length, 2, True, wide)
+    sizes = work.c, work.c_m, work.c_n, work.heads
+    shape = Shape(work.n, *sizes, work.length, 2, True, layout == CHANNELS_LAST)
     save_v = planner.saves_v(work.c, work.c_m, work.c_n, work.heads, "auto")
-    return Block(shape, memory, save_v)
+    return Block(shape, save_v)
 
 
 def timed(made: Operations, gpu: GPU) -> list[Timed]:

@@ -64,7 +64,11 @@ def times(kernel: str, blocks: Blocks, entry: tune.Entry | None, gpu: GPU) -> Ti
         if work.small:
             continue
         block = block_of(work, "nchw")
-        route, launched = block.planned(gpu)[0].route, False
+        # Not in channels-last memory, which has a layout of its own.
+        route = block.planned(gpu)[0].route._replace(
+            to_channels_last=False, backward_to_channels_last=False
+        )
+        launched = False
         with tune.replaced(choose):
             made = block.operations(gpu, route)
         if launched:

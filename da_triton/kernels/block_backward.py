@@ -199,16 +199,22 @@ def block_bwd_distribute_kernel(
 
 @triton.jit
 def product_of_x(
-    p, db, dv, dm, wb, wv, inside,
+    p, db, dv, dm, wb, wv, start, inside,
     CHAINED: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """``dV Wv + P dM / P_SCALE + dB Wb``; the matrices are ``[BLOCK_N, BLOCK_C]``."""
+    """``dV Wv + P dM / P_SCALE + dB Wb``; the matrices are ``[BLOCK_N, BLOCK_C]``.
+
+    ``start``: dO if it is to be added, else None.
+    """
     zero = tl.zeros((p.shape[0], dm.shape[1]), ACC)
     if CHAINED:
-        dx = dot(p, dm, zero, PRECISION) / P_SCALE
+        first = zero if start is None else start.to(ACC) * P_SCALE
+        dx = dot(p, dm, first, PRECISION) / P_SCALE
         dx = dot(dv, wv, dot(db, wb, dx, PRECISION), PRECISION)
     else:  # the selects keep Triton from chaining the products again
         dx = dot(p, dm, zero, PRECISION) / P_SCALE
+        if start is not None:
+            dx += start.to(ACC)
         dx += tl.where(inside, dot(db, wb, zero, PRECISION), 0.0)
         dx += tl.where(inside, dot(dv, wv, zero, PRECISION), 0.0)
     return dx
@@ -321,6 +327,9 @@ def block_bwd_gather_kernel(
         if CHANNELS_FIT:  # only now, so that z is gone
             delta = tl.load(delta_base + rows_n, mask=inside_n, other=0.0)
             dp = tl.broadcast_to(-delta[None, :], (BLOCK_L, BLOCK_N))
+            start_x = None
+            if WRITE_X and RESIDUAL:  # before the product, which hides the latency
+                start_x = load_tile(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
             dp = dot(x, dm, dp, PRECISION)
         db = scale * p * dp
         if HAS_MASK:
@@ -334,15 +343,11 @@ def block_bwd_gather_kernel(
         if WRITE_X:
             p = (p * P_SCALE).to(dtype)
             if CHANNELS_FIT:
-                if RESIDUAL:
-                    do = load_tile(do_base, cols, rows_c, L, C, stride_do_l, stride_do_c * ALIGN)
                 inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
                 dx = product_of_x(
-                    p, db, dv, tl.trans(dm), tl.trans(wb), tl.trans(wv), inside_x,
+                    p, db, dv, tl.trans(dm), tl.trans(wb), tl.trans(wv), start_x, inside_x,
                     CHAINED, P_SCALE, PRECISION, ACC,
                 )  # fmt: skip
-                if RESIDUAL:
-                    dx += do.to(ACC)
                 store_tile(dx_base, cols, rows_c, L, C, stride_dx_l, stride_dx_c * ALIGN, dx)
             else:
                 dv = tl.load(dv_base + offs, mask=inside, other=0.0)
@@ -353,7 +358,7 @@ def block_bwd_gather_kernel(
                     wv = load_matrix(wv_ptr, rows_n, rows_c, TOTAL_N, C, C, 1, dtype)
                     inside_x = (cols < L)[:, None] & (rows_c < C)[None, :]
                     dx = product_of_x(
-                        p, db, dv, dm, wb, wv, inside_x, CHAINED, P_SCALE, PRECISION, ACC
+                        p, db, dv, dm, wb, wv, None, inside_x, CHAINED, P_SCALE, PRECISION, ACC
                     )
                     if RESIDUAL:
                         do = load_tile(
@@ -404,14 +409,8 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
 
 @guard.proved(
     {
-        "x": "N-L",
-        "dout": "N-L",
-        "dm": "N--",
-        "lse": "N",
-        "delta": "N-",
-        "mask": "NL",
-        "dv": "N-L",
-        "db": "N-L",
+        "x": "N-L", "dout": "N-L", "dm": "N--", "lse": "N", "delta": "N-", "mask": "NL",
+        "dv": "N-L", "db": "N-L",
     },
     writes=("db",),
     apart=lambda x, dout, residual, need_x, **_: (
@@ -419,7 +418,7 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
             x, dout if residual else x, launch.empty_rows_like(x, x.shape[1]) if need_x else x
         )
     ),
-)
+)  # fmt: skip
 def block_bwd_gather(
     x, dout, weight_b, weight_v, dm, lse, delta, mask, dv, db, *, logit_scale, residual, need_x
 ):
@@ -446,7 +445,10 @@ def _block_bwd_gather(
     total_n = weight_b.shape[0]
     channels_fit = tiles.fits("block_bwd_gather_full_c", x, channels, total_n)
     kernel = "block_bwd_gather_full_c" if channels_fit else "block_bwd_gather"
-    tile = tiles.tile(kernel, x, channels, total_n, tiles.PLAIN if mask is None else "mask")
+    variant = tiles.PLAIN if mask is None else "mask"
+    if channels_fit and launch.rows(x) == tiles.ODD:  # with or without a mask
+        variant = tiles.ODD
+    tile = tiles.tile(kernel, x, channels, total_n, variant)
     return launch.Launch(
         block_bwd_gather_kernel, x, tile, batch,
         activations={"x": x, "do": dout, "dv": dv, "dx": dx}, strided={"mask": mask}, again=True,

@@ -8,7 +8,8 @@ lse per n (gather's backward: W is dG, x is B), one pass over positions makes
 
 feature block by feature block, and writes E itself where a later product needs it. Each block of W
 serves both products; y is read once and x twice (again at the end: E for the full n would not fit
-the registers beside its gradient). Half precision, up to n = 512; see ``core_tiled`` for more.
+the registers beside its gradient; the largest tiles read E there, if it was written, rounded). Half
+precision, up to n = 512; see ``core_tiled`` for more.
 
 W is ``(N, heads, C_M, C_N)``, activations are ``(N, heads, channels, positions)``, both in any
 strides.
@@ -21,6 +22,10 @@ from ..precision import POLICIES
 from ..runtime import launch, tiles
 from .primitives import dot, exp, exp_minus, load_mask, load_matrix, load_tile, scalar, store_tile
 
+# Values per thread, in the accumulator's dtype, from which E does not fit beside its gradient and
+# is read back; beyond them it is made in parts.
+MOST_VALUES = 128
+
 
 @triton.jit
 def _logits(
@@ -31,6 +36,35 @@ def _logits(
     if HAS_BIAS:
         x += tl.load(bias_ptr + rows, mask=rows < C_N, other=0.0).to(scale.dtype)[:, None]
     return x * scale
+
+
+@triton.jit
+def _softmax_in_parts(
+    x_base, bias_base, cols, C_N, L, stride_c, stride_l, scale, DTYPE: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, PART_N: tl.constexpr,
+):  # fmt: skip
+    """``E`` in parts of n, rounded one by one: x is read twice, and few registers are needed."""
+    mx = tl.full(cols.shape, -float("inf"), scale.dtype)
+    total = tl.zeros(cols.shape, scale.dtype)
+    if SOFTMAX:
+        for n0 in tl.range(0, C_N, PART_N, num_stages=1):
+            rows = (n0 + tl.arange(0, PART_N)).to(tl.int64)
+            x = _logits(x_base, bias_base, rows, cols, C_N, L, stride_c, stride_l, scale, HAS_BIAS)
+            x = tl.where((rows < C_N)[:, None], x, -float("inf"))
+            new_mx = tl.maximum(mx, tl.max(x, 0))
+            pivot = tl.where(new_mx == -float("inf"), 0.0, new_mx)  # −inf − (−inf) would be NaN
+            total = total * exp(mx - pivot) + tl.sum(exp(x - pivot[None, :]), 0)
+            mx = new_mx
+        total = 1.0 / total
+    e = ()
+    for k in tl.static_range(BLOCK_N // PART_N):
+        rows = (k * PART_N + tl.arange(0, PART_N)).to(tl.int64)
+        x = _logits(x_base, bias_base, rows, cols, C_N, L, stride_c, stride_l, scale, HAS_BIAS)
+        if SOFTMAX:
+            x = tl.where((rows < C_N)[:, None], x, -float("inf"))
+            x = exp(x - mx[None, :]) * total[None, :]
+        e = e + (x.to(DTYPE),)  # noqa: RUF005, which Triton cannot read
+    return e
 
 
 @triton.jit(do_not_specialize=["HEADS"])
@@ -84,6 +118,7 @@ def full_n_kernel(
     WRITE_OUT: tl.constexpr,
     WRITE_E: tl.constexpr,
     GRADIENT: tl.constexpr,
+    READ_E: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -91,8 +126,12 @@ def full_n_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    PART_N: tl.constexpr,
 ):
-    """One program: a block of positions of a head of a sample. BLOCK_N ≥ C_N."""
+    """One program: a block of positions of a head of a sample. BLOCK_N ≥ C_N.
+
+    PART_N: n of a product, which may be less than BLOCK_N where ``out`` alone is written.
+    """
     L = L_UNITS * ALIGN
     blocks = tl.cdiv(L, BLOCK_L)
     pid = tl.program_id(0)
@@ -109,34 +148,46 @@ def full_n_kernel(
     scale = scalar(scale_out, ACC)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    e = _logits(
-        x_base, bias_ptr + h * C_N, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, scale_x,
-        HAS_BIAS,
-    )  # fmt: skip
-    if HAS_MASK:
-        mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
-    if LSE_PER_N:
-        lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=inside_n, other=float("inf"))
-        e = exp_minus(e, lse[:, None])
-    elif SOFTMAX:
-        e = tl.where(inside_n[:, None], e, -float("inf"))
-        mx = tl.max(e, 0)
-        e = exp(e - mx[None, :])
-        inverse = 1.0 / tl.sum(e, 0)
-        e = e * inverse[None, :]
-    if HAS_MASK:
-        e = tl.where(mask[None, :], e, 0.0)
-    operand = (e * E_SCALE).to(dtype)
-    if WRITE_E:
-        e_base = e_ptr + (n * stride_e_n + h * stride_e_h) * ALIGN
-        store_tile(e_base, rows_n, cols, C_N, L, stride_e_c * ALIGN, stride_e_l, operand)
+    e_base = e_ptr + (n * stride_e_n + h * stride_e_h) * ALIGN
+    PARTS: tl.constexpr = BLOCK_N // PART_N
+    if PARTS > 1:
+        operand = _softmax_in_parts(
+            x_base, bias_ptr + h * C_N, cols, C_N, L, stride_x_c * ALIGN, stride_x_l, scale_x,
+            dtype, SOFTMAX, HAS_BIAS, BLOCK_N, PART_N,
+        )  # fmt: skip
+    else:
+        e = _logits(
+            x_base, bias_ptr + h * C_N, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l,
+            scale_x, HAS_BIAS,
+        )  # fmt: skip
+        if HAS_MASK:
+            mask = load_mask(mask_ptr + n * stride_mask_n, cols, L, stride_mask_l)
+        if LSE_PER_N:
+            lse = tl.load(lse_ptr + nh * C_N + rows_n, mask=inside_n, other=float("inf"))
+            e = exp_minus(e, lse[:, None])
+        elif SOFTMAX:
+            e = tl.where(inside_n[:, None], e, -float("inf"))
+            mx = tl.max(e, 0)
+            e = exp(e - mx[None, :])
+            inverse = 1.0 / tl.sum(e, 0)
+            e = e * inverse[None, :]
+        if HAS_MASK:
+            e = tl.where(mask[None, :], e, 0.0)
+        rounded = (e * E_SCALE).to(dtype)
+        if WRITE_E:
+            store_tile(e_base, rows_n, cols, C_N, L, stride_e_c * ALIGN, stride_e_l, rounded)
+        operand = (rounded,)
 
     grad = tl.zeros((BLOCK_N, BLOCK_L), ACC)
     for m0 in range(0, C_M, BLOCK_M):
         rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-        w = load_matrix(w_base, rows_m, rows_n, C_M, C_N, stride_w_m, stride_w_k, dtype)
+        out = tl.zeros((BLOCK_M, BLOCK_L), ACC)
+        for k in tl.static_range(PARTS):
+            rows = (k * PART_N + tl.arange(0, PART_N)).to(tl.int64)
+            w = load_matrix(w_base, rows_m, rows, C_M, C_N, stride_w_m, stride_w_k, dtype)
+            if WRITE_OUT:
+                out = dot(w, operand[k], out, PRECISION)
         if WRITE_OUT:
-            out = dot(w, operand, tl.zeros((BLOCK_M, BLOCK_L), ACC), PRECISION)
             out = out * (scale / E_SCALE)
             store_tile(out_base, rows_m, cols, C_M, L, stride_out_c * ALIGN, stride_out_l, out)
         if GRADIENT:
@@ -145,7 +196,11 @@ def full_n_kernel(
 
     if GRADIENT:
         grad = grad * scale
-        if LSE_PER_N or SOFTMAX:
+        if READ_E:
+            tl.debug_barrier()  # between stores and loads of the same addresses
+            e = load_tile(e_base, rows_n, cols, C_N, L, stride_e_c * ALIGN, stride_e_l).to(ACC)
+            grad = e * (grad - tl.sum(e * grad, 0)[None, :])
+        elif LSE_PER_N or SOFTMAX:
             e = _logits(
                 x_base, bias_ptr + h * C_N, rows_n, cols, C_N, L, stride_x_c * ALIGN, stride_x_l,
                 scale_x, HAS_BIAS,
@@ -180,7 +235,7 @@ def distribute_backward(dz, g, v, bias, dv, z, q, *, scale, logit_scale, softmax
 
 
 def gather_backward(dg, a, b, delta, da, db, *, mask, lse, logit_scale):
-    """Writes dA and dB where they are given. ``dg``: in the input dtype."""
+    """Writes dB, and dA where it is given. ``dg``: in the input dtype."""
     lse_per_n = {"lse": lse, "delta": delta, "mask": mask}
     _launch(dg, b, None, 1.0, logit_scale, y=a, out=da, dx=db, **lse_per_n)
 
@@ -201,7 +256,12 @@ def _launch(
 
 def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
     batch, heads, c_n, length = x.shape
-    tile = tiles.tile("full_n", x, w.shape[2], c_n, "gradient" if gradient else tiles.PLAIN)
+    tile = _tile(x, w.shape[2], "gradient" if gradient else tiles.PLAIN)
+    values = tile.block_n * tile.block_l // tiles.threads(tile, x.device)
+    parts = 1
+    plain = out is not None and not gradient and e is None and lse is None
+    if plain and tiles.chains_products(x.device):
+        parts = max(1, values // MOST_VALUES)
     out_, e_ = (x if t is None else t for t in (out, e))
     return launch.Launch(
         full_n_kernel, x, tile, batch * heads * -(-length // tile.block_l),
@@ -210,5 +270,22 @@ def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse is not None,
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,
-        E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale,
+        READ_E=gradient and softmax and e is not None and values >= MOST_VALUES,
+        E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale, PART_N=tile.block_n // parts,
     )  # fmt: skip
+
+
+def few(x, c_m, variant=tiles.PLAIN):
+    """Whether programs, if they can hold the full n, fill at most two thirds of the GPU."""
+    batch, heads, c_n, length = x.shape
+    if not fits(x, c_n):
+        return False
+    tile = tiles.tile("full_n", x, c_m, c_n, variant)
+    programs = batch * heads * -(-length // tile.block_l)
+    return 3 * programs <= 2 * launch.num_sms(x.device) * tile.ctas_per_sm
+
+
+def _tile(x, c_m, variant):
+    """The tile; one for few programs, where there is one."""
+    of_few = launch.chosen(few(x, c_m, variant))
+    return tiles.tile("full_n", x, c_m, x.shape[2], variant + tiles.FEW * of_few)

@@ -161,7 +161,7 @@ def distribute_backward_kernel(
         tl.store(dg_ptr + partial + offs, dg * scale, mask=inside)
 
 
-@guard.proved({"g": "N---", "v": "N--L"})
+@guard.proved({"g": "N---", "v": "N--L"}, choice=lambda g, v, **_: core_full_n.few(v, g.shape[2]))
 def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
     """``Z (N, heads, m, L)`` in v's dtype and memory format, from ``G (N, heads, m, n)`` and v.
 
@@ -196,7 +196,10 @@ def _forward(v, g, z, softmax):
     )  # fmt: skip
 
 
-@guard.proved({"dz": "N--L", "g": "N---", "v": "N--L"})
+@guard.proved(
+    {"dz": "N--L", "g": "N---", "v": "N--L"},
+    choice=lambda g, v, **_: core_full_n.few(v, g.shape[2], "gradient"),
+)
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     """dG (float32, float64 for float64 inputs) and dV (None where not needed)."""
     batch, heads, c_n, _ = v.shape
@@ -208,8 +211,8 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
     if tiles.g_fits_one_tile(v, g.shape[2], c_n):
         partials = _backward_in_one_tile(dz, g, v, dv, need_g, **scalars)
     elif core_full_n.fits(v, c_n):
-        q = launch.empty_activations_like(v) if need_g else None
-        # dV is made even if it is not needed: dG must not depend, bit for bit, on the choice.
+        # Q and dV are made even if one is not needed: bits must not depend on what is.
+        q = launch.empty_activations_like(v)
         made = launch.empty_activations_like(v) if dv is None else dv
         core_full_n.distribute_backward(dz, g.to(v.dtype), v, None, made, None, q, **scalars)
         partials = core_tiled.grad_g(dz, q, scale, 1.0, None) if need_g else None
@@ -220,8 +223,8 @@ def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):
 
 @guard.proved(
     {"dz": "N--L", "g": "N---", "v": "N--L", "dv": "N--L", "z": "N--L", "q": "N--L"},
-    writes=("dv", "z"),
-)
+    writes=("dv", "z"), choice=lambda g, v, **_: core_full_n.few(v, g.shape[2], "gradient"),
+)  # fmt: skip
 def backward_partials(dz, g, v, bias, dv, z, q, *, scale, softmax, logit_scale):
     """Writes dV, and Z unless None; returns partials of dG, ``(N, heads, num_partials, m, n)``.
 

@@ -108,6 +108,7 @@ def gather_kernel(
     {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
     writes=("lowp", "g", "lse"),
     num_splits=lambda sources, **_: few_or_many(_num_partials(sources)),
+    choice=lambda sources, **_: pairs(sources),
 )
 def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the input itself, extra tokens).
@@ -135,7 +136,7 @@ def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None)
     return g, lse
 
 
-@guard.proved({"sources": SOURCE})
+@guard.proved({"sources": SOURCE}, choice=lambda sources, **_: pairs(sources))
 def gather_partials(sources, logit_scale):
     """Partial ``(acc, max, sum)``: acc ``(N, num_partials, heads·n, m)``, others without m."""
     return _partials(sources, logit_scale)
@@ -162,11 +163,35 @@ def _splits(sources):
 
 
 def _split(*inputs):
-    a, b = inputs[:2]
-    tile = tiles.tile("gather", a, a.shape[2], b.shape[2])
+    found = []
+    for a, b in zip(inputs[::2], inputs[1::2], strict=True):
+        tile = _tile(a, b)
+        found.append(launch.split_positions(_programs(a, b, tile), a.shape[-1], tile, a.device))
+    return found
+
+
+def _programs(a, b, tile):
+    """How many programs there are without splitting positions."""
     blocks = -(-a.shape[2] // tile.block_m) * -(-b.shape[2] // tile.block_n)
-    programs = a.shape[0] * a.shape[1] * blocks
-    return [launch.split_positions(programs, s.shape[-1], tile, a.device) for s in inputs[::2]]
+    return a.shape[0] * a.shape[1] * blocks
+
+
+def pairs(sources):
+    """Whether an SM runs two programs: on aligned rows, where G has several tiles.
+
+    Except where single programs fill more than half of the GPU as they are.
+    """
+    a, b, _ = sources[0]
+    sizes = a.shape[2], b.shape[2]
+    if launch.rows(a) != tiles.ALIGNED or tiles.g_fits_one_tile(a, *sizes):
+        return False
+    programs, num_sms = _programs(a, b, tiles.tile("gather", a, *sizes)), launch.num_sms(a.device)
+    return not num_sms // 2 < programs <= num_sms
+
+
+def _tile(a, b):
+    variant = tiles.ROWS if launch.chosen(pairs([(a, b, None)])) else tiles.PLAIN
+    return tiles.tile("gather", a, a.shape[2], b.shape[2], variant)
 
 
 def _gather(sources, logit_scale, results, bias, lowp, final):
@@ -183,12 +208,11 @@ def _gathering(
     a, b, mask, acc, mx, total, bias, lowp,
     blocks_per_split, num_splits, partial, num_partials, final,
 ):  # fmt: skip
-    batch, heads, c_m, _ = a.shape
+    _, heads, c_m, _ = a.shape
     c_n = b.shape[2]
-    tile = tiles.tile("gather", a, c_m, c_n)
-    blocks = -(-c_m // tile.block_m) * -(-c_n // tile.block_n)
+    tile = _tile(a, b)
     return launch.Launch(
-        gather_kernel, a, tile, batch * heads * num_splits * blocks,
+        gather_kernel, a, tile, _programs(a, b, tile) * num_splits, bounded=True,
         activations={"a": a, "b": b}, strided={"mask": mask},
         HEADS=heads, C_M=c_m, C_N=c_n, BLOCKS_PER_SPLIT=blocks_per_split, NUM_SPLITS=num_splits,
         PARTIAL=partial, NUM_PARTIALS=num_partials,

@@ -133,6 +133,7 @@ def gradients(dg, a, b, mask, g, lse, dlse, logit_scale, need_a, need_b):
         "db": "N--L",
     },
     writes=("da", "db"),
+    choice=lambda a, b, **_: core_full_n.few(b, a.shape[2], "gradient"),
 )
 def gather_backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
     """Writes dA and dB, unless None, from dG in the input dtype, δ and lse (``delta``)."""

@@ -77,6 +77,7 @@ def project_distribute_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_BIAS_OUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    X_FIRST: tl.constexpr,
     CHANNELS_FIT: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
@@ -88,6 +89,8 @@ def project_distribute_kernel(
     """One program: a split of the positions of a sample, all n and channels.
 
     BLOCK_N ≥ C_N, HEAD_BLOCK ≥ HEADS (powers of two); CHANNELS_FIT: BLOCK_C ≥ C and C_OUT.
+    X_FIRST: the residual is in the accumulator before the product: fewer registers, and X is
+    loaded ahead of its use. Where V is written, tiles spill with it.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
@@ -133,11 +136,12 @@ def project_distribute_kernel(
             q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
         q = q.to(dtype)
         if CHANNELS_FIT:
-            y = dot(q, h, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
+            y = x.to(ACC) if X_FIRST else tl.zeros((BLOCK_L, BLOCK_C), ACC)
+            y = dot(q, h, y, PRECISION)
             if HAS_BIAS_OUT:
                 bo = tl.load(bias_out_ptr + rows_c, mask=rows_c < C_OUT, other=0.0)
                 y += bo.to(ACC)[None, :]
-            if RESIDUAL:
+            if RESIDUAL and not X_FIRST:
                 y += x.to(ACC)
             ptrs = out_base + cols[:, None] * stride_out_l + rows_c[None, :] * stride_out_c * ALIGN
             tl.store(ptrs, y.to(dtype), mask=(cols < L)[:, None] & (rows_c < C_OUT)[None, :])
@@ -145,11 +149,14 @@ def project_distribute_kernel(
             for c0 in range(0, C_OUT, BLOCK_C):
                 rows = c0 + rows_c
                 hc = load_matrix(h_base, rows_n, rows, total_n, C_OUT, 1, total_n, dtype)
-                y = dot(q, hc, tl.zeros((BLOCK_L, BLOCK_C), ACC), PRECISION)
+                y = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+                if X_FIRST:
+                    y = load_tile(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN).to(ACC)
+                y = dot(q, hc, y, PRECISION)
                 if HAS_BIAS_OUT:
                     bo = tl.load(bias_out_ptr + rows, mask=rows < C_OUT, other=0.0)
                     y += bo.to(ACC)[None, :]
-                if RESIDUAL:
+                if RESIDUAL and not X_FIRST:
                     xc = load_tile(x_base, cols, rows, L, C, stride_x_l, stride_x_c * ALIGN)
                     y += xc.to(ACC)
                 ptrs = out_base + cols[:, None] * stride_out_l
@@ -188,5 +195,6 @@ def _project_distribute(x, h, out, v, weight_v, bias_v, bias_out, heads, softmax
         HEADS=heads, C=channels, C_N=total_n // heads, C_OUT=c_out, HEAD_BLOCK=head_block,
         PACKED=tiles.packed(heads, total_n // heads, block_n), SAVE_V=v is not None,
         SOFTMAX=softmax, HAS_BIAS=bias_v is not None, HAS_BIAS_OUT=bias_out is not None,
-        RESIDUAL=residual, CHANNELS_FIT=channels_fit, BLOCK_N=block_n,
+        RESIDUAL=residual, X_FIRST=residual and v is None and tiles.wants_64_rows(x.device),
+        CHANNELS_FIT=channels_fit, BLOCK_N=block_n,
     )  # fmt: skip

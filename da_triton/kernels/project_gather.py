@@ -87,6 +87,17 @@ def gather_from_x_kernel(
     tl.store(ptrs, acc, mask=inside_n[:, None] & (rows_c < C)[None, :])
 
 
+@triton.jit
+def project(x, wa, wb, z, a, POSITIONS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """``z + Wb X`` and ``a + Wa X``, the latter transposed if POSITIONS_FIRST."""
+    z = dot(wb, x, z, PRECISION)
+    if POSITIONS_FIRST:
+        a = dot(tl.trans(x), tl.trans(wa), a, PRECISION)
+    else:
+        a = dot(wa, x, a, PRECISION)
+    return z, a
+
+
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_from_a_kernel(
     x_ptr,  # (N, C, L)
@@ -111,6 +122,7 @@ def gather_from_a_kernel(
     stride_mask_l,
     HAS_MASK: tl.constexpr,
     POSITIONS_FIRST: tl.constexpr,
+    CHANNELS_FIT: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -123,6 +135,8 @@ def gather_from_a_kernel(
 
     POSITIONS_FIRST: A is projected with positions as rows, so that no accumulator is transposed,
     which Triton before 3.7.1 miscompiles for Hopper.
+    CHANNELS_FIT: BLOCK_C ≥ C. Without a loop over channels, X is loaded while the tile of positions
+    before is in use. On Hopper only: it spills on an A100.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
@@ -140,6 +154,10 @@ def gather_from_a_kernel(
     mx = tl.full((BLOCK_N,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    if CHANNELS_FIT:
+        rows_c = tl.arange(0, BLOCK_C).to(tl.int64)
+        wb = load_matrix(wb_base, rows_n, rows_c, C_N, C, C, 1, dtype)
+        wa = load_matrix(wa_base, rows_m, rows_c, C_M, C, C, 1, dtype)
     start = split * BLOCKS_PER_SPLIT * BLOCK_L
     for l0 in range(start, tl.minimum(start + BLOCKS_PER_SPLIT * BLOCK_L, L), BLOCK_L):
         cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
@@ -151,16 +169,16 @@ def gather_from_a_kernel(
             a = tl.zeros((BLOCK_L, BLOCK_M), ACC)
         else:
             a = tl.zeros((BLOCK_M, BLOCK_L), ACC)
-        for c0 in range(0, C, BLOCK_C):
-            rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+        if CHANNELS_FIT:
             x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
-            wb = load_matrix(wb_base, rows_n, rows_c, C_N, C, C, 1, dtype)
-            wa = load_matrix(wa_base, rows_m, rows_c, C_M, C, C, 1, dtype)
-            z = dot(wb, x, z, PRECISION)
-            if POSITIONS_FIRST:
-                a = dot(tl.trans(x), tl.trans(wa), a, PRECISION)
-            else:
-                a = dot(wa, x, a, PRECISION)
+            z, a = project(x, wa, wb, z, a, POSITIONS_FIRST, PRECISION)
+        else:
+            for c0 in range(0, C, BLOCK_C):
+                rows_c = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)
+                x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
+                wb = load_matrix(wb_base, rows_n, rows_c, C_N, C, C, 1, dtype)
+                wa = load_matrix(wa_base, rows_m, rows_c, C_M, C, C, 1, dtype)
+                z, a = project(x, wa, wb, z, a, POSITIONS_FIRST, PRECISION)
         if not POSITIONS_FIRST:
             a = tl.trans(a)
         if HAS_MASK:
@@ -216,7 +234,8 @@ def _gather_from_a(x, weight_a, weight_b, mask, heads):
     ready = launch.Launch(
         gather_from_a_kernel, x, tile, batch * heads, activations={"x": x}, strided={"mask": mask},
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, HAS_MASK=mask is not None,
-        POSITIONS_FIRST=tiles.reads_shared_operands(x.device), BLOCK_C=BLOCK_C,
+        POSITIONS_FIRST=tiles.reads_shared_operands(x.device),
+        CHANNELS_FIT=channels <= BLOCK_C and tiles.wants_64_rows(x.device), BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return _allocating(ready, x, heads * c_n, c_m)
 

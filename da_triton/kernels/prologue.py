@@ -3,6 +3,8 @@ r"""Packs the operands of the unfused route's vendor GEMMs in one launch.
 stacked    the weights of several projections, concatenated: one GEMM for A, B and V
 start      X + bo, to which the last product adds: its result is written once
 lowp       G in the input dtype
+
+``formatted`` copies activations to another memory format with the same kernel.
 """
 
 import triton
@@ -13,7 +15,7 @@ from ..runtime import launch
 from .primitives import load_tile, store_tile
 
 BLOCK = 4096
-BLOCK_C, BLOCK_L = 32, 128
+SUM, COPY = (32, 128), (64, 64)  # channels and positions per tile; longer copies spill on sm_100
 
 
 @triton.jit
@@ -113,6 +115,17 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     return [stacked] if together else weights, lowp
 
 
+def formatted(x, last):
+    """``(N, C, L)`` in channels-last memory, or in contiguous memory: x itself, or a copy."""
+    if x is None or (x.mT if last else x).is_contiguous():
+        return x
+    batch, channels, length = x.shape
+    y = x.new_empty((batch, length, channels)).mT if last else x.new_empty(x.shape)
+    ready = launch.prepared(_operands, (x, y, x, None, None), (), True, True)
+    ready((*[x] * 8, y))
+    return y
+
+
 def _operands(w, activation, x, g, bias, rows, start, has_x):
     """The launch, or None where nothing has to be packed."""
     batch, channels, length = activation.shape
@@ -120,15 +133,16 @@ def _operands(w, activation, x, g, bias, rows, start, has_x):
     sizes += [0] * (3 - len(sizes))
     sizes.append(0 if g is None else g.numel())
     programs = sum(-(-size // BLOCK) for size in sizes)
+    block_c, block_l = SUM if channels_last(activation) == channels_last(x) else COPY
     if start:
-        programs += batch * -(-channels // BLOCK_C) * -(-length // BLOCK_L)
+        programs += batch * -(-channels // block_c) * -(-length // block_l)
     if not programs:
         return None
     return launch.Launch(
         operands_kernel, w, None, programs, activations={"start": activation, "x": x},
         SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SIZE_G=sizes[3], C=channels,
         START=start, HAS_X=has_x, HAS_BIAS=bias is not None,
-        BLOCK=BLOCK, BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, num_warps=8,
+        BLOCK=BLOCK, BLOCK_C=block_c, BLOCK_L=block_l, num_warps=8,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from ..precision import accumulator
 from ..runtime import guard, launch, tiles
 from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_matrix, load_tile, scalar, split
 
-LEAST_BLOCKS = 4  # of positions per split
+LEAST_BLOCKS, LEAST_POSITIONS = 4, 256  # per split
 WAVES = 4  # at most: with many blocks of t and x, a single one would leave SMs idle
 
 
@@ -52,21 +52,30 @@ def outer_product_kernel(
     tiles_c = tl.cdiv(C, BLOCK_C)
     tiles = tiles_c * tl.cdiv(ROWS, BLOCK_N)
     pid = tl.program_id(0)
-    tile, split = pid % tiles, (pid // tiles).to(tl.int64)
+    tile, split = pid % tiles, pid // tiles
     rows_n = ((tile // tiles_c) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rows_c = ((tile % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     blocks = tl.cdiv(L, BLOCK_L)
     acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    total = tl.zeros((BLOCK_N,), ACC)
+    # In half precision the matrix unit sums t, too: 16 equal columns, the fewest of a product.
+    half: tl.constexpr = t_ptr.dtype.element_ty != ACC
+    total = tl.zeros((BLOCK_N, 16) if half else (BLOCK_N,), ACC)
+    ones = tl.full((BLOCK_L, 16), 1.0, tl.float32).to(t_ptr.dtype.element_ty)
     start = split * BLOCKS_PER_SPLIT
-    for block in range(start, tl.minimum(start + BLOCKS_PER_SPLIT, N.to(tl.int64) * blocks)):
-        n = block // blocks
-        cols = block % blocks * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)
+    for block in range(start, tl.minimum(start + BLOCKS_PER_SPLIT, N * blocks)):
+        n = (block // blocks).to(tl.int64)
+        cols = (block % blocks).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
         t_base, x_base = t_ptr + n * stride_t_n * ALIGN, x_ptr + n * stride_x_n * ALIGN
         t = load_tile(t_base, rows_n, cols, ROWS, L, stride_t_c * ALIGN, stride_t_l)
         x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
         acc = dot(t, x, acc, PRECISION)
-        total += tl.sum(t.to(ACC), 1)
+        if half:
+            total = dot(t, ones, total, PRECISION)
+        else:
+            total += tl.sum(t, 1)
+    if half:
+        total = tl.max(total, 1)
+    split = split.to(tl.int64)
     offs = (split * ROWS + rows_n)[:, None] * C + rows_c[None, :]
     tl.store(partials_ptr + offs, acc, mask=(rows_n < ROWS)[:, None] & (rows_c < C)[None, :])
     if tile % tiles_c == 0:
@@ -275,12 +284,15 @@ def outer_product(t, x):
 def _outer(t, x):
     batch, channels, length = x.shape
     rows = t.shape[1]
-    tile = tiles.tile("outer_product", x, channels, rows, launch.rows(x))
+    # A single large tile would have a partial for every SM: twice the bytes of two.
+    features = channels if channels * rows > 256 * 128 else min(channels, 128)
+    tile = tiles.tile("outer_product", x, features, rows, launch.rows(x))
     blocks = -(-rows // tile.block_n) * -(-channels // tile.block_m)
     padded = -(-length // tile.block_l) * tile.block_l
     # A partial has as many bytes as its tiles of t and x at a few blocks of positions.
+    least = max(LEAST_BLOCKS, LEAST_POSITIONS // tile.block_l)
     blocks_per_split, num_splits = launch.split_positions(
-        blocks, padded * batch, tile, x.device, WAVES, LEAST_BLOCKS
+        blocks, padded * batch, tile, x.device, WAVES, least
     )
     ready = launch.Launch(
         outer_product_kernel, x, tile, blocks * num_splits, activations={"x": x, "t": t},

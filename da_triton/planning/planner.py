@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..tracing import constant
+from .calibration import ratio
 from .costs import (
     AZ,
     XH,
@@ -120,10 +121,16 @@ class Route(NamedTuple):
     backward: str
     backward_order: Order  # of an unfused backward pass; XH of a fused one
     batch_chunk: int  # samples that go through both passes before the next ones start
+    to_channels_last: bool = False  # forward copies X to channels-last memory, and its results back
+    backward_to_channels_last: bool = False
 
     def __str__(self) -> str:
-        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}"
-        return f"{forward}; backward {self.backward} {self.backward_order}"
+        copied, backward_copied = (
+            ", in channels-last memory" * way
+            for way in (self.to_channels_last, self.backward_to_channels_last)
+        )
+        forward = f"{self.order}: gather {self.gather}, distribute {self.distribute}{copied}"
+        return f"{forward}; backward {self.backward} {self.backward_order}{backward_copied}"
 
 
 class PlannedRoute(NamedTuple):
@@ -136,33 +143,57 @@ class PlannedRoute(NamedTuple):
     backward_seconds: float
 
 
-# Assumed fractions of the peak rate for vendor GEMMs and for these kernels, launch latency in a
-# CUDA graph, and L2 size, to rank routes with. None is measured.
-VENDOR_EFFICIENCY, KERNEL_EFFICIENCY = 0.85, 0.6
-NARROW_SHARE = 0.5  # of either, where rows of positions are not aligned to 8 bytes
-LAUNCH = 2.0e-6  # seconds, start and tail included
-CACHE_BANDWIDTH = 5.5e12  # bytes/s from the L2 cache
+LAUNCH = 1.2e-6  # assumed seconds between two launches in a CUDA graph
+CACHE_BANDWIDTH = 7.0e12  # bytes/s from the L2 cache, assumed
 CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
 
 
-def modelled(steps: tuple[Step, ...], s: Shape, batch_chunks: int = 1) -> float:
-    """Modelled seconds for a batch: per step max(compute, memory), plus launch latency."""
-    rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
-    total = 0.0
-    for step in steps:
-        efficiency = VENDOR_EFFICIENCY if step.library else KERNEL_EFFICIENCY
-        narrow = 1.0 if step.library or s.wide else NARROW_SHARE
-        requested = step.requested * s.itemsize / CACHE_BANDWIDTH
-        moved = step.bytes(s.itemsize) / BANDWIDTH
-        busy = max(step.macs / (rate * efficiency), moved, requested) / narrow
-        total += busy * s.batch + step.launches * batch_chunks * LAUNCH
-    return total
+UNFUSED = 1.1  # how much faster than a fused backward pass another one must be
+COPIES, AGAIN = "channels-last copies", "gather again"  # parts
 
 
-def wide(x) -> bool:
-    """Whether kernels can load x, ``(N, C, L)``, at least 8 bytes at once."""
-    rows = x.shape[1] if x.stride(1) == 1 else x.shape[2]
-    return rows * x.element_size() % 8 == 0
+class Part(NamedTuple):
+    """Steps of a route that are priced together."""
+
+    name: str  # in the calibration
+    steps: tuple[Step, ...]
+    shape: Shape
+    samples: int  # that a launch takes
+
+    @property
+    def roofline(self) -> float:
+        """Seconds for the batch at peak rates: per step max(compute, memory), and the launches."""
+        s = self.shape
+        rate = MATRIX_RATE if s.itemsize == 2 else FLOAT32_RATE
+        chunks = math.ceil(s.batch / self.samples)
+        total = 0.0
+        for step in self.steps:
+            requested = step.requested * s.itemsize / CACHE_BANDWIDTH
+            moved = step.bytes(s.itemsize) / BANDWIDTH
+            total += max(step.macs / rate, moved, requested) * s.batch
+            total += step.launches * chunks * LAUNCH
+        return total
+
+    @property
+    def seconds(self) -> float:
+        """Modelled seconds for the batch."""
+        return self.roofline * ratio(self.name, self.shape, self.samples)
+
+
+class Pass(NamedTuple):
+    """A forward or a backward pass, and the fields of ``Route`` that it sets."""
+
+    fields: dict[str, Any]
+    parts: tuple[Part, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for part in self.parts for step in part.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Modelled seconds for the batch."""
+        return sum(part.seconds for part in self.parts)
 
 
 def floor(s: Shape) -> float:
@@ -179,52 +210,125 @@ def routes(
     ``order``: that of the forward pass; None for all. ``saved_v``: backward reads V instead of
     projecting it again.
     """
-    kind, backward_order, backward_steps, backward_seconds = _backward(s, limits, saved_v)
+    backs = backwards(s, limits, saved_v)
+    after_from_x = [gathering_again(back, limits) for back in backs]
+    best = [min(ways, key=_with_memory) for ways in (backs, after_from_x)]
     found = []
     for o in (order,) if order else orders(s.reconstruct):
-        fused_gather, fused_distribute = fused_tiles(o, limits)
-        for one, two in itertools.product({fused_gather, 0}, {fused_distribute, 0}):
-            batch_chunk = _batch_chunk(s) if one and two else max(1, s.batch)
-            per_sm = 1
-            if one:
-                per_sm = limits.per_sm.gather_from_x if o.from_x else limits.per_sm.gather_from_a
-            num_splits = max(1, limits.num_sms * per_sm // max(1, min(s.batch, batch_chunk)))
-            cached = batch_chunk * _bytes(s) <= CACHE
-            both = not one and not two
-            steps = (
-                *gather_steps(s, o, one, num_splits, limits.blocks_of_n, both),
-                *distribute_steps(s, o, two, limits.core, cached, limits.channels_fit, both),
-            )
-            gather, distribute = ("fused" if way else "unfused" for way in (one, two))
-            route = Route(o, gather, distribute, kind, backward_order, batch_chunk)
-            seconds = modelled(steps, s, math.ceil(s.batch / batch_chunk))
-            found.append(PlannedRoute(route, steps, backward_steps, seconds, backward_seconds))
+        for way in forwards(s, limits, o, saved_v):
+            back = best[o.from_x and way.fields["gather"] == "fused"]
+            route = Route(**way.fields, **back.fields)
+            found.append(PlannedRoute(route, way.steps, back.steps, way.seconds, back.seconds))
     return tuple(sorted(found, key=lambda planned: planned.seconds))
 
 
-def _backward(
-    s: Shape, limits: Limits, saved_v: bool
-) -> tuple[str, Order, tuple[Step, ...], float]:
-    """The backward pass with the least modelled time, whatever the forward pass was."""
-    num_splits = max(1, limits.num_sms // max(1, s.batch))
-    candidates = [
-        ("unfused", o, tuple(unfused_backward_steps(s, o, limits.core, saved_v)))
-        for o in orders(s.reconstruct)
+def forwards(s: Shape, limits: Limits, order: Order, saved_v: bool = False) -> list[Pass]:
+    """Every forward pass in an order that the kernels can take."""
+    fused_gather, fused_distribute = fused_tiles(order, limits)
+    whole = max(1, s.batch)
+    found = []
+    for one, two in itertools.product({fused_gather, 0}, {fused_distribute, 0}):
+        for chunk in sorted({whole, _batch_chunk(s)}) if one and two else [whole]:
+            for last in _formats(s) if not one and not two else (s,):
+                copied = last != s
+                parts = _forward_parts(last, limits, order, one, two, chunk)
+                parts += _copies(s, s.channels, 2, saved_v) if copied else ()
+                gather, distribute = ("fused" if way else "unfused" for way in (one, two))
+                fields = {
+                    "order": order, "gather": gather, "distribute": distribute,
+                    "batch_chunk": chunk, "to_channels_last": copied,
+                }  # fmt: skip
+                found.append(Pass(fields, parts))
+    return found
+
+
+def _forward_parts(s, limits, order, gather, distribute, batch_chunk):
+    """``gather``, ``distribute``: positions per tile of the fused kernel, 0 for the unfused."""
+    per_sm = 1
+    if gather:
+        per_sm = limits.per_sm.gather_from_x if order.from_x else limits.per_sm.gather_from_a
+    num_splits = max(1, limits.num_sms * per_sm // max(1, min(s.batch, batch_chunk)))
+    cached = batch_chunk * _bytes(s) <= CACHE
+    both = not gather and not distribute
+    first = [
+        "gather", "X" if order.from_x else "A", "fused" if gather else "unfused",
+        *["H"] * order.through_h, *["with V"] * both,
+    ]  # fmt: skip
+    last = [
+        "distribute", "H" if order.through_h else "Z", "fused" if distribute else "unfused",
+        *["of V"] * both,
+    ]  # fmt: skip
+    steps = (
+        gather_steps(s, order, gather, num_splits, limits.blocks_of_n, both),
+        distribute_steps(s, order, distribute, limits.core, cached, limits.channels_fit, both),
+    )
+    return tuple(
+        Part(" ".join(name), tuple(of), s, batch_chunk)
+        for name, of in zip((first, last), steps, strict=True)
+    )
+
+
+def backwards(s: Shape, limits: Limits, saved_v: bool = False) -> list[Pass]:
+    """Every backward pass that the kernels can take, whatever the forward pass was.
+
+    Beside a fused one, only the paper's order is left: the others take 18 to 33 launches.
+    """
+    ways: list[tuple[str, Order, Shape, list[Step]]] = [
+        ("unfused", o, last, unfused_backward_steps(last, o, limits.core, saved_v))
+        for o in ((AZ,) if limits.backward else orders(s.reconstruct))
+        for last in _formats(s)
     ]
+    whole = max(1, s.batch)
     if limits.backward:
-        blocks, batch, per_sm = limits.blocks_of_n, max(1, s.batch), limits.per_sm
+        blocks, per_sm = limits.blocks_of_n, limits.per_sm
         wanted = (
-            limits.num_sms * per_sm.gather_from_x // (batch * blocks),
-            limits.num_sms * per_sm.block_bwd_distribute // batch,
+            limits.num_sms * per_sm.gather_from_x // (whole * blocks),
+            limits.num_sms * per_sm.block_bwd_distribute // whole,
         )
         partials = (
             num_partials(s.length, limits.gather_from_x, wanted[0]),
             num_partials(s.length, limits.block_bwd_distribute, wanted[1]),
         )
-        sizes = num_splits, limits.backward, blocks, saved_v, partials
-        candidates.append(("fused", XH, tuple(fused_backward_steps(s, *sizes))))
-    timed = [(*c, modelled(c[2], s)) for c in candidates]
-    return min(timed, key=lambda c: c[-1])
+        sizes = max(1, limits.num_sms // whole), limits.backward, blocks, saved_v, partials
+        ways.append(("fused", XH, s, fused_backward_steps(s, *sizes)))
+    found = []
+    for kind, order, last, steps in ways:
+        copied = last != s
+        part = Part(f"backward {kind} {order}", tuple(steps), last, whole)
+        copies = _copies(s, 2 * s.channels, 3, saved_v) if copied else ()
+        fields = {
+            "backward": kind, "backward_order": order, "backward_to_channels_last": copied,
+        }  # fmt: skip
+        found.append(Pass(fields, (part, *copies)))
+    return found
+
+
+def gathering_again(back: Pass, limits: Limits) -> Pass:
+    """The same after a fused gather from X, whose B was not rounded: from A, it repeats its own."""
+    if back.fields["backward"] == "fused" or back.fields["backward_order"].from_x:
+        return back
+    s = back.parts[0].shape
+    whole = max(1, s.batch)
+    step = gather_steps(s, AZ, 0, max(1, limits.num_sms // whole))[-1]
+    return back._replace(parts=(*back.parts, Part(AGAIN, (step,), s, whole)))
+
+
+def _with_memory(back: Pass) -> float:
+    """Seconds, longer for an unfused pass, which needs more memory and launches."""
+    return back.seconds * (1.0 if back.fields["backward"] == "fused" else UNFUSED)
+
+
+def _formats(s: Shape) -> tuple[Shape, ...]:
+    """X as it is, and copied to channels-last memory where only that is fast in vendor GEMMs."""
+    last = s._replace(channels_last=True)
+    return (s, last) if s.itemsize == 2 and s.alignment < last.alignment == 16 else (s,)
+
+
+def _copies(s: Shape, inputs: int, launches: int, saved_v: bool) -> tuple[Part]:
+    """Copies of ``inputs`` channels, of the result, and of a saved V between memory formats."""
+    rows = inputs + s.out_channels + saved_v * s.c_n
+    step = Step(COPIES, False, 0, 2 * rows * s.length, 0, launches + saved_v)
+    return (Part(COPIES, (step,), s, max(1, s.batch)),)
 
 
 def _bytes(s: Shape) -> int:

@@ -1,10 +1,11 @@
 """Types of the cost model: the sizes of a block, its steps, and the kernels' limits."""
 
+import math
 from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A block on an input: sizes, and bytes per element."""
+    """A block on an input: sizes, bytes per element, memory format."""
 
     batch: int
     channels: int
@@ -14,7 +15,13 @@ class Shape(NamedTuple):
     length: int
     itemsize: int
     reconstruct: bool
-    wide: bool = True  # kernels can load at least 8 bytes at once
+    channels_last: bool = False
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to which rows of X are aligned, at most 16."""
+        rows = self.channels if self.channels_last or self.length == 1 else self.length
+        return math.gcd(16, rows * self.itemsize)
 
     @property
     def out_channels(self) -> int:

@@ -54,7 +54,7 @@ _attempts: Counter[str] = Counter()  # to prove a case
 
 def proved(
     axes: dict[str, Any], *, writes=(), roles=None, num_splits=lambda **_: 2,
-    apart=lambda **_: False,
+    apart=lambda **_: False, choice=lambda **_: False,
 ):  # fmt: skip
     """Decorates a launcher that has a stand-in of the same name.
 
@@ -63,13 +63,13 @@ def proved(
     arguments that are results. ``roles``: "positive" for tensors with positive elements.
     ``num_splits``: how many programs share the positions, where the code depends on that.
     ``apart``: whether x has strides that other activations do not have, where the code depends on
-    that.
+    that. ``choice``: between two tiles, where the number of programs makes it.
     """
 
     def decorate(launcher):
         name = launcher.__name__
         spec = LAUNCHERS[name] = _Spec(
-            name, launcher, axes, writes, roles or {}, num_splits, apart
+            name, launcher, axes, writes, roles or {}, num_splits, apart, choice
         )  # fmt: skip
 
         @functools.wraps(launcher)
@@ -88,9 +88,10 @@ def proved(
 class _Spec:
     """A launcher and how to make small arguments for it."""
 
-    def __init__(self, name, launcher, axes, writes, roles, num_splits, apart):
+    def __init__(self, name, launcher, axes, writes, roles, num_splits, apart, choice):
         self.name, self.launcher, self.axes = name, launcher, axes
-        self.writes, self.roles, self.num_splits, self.apart = writes, roles, num_splits, apart
+        self.writes, self.roles, self.num_splits = writes, roles, num_splits
+        self.apart, self.choice = apart, choice
         self.stand_in = getattr(stand_ins, name)
         self.signature = inspect.signature(launcher)
 
@@ -104,6 +105,7 @@ class _Spec:
         found = {name: words(value, self.axes.get(name)) for name, value in given.items()}
         found["num_splits"] = str(self.num_splits(**given))
         found["apart"] = "yes" if self.apart(**given) else ""
+        found["choice"] = "yes" if self.choice(**given) else ""
         if _dtype(given) == torch.float32:
             found["precision"] = "tf32" if verdicts.allows_tf32() else "ieee"
         return " ".join(f"{name}={word}" for name, word in found.items() if word)
@@ -227,7 +229,7 @@ def _prove(spec, given, case):
                 truth = _run(spec, spec.stand_in, wide)
             except Exception as failure:
                 raise _UnprovedError from failure
-            with launch.trial(spec.num_splits(**given), tiles):
+            with launch.trial(spec.num_splits(**given), tiles, spec.choice(**given)):
                 runs = [_run(spec, spec.launcher, small) for _ in range(_state.repetitions)]
             error = max(map(_error, runs[0], truth))
             if not error <= allowed:

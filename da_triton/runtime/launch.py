@@ -64,11 +64,11 @@ def alignment(*activations):
 
 
 def rows(x):
-    """The variant of a tile for x: ``tiles.ALIGNED``, ``tiles.ODD`` or ``tiles.PLAIN``."""
+    """The variant of a tile for x: PLAIN, or for rows of positions ALIGNED, ODD or ROWS."""
     if x.stride(-1) != 1:
         return tiles.PLAIN
     unit = math.gcd(8, x.shape[-1], *strides(x, 1)[:-1])
-    return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.PLAIN)
+    return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.ROWS)
 
 
 def same_steps(x, *others):
@@ -86,6 +86,7 @@ def num_sms(device):
 
 class _Thread(threading.local):
     num_splits = None  # of positions, instead of as many as the GPU has room for
+    choice = None  # between two tiles, instead of the one that the number of programs makes
     tiles = None  # tiles of launches are appended here
     recorder = None  # receives every launch
 
@@ -114,15 +115,21 @@ def leave_unrecorded():
 
 
 @contextlib.contextmanager
-def trial(num_splits, tiles):
+def trial(num_splits, tiles, choice=False):
     """Splits positions of this thread's launches over ``num_splits`` programs, if blocks permit,
-    and adds the tile of every launch to the list ``tiles``, as text."""
-    before = _thread.num_splits, _thread.tiles
-    _thread.num_splits, _thread.tiles = num_splits, tiles
+    makes ``choice`` between tiles, and adds the tile of each launch to the list ``tiles``, as text.
+    """
+    before = _thread.num_splits, _thread.tiles, _thread.choice
+    _thread.num_splits, _thread.tiles, _thread.choice = num_splits, tiles, choice
     try:
         yield
     finally:
-        _thread.num_splits, _thread.tiles = before
+        _thread.num_splits, _thread.tiles, _thread.choice = before
+
+
+def chosen(choice):
+    """``choice``, which depends on the number of programs; in a trial, that of the proved call."""
+    return choice if _thread.choice is None else _thread.choice
 
 
 def split_positions(programs, length, tile, device, waves=1, least=1):
@@ -239,6 +246,8 @@ class Launch:
     ``activations``, whose strides are in units of ALIGN, these, ALIGN and L_UNITS; strides of
     ``strided`` tensors, 0 without one; BLOCKS_PER_SPLIT and NUM_SPLITS, by which ``programs`` grow.
 
+    ``bounded``: limits registers so that an SM can hold the tile's ``ctas_per_sm`` programs.
+
     ``again``: the kernel recomputes softmax weights from a log-sum-exp. Contracted into one
     FMA, ``scale·x − lse`` would round a huge logit differently from the pass that made lse, where a
     select separates the two operations, and ``exp`` of the difference would overflow.
@@ -246,7 +255,7 @@ class Launch:
 
     def __init__(
         self, kernel, like, tile, programs, *, activations=None, strided=None, again=False,
-        num_warps=None, **values,
+        num_warps=None, bounded=False, **values,
     ):  # fmt: skip
         kernel = implementation(kernel, tile)
         sizes, constants, steps = _arguments(kernel.fn)
@@ -263,6 +272,8 @@ class Launch:
             found["BLOCK_M"] = found["BLOCK_C"] = tile.block_m
             found["BLOCK_N"], found["BLOCK_L"] = tile.block_n, tile.block_l
             self.options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            if bounded and tile.ctas_per_sm > 1 and tiles.limits_registers(like.device):
+                self.options["maxnreg"] = tiles.registers(tile)
             if _thread.tiles is not None:
                 blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_l}"
                 _thread.tiles.append(f"{blocks} {tile.num_warps}w {tile.num_stages}s")

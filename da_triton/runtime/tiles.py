@@ -9,9 +9,10 @@ on all of them: those have no tensor cores on NVIDIA and few registers, so their
 The entries were found by ahead-of-time compilation (``python -m bench.codegen.tiles``): the largest
 tile of a kernel that compiles without spills, within the architecture's shared memory, on every
 layout. Ties go to more positions per tile, which means wider rows and fewer loop steps. Those whose
-note is "modelled" were chosen among tiles without spills by the modelled time of the named
-workloads. None has been timed yet. A missing kernel and block spills with every candidate tried:
-``fits`` is False for it, and the planner takes another route.
+note is "modelled" were chosen by the modelled time of the named workloads. None has been timed yet.
+A tile spills at rows of even length only where its note says how many times and that it was chosen
+by modelled time ("modelled; 26 spills"). A missing kernel and block spills with every candidate
+tried: ``fits`` is False for it, and the planner takes another route.
 
 Tuned tables are written by ``python -m bench tune``, one per GPU model, into the folder that
 DA_TRITON_TILES names (default: ``tiles`` in the cache). Some may ship in ``kernels/tiles/tuned``.
@@ -69,9 +70,10 @@ class Entry(NamedTuple):
 
 
 PLAIN = "plain"  # also every variant that a table lacks
-# Rows of positions that begin at multiples of 16 bytes in half precision, and those of which every
-# load is of one element: see ``launch.rows``.
-ALIGNED, ODD = "aligned", "odd"
+# Rows of positions: any, those that begin at multiples of 16 bytes in half precision, and those of
+# which every load is of one element (see ``launch.rows``; the core's gather has ROWS for them all).
+ROWS, ALIGNED, ODD = "rows", "aligned", "odd"
+FEW = " few"  # behind a variant: programs of its tile would leave much of the GPU idle
 COLUMNS = [
     "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages",
     "ctas_per_sm", "impl", "note",
@@ -165,6 +167,21 @@ def wants_64_rows(device):
     return architecture(device) == "sm_90"
 
 
+def limits_registers(device):
+    """Whether a launch may limit the registers of a thread (NVIDIA's assembler alone does)."""
+    return architecture(device) != AMD
+
+
+def registers(tile):
+    """Registers of a thread with which an SM holds ``tile.ctas_per_sm`` programs."""
+    return min(255, REGISTERS // (32 * tile.num_warps * tile.ctas_per_sm) // 8 * 8)
+
+
+def threads(tile, device):
+    """Threads of a program."""
+    return tile.num_warps * ARCHITECTURES[architecture(device)].warp_size
+
+
 def chains_products(device):
     """Whether several products in a loop may add to one accumulator.
 
@@ -180,6 +197,7 @@ def chains_products(device):
 LARGEST_G_TILE = {"half": 128, "float32": 32, "float64": 32}
 SMALLEST = {"half": 32, "float32": 32, "float64": 16}
 ANY = 1 << 30
+REGISTERS = 65_536  # of an SM
 
 
 class Blocks(NamedTuple):
@@ -214,7 +232,7 @@ BLOCKS = {
     "block_bwd_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute": Blocks((64, ANY), (32, ANY)),
     "project_distribute_blocks": Blocks((64, 64), (32, ANY)),
-    "outer_product": Blocks((64, 128), (64, 128)),
+    "outer_product": Blocks((64, 256), (64, 128), walks="m"),
     "weight_gradients": Blocks((32, 32), (32, 32)),
 }
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # if not "pointers" alone
@@ -298,9 +316,9 @@ def tile(
 
 
 def fits(kernel: str, x: torch.Tensor, features: int, descriptors: int) -> bool:
-    """Whether a kernel has a tile that does not spill: bf16, no mask, 28×28 and 14×14 positions.
+    """Whether a kernel has a tile, which spills no more than its note says.
 
-    With a mask, or rows of odd length, some tiles spill; results do not change.
+    With a mask, or rows of odd length, some spill more; results do not change.
     """
     return _of(kernel, x, features, descriptors, PLAIN) is not None
 
@@ -324,7 +342,7 @@ def find(
     """The entry tuned on the GPU ``gpu_name``, if given, else the one of its architecture."""
     sizes = list(_walked(kernel, tile_class, features, descriptors))
     tables = tuned(gpu_name), shipped(arch)
-    for wanted in dict.fromkeys((variant, PLAIN)):
+    for wanted in dict.fromkeys((variant, variant.removesuffix(FEW), PLAIN)):
         for block in sizes:
             key = Key(kernel, wanted, tile_class, *block)
             for table in tables:

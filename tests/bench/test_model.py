@@ -20,6 +20,7 @@ from bench.model.simulate import SM
 from bench.model.warp import Access, Step
 from bench.providers import LAYOUTS
 from bench.workloads import WORKLOADS
+from da_triton.planning import calibration
 
 M32 = 0xFFFFFFFF
 
@@ -418,3 +419,14 @@ def test_the_kept_table_is_of_this_code():
     assert {tuple(r) for r in own[key].itertuples(index=False)} == wanted
     assert not own["unknown"].any()
     assert (own["us"] > 0).all()
+
+
+def test_the_planners_calibration_is_of_this_code(tmp_path):
+    """Every route of one small workload is modelled again."""
+    path = tmp_path / "calibration.json"
+    output("bench.model.calibrate", "--workload", "small_16_8x8", "--out", str(path))
+    made, whole = (json.loads(p.read_text(encoding="utf-8")) for p in (path, calibration.FILE))
+    assert made["columns"] == whole["columns"] == calibration.COLUMNS
+    assert made["rows"]
+    same_shape = [row for row in whole["rows"] if row[1:7] == [16, 8, 8, 1, 1, 64]]
+    assert made["rows"] == same_shape

@@ -19,13 +19,7 @@ from da_triton.runtime import tiles
 
 ARCHITECTURES = codegen.ORDER
 NVIDIA = [a for a in ARCHITECTURES if a.startswith("sm_")]
-# A few registers that are spilled, once: with rows that are not a multiple of 16 bytes, where every
-# tile tried spills, and with n = 128, where a tile that does not is half as long.
-ACCEPTED = {
-    ("gfx942", "block_bwd_gather", 19): 8,
-    ("sm_90", "block_bwd_gather", 128): 12,
-}
-# The same with the oldest supported Triton.
+# Spills with the oldest supported Triton, beside those that notes of tiles name.
 ACCEPTED_OF = {
     "3.6.0": {
         ("sm_80", "delta", 32): 3,
@@ -81,14 +75,75 @@ def test_every_kernel_is_compiled(arch):
     assert {code["kernel"] for code in kept(arch)} == defined
 
 
-@each_architecture
-def test_no_spills(arch):
-    spilled = {
+def entries(row):
+    """The shipped tiles with which a row's program may have been compiled."""
+    blocks = dict(word.split("=") for word in row["blocks"].split())
+    flags = dict(word.split("=") for word in row["flags"].split() if "=" in word)
+    m = int(blocks.get("M") or blocks.get("C") or 0)
+    n = int(blocks.get("N", 0)) * int(flags.get("HEAD_BLOCK", 1))
+    kernel = row["kernel"]
+    fit = "CHANNELS_FIT" in row["flags"].split()
+    if kernel == "block_bwd_gather" and fit:
+        kernel += "_full_c"
+    if kernel == "project_distribute" and not fit:
+        kernel += "_blocks"
+    options = int(blocks.get("L", 0)), row["warps"], row["stages"]
+    gradient = "GRADIENT" in row["flags"].split()
+    return [
+        entry
+        for key, entry in tiles.shipped(row["arch"]).items()
+        if (key.kernel, key.block_m, key.block_n, *entry[:3]) == (kernel, m, n, *options)
+        if (key.tile_class == "half") == (row["dtype"] in ("float16", "bfloat16"))
+        if kernel != "full_n" or key.variant.startswith("gradient") == gradient
+    ]
+
+
+def noted_spills(row):
+    """How many spills the note of a row's tile allows: those at odd lengths are not counted."""
+    notes = [entry.note for entry in entries(row)]
+    found = [re.search(r"^modelled; (\d+) spills(?! at odd L)", note) for note in notes]
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def unnoted(rows):
+    """Programs that spill more than the notes of their tiles say."""
+    return {
         codegen.title(c): c["spills"]
-        for c in kept(arch)
-        if c["spills"] > ACCEPTED.get((arch, c["kernel"], c["n"]), 0) and c["L"] != codegen.ODD
+        for c in rows
+        if c["L"] != codegen.ODD and c["spills"] > noted_spills(c)
     }
-    assert not spilled
+
+
+@each_architecture
+def test_tiles_spill_only_where_their_notes_say_how_much(arch):
+    """And that the modelled time chose them."""
+    assert not unnoted(kept(arch))
+
+
+def test_notes_of_spills_are_found_for_their_programs():
+    noted = {
+        key: int(match[1])
+        for key, entry in tiles.shipped("sm_90").items()
+        if (match := re.match(r"modelled; (\d+) spills(?! at odd)", entry.note))
+    }
+    assert noted
+    names = {"block_bwd_gather_full_c": "block_bwd_gather"}
+    for key, spills in noted.items():
+        entry, gradient = tiles.shipped("sm_90")[key], key.variant.startswith("gradient")
+        row = {
+            **KEPT[0], "arch": "sm_90", "kernel": names.get(key.kernel, key.kernel), "L": 784,
+            "flags": f"CHANNELS_FIT {'GRADIENT' * gradient}", "dtype": "bfloat16",
+            "warps": entry.num_warps, "stages": entry.num_stages,
+            "blocks": f"N={key.block_n} C={key.block_m} L={entry.block_l}", "spills": spills,
+        }  # fmt: skip
+        assert not unnoted([row])
+        assert unnoted([{**row, "spills": spills + 1}])
+        assert unnoted([{**row, "warps": 2 * entry.num_warps}])  # another tile
+        assert not unnoted([{**row, "warps": 2 * entry.num_warps, "spills": 0}])
+        assert unnoted([{**row, "arch": "sm_80"}])
+        assert unnoted([{**row, "dtype": "float32"}])
+        if key.kernel == "full_n":
+            assert unnoted([{**row, "flags": "GRADIENT" * (not gradient)}])
 
 
 @each_architecture
@@ -139,7 +194,9 @@ def test_loads_of_activations_are_wide(arch):
         small = 2 if is_fused(code) and code["n"] % 16 == 0 else 0
         if "HAS_BIAS" in code["flags"]:  # a lane's share of it; of rows, it would be 64 and more
             small = max(small, {"full_n": 32, "operands": 4}.get(code["kernel"], 0))
-        assert code["loads_2"] <= small or code["n"] % 16, codegen.title(code)
+        # Copies to channels-last memory are for rows that are not aligned, and read elements.
+        copy = code["kernel"] == "operands" and "ALIGN=1" in code["flags"] and code["L"] % 8
+        assert copy or code["loads_2"] <= small or code["n"] % 16, codegen.title(code)
 
 
 @pytest.mark.xdist_group("sm_90")
@@ -149,6 +206,8 @@ def test_main_loops_copy_asynchronously():
             continue
         if is_fused(code) and not (code["wgmma"] and code["stages"] > 1):
             continue  # tiles of 32 rows: mma.sync takes X from registers, wherever it comes from
+        if code["stages"] == 1 and any(entry.ctas_per_sm > 1 for entry in entries(code)):
+            continue  # while a program loads, the SM's other one multiplies
         if code["products"] and code["dtype"] == "bfloat16" and not code["call"]:
             assert code["copy_bytes"] >= 8, codegen.title(code)
 
@@ -169,7 +228,7 @@ def test_table_is_of_the_programs_that_launches_compile(arch):
 
 @each_compiled
 def test_table_has_the_figures_that_the_compiler_gives(arch):
-    """One program of each kernel; with another Triton, that it compiles without spills."""
+    """One program of each kernel; with another Triton, that its spills are those of the notes."""
     listed = {row["digest"]: row for row in kept(arch)}
     accepted = ACCEPTED_OF.get(TRITON, {})
     compiled = [row for row in sample(arch) if "registers" in row]
@@ -180,4 +239,5 @@ def test_table_has_the_figures_that_the_compiler_gives(arch):
             assert fresh == listed[fresh["digest"]]
         else:
             most = accepted.get((arch, fresh["kernel"], fresh["n"]), 0)
+            most = max(most, noted_spills(fresh))
             assert fresh["L"] == codegen.ODD or fresh["spills"] <= most, codegen.title(fresh)

@@ -95,7 +95,8 @@ def test_peak(work):
     elif x.shape[2] >= 400:
         assert inference.bytes <= eager.bytes
     else:
-        assert inference.bytes <= 1.8 * eager.bytes
+        copies = route.to_channels_last * x.nbytes
+        assert inference.bytes <= 1.8 * eager.bytes + copies
 
     leaves = [t.requires_grad_() for t in (x, *weights)]
     with Peak() as eager:

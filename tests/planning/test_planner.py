@@ -8,11 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import da_triton
+from bench.problems import BACKWARD, FORWARD
+from bench.providers import CHANNELS_LAST, LAYOUTS
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton import block as triton_block  # noqa: F401, its FLOP formulas, before a counter looks
 from da_triton.ops.triton import routes
-from da_triton.ops.triton.plan import kernel_limits
-from da_triton.planning import planner
+from da_triton.ops.triton.plan import kernel_limits, kernel_routes
+from da_triton.planning import calibration, planner
 from da_triton.planning.costs import (
     AH,
     AZ,
@@ -164,17 +166,19 @@ def limits_of(s, arch="sm_90", num_sms=132):
     return kernel_limits(s, s.out_channels, arch, num_sms)
 
 
-def shape_of(work, itemsize=2):
+def shape_of(work, itemsize=2, channels_last=False):
     length = torch.Size(work.positions).numel()
-    return Shape(
-        work.n, work.c, work.c_m, work.c_n, work.heads, length, itemsize, True,
-        length * itemsize % 8 == 0,
-    )  # fmt: skip
+    sizes = work.n, work.c, work.c_m, work.c_n, work.heads, length
+    return Shape(*sizes, itemsize, True, channels_last)
 
 
+each_format = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+
+
+@each_format
 @pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
-def test_the_chosen_route_is_the_cheapest_of_all_that_fit(work):
-    s = shape_of(work)
+def test_the_chosen_route_is_the_cheapest_of_all_that_fit(work, channels_last):
+    s = shape_of(work, channels_last=channels_last)
     found = planner.routes(s, limits_of(s))
     assert [o.seconds for o in found] == sorted(o.seconds for o in found)
     for order in ORDERS.values():
@@ -205,12 +209,153 @@ def test_no_route_that_spills_is_offered():
         assert option.route.backward == "unfused"
 
 
-def test_batch_chunks_keep_x_in_the_cache():
+def test_a_batch_chunk_keeps_x_in_the_cache():
+    """Two fused passes are planned for the whole batch, and in chunks that fit the L2."""
     s = Shape(64, 256, 64, 64, 1, 6400, 2, True)
-    route = planner.routes(s, limits_of(s), XH)[0].route
-    assert route.gather == route.distribute == "fused"
+    ways = [way.fields for way in planner.forwards(s, limits_of(s), XH)]
+    fused = [way for way in ways if way["gather"] == way["distribute"] == "fused"]
+    found = {way["batch_chunk"] for way in fused}
     per_sample = s.channels * s.length * s.itemsize
-    assert 1 < route.batch_chunk * per_sample <= planner.CACHE < 2 * route.batch_chunk * per_sample
+    chunk = min(found)
+    assert found == {chunk, s.batch}
+    assert 1 < chunk * per_sample <= planner.CACHE < 2 * chunk * per_sample
+    assert all(way in fused or way["batch_chunk"] == s.batch for way in ways)
+
+
+def test_copies_to_channels_last_memory_are_for_rows_that_slow_vendor_gemms_down():
+    """In half precision, with rows that 16 bytes do not divide, on routes without fused kernels."""
+    s = Shape(4, 2048, 512, 512, 1, 49, 2, True)
+    others = [
+        s._replace(length=48), s._replace(channels=2046), s._replace(channels_last=True),
+        s._replace(itemsize=4),
+    ]  # fmt: skip
+    for other in others:
+        for route, *_ in planner.routes(other, limits_of(other)):
+            assert not route.to_channels_last
+            assert not route.backward_to_channels_last
+    found = [way for o in ORDERS.values() for way in planner.forwards(s, limits_of(s), o)]
+    copied = [way for way in found if way.fields["to_channels_last"]]
+    assert len(copied) == len(ORDERS)
+    assert all(way.fields["gather"] == way.fields["distribute"] == "unfused" for way in copied)
+    for way in copied:
+        *products, copies = way.parts
+        assert all(part.shape.channels_last for part in products)
+        assert copies.steps[0].elements == 2 * 2 * 2048 * 49  # X and the result, read and written
+        assert copies.steps[0].launches == 2
+    back = [way for way in planner.backwards(s, limits_of(s), saved_v=True) if len(way.parts) > 1]
+    assert {way.fields["backward_order"] for way in back} == set(ORDERS.values())
+    assert {way.parts[1].steps[0].launches for way in back} == {4}
+    assert {way.parts[1].steps[0].elements for way in back} == {2 * (3 * 2048 + 512) * 49}
+
+
+# --- the calibration ------------------------------------------------------------------------------
+
+
+def test_the_calibration_is_exact_where_it_was_made():
+    for part, points in calibration.points().items():
+        for place, log2_ratio in points.items():
+            *sizes, _, last = place
+            c, m, n, heads, samples, positions = (round(2**x) for x in sizes)
+            s = Shape(samples, c, m, n, heads, positions // samples, 2, True, bool(last))
+            assert calibration.ratio(part, s, samples) == pytest.approx(2**log2_ratio)
+
+
+def test_between_shapes_the_calibration_is_between_their_ratios(monkeypatch):
+    def place(c, positions):
+        return calibration.place_of(Shape(1, c, 64, 64, 1, positions, 2, True), 1)
+
+    table = {"a": {place(64, 2**10): 0.0, place(64, 2**14): 2.0}}
+    monkeypatch.setattr(calibration, "points", lambda: table)
+    monkeypatch.setattr(calibration, "weights", calibration.weights.__wrapped__)
+    ratios = [
+        math.log2(calibration.ratio("a", Shape(1, 64, 64, 64, 1, 2**k, 2, True), 1))
+        for k in range(10, 15)
+    ]
+    assert ratios == pytest.approx([0, 2 / (9**3 + 1), 1, 2 - 2 / (9**3 + 1), 2])
+    s = Shape(1, 64, 64, 64, 1, 2**12, 2, True)
+    assert calibration.ratio("unknown", s, 1) == pytest.approx(2)
+
+
+def test_the_table_predicts_its_rows_from_the_others():
+    """Within 25 % in the geometric mean."""
+    errors = []
+    for known in calibration.points().values():
+        for place, log2_ratio in known.items():
+            others = {other: r for other, r in known.items() if other != place}
+            if others:
+                near = {o: math.dist(place, o) ** (-2 * calibration.POWER) for o in others}
+                found = sum(near[o] * others[o] for o in others) / sum(near.values())
+                errors.append(abs(found - log2_ratio))
+    assert len(errors) > 800
+    assert sum(errors) / len(errors) < math.log2(1.25)
+
+
+def test_aligned_rows_are_not_priced_as_unaligned_ones(monkeypatch):
+    """Of 192 positions beside 196, which 16 bytes do not divide, and 784."""
+
+    def shape(length):
+        return Shape(8, 512, 256, 256, 1, length, 2, True)
+
+    lengths = {196: 2.0, 400: 0.0, 784: 0.0}
+    table = {"a": {calibration.place_of(shape(n), 8): ratio for n, ratio in lengths.items()}}
+    monkeypatch.setattr(calibration, "points", lambda: table)
+    monkeypatch.setattr(calibration, "weights", calibration.weights.__wrapped__)
+    assert calibration.ratio("a", shape(192), 8) < 1.25
+    assert calibration.ratio("a", shape(204), 8) > 3
+    assert shape(196).alignment == 8
+    assert shape(1).alignment == 16
+
+
+def test_an_empty_table_prices_everything_at_its_roofline(monkeypatch):
+    monkeypatch.setattr(calibration, "points", dict)
+    monkeypatch.setattr(calibration, "weights", calibration.weights.__wrapped__)
+    assert calibration.ratio("a", Shape(1, 64, 64, 64, 1, 64, 2, True), 1) == 1
+
+
+def test_a_backward_pass_from_a_gathers_again_after_a_fused_gather_from_x():
+    s = Shape(16, 256, 64, 64, 1, 6400, 2, True)
+    limits = limits_of(s)
+    back = next(w for w in planner.backwards(s, limits) if w.fields["backward_order"] == AZ)
+    again = planner.gathering_again(back, limits)
+    assert [step.name for step in again.steps[len(back.steps) :]] == ["gather"]
+    assert again.seconds > back.seconds
+    others = [w for w in planner.backwards(s, limits) if w.fields["backward_order"].from_x]
+    assert others
+    assert all(planner.gathering_again(w, limits) == w for w in others)
+
+
+def test_a_table_with_other_columns_is_rejected(tmp_path, monkeypatch):
+    path = tmp_path / "calibration.json"
+    path.write_text('{"columns": ["part"], "rows": []}')
+    monkeypatch.setattr(calibration, "FILE", path)
+    with pytest.raises(ValueError, match=r"the columns of .* are \['part'\], and not"):
+        calibration.points.__wrapped__()
+
+
+@each_format
+@pytest.mark.parametrize("work", WORKLOADS, ids=lambda w: w.name)
+def test_every_part_of_a_named_workload_is_calibrated(work, channels_last):
+    s = shape_of(work, channels_last=channels_last)
+    ways = [way for order in ORDERS.values() for way in planner.forwards(s, limits_of(s), order)]
+    ways += planner.backwards(s, limits_of(s))
+    for part in (part for way in ways for part in way.parts):
+        if part.shape == s or channels_last:
+            known = calibration.points()[part.name]
+            assert calibration.place_of(s, part.samples) in known, part.name
+
+
+def test_plans_agree_with_the_modelled_launches():
+    """Within 20 % on every named workload, in both memory formats and both directions."""
+    from bench import model
+
+    rows = model.totals(model.kept(str(model.KEPT))).set_index(model.PASS)
+    for work, layout in itertools.product((w for w in WORKLOADS if not w.small), LAYOUTS):
+        s = shape_of(work, channels_last=layout == CHANNELS_LAST)
+        saved_v = planner.saves_v(s.channels, s.c_m, s.c_n, s.heads, "auto")
+        chosen = kernel_routes(s, s.channels, "sm_90", 132, None, saved_v)[0]
+        for mode, planned in ((FORWARD, chosen.seconds), (BACKWARD, chosen.backward_seconds)):
+            modelled = rows.loc[("H200", work.name, layout, mode), "modelled"]
+            assert 1 / 1.2 < planned * 1e6 / modelled < 1.2, (work.name, layout, mode)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(True, False), (False, True), ("auto", False)])

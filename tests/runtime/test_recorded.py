@@ -27,6 +27,7 @@ ROUTES = {
     "one sample at a time": Route(XH, "fused", "fused", "fused", XH, 1),
     "fused from A": Route(AH, "fused", "fused", "unfused", AH, 64),
     "products around the core": Route(AZ, "unfused", "unfused", "unfused", AZ, 64),
+    "products of copies": Route(AZ, "unfused", "unfused", "unfused", AZ, 64, True, True),
     "products, from X through H": Route(XH, "unfused", "unfused", "unfused", XH, 64),
     "mixed": Route(XZ, "fused", "unfused", "unfused", XZ, 64),
 }

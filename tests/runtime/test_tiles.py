@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 import triton
 
 from da_triton import ops
-from da_triton.kernels import project_gather
+from da_triton.kernels import project_gather, weight_gradients
 from da_triton.ops.triton import core
 from da_triton.precision import POLICIES
 from da_triton.runtime import folders, launch, tiles, verdicts
@@ -92,6 +93,7 @@ def test_kernels_of_the_core_have_a_tile_for_any_size_and_dtype(arch):
 def test_full_n_tiles_come_in_pairs_for_every_architecture(arch):
     """Forward and backward up to n = 512: where one is missing, the other is never looked up."""
     keys = [k for k in tiles.shipped(arch) if k[:1] + k[2:3] == ("full_n", "half")]
+    keys = [k for k in keys if not k.variant.endswith(tiles.FEW)]
     expected = {(v, n) for v in (PLAIN, "gradient") for n in (32, 64, 128, 256, 512)}
     assert {(k.variant, k.block_n) for k in keys} == expected
     assert len(keys) == len(expected)
@@ -323,3 +325,18 @@ def test_an_entry_for_an_implementation_that_a_kernel_lacks_is_rejected():
     row = [*ROW[:-2], "tma", ""]
     with pytest.raises(ValueError, match="no kernel could take"):
         tiles.entries({"columns": tiles.COLUMNS, "tiles": [row]})
+
+
+@pytest.mark.parametrize(("channels", "rows", "block"), [(512, 768, 256), (256, 128, 128)])
+def test_weight_gradients_take_large_tiles_where_there_are_several(channels, rows, block):
+    """A single one would have a partial for every SM."""
+    t, x = (torch.empty(2, c, 512, dtype=torch.bfloat16, device="meta") for c in (rows, channels))
+    with (
+        mock.patch.object(launch, "Launch") as made,
+        mock.patch.object(launch, "num_sms", return_value=132),
+    ):
+        weight_gradients._outer(t, x)
+    _, _, tile, _ = made.call_args.args
+    assert (tile.block_m, tile.block_n) == (block, 128)
+    per_split = made.call_args.kwargs["BLOCKS_PER_SPLIT"]
+    assert per_split * tile.block_l >= weight_gradients.LEAST_POSITIONS

@@ -38,6 +38,8 @@ ROUTES = {
     "fused_gather_a_h": Route(AH, "fused", "unfused", "unfused", AH, 2),
     "fused_distribute_x": Route(XH, "unfused", "fused", "fused", XH, 2),
     **{f"unfused_{o}": Route(o, "unfused", "unfused", "unfused", o, 2) for o in ORDERS.values()},
+    "unfused_copied": Route(AZ, "unfused", "unfused", "unfused", AZ, 2, True, True),
+    "unfused_copied_XH": Route(XH, "unfused", "unfused", "unfused", XH, 2, True, True),
 }
 CASES = {
     "plain": Case(1, 64, 32, 32, 196),

@@ -288,7 +288,7 @@ def _route(x, weights, heads, order, saved_v):
     c_out = x.shape[1] if weights.out is None else weights.out.shape[0]
     shape = Shape(
         x.shape[0], x.shape[1], weights.a.shape[0], weights.b.shape[0], heads, x.shape[2],
-        x.element_size(), weights.out is not None, planner.wide(x),
+        x.element_size(), weights.out is not None, launch.channels_last(x),
     )  # fmt: skip
     device = tiles.architecture(x.device), launch.num_sms(x.device)
     return kernel_routes(shape, c_out, *device, ORDERS.get(order), saved_v)[0].route

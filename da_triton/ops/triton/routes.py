@@ -27,6 +27,7 @@ from ...kernels import (
 )
 from ...kernels import distribute as core_distribute
 from ...kernels import gather as core_gather
+from ...kernels.prologue import formatted
 from ...precision import accumulator
 from ...projection import add_project, project
 from ...runtime import launch
@@ -51,7 +52,14 @@ EVERY = Gradients(*(True,) * 8)
 
 
 def forward(x, w, mask, o, route, save_v):
-    """``(out, lse, G, V or None)``."""
+    """``(out, lse, G, V or None)``, out and V in the memory format of X."""
+    if not route.to_channels_last:
+        return _forward(x, w, mask, o, route, save_v)
+    out, lse, g, v = _forward(formatted(x, True), w, mask, o, route, save_v)
+    return formatted(out, False), lse, g, formatted(v, False)
+
+
+def _forward(x, w, mask, o, route, save_v):
     if not route.order.through_h or route.distribute == "unfused":
         return _unfused_forward(x, w, mask, o, route, save_v)
     out = launch.empty_rows_like(x, w.out.shape[0])
@@ -166,7 +174,13 @@ def backward(dout, x, w, mask, lse, g, v, o, route, needs=EVERY):
     """Gradients of X and of the weights that are present, where needed."""
     if route.backward == "fused":
         return _fused_backward(dout, x, w, mask, v, o, needs)
-    return Gradients(*unfused_backward.backward(dout, x, w, mask, lse, g, v, o, route, needs))
+    if route.backward_to_channels_last:
+        dout, x, v = formatted(dout, True), formatted(x, True), formatted(v, True)
+    found = Gradients(*unfused_backward.backward(dout, x, w, mask, lse, g, v, o, route, needs))
+    if route.backward_to_channels_last and needs.x:
+        del dout, x, v
+        return found._replace(x=formatted(found.x, False))
+    return found
 
 
 def _fused_backward(dout, x, w, mask, v, o, needs):

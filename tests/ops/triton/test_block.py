@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from da_triton import double_attention_block
+from da_triton.kernels import project_gather
 from da_triton.ops.triton import block as triton_block
 from da_triton.ops.triton import routes as kernels
 from da_triton.planning.costs import AZ, ORDERS, XH, order_cost
@@ -22,9 +23,11 @@ C, C_M, C_N, LENGTH = 12, 8, 6, 20
 ROUTES = {
     "fused": Route(XH, "fused", "fused", "fused", XH, 2),
     "unfused": Route(AZ, "unfused", "unfused", "unfused", AZ, 2),
+    "copied": Route(AZ, "unfused", "unfused", "unfused", AZ, 2, True, True),
 }
 each_route = pytest.mark.parametrize("route", ROUTES)
-in_float64 = ["unfused"] if AS_ON_A_GPU else [*ROUTES]  # of fused kernels, no tile is that wide
+# No tile of a fused kernel is as wide as float64 needs.
+in_float64 = ["unfused", "copied"] if AS_ON_A_GPU else [*ROUTES]
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 
 
@@ -170,6 +173,39 @@ def test_versions_of_the_fused_backward_pass_agree(
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.skipif(AS_ON_A_GPU, reason="no tile of a fused kernel is as wide as float64")
+@layouts
+@pytest.mark.parametrize("masked", [False, True])
+def test_gathering_from_a_with_all_channels_at_once_or_in_blocks(
+    masked, channels_last, monkeypatch
+):
+    channels = 40
+    x = torch.randn(2, channels, 70, dtype=torch.float64)
+    x = x.mT.contiguous().mT if channels_last else x
+    weight_a, weight_b = (
+        torch.randn(rows, channels, dtype=torch.float64) / channels**0.5 for rows in (12, 8)
+    )
+    mask = (torch.rand(2, 70) > 0.4).to(torch.uint8) if masked else None
+
+    def partials(block_c):
+        constants = {}
+        original = launch.Launch.__call__
+
+        def call(self, *args):
+            constants.update(self.constants)
+            return original(self, *args)
+
+        with monkeypatch.context() as patch, launch.forgetting():
+            patch.setattr(project_gather, "BLOCK_C", block_c)
+            patch.setattr(launch.Launch, "__call__", call)
+            found = project_gather.gather_from_a(x, weight_a, weight_b, mask, 2, 0.9)
+        assert constants["CHANNELS_FIT"] == (block_c > channels)
+        return found
+
+    for one, other in zip(partials(64), partials(16), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU, which would run")

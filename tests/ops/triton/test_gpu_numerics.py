@@ -16,7 +16,7 @@ from da_triton import reference
 from da_triton.ops.triton import core
 from da_triton.ops.triton.plan import kernel_limits
 from da_triton.planning import planner
-from da_triton.planning.costs import XH
+from da_triton.planning.costs import AZ, XH
 from da_triton.planning.planner import Route
 from da_triton.planning.shapes import Shape
 from da_triton.runtime import launch, tiles
@@ -62,6 +62,7 @@ def routes(width):
             backward="unfused", backward_order=option.route.order, batch_chunk=1
         )
         found[f"{route.order}-{route.gather}-{route.distribute}"] = route
+    found["AZ-copied"] = Route(AZ, "unfused", "unfused", "unfused", AZ, 2, True, True)
     if limits.backward:
         found["XH-backward"] = Route(XH, "unfused", "unfused", "fused", XH, 2)
     return found
