@@ -108,7 +108,7 @@ def gather_kernel(
     {"sources": SOURCE, "lowp": "N---", "g": "N---", "lse": "N"},
     writes=("lowp", "g", "lse"),
     num_splits=lambda sources, **_: few_or_many(_num_partials(sources)),
-    choice=lambda sources, **_: pairs(sources),
+    choice=lambda sources, **_: pairs(*sources[0][:2]),
 )
 def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None):
     """G and lse of positions that come from one or more sources (the input itself, extra tokens).
@@ -136,7 +136,7 @@ def gather_forward(sources, logit_scale, bias=None, lowp=None, g=None, lse=None)
     return g, lse
 
 
-@guard.proved({"sources": SOURCE}, choice=lambda sources, **_: pairs(sources))
+@guard.proved({"sources": SOURCE}, choice=lambda sources, **_: pairs(*sources[0][:2]))
 def gather_partials(sources, logit_scale):
     """Partial ``(acc, max, sum)``: acc ``(N, num_partials, heads·n, m)``, others without m."""
     return _partials(sources, logit_scale)
@@ -176,12 +176,11 @@ def _programs(a, b, tile):
     return a.shape[0] * a.shape[1] * blocks
 
 
-def pairs(sources):
+def pairs(a, b):
     """Whether an SM runs two programs: on aligned rows, where G has several tiles.
 
     Except where single programs fill more than half of the GPU as they are.
     """
-    a, b, _ = sources[0]
     sizes = a.shape[2], b.shape[2]
     if launch.rows(a) != tiles.ALIGNED or tiles.g_fits_one_tile(a, *sizes):
         return False
@@ -190,7 +189,8 @@ def pairs(sources):
 
 
 def _tile(a, b):
-    variant = tiles.ROWS if launch.chosen(pairs([(a, b, None)])) else tiles.PLAIN
+    """That of aligned rows is for two programs per SM."""
+    variant = tiles.ALIGNED if launch.chosen(pairs(a, b)) else tiles.PLAIN
     return tiles.tile("gather", a, a.shape[2], b.shape[2], variant)
 
 

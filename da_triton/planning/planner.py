@@ -146,8 +146,6 @@ class PlannedRoute(NamedTuple):
 LAUNCH = 1.2e-6  # assumed seconds between two launches in a CUDA graph
 CACHE_BANDWIDTH = 7.0e12  # bytes/s from the L2 cache, assumed
 CACHE = 32 * 2**20  # bytes of X that stay in the L2 between two passes
-
-
 UNFUSED = 1.1  # how much faster than a fused backward pass another one must be
 COPIES, AGAIN = "channels-last copies", "gather again"  # parts
 
@@ -212,13 +210,14 @@ def routes(
     """
     backs = backwards(s, limits, saved_v)
     after_from_x = [gathering_again(back, limits) for back in backs]
-    best = [min(ways, key=_with_memory) for ways in (backs, after_from_x)]
+    chosen = (min(ways, key=_with_memory) for ways in (backs, after_from_x))
+    best = [(back, back.seconds) for back in chosen]
     found = []
     for o in (order,) if order else orders(s.reconstruct):
         for way in forwards(s, limits, o, saved_v):
-            back = best[o.from_x and way.fields["gather"] == "fused"]
+            back, seconds = best[o.from_x and way.fields["gather"] == "fused"]
             route = Route(**way.fields, **back.fields)
-            found.append(PlannedRoute(route, way.steps, back.steps, way.seconds, back.seconds))
+            found.append(PlannedRoute(route, way.steps, back.steps, way.seconds, seconds))
     return tuple(sorted(found, key=lambda planned: planned.seconds))
 
 

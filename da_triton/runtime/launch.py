@@ -64,11 +64,11 @@ def alignment(*activations):
 
 
 def rows(x):
-    """The variant of a tile for x: PLAIN, or for rows of positions ALIGNED, ODD or ROWS."""
+    """The variant of a tile for x: ``tiles.ALIGNED``, ``tiles.ODD`` or ``tiles.PLAIN``."""
     if x.stride(-1) != 1:
         return tiles.PLAIN
     unit = math.gcd(8, x.shape[-1], *strides(x, 1)[:-1])
-    return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.ROWS)
+    return {8: tiles.ALIGNED, 1: tiles.ODD}.get(unit, tiles.PLAIN)
 
 
 def same_steps(x, *others):

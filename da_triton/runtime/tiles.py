@@ -70,9 +70,9 @@ class Entry(NamedTuple):
 
 
 PLAIN = "plain"  # also every variant that a table lacks
-# Rows of positions: any, those that begin at multiples of 16 bytes in half precision, and those of
-# which every load is of one element (see ``launch.rows``; the core's gather has ROWS for them all).
-ROWS, ALIGNED, ODD = "rows", "aligned", "odd"
+# Rows of positions that begin at multiples of 16 bytes in half precision, and those of which every
+# load is of one element: see ``launch.rows``.
+ALIGNED, ODD = "aligned", "odd"
 FEW = " few"  # behind a variant: programs of its tile would leave much of the GPU idle
 COLUMNS = [
     "kernel", "variant", "dtype", "block_m", "block_n", "positions", "warps", "stages",

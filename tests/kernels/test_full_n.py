@@ -121,7 +121,7 @@ def test_a_proof_takes_the_tile_of_its_call(name, choice, monkeypatch):
     given = {key: given[key] for key in spec.signature.parameters if key in given}
     if name == "gather_partials":
         sms = {True: 132, False: 6}  # of six programs
-        chosen = tiles.ROWS if choice else tiles.PLAIN
+        chosen = tiles.ALIGNED if choice else tiles.PLAIN
         expected = tiles.find("gather", "half", 150, N, chosen, "sm_90")
     else:
         sms = {True: 132, False: 2}

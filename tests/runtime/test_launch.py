@@ -64,7 +64,7 @@ def test_splits_fill_as_many_programs_as_an_sm_should_hold(monkeypatch):
 
 @pytest.mark.parametrize(
     ("length", "expected"),
-    [(784, "aligned"), (24, "aligned"), (196, "rows"), (50, "rows"), (49, "odd")],
+    [(784, "aligned"), (24, "aligned"), (196, "plain"), (50, "plain"), (49, "odd")],
 )
 def test_rows_that_have_a_tile_of_their_own(length, expected):
     x = torch.empty(2, 64, length)
