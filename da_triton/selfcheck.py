@@ -223,7 +223,7 @@ def run(case, dtype, masked, device, every=False):
 def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     """Routes of the planner, with each backward pass; V saved or projected again.
 
-    ``every``: all orders of unfused passes too, which differ in sizes only.
+    ``every``: all orders of unfused passes too, which else have one of each way to distribute.
     """
     from .ops.triton.plan import kernel_limits
     from .planning import planner
@@ -239,7 +239,9 @@ def _routes(x, case, every) -> Iterator[tuple[Any, bool]]:
     found = [planned.route for planned in planner.routes(s, limits)]
     if not every:
         parts = [(r.gather, r.distribute, r.order.from_x, r.to_channels_last) for r in found]
-        found = [r for i, r in enumerate(found) if parts.index(parts[i]) == i]
+        ways = [(r.distribute, r.order.through_h) for r in found]
+        firsts = {parts.index(each) for each in parts} | {ways.index(each) for each in ways}
+        found = [found[i] for i in sorted(firsts)]
     for route in found:
         unfused = ("unfused", route.order)
         for kind, order in (unfused, fused) if limits.backward else (unfused,):

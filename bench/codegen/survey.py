@@ -118,15 +118,20 @@ def core(m: int, n: int, v: Variant) -> list[Launch]:
 
 
 def copies(m: int, _: int, v: Variant) -> list[Launch]:
-    """Activations into channels-last memory and back."""
+    """Activations into channels-last memory and back, alone and to be added to."""
+    x = _activations(v, m)
     with compile.record() as made:
-        prologue.formatted(prologue.formatted(_activations(v, m), True), False)
+        copied = prologue.formatted(x, True)
+        prologue.formatted(copied, False)
+        prologue.formatted(copied, False, x, x.new_empty(m))
     return made
 
 
 def full_n(m: int, n: int, v: Variant) -> list[Launch]:
     """Launches of the kernel that holds all n, which only the block launches."""
-    return [made for made in of_block((64, m, n), UNFUSED, v) if made.name == "full_n_kernel"]
+    routes_ = UNFUSED, UNFUSED._replace(order=AH)
+    made = [each for route in routes_ for each in of_block((64, m, n), route, v)]
+    return [each for each in made if each.name == "full_n_kernel"]
 
 
 def of_block(sizes: Sizes, route: Route, v: Variant, batch: int = BATCH) -> list[Launch]:

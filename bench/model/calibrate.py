@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from .launches import Timed
 from .machine import H200
 from .passes import Block, Operations, block_of, timed
 
-AGAIN = ("gather", "gather_combine")
-GATHERING = ("gather", "combine", "product")  # what the kernels of the gather begin with
+AGAIN = ("statistics", "gather", "gather_combine")
+GATHERING = ("gather", "combine", "product")  # what the kernels of a fused gather begin with
+DISTRIBUTING = "project_distribute", "distribute", "full_n", "position_lse", "apply_weights"
 Row = tuple[Any, ...]  # of ``calibration.COLUMNS``
 
 
@@ -41,23 +42,22 @@ def rows_of(job: model.Job) -> list[Row]:
     """The rows of a workload in a memory format, one per part."""
     work = next(w for w in WORKLOADS if w.name == job[0])
     block = block_of(work, job[1])
-    found: dict[tuple[str, int], list[float]] = {}
-    for part, launches in _parts(block):
-        seconds = sum(t.seconds for t in launches) + planner.LAUNCH * len(launches)
-        key = part.name, part.samples
+    found: dict[tuple[str, int, bool], list[float]] = {}
+    for part, seconds in _parts(block):
+        key = part.name, part.samples, part.shape.channels_last
         found.setdefault(key, []).append(math.log2(seconds / part.roofline))
     s = block.shape
-    last, sizes = int(s.channels_last), (s.channels, s.c_m, s.c_n, s.heads)
+    sizes = s.channels, s.c_m, s.c_n, s.heads
     return [
-        (name, *sizes, samples, samples * s.length, last, round(statistics.mean(ratios), 3))
-        for (name, samples), ratios in found.items()
+        (name, *sizes, samples, samples * s.length, int(last), round(statistics.mean(ratios), 3))
+        for (name, samples, last), ratios in found.items()
     ]
 
 
-def _parts(block: Block) -> Iterator[tuple[Part, list[Timed]]]:
-    """Every part with its modelled launches, again with each new partner.
+def _parts(block: Block) -> Iterator[tuple[Part, float]]:
+    """Every part with its modelled seconds, again with each new partner.
 
-    Those of a pass in the other memory format are left to that format's rows.
+    A backward pass in the other memory format is left to that format's rows.
     """
     s = block.shape
     limits = kernel_limits(s, s.channels, H200.arch, H200.num_sms)
@@ -65,7 +65,7 @@ def _parts(block: Block) -> Iterator[tuple[Part, list[Timed]]]:
     known: set[tuple[str, int]] = set()
     for order in planner.orders(s.reconstruct):
         for way in planner.forwards(s, limits, order, block.save_v):
-            keys = {(part.name, part.samples) for part in way.parts if part.shape == s}
+            keys = {(part.name, part.samples) for part in way.parts}
             if keys <= known:
                 continue
             known |= keys
@@ -74,12 +74,12 @@ def _parts(block: Block) -> Iterator[tuple[Part, list[Timed]]]:
             times = timed(made, H200)
             if taken.to_channels_last:
                 copies = 1 + block.save_v
-                yield way.parts[-1], [times[0], *times[-copies:]]
-                continue
+                yield way.parts[-1], _seconds([times[0], *times[-copies:]])
+                made, times = made[1:-copies], times[1:-copies]
             gathers = _gathers(made, taken)
-            for part, first in zip(way.parts, (True, False), strict=True):
+            for part, first in zip(way.parts, (True, False), strict=False):
                 own = [t for t, is_first in zip(times, gathers, strict=True) if is_first == first]
-                yield part, own
+                yield part, _seconds(own)
     if limits.gather_from_x:
         route = route._replace(order=XZ, gather="fused")
     for way in planner.backwards(s, limits, block.save_v):
@@ -88,22 +88,24 @@ def _parts(block: Block) -> Iterator[tuple[Part, list[Timed]]]:
         times = timed(block.operations(H200, route._replace(**way.fields))[BACKWARD], H200)
         extra = planner.gathering_again(way, limits).parts[len(way.parts) :]
         again = [t for t in times if extra and limits.gather_from_x and t.kernel in AGAIN]
-        yield way.parts[0], [t for t in times if t not in again]
+        yield way.parts[0], _seconds(t for t in times if t not in again)
         if again:
-            yield extra[0], again
+            yield extra[0], _seconds(again)
+
+
+def _seconds(launches: Iterable[Timed]) -> float:
+    return sum(t.seconds + planner.LAUNCH for t in launches)
 
 
 def _gathers(made: Operations, route: Route) -> list[bool]:
-    """Which launches of a forward pass belong to the gather.
-
-    The rest is the distribute's. On the unfused route, products before the last kernel of the
-    gather are the gather's.
-    """
-    own = [isinstance(each, Launch) and each.name.startswith(GATHERING) for each in made]
+    """Which launches of a forward pass belong to the gather; the rest is the distribute's."""
     if route.gather == "fused":
-        return own
-    last = max(i for i, is_own in enumerate(own) if is_own)
-    return [i <= last for i in range(len(made))]
+        return [isinstance(each, Launch) and each.name.startswith(GATHERING) for each in made]
+    first = next(
+        i for i, each in enumerate(made)
+        if isinstance(each, Launch) and each.name.startswith(DISTRIBUTING)
+    )  # fmt: skip
+    return [i < first for i in range(len(made))]
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

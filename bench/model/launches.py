@@ -21,7 +21,7 @@ from . import machine, sass, warp
 from .machine import GPU, Cost
 from .operations import Cache
 from .sass import Instruction
-from .simulate import REGION, SM
+from .simulate import REGION, SM, Result
 from .warp import Step
 
 SAMPLES = 5  # programs of the first SM that are followed
@@ -140,7 +140,9 @@ _simulated: dict[tuple, tuple[float, str, float]] = {}
 
 
 def sampled(programs: int, num_sms: int) -> list[int]:
-    """Programs of the first SM, evenly spaced."""
+    """Programs of the first SM, evenly spaced; the first and the last, where each has an SM."""
+    if programs <= num_sms:
+        return sorted({0, programs - 1})
     own = range(0, programs, num_sms)
     step = max(1.0, len(own) / SAMPLES)
     return sorted({own[int(i * step)] for i in range(min(SAMPLES, len(own)))})
@@ -192,16 +194,24 @@ def simulated(
     gpu: GPU,
 ) -> tuple[float, str, float]:
     """Cycles of the fullest SM, what its warps wait for, and the share of issue slots used."""
+    sm = SM(b.program.code, b.warps, places, min(gpu.num_sms, programs), misses, gpu)
+    if programs <= gpu.num_sms:  # they may do different work
+        result = max((sm.run([trace]) for trace in traces), key=lambda result: result.cycles)
+        return described(result, result.cycles)
     own = -(-programs // gpu.num_sms)
     instructions = sum(map(len, traces)) / len(traces) * b.warps
     count = min(own, max(2 * places, int(ENOUGH / instructions)))
     chosen = [traces[int(i * len(traces) / count)] for i in range(count)]
-    sm = SM(b.program.code, b.warps, places, min(gpu.num_sms, programs), misses, gpu)
     result = sm.run(chosen)
     cycles = result.cycles
     if count < own:
         fewer = sm.run(chosen[: count - places])
         cycles += (own - count) * (result.cycles - fewer.cycles) / places
+    return described(result, cycles)
+
+
+def described(result: Result, cycles: float) -> tuple[float, str, float]:
+    """``cycles``, what the warps of a simulated SM wait for, and its share of issue slots used."""
     waited = sum(result.waits.values()) or 1
     top = sorted(result.waits.items(), key=lambda cause: -cause[1])[:4]
     waits = (f"{name} {x / waited:.0%}" for name, x in top)

@@ -16,8 +16,8 @@ import triton.language as tl
 from ..precision import POLICIES, accumulator
 from ..runtime import guard, launch, tiles
 from .primitives import (
+    LOG2E,
     dot,
-    exp,
     exp_minus,
     load_mask,
     load_matrix,
@@ -29,20 +29,16 @@ from .project_distribute import rows_of_packed_cols, softmax_heads
 
 
 @triton.jit
-def softmax_rows(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Softmax of ``[HEADS·BLOCK_N, BLOCK_L]`` over n in each head; 0 beyond C_N."""
-    z = tl.reshape(z, (HEADS, BLOCK_N, z.shape[1]))
-    z = tl.where((tl.arange(0, BLOCK_N) < C_N)[None, :, None], z, -float("inf"))
-    e = exp(z - tl.max(z, 1)[:, None, :])
-    return tl.reshape(e * (1.0 / tl.sum(e, 1))[:, None, :], (HEADS * BLOCK_N, z.shape[2]))
+def softmax_base_2(z, C_N, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``softmax_heads`` of logits times log2(e), which spares a product.
 
-
-@triton.jit
-def sum_rows(x, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sum of ``[HEADS·BLOCK_N, BLOCK_L]`` over n in each head, repeated for its rows."""
-    total = tl.sum(tl.reshape(x, (HEADS, BLOCK_N, x.shape[1])), 1)[:, None, :]
-    total = tl.broadcast_to(total, (HEADS, BLOCK_N, x.shape[1]))
-    return tl.reshape(total, (HEADS * BLOCK_N, x.shape[1]))
+    The select, needed or not, keeps the scale and the subtraction apart: contracted into one FMA,
+    huge logits would not have the maximum's rounding.
+    """
+    z = tl.reshape(z, (z.shape[0], HEADS, BLOCK_N))
+    z = tl.where((tl.arange(0, BLOCK_N) < C_N)[None, None, :], z, -float("inf"))
+    e = tl.exp2(z - tl.max(z, 2)[:, :, None])
+    return tl.reshape(e * (1.0 / tl.sum(e, 2))[:, :, None], (z.shape[0], HEADS * BLOCK_N))
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -82,7 +78,8 @@ def block_bwd_distribute_kernel(
     HAS_BIAS: tl.constexpr,
     SAME_STEPS: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
-    ROWS_N: tl.constexpr,
+    WGMMA: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,12 +91,12 @@ def block_bwd_distribute_kernel(
 
     SAME_STEPS: dO has X's strides of channels and positions, so that one set of offsets is held.
 
-    The tiles of an iteration are
-        ROWS_N          [n, positions]: at least 64 rows for wgmma, whatever the positions, and Q
-                        goes to its product in registers
-        CHANNELS_FIRST  [positions, n], dH with channels as rows: no accumulator is transposed,
-                        which Triton before 3.7.1 miscompiles for Hopper
-        else            [positions, n], dH with n as rows
+    CHANNELS_FIRST: dH has channels as rows, so that no accumulator is transposed, which Triton
+    before 3.7.1 miscompiles for Hopper.
+    X_AHEAD: registers hold X of the next positions while this tile is used.
+
+    With X_AHEAD the bias is loaded for each tile of positions: held, it would take an eighth of
+    the registers where n is 128.
     """
     L = L_UNITS * ALIGN
     pid = tl.program_id(0)
@@ -121,75 +118,66 @@ def block_bwd_distribute_kernel(
     h_base = h_ptr + n * C_OUT * total_n
     if SAME_STEPS:
         stride_do_c, stride_do_l = stride_x_c, stride_x_l
-    if ROWS_N:
-        if PROJECT:
-            w = load_matrix(w_ptr, rows_n, rows_c, total_n, C, C, 1, dtype)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
-        h = load_matrix(h_base, rows_n, rows_c, total_n, C_OUT, 1, total_n, dtype)
-        dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
-        for l0 in range(start, end, BLOCK_L):
-            cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-            if PROJECT:
-                x = load_tile(x_base, rows_c, cols, C, L, stride_x_c * ALIGN, stride_x_l)
-                z = dot(w, x, tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_L), ACC), PRECISION)
-                if HAS_BIAS:
-                    z += bias[:, None]
-            else:
-                z = load_tile(v_base, rows_n, cols, total_n, L, stride_v_c * ALIGN, stride_v_l)
-                z = z.to(ACC)
-            do = load_tile(do_base, rows_c, cols, C_OUT, L, stride_do_c * ALIGN, stride_do_l)
-            q = z * scale
-            if SOFTMAX:
-                q = softmax_rows(q, C_N, HEAD_BLOCK, BLOCK_N)
-            dq = dot(h, do, tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_L), ACC), PRECISION) * scale
-            if SOFTMAX:
-                dq = q * (dq - sum_rows(q * dq, HEAD_BLOCK, BLOCK_N))
-            store_tile(dv_base, rows_n, cols, total_n, L, stride_dv_c * ALIGN, stride_dv_l, dq)
-            dh = dot(q.to(dtype), tl.trans(do), dh, PRECISION)
+    if PROJECT:
+        w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
+    if HAS_BIAS and not X_AHEAD:
+        bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
+    h = load_matrix(h_base, rows_c, rows_n, C_OUT, total_n, total_n, 1, dtype)
+    if CHANNELS_FIRST:
+        dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
     else:
-        if PROJECT:
-            w = load_matrix(w_ptr, rows_c, rows_n, C, total_n, 1, C, dtype)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
-        h = load_matrix(h_base, rows_c, rows_n, C_OUT, total_n, total_n, 1, dtype)
-        if CHANNELS_FIRST:
-            dh = tl.zeros((BLOCK_C, HEAD_BLOCK * BLOCK_N), ACC)
-        else:
-            dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
-        for l0 in range(start, end, BLOCK_L):
-            cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
-            if PROJECT:
-                x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
-                z = dot(x, w, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
-                if HAS_BIAS:
-                    z += bias[None, :]
-            else:
-                z = load_tile(v_base, cols, rows_n, L, total_n, stride_v_l, stride_v_c * ALIGN).to(
-                    ACC
-                )
-            q = z * scale
-            if SOFTMAX:
-                q = softmax_heads(q, C_N, HEAD_BLOCK, BLOCK_N)
+        dh = tl.zeros((HEAD_BLOCK * BLOCK_N, BLOCK_C), ACC)
+    if X_AHEAD:
+        cols = (start + tl.arange(0, BLOCK_L)).to(tl.int64)
+        x_next = load_tile(x_base, cols, rows_c, end, C, stride_x_l, stride_x_c * ALIGN)
+    for l0 in range(start, end, BLOCK_L):
+        cols = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        if WGMMA:  # both loads under way before the first product
             do = load_tile(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
-            dq = dot(do, h, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION) * scale
-            if SOFTMAX:
-                if HEAD_BLOCK == 1:
-                    dq = q * (dq - tl.sum(q * dq, 1)[:, None])
-                else:
-                    rowsum_v = tl.sum(tl.reshape(q * dq, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
-                    rowsum_v = tl.broadcast_to(rowsum_v[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
-                    dq = q * (dq - tl.reshape(rowsum_v, (BLOCK_L, HEAD_BLOCK * BLOCK_N)))
-            ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
-            tl.store(ptrs, dq.to(dtype), mask=(cols < L)[:, None] & (rows_n < total_n)[None, :])
-            if CHANNELS_FIRST:
-                dh = dot(tl.trans(do), q.to(dtype), dh, PRECISION)
+        if PROJECT:
+            if X_AHEAD:
+                x, after = x_next, cols + BLOCK_L
+                x_next = load_tile(x_base, after, rows_c, end, C, stride_x_l, stride_x_c * ALIGN)
             else:
-                dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
+                x = load_tile(x_base, cols, rows_c, L, C, stride_x_l, stride_x_c * ALIGN)
+            z = dot(x, w, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
+            if HAS_BIAS:
+                if X_AHEAD:
+                    bias = tl.load(bias_ptr + rows_n, mask=rows_n < total_n, other=0.0).to(ACC)
+                z += bias[None, :]
+        else:
+            z = load_tile(v_base, cols, rows_n, L, total_n, stride_v_l, stride_v_c * ALIGN).to(ACC)
+        if SOFTMAX and WGMMA:
+            q = softmax_base_2(z * (scale * LOG2E), C_N, HEAD_BLOCK, BLOCK_N)
+        elif SOFTMAX:
+            q = softmax_heads(z * scale, C_N, HEAD_BLOCK, BLOCK_N)
+        else:
+            q = z * scale
+        if not WGMMA:
+            do = load_tile(do_base, cols, rows_c, L, C_OUT, stride_do_l, stride_do_c * ALIGN)
+        dq = dot(do, h, tl.zeros((BLOCK_L, HEAD_BLOCK * BLOCK_N), ACC), PRECISION)
+        dv = dq * scale
+        if SOFTMAX:
+            weighted = q * dq if WGMMA else q * dv
+            if HEAD_BLOCK == 1:
+                rowsum_v = tl.sum(weighted, 1)[:, None]
+            else:
+                rowsum_v = tl.sum(tl.reshape(weighted, (BLOCK_L, HEAD_BLOCK, BLOCK_N)), 2)
+                rowsum_v = tl.broadcast_to(rowsum_v[:, :, None], (BLOCK_L, HEAD_BLOCK, BLOCK_N))
+                rowsum_v = tl.reshape(rowsum_v, (BLOCK_L, HEAD_BLOCK * BLOCK_N))
+            if WGMMA:  # one product for scale and subtraction
+                rowsum_v *= scale
+            dv = q * (dv - rowsum_v)
+        ptrs = dv_base + cols[:, None] * stride_dv_l + rows_n[None, :] * stride_dv_c * ALIGN
+        tl.store(ptrs, dv.to(dtype), mask=(cols < L)[:, None] & (rows_n < total_n)[None, :])
+        if CHANNELS_FIRST:
+            dh = dot(tl.trans(do), q.to(dtype), dh, PRECISION)
+        else:
+            dh = dot(tl.trans(q.to(dtype)), do, dh, PRECISION)
 
     partials = dh_ptr + ((n * NUM_SPLITS + split) * total_n + rows_n) * C_OUT
     inside_n, inside_c = rows_n < total_n, rows_c < C_OUT
-    if CHANNELS_FIRST and not ROWS_N:
+    if CHANNELS_FIRST:
         ptrs = partials[None, :] + rows_c[:, None]
         tl.store(ptrs, dh, mask=inside_n[None, :] & inside_c[:, None])
     else:
@@ -393,7 +381,9 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
     c_out, total_n = h.shape[1:]
     head_block, block_n = tiles.packed_cols(heads, total_n // heads)
     sizes = max(channels, c_out), head_block * block_n
-    tile = tiles.tile("block_bwd_distribute", x, *sizes, tiles.PLAIN if v is None else "v")
+    odd, wgmma = launch.rows(x) == tiles.ODD, tiles.wants_64_rows(x.device)
+    variant = "v" if v is not None else tiles.ODD if odd else tiles.PLAIN
+    tile = tiles.tile("block_bwd_distribute", x, *sizes, variant)
     ready = launch.Launch(
         block_bwd_distribute_kernel, x, tile, batch,
         activations={"x": x, "do": dout, "v": x if v is None else v, "dv": dv},
@@ -402,7 +392,8 @@ def _block_bwd_distribute(x, dout, v, h, dv, weight_v, bias_v, heads, softmax):
         HAS_BIAS=v is None and bias_v is not None,
         SAME_STEPS=launch.same_steps(x, dout),
         CHANNELS_FIRST=tiles.reads_shared_operands(x.device),
-        ROWS_N=tiles.wants_64_rows(x.device) and head_block * block_n >= 64, BLOCK_N=block_n,
+        WGMMA=wgmma, X_AHEAD=wgmma and v is None and tile.num_stages == 1 and not odd,
+        BLOCK_N=block_n,
     )  # fmt: skip
     return ready.allocating(accumulator(x.dtype), (batch, ready.num_splits, total_n, c_out))
 

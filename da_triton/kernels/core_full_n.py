@@ -76,6 +76,8 @@ def full_n_kernel(
     delta_ptr,  # (N·heads, C_N): c; read if LSE_PER_N and GRADIENT
     mask_ptr,  # (N, L) uint8, 0 where E is 0; read if HAS_MASK
     y_ptr,  # (N, heads, C_M, L); read if GRADIENT
+    start_ptr,  # (N, heads, C_M, L): added to W E; read if HAS_START
+    bias_out_ptr,  # (C_M,): added to out; read if HAS_BIAS_OUT
     out_ptr,  # (N, heads, C_M, L); written if WRITE_OUT
     e_ptr,  # (N, heads, C_N, L); written if WRITE_E
     dx_ptr,  # (N, heads, C_N, L); written if GRADIENT
@@ -99,6 +101,10 @@ def full_n_kernel(
     stride_y_h,
     stride_y_c,
     stride_y_l,
+    stride_start_n,
+    stride_start_h,
+    stride_start_c,
+    stride_start_l,
     stride_out_n,
     stride_out_h,
     stride_out_c,
@@ -115,6 +121,8 @@ def full_n_kernel(
     LSE_PER_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_BIAS_OUT: tl.constexpr,
     WRITE_OUT: tl.constexpr,
     WRITE_E: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -143,6 +151,7 @@ def full_n_kernel(
     w_base = w_ptr + n * stride_w_n + h * stride_w_h
     x_base = x_ptr + (n * stride_x_n + h * stride_x_h) * ALIGN
     y_base = y_ptr + (n * stride_y_n + h * stride_y_h) * ALIGN
+    start_base = start_ptr + (n * stride_start_n + h * stride_start_h) * ALIGN
     out_base = out_ptr + (n * stride_out_n + h * stride_out_h) * ALIGN
     scale_x = scalar(logit_scale, ACC)
     scale = scalar(scale_out, ACC)
@@ -179,9 +188,16 @@ def full_n_kernel(
         operand = (rounded,)
 
     grad = tl.zeros((BLOCK_N, BLOCK_L), ACC)
+    if HAS_START:
+        rows_m = tl.arange(0, BLOCK_M).to(tl.int64)
+        step_c = stride_start_c * ALIGN
+        start = load_tile(start_base, rows_m, cols, C_M, L, step_c, stride_start_l)
     for m0 in range(0, C_M, BLOCK_M):
         rows_m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         out = tl.zeros((BLOCK_M, BLOCK_L), ACC)
+        if HAS_START:
+            out += start.to(ACC)
+            start = load_tile(start_base, rows_m + BLOCK_M, cols, C_M, L, step_c, stride_start_l)
         for k in tl.static_range(PARTS):
             rows = (k * PART_N + tl.arange(0, PART_N)).to(tl.int64)
             w = load_matrix(w_base, rows_m, rows, C_M, C_N, stride_w_m, stride_w_k, dtype)
@@ -189,6 +205,9 @@ def full_n_kernel(
                 out = dot(w, operand[k], out, PRECISION)
         if WRITE_OUT:
             out = out * (scale / E_SCALE)
+            if HAS_BIAS_OUT:
+                bias_out = tl.load(bias_out_ptr + rows_m, mask=rows_m < C_M, other=0.0)
+                out += bias_out.to(ACC)[:, None]
             store_tile(out_base, rows_m, cols, C_M, L, stride_out_c * ALIGN, stride_out_l, out)
         if GRADIENT:
             y = load_tile(y_base, rows_m, cols, C_M, L, stride_y_c * ALIGN, stride_y_l)
@@ -224,9 +243,13 @@ def fits(x, c_n):
     return tiles.fits("full_n", x, 1, c_n)
 
 
-def distribute(g, v, bias, z, *, scale, logit_scale, softmax):
-    """Writes ``Z = scale · G Q``. ``g``: in the dtype of v; ``bias``: of V, or None."""
-    _launch(g, v, bias, scale, logit_scale, softmax=softmax, out=z)
+def distribute(g, v, bias, z, *, scale, logit_scale, softmax, start=None, bias_out=None):
+    """Writes ``Z = scale · (start + G Q) + bias_out``. ``g``: in the dtype of v.
+
+    ``bias``: of V; ``start``: in the layout of z; ``bias_out``: ``(m,)``; each may be None.
+    """
+    added = {"start": start, "bias_out": bias_out}
+    _launch(g, v, bias, scale, logit_scale, softmax=softmax, out=z, **added)
 
 
 def distribute_backward(dz, g, v, bias, dv, z, q, *, scale, logit_scale, softmax):
@@ -242,19 +265,21 @@ def gather_backward(dg, a, b, delta, da, db, *, mask, lse, logit_scale):
 
 def _launch(
     w, x, bias, scale, logit_scale, *, softmax=True, y=None, out=None, e=None, dx=None,
-    lse=None, delta=None, mask=None,
+    lse=None, delta=None, mask=None, start=None, bias_out=None,
 ):  # fmt: skip
     gradient = dx is not None
     y, dx = (y, dx) if gradient else (x, x)
     ready = launch.prepared(
-        _full_n, (x, w, y, out, e, dx, bias, lse, delta, mask), gradient, softmax
+        _full_n, (x, w, y, out, e, dx, bias, lse, delta, mask, start, bias_out), gradient, softmax
     )
     optional = [x if t is None else t for t in (bias, lse, delta, mask)]
-    written = [x if t is None else t for t in (out, e)]
-    ready((w, x, *optional, y, *written, dx), (scale, logit_scale))
+    others = [x if t is None else t for t in (start, bias_out, out, e)]
+    ready((w, x, *optional, y, *others, dx), (scale, logit_scale))
 
 
-def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
+def _full_n(
+    x, w, y, out, e, dx, bias, lse, delta, mask, start, bias_out, gradient, softmax
+):  # fmt: skip
     batch, heads, c_n, length = x.shape
     tile = _tile(x, w.shape[2], "gradient" if gradient else tiles.PLAIN)
     values = tile.block_n * tile.block_l // tiles.threads(tile, x.device)
@@ -262,13 +287,14 @@ def _full_n(x, w, y, out, e, dx, bias, lse, delta, mask, gradient, softmax):
     plain = out is not None and not gradient and e is None and lse is None
     if plain and tiles.chains_products(x.device):
         parts = max(1, values // MOST_VALUES)
-    out_, e_ = (x if t is None else t for t in (out, e))
+    out_, e_, start_ = (x if t is None else t for t in (out, e, start))
     return launch.Launch(
         full_n_kernel, x, tile, batch * heads * -(-length // tile.block_l),
-        activations={"x": x, "y": y, "out": out_, "e": e_, "dx": dx},
+        activations={"x": x, "y": y, "start": start_, "out": out_, "e": e_, "dx": dx},
         strided={"w": w, "mask": mask}, again=True,
         HEADS=heads, C_M=w.shape[2], C_N=c_n, SOFTMAX=softmax, LSE_PER_N=lse is not None,
-        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, WRITE_OUT=out is not None,
+        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, HAS_START=start is not None,
+        HAS_BIAS_OUT=bias_out is not None, WRITE_OUT=out is not None,
         WRITE_E=e is not None, GRADIENT=gradient,
         READ_E=gradient and softmax and e is not None and values >= MOST_VALUES,
         E_SCALE=1.0 if lse is None else POLICIES[x.dtype].p_scale, PART_N=tile.block_n // parts,

@@ -161,11 +161,15 @@ def distribute_backward_kernel(
         tl.store(dg_ptr + partial + offs, dg * scale, mask=inside)
 
 
-@guard.proved({"g": "N---", "v": "N--L"}, choice=lambda g, v, **_: core_full_n.few(v, g.shape[2]))
-def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
+@guard.proved(
+    {"g": "N---", "v": "N--L", "start": "N--L"},
+    choice=lambda g, v, **_: core_full_n.few(v, g.shape[2]),
+)
+def distribute_forward(g, v, scale, softmax, logit_scale, bias=None, start=None, bias_out=None):
     """``Z (N, heads, m, L)`` in v's dtype and memory format, from ``G (N, heads, m, n)`` and v.
 
-    ``bias``: ``(heads·n,)``, to be added to v, or None.
+    ``bias``: ``(heads·n,)``, to be added to v, or None. With ``start``, like Z, or ``bias_out
+    (m,)``, the result is ``scale · (start + G Q) + bias_out``.
     """
     c_m, c_n = g.shape[2], v.shape[2]
     z = launch.empty_activations_like(v, c_m)
@@ -173,9 +177,15 @@ def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
         return z
     scalars = {"scale": scale, "logit_scale": logit_scale}
     g_fits_one_tile = tiles.g_fits_one_tile(v, c_m, c_n)
-    if (bias is not None or not g_fits_one_tile) and core_full_n.fits(v, c_n):
-        core_full_n.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars)
+    added = {"start": start, "bias_out": bias_out}
+    wanted = not g_fits_one_tile or any(t is not None for t in (bias, start, bias_out))
+    if wanted and core_full_n.fits(v, c_n):
+        core_full_n.distribute(g.to(v.dtype), v, bias, z, softmax=softmax, **scalars, **added)
         return z
+    if start is not None or bias_out is not None:
+        z = distribute_forward(g, v, scale, softmax, logit_scale, bias)
+        z = z if start is None else z.add_(start, alpha=scale)
+        return z if bias_out is None else z.add_(bias_out[:, None])
     v = with_bias(v, bias)
     if not g_fits_one_tile:
         lse = core_tiled.position_lse(v, logit_scale) if softmax else None

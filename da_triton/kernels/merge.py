@@ -72,23 +72,25 @@ def store_descriptors(
     acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N, g_ptr, lowp_ptr, lse_ptr, bias_ptr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LOWP: tl.constexpr,
 ):  # fmt: skip
-    """Writes lse, and G of a block from ``acc [BLOCK_N, BLOCK_M]`` over ``total`` with A's bias.
+    """Writes lse, and G of a block from ``acc [BLOCK_M, BLOCK_N]`` over ``total`` with A's bias.
 
     Rows of P sum to 1, so G has the bias of A; an attention map without positions has neither.
     """
     inside_n = rows_n < C_N
     lse = log_sum(mx, total, lse_ptr.dtype.element_ty)
+    acc *= (1.0 / total)[None, :]
     if HAS_MASK:
         lse = tl.where(total == 0.0, float("inf"), lse)
-        acc = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
-    else:
-        acc = acc / total[:, None]
+        acc = tl.where((total == 0.0)[None, :], 0.0, acc)
     tl.store(lse_ptr + nh * C_N + rows_n, lse, mask=inside_n)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + h * C_M + rows_m, mask=rows_m < C_M, other=0.0).to(acc.dtype)
-        acc += tl.where((total == 0.0)[:, None], 0.0, bias[None, :])
-    offs = nh * C_M * C_N + rows_m[None, :] * C_N + rows_n[:, None]
-    inside = inside_n[:, None] & (rows_m < C_M)[None, :]
+        if HAS_MASK:
+            acc += tl.where((total == 0.0)[None, :], 0.0, bias[:, None])
+        else:
+            acc += bias[:, None]
+    offs = nh * C_M * C_N + rows_m[:, None] * C_N + rows_n[None, :]
+    inside = inside_n[None, :] & (rows_m < C_M)[:, None]
     tl.store(g_ptr + offs, acc, mask=inside)
     if LOWP:
         tl.store(lowp_ptr + offs, acc.to(lowp_ptr.dtype.element_ty), mask=inside)
@@ -136,7 +138,7 @@ def gather_combine_kernel(
         stride, GROUP, True,
     )  # fmt: skip
     store_descriptors(
-        acc, mx, total, nh, h, rows_m, rows_n, C_M, C_N,
+        tl.trans(acc), mx, total, nh, h, rows_m, rows_n, C_M, C_N,
         g_ptr, lowp_ptr, lse_ptr, bias_ptr, HAS_MASK, HAS_BIAS, LOWP,
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ def dot_2xhalf(w, x, acc, PRECISION: tl.constexpr):
     """``acc + w @ x`` for x in the accumulator's dtype.
 
     Where w has half precision, x goes to the matrix unit in two halves, which together hold
-    twice the digits: rounding G once would cost more accuracy than a full pass over positions.
+    twice the digits.
     """
     if w.dtype == x.dtype:
         return dot(w, x, acc, PRECISION)

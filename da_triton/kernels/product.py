@@ -7,11 +7,11 @@ no positions, so a launch is small: what counts is how many programs share it.
 import triton
 import triton.language as tl
 
-from ..precision import POLICIES
 from ..runtime import launch
 from .primitives import GRADIENT_RANGE, dot_2xhalf, load_matrix, scalar
 
 BLOCK_R = 32
+LONG = 128  # k, beyond which a product takes fewer, longer steps
 
 
 @triton.jit(do_not_specialize=["HEADS"])
@@ -46,7 +46,11 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: a tile of rows and n of one head of one sample."""
+    """One program: a tile of rows and n of one head of one sample.
+
+    Zeros of x come from a select behind the load. An operand that is only loaded and converted,
+    Triton copies to shared memory before the conversion, and each warp then converts all of it.
+    """
     blocks_r = tl.cdiv(ROWS, BLOCK_R)
     blocks = blocks_r * tl.cdiv(C_N, BLOCK_N)
     pid = tl.program_id(0)
@@ -60,10 +64,12 @@ def product_kernel(
     w_base = w_ptr + head * stride_w_h
     x_base = x_ptr + n * stride_x_s + head * stride_x_h
     out = tl.zeros((BLOCK_R, BLOCK_N), ACC)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
         ks = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
         w = load_matrix(w_base, rows, ks, ROWS, K, stride_w_r, stride_w_k, w_ptr.dtype.element_ty)
-        x = load_matrix(x_base, ks, cols, K, C_N, stride_x_k, stride_x_n, ACC)
+        inside = (ks < K)[:, None] & inside_n[None, :]
+        x_ptrs = x_base + ks[:, None] * stride_x_k + cols[None, :] * stride_x_n
+        x = tl.where(inside, tl.load(x_ptrs, mask=inside), 0.0)
         if half:
             x *= 1.0 / GRADIENT_RANGE
         out = dot_2xhalf(w, x, out, PRECISION)
@@ -94,12 +100,12 @@ def product(w, x, out, scale=1.0, bias=None, lse=None, gradient=False):
 
 def _product(x, w, out, bias, lse, gradient):
     batch, heads, rows, c_n = out.shape
-    block_n, block_k = 16, 64
-    if 16 < c_n < 32:  # rows of x that are not aligned are read once
-        block_n, block_k = 32, 64 if POLICIES[w.dtype].extended else 128  # which spills there
+    k = w.shape[2]
+    block_k = 256 if k > LONG else 64
+    block_n = 32 if 16 < c_n < 32 else 16  # rows of x that are not aligned are read once
     blocks = -(-rows // BLOCK_R) * -(-c_n // block_n)
     return launch.Launch(
-        product_kernel, w, None, batch * heads * blocks, HEADS=heads, ROWS=rows, K=w.shape[2],
+        product_kernel, w, None, batch * heads * blocks, HEADS=heads, ROWS=rows, K=k,
         C_N=c_n, HAS_BIAS=bias is not None, HAS_MASK=lse is not None,
         GRADIENT=gradient,
         strided={"w": w, "x": x, "out": out},

@@ -4,7 +4,7 @@ stacked    the weights of several projections, concatenated: one GEMM for A, B a
 start      X + bo, to which the last product adds: its result is written once
 lowp       G in the input dtype
 
-``formatted`` copies activations to another memory format with the same kernel.
+``formatted`` copies activations to another memory format with the same kernel, and adds to them.
 """
 
 import triton
@@ -34,8 +34,9 @@ def operands_kernel(
     g_ptr,  # SIZE_G
     lowp_ptr,  # SIZE_G, another dtype
     x_ptr,  # (N, C, L); read if START
+    added_ptr,  # (N, C, L); read if START and HAS_ADDED
     bias_ptr,  # (C,); read if START and HAS_BIAS
-    start_ptr,  # (N, C, L): x + bias
+    start_ptr,  # (N, C, L): x + added + bias
     SIZE_0,
     SIZE_1,
     SIZE_2,
@@ -45,11 +46,15 @@ def operands_kernel(
     stride_x_n,
     stride_x_c,
     stride_x_l,
+    stride_added_n,
+    stride_added_c,
+    stride_added_l,
     stride_start_n,
     stride_start_c,
     stride_start_l,
     START: tl.constexpr,
     HAS_X: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
@@ -82,6 +87,10 @@ def operands_kernel(
         if HAS_X:
             x_base = x_ptr + n * stride_x_n * ALIGN
             y += load_tile(x_base, rows, cols, C, L, stride_x_c * ALIGN, stride_x_l).to(ACC)
+        if HAS_ADDED:
+            added_base = added_ptr + n * stride_added_n * ALIGN
+            step_c = stride_added_c * ALIGN
+            y += load_tile(added_base, rows, cols, C, L, step_c, stride_added_l).to(ACC)
         if HAS_BIAS:
             y += tl.load(bias_ptr + rows, mask=rows < C, other=0.0).to(ACC)[:, None]
         start_base = start_ptr + n * stride_start_n * ALIGN
@@ -103,30 +112,34 @@ def prepare(like, weights, *, g=None, x=None, bias=None, start=None):
     x_ = (like if start is None else start) if x is None else x
     copied = weights if together else []
     ready = launch.prepared(
-        _operands, (w, like if start is None else start, x_, None if lowp is g else g, bias),
+        _operands, (w, like if start is None else start, x_, None, None if lowp is g else g, bias),
         tuple(map(len, copied)), start is not None, x is not None,
     )  # fmt: skip
     if ready is not None:
         first, second, third = (*weights, w, w)[:3]
         ready((
-            first, second, third, stacked, *((w, w) if lowp is g else (g, lowp)), x_,
+            first, second, third, stacked, *((w, w) if lowp is g else (g, lowp)), x_, x_,
             w if bias is None else bias, like if start is None else start,
         ))  # fmt: skip
     return [stacked] if together else weights, lowp
 
 
-def formatted(x, last):
-    """``(N, C, L)`` in channels-last memory, or in contiguous memory: x itself, or a copy."""
-    if x is None or (x.mT if last else x).is_contiguous():
+def formatted(x, last, added=None, bias=None):
+    """``(N, C, L)`` in channels-last memory, or in contiguous memory: x itself, or a copy.
+
+    ``added``, like x, and ``bias (C,)`` are added unless None.
+    """
+    plain = added is None and bias is None
+    if x is None or (plain and (x.mT if last else x).is_contiguous()):
         return x
     batch, channels, length = x.shape
     y = x.new_empty((batch, length, channels)).mT if last else x.new_empty(x.shape)
-    ready = launch.prepared(_operands, (x, y, x, None, None), (), True, True)
-    ready((*[x] * 8, y))
+    ready = launch.prepared(_operands, (x, y, x, added, None, bias), (), True, True)
+    ready((*[x] * 7, x if added is None else added, x if bias is None else bias, y))
     return y
 
 
-def _operands(w, activation, x, g, bias, rows, start, has_x):
+def _operands(w, activation, x, added, g, bias, rows, start, has_x):
     """The launch, or None where nothing has to be packed."""
     batch, channels, length = activation.shape
     sizes = [r * w.shape[1] for r in rows]
@@ -139,9 +152,10 @@ def _operands(w, activation, x, g, bias, rows, start, has_x):
     if not programs:
         return None
     return launch.Launch(
-        operands_kernel, w, None, programs, activations={"start": activation, "x": x},
+        operands_kernel, w, None, programs,
+        activations={"start": activation, "x": x, "added": x if added is None else added},
         SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SIZE_G=sizes[3], C=channels,
-        START=start, HAS_X=has_x, HAS_BIAS=bias is not None,
+        START=start, HAS_X=has_x, HAS_ADDED=added is not None, HAS_BIAS=bias is not None,
         BLOCK=BLOCK, BLOCK_C=block_c, BLOCK_L=block_l, num_warps=8,
     )  # fmt: skip
 

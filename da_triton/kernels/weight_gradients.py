@@ -17,9 +17,10 @@ import triton.language as tl
 
 from ..precision import accumulator
 from ..runtime import guard, launch, tiles
-from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_matrix, load_tile, scalar, split
+from .primitives import GRADIENT_RANGE, LOW_SCALE, dot, load_tile, scalar, split
 
 LEAST_BLOCKS, LEAST_POSITIONS = 4, 256  # per split
+FEW = 12  # partials, up to which each is read on its own
 WAVES = 4  # at most: with many blocks of t and x, a single one would leave SMs idle
 
 
@@ -84,16 +85,21 @@ def outer_product_kernel(
 
 @triton.jit
 def _sum_partials(
-    partials_ptr, out_ptr, tile, SIZE, STRIDE, NUM_PARTIALS, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``Σ_i partials[i, :SIZE]``, a block of it, in order."""
+    partials_ptr, out_ptr, tile, SIZE, STRIDE, NUM_PARTIALS, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``Σ_i partials[i, :SIZE]``, a block of it, in a fixed order, ``GROUP`` partials at a time."""
     offs = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), ACC)
-    ptrs = partials_ptr + offs
-    for _ in range(0, NUM_PARTIALS):
-        total += tl.load(ptrs, mask=offs < SIZE, other=0.0)
-        ptrs += STRIDE
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
+    inside = offs < SIZE
+    total = tl.zeros((GROUP, BLOCK), ACC)
+    for first in range(0, NUM_PARTIALS, GROUP):
+        partials = (first + tl.arange(0, GROUP)).to(tl.int64)
+        mask = inside[None, :]
+        if GROUP > 1:
+            mask &= (partials < NUM_PARTIALS)[:, None]
+        ptrs = partials_ptr + partials[:, None] * STRIDE + offs[None, :]
+        total += tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -106,7 +112,11 @@ def _product_of_descriptors(
     """``out[r, c] = scale · Σ_N Σ_k a[n, r, k] b[n, c, k]`` of one tile, and ``Σ a`` by rows.
 
     a is a gradient. Both are in the accumulator's dtype; in half precision each goes to the matrix
-    unit in two parts, and only the product of the two low parts is left out.
+    unit in two parts, and only the product of the two low parts is left out. Samples and k are one
+    axis, whose blocks are full where n is a number like 19.
+
+    Zeros come from selects behind the loads. An operand that is only loaded and converted, Triton
+    copies to shared memory before the conversion, and each warp then converts all that it reads.
     """
     acc_dtype: tl.constexpr = a_base.dtype.element_ty
     half: tl.constexpr = tl.float16 == DTYPE
@@ -116,25 +126,27 @@ def _product_of_descriptors(
     acc = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
     low_a = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
     low_b = tl.zeros((BLOCK_R, BLOCK_R), acc_dtype)
-    total = tl.zeros((BLOCK_R,), acc_dtype)
-    for _ in range(0, N):
-        for k0 in range(0, K, BLOCK_K):
-            ks = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
-            a = load_matrix(a_base, rows, ks, R, K, stride_a_r, 1, acc_dtype)
-            b = load_matrix(b_base, ks, cols, K, COLS, 1, stride_b_r, acc_dtype)
-            total += tl.sum(a, 1)
-            if acc_dtype == DTYPE:
-                acc = dot(a, b, acc, PRECISION)
-            else:
-                if half:
-                    a = a * (1.0 / GRADIENT_RANGE)
-                a_high, a_low = split(a, DTYPE)
-                b_high, b_low = split(b, DTYPE)
-                acc = dot(a_high, b_high, acc, PRECISION)
-                low_a = dot(a_low, b_high, low_a, PRECISION)
-                low_b = dot(a_high, b_low, low_b, PRECISION)
-        a_base += stride_a_n
-        b_base += stride_b_n
+    total = tl.zeros((BLOCK_R, BLOCK_K), acc_dtype)
+    for first in range(0, N * K, BLOCK_K):
+        nk = first + tl.arange(0, BLOCK_K)
+        n, k, inside = (nk // K).to(tl.int64), nk % K, nk < N * K
+        inside_a = (rows < R)[:, None] & inside[None, :]
+        inside_b = (cols < COLS)[:, None] & inside[None, :]
+        a_ptrs = a_base + rows[:, None] * stride_a_r + (n * stride_a_n + k)[None, :]
+        b_ptrs = b_base + cols[:, None] * stride_b_r + (n * stride_b_n + k)[None, :]
+        a = tl.where(inside_a, tl.load(a_ptrs, mask=inside_a), 0.0)
+        b = tl.trans(tl.where(inside_b, tl.load(b_ptrs, mask=inside_b), 0.0))
+        total += a
+        if acc_dtype == DTYPE:
+            acc = dot(a, b, acc, PRECISION)
+        else:
+            if half:
+                a = a * (1.0 / GRADIENT_RANGE)
+            a_high, a_low = split(a, DTYPE)
+            b_high, b_low = split(b, DTYPE)
+            acc = dot(a_high, b_high, acc, PRECISION)
+            low_a = dot(a_low, b_high, low_a, PRECISION)
+            low_b = dot(a_high, b_low, low_b, PRECISION)
     acc += (low_a + low_b) * (1.0 / LOW_SCALE)
     if half:
         acc = acc * GRADIENT_RANGE
@@ -142,7 +154,7 @@ def _product_of_descriptors(
     out_dtype: tl.constexpr = out_base.dtype.element_ty
     tl.store(ptrs, (acc * scale).to(out_dtype), mask=(rows < R)[:, None] & (cols < COLS)[None, :])
     if write_sum and tile % tiles_c == 0:
-        tl.store(sum_base + rows, total.to(out_dtype), mask=rows < R)
+        tl.store(sum_base + rows, tl.sum(total, 1).to(out_dtype), mask=rows < R)
 
 
 @triton.jit(do_not_specialize=["NUM_PARTIALS", "N", "HEADS"])
@@ -174,6 +186,7 @@ def weight_gradients_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,  # partials that are loaded at once
 ):
     """Programs in this order: sums of dWv, of dWb, of dbv, tiles of dWo, tiles of dWa."""
     pid = tl.program_id(0)
@@ -186,14 +199,14 @@ def weight_gradients_kernel(
     dtype: tl.constexpr = dwo_ptr.dtype.element_ty
     scale = scalar(scale_h, ACC)
     if pid < for_matrix:
-        _sum_partials(partials_ptr, dwv_ptr, pid, size, ROWS * C, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(partials_ptr, dwv_ptr, pid, size, ROWS * C, NUM_PARTIALS, ACC, BLOCK, GROUP)
     elif pid < 2 * for_matrix:
         pid -= for_matrix
         second_half = partials_ptr + ROWS // 2 * C
-        _sum_partials(second_half, dwb_ptr, pid, size, ROWS * C, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(second_half, dwb_ptr, pid, size, ROWS * C, NUM_PARTIALS, ACC, BLOCK, GROUP)
     elif pid < sums:
         pid -= 2 * for_matrix
-        _sum_partials(sums_ptr, dbv_ptr, pid, total_n, ROWS, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(sums_ptr, dbv_ptr, pid, total_n, ROWS, NUM_PARTIALS, ACC, BLOCK, GROUP)
     elif pid < sums + HEADS * tiles_o:
         pid -= sums
         head = (pid // tiles_o).to(tl.int64)
@@ -231,6 +244,7 @@ def sums_kernel(
     C,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,  # partials that are loaded at once
 ):
     """Programs in this order: blocks of the three matrices, of the three vectors."""
     pid = tl.program_id(0)
@@ -243,23 +257,27 @@ def sums_kernel(
     stride = rows * C
     second, third = ROWS_0, ROWS_0 + ROWS_1
     if pid < end_0:
-        _sum_partials(partials_ptr, w0_ptr, pid, ROWS_0 * C, stride, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(
+            partials_ptr, w0_ptr, pid, ROWS_0 * C, stride, NUM_PARTIALS, ACC, BLOCK, GROUP
+        )
     elif pid < end_1:
         pid -= end_0
         base = partials_ptr + second * C
-        _sum_partials(base, w1_ptr, pid, ROWS_1 * C, stride, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(base, w1_ptr, pid, ROWS_1 * C, stride, NUM_PARTIALS, ACC, BLOCK, GROUP)
     elif pid < end_2:
         pid -= end_1
         base = partials_ptr + third * C
-        _sum_partials(base, w2_ptr, pid, ROWS_2 * C, stride, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(base, w2_ptr, pid, ROWS_2 * C, stride, NUM_PARTIALS, ACC, BLOCK, GROUP)
     elif pid < end_3:
-        _sum_partials(sums_ptr, b0_ptr, pid - end_2, ROWS_0, rows, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(sums_ptr, b0_ptr, pid - end_2, ROWS_0, rows, NUM_PARTIALS, ACC, BLOCK, GROUP)
     elif pid < end_4:
         _sum_partials(
-            sums_ptr + second, b1_ptr, pid - end_3, ROWS_1, rows, NUM_PARTIALS, ACC, BLOCK
+            sums_ptr + second, b1_ptr, pid - end_3, ROWS_1, rows, NUM_PARTIALS, ACC, BLOCK, GROUP
         )
     else:
-        _sum_partials(sums_ptr + third, b2_ptr, pid - end_4, ROWS_2, rows, NUM_PARTIALS, ACC, BLOCK)
+        _sum_partials(
+            sums_ptr + third, b2_ptr, pid - end_4, ROWS_2, rows, NUM_PARTIALS, ACC, BLOCK, GROUP
+        )
 
 
 class Gradient(NamedTuple):
@@ -301,7 +319,18 @@ def _outer(t, x):
     return ready.allocating(accumulator(x.dtype), (num_splits, rows, channels), (num_splits, rows))
 
 
-@guard.proved({"t": "N-L", "x": "N-L", "dh": "N--", "g": "N---", "dg": "N---", "m": "N--"})
+def _few_tiles(g, x, dh):
+    """Whether the tiles of dWo and dWa leave SMs idle: smaller ones then share the samples."""
+    heads, c_m = g.shape[1:3]
+    square, _ = tiles.blocks("weight_gradients", "half", c_m, g.shape[3])
+    count = sum(-(-wide // square) for wide in (dh.shape[1], x.shape[1]))
+    return heads * -(-c_m // square) * count < launch.num_sms(x.device)
+
+
+@guard.proved(
+    {"t": "N-L", "x": "N-L", "dh": "N--", "g": "N---", "dg": "N---", "m": "N--"},
+    choice=lambda x, dh, g, **_: _few_tiles(g, x, dh),
+)
 def weight_gradients(t, x, dh, g, dg, m, like, *, scale):
     """dWa, dba, dWb, dWv, dbv, dWo, dbo, in the dtype of ``like``, a weight.
 
@@ -321,14 +350,17 @@ def _weight_gradients(x, partials, sums, dh, g, dg, m, like):
     c_out, total_n = dh.shape[1], heads * c_n
     num_partials, rows, _ = partials.shape
     tile = tiles.tile("weight_gradients", x, c_m, c_n)
-    square, block = tile.block_m, 1024
+    square, depth = tile.block_m, tile.block_l
+    if launch.chosen(_few_tiles(g, x, dh)):
+        square, depth = square // 2, 4 * depth
+    group, block = 32, 128
     programs = 2 * -(-total_n * channels // block) + -(-total_n // block)
     for wide in (c_out, channels):
         programs += heads * -(-c_m // square) * -(-wide // square)
     ready = launch.Launch(
         weight_gradients_kernel, x, tile, programs, NUM_PARTIALS=num_partials, ROWS=rows, N=batch,
         HEADS=heads, C=channels, C_M=c_m, C_N=c_n, C_OUT=c_out, BLOCK_R=square,
-        BLOCK_K=tile.block_n, BLOCK=block,
+        BLOCK_K=depth, BLOCK=block, GROUP=group,
     )  # fmt: skip
     return ready.allocating(
         like.dtype, *[(total_n, channels)] * 2, (total_n,), (c_out, heads * c_m), (c_out,),
@@ -357,13 +389,13 @@ def products(t, x, *rows):
 
 def _sums(t, partials, sums, rows):
     num_partials, _, channels = partials.shape
-    block = 1024
+    group, block = (16, 256) if num_partials > FEW else (1, 1024)
     programs = sum(-(-r * channels // block) + -(-r // block) for r in rows)
     first, second, third = (*rows, 0, 0)[:3]
     ready = launch.Launch(
         sums_kernel, t, None, programs, NUM_PARTIALS=num_partials,
         ROWS_0=first, ROWS_1=second, ROWS_2=third,
-        C=channels, BLOCK=block, num_warps=4,
+        C=channels, BLOCK=block, GROUP=group, num_warps=4,
     )  # fmt: skip
     return ready.allocating(t.dtype, *[s for r in rows for s in ((r, channels), (r,))])
 

@@ -21,6 +21,7 @@ BLOCK = 128  # tile size along m and n of kernels that loop over these, half pre
 L2 = 50e6  # bytes, of an H200; half of it is assumed to hold X
 POSITIONS = 64  # per block of the core's gather, in most of its tiles
 FEW = 8  # partials that are merged in the launch of the products of descriptors
+STATISTICS = 64  # rows of B in a program for the statistics of P
 SMALL_M = 128  # c_m of a head, up to which one launch has all products of backward
 
 
@@ -130,13 +131,14 @@ def _combine_launches(partials: int, products: int, whole: bool = False) -> int:
 
 
 def gather_steps(
-    s: Shape, order: Order, block_l: int, num_splits: int, blocks: int = 1, with_v: bool = False
+    s: Shape, order: Order, block_l: int, num_splits: int, blocks: int = 1, with_v: bool = False,
+    statistics: bool = False,
 ) -> list[Step]:  # fmt: skip
     """Forward steps up to G, or up to H in an order that goes through it.
 
     ``block_l``: positions per tile of the fused kernel, 0 for the unfused route. ``num_splits``:
     partial sums per sample. ``blocks``: of n, in a gather from X. ``with_v``: on the unfused route,
-    V comes from the same product.
+    V comes from the same product. ``statistics``: the core's gather takes those of P from a launch.
     """
     c, length, small = s.channels, s.length, s.channels * s.c_m * s.c_n // s.heads
     features = c if order.from_x else s.c_m // s.heads
@@ -159,29 +161,42 @@ def gather_steps(
     steps = [Step("project", True, length * c * rows, (c + rows) * length)]
     if rows > s.c_n:
         steps.insert(0, _operands(s, rows))
+    if statistics:
+        steps.append(Step("statistics", False, 0, s.c_n * length))
     values = c * s.heads if order.from_x else s.c_m
     blocks_of_g = -(-features // BLOCK) * -(-s.c_n // s.heads // BLOCK)
     core_splits = max(1, min(num_splits // (s.heads * blocks_of_g), -(-length // POSITIONS)))
     parts = 0 if core_splits == 1 else 2 * core_splits * s.c_n * features
-    combined = core_splits > 1 and not (order.through_h or order.from_x)
+    own_h = order is AH and s.heads == 1  # a GEMM on G, where the core's gather has merged it
+    combined = core_splits > 1 and (own_h or not products)
     core = Step(
         "gather", False, length * s.c_n * features, (values + s.c_n) * length, parts,
         1 + combined, 0 if _g_fits_one_tile(s, features, BLOCK) else _requested(s, features, BLOCK),
     )  # fmt: skip
+    if own_h:
+        return [*steps, core, Step("H", True, small, 0, (s.c_m + c) * s.c_n // 2)]
     if not products:
         return [*steps, core]
     launches = _combine_launches(core_splits, products, whole)
     return [*steps, core, descriptors._replace(launches=launches)]
 
 
+def has_statistics(s: Shape, order: Order, num_sms: int) -> bool:
+    """Whether the core's gather, in half precision, takes statistics of P from a launch."""
+    features, n = s.channels if order.from_x else s.c_m // s.heads, s.c_n // s.heads
+    programs = s.batch * s.heads * -(-n // STATISTICS)
+    return s.channels_last and features > BLOCK and n > 32 and programs >= num_sms
+
+
 def distribute_steps(
     s: Shape, order: Order, block_l: int, core: CoreLimits, cached: bool, channels_fit: bool = True,
-    v_is_there: bool = False,
+    v_is_there: bool = False, copied: bool = False,
 ) -> list[Step]:  # fmt: skip
     """Forward steps from G or H to the output. ``cached``: X is still in the L2 cache.
 
     ``block_l``: positions per tile of the fused kernel, 0 for the unfused route. ``channels_fit``:
     that kernel keeps all channels resident. ``v_is_there``: the gather's product made V too.
+    ``copied``: bias and X are added in the copy of the result.
     """
     c, length, out = s.channels, s.length, s.out_channels
     x = 0 if cached else c
@@ -204,14 +219,17 @@ def distribute_steps(
         steps = [Step("distribute", False, macs, elements, 0, 2, requested)]
     if not v_is_there:
         steps.insert(0, Step("project V", True, length * c * s.c_n, (x + s.c_n) * length))
-    if order.through_h:
+    if order.through_h and s.heads == 1 and core.full_n:
+        steps[-1] = steps[-1]._replace(elements=elements + (0 if copied else x * length))
+    elif order.through_h:
         extra = (out * (s.heads + 1) if s.heads > 1 else 0) + x + 2 * out
         steps.append(Step("bias, residual, heads", True, 0, extra * length, 0, 2))
     elif s.reconstruct:
-        # The last product adds to X + bo, which the launch before the first product wrote.
-        steps.insert(0, Step("X + bo", False, 0, (c + out) * length, 0, 0 if v_is_there else 1))
-        last = Step("reconstruct", True, length * s.c_m * c, (s.c_m + 2 * c) * length)
-        steps.append(last)
+        if not copied:
+            # The last product adds to X + bo, which the launch before the first product wrote.
+            steps.insert(0, Step("X + bo", False, 0, (c + out) * length, 0, 0 if v_is_there else 1))
+        read = s.c_m + (0 if copied else c)
+        steps.append(Step("reconstruct", True, length * s.c_m * c, (read + c) * length))
     return steps
 
 

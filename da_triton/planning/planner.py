@@ -27,6 +27,7 @@ from .costs import (
     fused_backward_steps,
     fused_tiles,
     gather_steps,
+    has_statistics,
     least_macs,
     num_partials,
     order_cost,
@@ -230,8 +231,8 @@ def forwards(s: Shape, limits: Limits, order: Order, saved_v: bool = False) -> l
         for chunk in sorted({whole, _batch_chunk(s)}) if one and two else [whole]:
             for last in _formats(s) if not one and not two else (s,):
                 copied = last != s
-                parts = _forward_parts(last, limits, order, one, two, chunk)
-                parts += _copies(s, s.channels, 2, saved_v) if copied else ()
+                parts = _forward_parts(last, limits, order, one, two, chunk, copied)
+                parts += _copies(s, s.channels, 2, saved_v, s.channels) if copied else ()
                 gather, distribute = ("fused" if way else "unfused" for way in (one, two))
                 fields = {
                     "order": order, "gather": gather, "distribute": distribute,
@@ -241,25 +242,31 @@ def forwards(s: Shape, limits: Limits, order: Order, saved_v: bool = False) -> l
     return found
 
 
-def _forward_parts(s, limits, order, gather, distribute, batch_chunk):
-    """``gather``, ``distribute``: positions per tile of the fused kernel, 0 for the unfused."""
+def _forward_parts(s, limits, order, gather, distribute, batch_chunk, copied):
+    """``gather``, ``distribute``: positions per tile of the fused kernel, 0 for the unfused.
+
+    ``copied``: X is a copy, and the copy of the result adds it and the bias.
+    """
     per_sm = 1
     if gather:
         per_sm = limits.per_sm.gather_from_x if order.from_x else limits.per_sm.gather_from_a
     num_splits = max(1, limits.num_sms * per_sm // max(1, min(s.batch, batch_chunk)))
     cached = batch_chunk * _bytes(s) <= CACHE
     both = not gather and not distribute
+    statistics = has_statistics(s, order, limits.num_sms)
     first = [
         "gather", "X" if order.from_x else "A", "fused" if gather else "unfused",
-        *["H"] * order.through_h, *["with V"] * both,
+        *["H"] * order.through_h, *["with V"] * both, *["copied"] * copied,
     ]  # fmt: skip
     last = [
         "distribute", "H" if order.through_h else "Z", "fused" if distribute else "unfused",
-        *["of V"] * both,
+        *["of V"] * both, *["copied"] * copied,
     ]  # fmt: skip
     steps = (
-        gather_steps(s, order, gather, num_splits, limits.blocks_of_n, both),
-        distribute_steps(s, order, distribute, limits.core, cached, limits.channels_fit, both),
+        gather_steps(s, order, gather, num_splits, limits.blocks_of_n, both, statistics),
+        distribute_steps(
+            s, order, distribute, limits.core, cached, limits.channels_fit, both, copied
+        ),
     )
     return tuple(
         Part(" ".join(name), tuple(of), s, batch_chunk)
@@ -308,8 +315,10 @@ def gathering_again(back: Pass, limits: Limits) -> Pass:
         return back
     s = back.parts[0].shape
     whole = max(1, s.batch)
-    step = gather_steps(s, AZ, 0, max(1, limits.num_sms // whole))[-1]
-    return back._replace(parts=(*back.parts, Part(AGAIN, (step,), s, whole)))
+    statistics = has_statistics(s, AZ, limits.num_sms)
+    steps = gather_steps(s, AZ, 0, max(1, limits.num_sms // whole), statistics=statistics)
+    again = tuple(steps[-1 - statistics :])
+    return back._replace(parts=(*back.parts, Part(AGAIN, again, s, whole)))
 
 
 def _with_memory(back: Pass) -> float:
@@ -323,10 +332,15 @@ def _formats(s: Shape) -> tuple[Shape, ...]:
     return (s, last) if s.itemsize == 2 and s.alignment < last.alignment == 16 else (s,)
 
 
-def _copies(s: Shape, inputs: int, launches: int, saved_v: bool) -> tuple[Part]:
-    """Copies of ``inputs`` channels, of the result, and of a saved V between memory formats."""
+def _copies(
+    s: Shape, inputs: int, launches: int, saved_v: bool, added: int = 0
+) -> tuple[Part]:  # fmt: skip
+    """Copies of ``inputs`` channels, of the result, and of a saved V between memory formats.
+
+    ``added``: channels that are read again and added to the result.
+    """
     rows = inputs + s.out_channels + saved_v * s.c_n
-    step = Step(COPIES, False, 0, 2 * rows * s.length, 0, launches + saved_v)
+    step = Step(COPIES, False, 0, (2 * rows + added) * s.length, 0, launches + saved_v)
     return (Part(COPIES, (step,), s, max(1, s.batch)),)
 
 

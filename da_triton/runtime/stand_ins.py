@@ -100,10 +100,13 @@ def gather_backward(dg, correction, a, b, mask, lse, da, db, logit_scale):
         db.copy_(grad if hidden is None else grad.masked_fill(hidden, 0))
 
 
-def distribute_forward(g, v, scale, softmax, logit_scale, bias=None):
-    z = launch.empty_activations_like(v, g.shape[2])
+def distribute_forward(g, v, scale, softmax, logit_scale, bias=None, start=None, bias_out=None):
     q = _weights(v, bias, softmax, logit_scale).to(v.dtype)
-    return z.copy_(scale * _dot(g.to(v.dtype), q))
+    z = _dot(g.to(v.dtype), q)
+    z = scale * (z if start is None else z + start)
+    if bias_out is not None:
+        z = z + bias_out.to(z.dtype)[:, None]
+    return launch.empty_activations_like(v, g.shape[2]).copy_(z)
 
 
 def distribute_backward(dz, g, v, scale, softmax, logit_scale, need_g, need_v):

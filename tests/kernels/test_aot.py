@@ -15,6 +15,7 @@ import pytest
 
 import da_triton
 from bench import codegen
+from da_triton.kernels import gather
 from da_triton.runtime import tiles
 
 ARCHITECTURES = codegen.ORDER
@@ -88,13 +89,14 @@ def entries(row):
     if kernel == "project_distribute" and not fit:
         kernel += "_blocks"
     options = int(blocks.get("L", 0)), row["warps"], row["stages"]
-    gradient = "GRADIENT" in row["flags"].split()
+    gradient, given = (name in row["flags"].split() for name in ("GRADIENT", "GIVEN"))
     return [
         entry
         for key, entry in tiles.shipped(row["arch"]).items()
         if (key.kernel, key.block_m, key.block_n, *entry[:3]) == (kernel, m, n, *options)
         if (key.tile_class == "half") == (row["dtype"] in ("float16", "bfloat16"))
         if kernel != "full_n" or key.variant.startswith("gradient") == gradient
+        if kernel != "gather" or (key.variant == gather.GIVEN) == given
     ]
 
 
@@ -130,9 +132,10 @@ def test_notes_of_spills_are_found_for_their_programs():
     names = {"block_bwd_gather_full_c": "block_bwd_gather"}
     for key, spills in noted.items():
         entry, gradient = tiles.shipped("sm_90")[key], key.variant.startswith("gradient")
+        given = key.variant == gather.GIVEN
         row = {
             **KEPT[0], "arch": "sm_90", "kernel": names.get(key.kernel, key.kernel), "L": 784,
-            "flags": f"CHANNELS_FIT {'GRADIENT' * gradient}", "dtype": "bfloat16",
+            "flags": f"CHANNELS_FIT {'GRADIENT' * gradient} {'GIVEN' * given}", "dtype": "bfloat16",
             "warps": entry.num_warps, "stages": entry.num_stages,
             "blocks": f"N={key.block_n} C={key.block_m} L={entry.block_l}", "spills": spills,
         }  # fmt: skip

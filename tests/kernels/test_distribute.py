@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from da_triton import reference
+from da_triton.kernels import distribute
 from da_triton.ops.triton import core
+from da_triton.runtime import guard
 from support.cases import CASES, LARGEST, each_case
 from support.cases import LARGEST_G_TILE as CASE
 from support.compare import check_against_reference, step
@@ -37,6 +39,36 @@ def test_matches_the_definition(case, dtype, channels_last, poisoned):
 @each_case
 def test_without_softmax(case, dtype, poisoned):
     compare(*inputs(case, dtype), softmax=False, logit_scale=0.7, scale=-1.3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", ["start", "bias_out", "both"])
+@each_case
+def test_what_is_added_to_z(case, given, dtype, channels_last, poisoned):
+    g, v, start = inputs(case, dtype, channels_last)
+    bias = peaky(1, 1, case.heads * case.n, 1, dtype=dtype).flatten()
+    added = {"start": start, "bias_out": peaky(1, 1, case.m, 1, dtype=dtype).flatten()}
+    if given != "both":
+        added = {given: added[given]}
+    z = distribute.distribute_forward(g, v, 1.3, True, 0.7, bias, **added)
+    wide = v.double() + bias.double().view(case.heads, case.n, 1)
+    expected = reference.distribute(g.double(), wide, logit_scale=0.7, scale=1.3)
+    for name, tensor in added.items():
+        expected += 1.3 * tensor.double() if name == "start" else tensor.double()[:, None]
+    assert z.dtype == dtype
+    assert case.n == 1 or z.stride() == start.stride()  # of one map, both are the same memory
+    assert relative_rms(z, expected) < TOLERANCE[dtype]
+
+
+def test_proofs_of_what_is_added_to_z():
+    g, v, start = inputs(CASE, torch.bfloat16)
+    bias = peaky(1, 1, CASE.m, 1, dtype=torch.bfloat16).flatten()
+    with guard.examine(2) as verdicts:
+        for added in ({"start": start}, {"bias_out": bias}, {"start": start, "bias_out": bias}):
+            distribute.distribute_forward(g, v, 1.0, True, 0.7, None, **added)
+    assert len(verdicts) == 3
+    assert all(verdict.right for verdict in verdicts), verdicts
 
 
 def test_largest_m_and_n():

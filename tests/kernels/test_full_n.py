@@ -20,7 +20,7 @@ def constants(n, length, backward, monkeypatch, num_sms=2):
     x, g = torch.empty(1, 1, n, length).bfloat16(), torch.empty(1, 1, 64, n).bfloat16()
     z = launch.empty_activations_like(x, 64)
     y, out, e, dx = (z, None, x, x) if backward else (x, z, None, x)
-    made = core_full_n._full_n(x, g, y, out, e, dx, None, None, None, None, backward, True)
+    made = core_full_n._full_n(x, g, y, out, e, dx, *[None] * 6, backward, True)
     return made.constants
 
 
@@ -81,10 +81,11 @@ def test_gather_of_several_tiles_runs_in_pairs_on_rows_of_positions(monkeypatch)
         a, b = (torch.empty(1, 1, size, 64).bfloat16() for size in (m, n))
         a, b = (x.mT.contiguous().mT if transposed else x for x in (a, b))
         g, lse = torch.empty(m, n), torch.empty(n)
-        return gather._gathering(a, b, None, g, lse, lse, None, None, 1, 1, 0, 1, True).options
+        rest = gather.apart(a, b), 1, 1, 0, 1, True
+        return gather._gathering(a, b, None, g, lse, lse, *[None] * 4, *rest).options
 
     assert options(200, 200)["maxnreg"] == 128
-    assert "maxnreg" not in options(200, 200, transposed=True)
+    assert "maxnreg" not in options(200, 30, transposed=True)
     assert "maxnreg" not in options(100, 100)
     monkeypatch.setattr(launch, "num_sms", lambda device: 4)  # which single programs fill
     assert "maxnreg" not in options(200, 200)

@@ -8,6 +8,7 @@ import torch
 from da_triton import reference
 from da_triton.kernels import gather
 from da_triton.ops.triton import core
+from da_triton.runtime import launch
 from support.cases import CASES, LARGEST, each_case
 from support.cases import LARGEST_G_TILE as CASE
 from support.compare import check_against_reference, step
@@ -77,7 +78,7 @@ def test_tf32_is_pytorchs_own_switch(precision):
     try:
         torch.backends.cuda.matmul.fp32_precision = precision
         for activations, expected in ((x, precision), (x.double(), "ieee")):
-            made = gather._gathering(activations, activations, *[None] * 6, 1, 1, 0, 1, True)
+            made = gather._gathering(activations, activations, *[None] * 8, False, 1, 1, 0, 1, True)
             assert made.constants["PRECISION"] == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -204,6 +205,33 @@ def test_partial_gradients(case, needs, poisoned):
             assert torch.equal(x.grad, whole[name])
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_in_a_launch_of_their_own(dtype, masked, poisoned, monkeypatch):
+    """In channels-last memory, where several blocks of m share rows of P."""
+    monkeypatch.setattr(launch, "num_sms", lambda device: 4)
+    length, found = 147, []
+    original = gather._statistics
+    monkeypatch.setattr(gather, "_statistics", lambda *args: found.append(1) or original(*args))
+    layout = {"dtype": dtype, "channels_last": True}
+    a, b = peaky(2, 2, 150, length, **layout), peaky(2, 2, 43, length, **layout)
+    mask, extra = None, None
+    if masked:
+        mask = torch.rand(2, length, device=DEVICE) > 0.4
+        mask[:, 0] = True
+        extra = peaky(2, 2, 150, 5, dtype=dtype), peaky(2, 2, 43, 5, dtype=dtype)
+    options = {"mask": mask, "extra": extra, "logit_scale": 0.7}
+    compare(a, b, peaky(2, 2, 150, 43, dtype=dtype), **options)
+    assert found
+    first, second = (core.gather(a, b, **options) for _ in range(2))
+    assert torch.equal(first, second)
+    gone = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
+    gone[0] = False
+    result = core.gather(a, b, mask=gone)
+    assert result[0].count_nonzero() == 0
+    assert result[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_case
 def test_bitwise_repeatable(case, dtype):
@@ -323,3 +351,13 @@ def test_offsets_beyond_int32(shape, strides):
     x.copy_(torch.randn(shape))
     packed = x.clone(memory_format=torch.contiguous_format)  # cuBLAS has strides below 2^31
     compare(x, x, peaky(*shape[:3], shape[2], dtype=torch.float16), own=(packed, packed))
+
+
+def test_a_map_of_minus_infinity_under_a_mask_is_zero_whatever_a_holds():
+    a = torch.full((1, 1, 20, 40), float("inf"), dtype=torch.bfloat16, device=DEVICE)
+    b = torch.full((1, 1, 16, 40), -float("inf"), dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.ones(1, 40, dtype=torch.uint8, device=DEVICE)
+    mask[:, 5:9] = 0
+    g, lse = gather.gather_forward([(a, b, mask)], 1.0)
+    assert (g == 0).all()
+    assert (lse == float("inf")).all()

@@ -45,7 +45,7 @@ LIMITS = {
     "yolo_p3": (1.3, 1.8),
     "yolo_p5": (4.7, 4.1),
     "r50_conv4_q": (4.0, 7.7),
-    "r50_conv4_q_nhwc": (4.0, 7.7),
+    "r50_conv4_q_nhwc": (4.1, 7.7),  # B once more, for the statistics of its rows
     "r50_conv3": (3.4, 5.9),
 }
 

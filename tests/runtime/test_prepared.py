@@ -105,6 +105,9 @@ for last in (False, True):
             x, w = rows(1, 64, 4096, last, offset), weights(64, 32, 48, offset)  # many partials
             out, lse, g, v = routes.forward(x, w, None, OPTIONS, FUSED, False)
             routes.backward(out, x, w, None, lse, g, v, OPTIONS, FUSED)
+            a, b = (rows(66, 300, 49, last, offset)[:, None] for _ in range(2))
+            keep = empty(66, 49, dtype=torch.uint8) if masked else None
+            gather.gather_forward([(a, b, keep)], 0.5)  # with statistics
             for m, n, length in ((32, 32, 4096), (300, 128, 196), (300, 600, 49)):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
                     a, b, v, z = (
@@ -119,7 +122,7 @@ print(*{name for name, _ in received})
 """)
     sources = [path.read_text() for path in (TESTS.parent / "da_triton/kernels").glob("*.py")]
     defined = sum(source.count("_kernel(\n") for source in sources)
-    assert len(names) == defined == 24
+    assert len(names) == defined == 25
 
 
 def test_an_address_that_16_does_not_divide_is_another_kernel():

@@ -28,7 +28,7 @@ ROUTES = {
     "fused from A": Route(AH, "fused", "fused", "unfused", AH, 64),
     "products around the core": Route(AZ, "unfused", "unfused", "unfused", AZ, 64),
     "products of copies": Route(AZ, "unfused", "unfused", "unfused", AZ, 64, True, True),
-    "products, from X through H": Route(XH, "unfused", "unfused", "unfused", XH, 64),
+    "products, through H": Route(AH, "unfused", "unfused", "unfused", XH, 64),
     "mixed": Route(XZ, "fused", "unfused", "unfused", XZ, 64),
 }
 

@@ -29,8 +29,14 @@ def fit(w, heads):
     return tiles.fits("combine", w.a, w.a.shape[0] // heads, 1)
 
 
-def reconstructing(g, w, heads, scale):
-    """``H = scale · Wo G``, ``(N, C', heads·n)`` in the dtype of the weights."""
+def reconstructing(g, w, heads, scale, lowp=None):
+    """``H = scale · Wo G``, ``(N, C', heads·n)`` in the dtype of the weights.
+
+    ``lowp``: G in that dtype, from which one head's H is a vendor GEMM.
+    """
+    if lowp is not None and heads == 1:
+        h = lowp.new_empty((len(g), len(w.out), g.shape[3]))
+        return h.baddbmm_(w.out.expand(len(g), -1, -1), lowp.squeeze(1), beta=0, alpha=scale)
     if fit(w, heads):
         return combine.reconstructing(g, w, heads=heads, scale=scale)
     per_head = w.out.unflatten(1, (heads, -1)).transpose(0, 1).to(g.dtype)

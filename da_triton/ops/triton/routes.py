@@ -55,8 +55,10 @@ def forward(x, w, mask, o, route, save_v):
     """``(out, lse, G, V or None)``, out and V in the memory format of X."""
     if not route.to_channels_last:
         return _forward(x, w, mask, o, route, save_v)
-    out, lse, g, v = _forward(formatted(x, True), w, mask, o, route, save_v)
-    return formatted(out, False), lse, g, formatted(v, False)
+    copy, plain = formatted(x, True), o._replace(residual=False)
+    out, lse, g, v = _forward(copy, w._replace(bias_out=None), mask, plain, route, save_v)
+    out = formatted(out, False, x if o.residual else None, w.bias_out)
+    return out, lse, g, formatted(v, False)
 
 
 def _forward(x, w, mask, o, route, save_v):
@@ -114,12 +116,12 @@ def _gather(x, w, mask, lse, g, o, route, with_v=False, start=None):
         return h if want_h else prologue.prepare(x, [w.v], g=g, **adding)[1], None
 
     source, v = _project(x, w, mask, o, from_x, with_v, adding)
-    if (from_x or want_h) and gemms.fit(w, o.heads):
+    if (from_x or (want_h and o.heads > 1)) and gemms.fit(w, o.heads):
         partials = core_gather.gather_partials([source], o.logit_scale)
         _, h = combine.merge_partials(partials, w, lse, g, **small)
         return h if want_h else g.to(x.dtype), v
     lowp = _gather_unfused(source, w, lse, g, o, from_x)
-    return gemms.reconstructing(g, w, o.heads, o.scale) if want_h else lowp, v
+    return gemms.reconstructing(g, w, o.heads, o.scale, lowp) if want_h else lowp, v
 
 
 def _project(x, w, mask, o, from_x, with_v, adding):
@@ -163,8 +165,13 @@ def _distribute(x, v, bias, d, start, w, o, through_h):
             return project(z, w.out, None)
         return z.add_(x) if o.residual else z
     h = d.unflatten(2, (o.heads, -1)).transpose(1, 2)  # (N, heads, C', n)
-    y = core_distribute.distribute_forward(h, v, 1.0, o.softmax_v, o.logit_scale_v, bias)
-    y = y.squeeze(1) if o.heads == 1 else y.sum(1, dtype=accumulator(x.dtype))
+    softmax = o.softmax_v, o.logit_scale_v
+    if o.heads == 1:
+        start = x[:, None] if o.residual else None
+        added = {"start": start, "bias_out": w.bias_out}
+        return core_distribute.distribute_forward(h, v, 1.0, *softmax, bias, **added).squeeze(1)
+    y = core_distribute.distribute_forward(h, v, 1.0, *softmax, bias)
+    y = y.sum(1, dtype=accumulator(x.dtype))
     if w.bias_out is not None:
         y = y + w.bias_out[:, None]
     return (y + x if o.residual else y).to(x.dtype)

@@ -140,7 +140,7 @@ def test_some_inputs_that_need_no_gradient(route, taking):
 def test_versions_of_the_fused_backward_pass_agree(
     heads, c_n, save_v, masked, channels_last, monkeypatch
 ):
-    """n as rows of a tile or as columns; all channels in a program or blocks of them."""
+    """X of the next tile loaded ahead or not; all channels in a program or blocks of them."""
     length, route = 70, ROUTES["fused"]
     x, dout = torch.randn(2, 2, C, length, dtype=torch.float64)
     if channels_last:
@@ -167,7 +167,7 @@ def test_versions_of_the_fused_backward_pass_agree(
 
             patch.setattr(launch.Launch, "__call__", call)
             grads = kernels.backward(dout, x, w, mask, lse, g, v, o, route)
-        assert (found["ROWS_N"], found["CHANNELS_FIT"]) == (new, new)
+        assert (found["X_AHEAD"], found["CHANNELS_FIT"]) == (new and not save_v, new)
         assert found["SAME_STEPS"] == (not channels_last)
         return grads
 

@@ -90,7 +90,10 @@ def test_memory_is_given_back_while_there_are_views():
 
 
 LENGTH = 36
-CORE = {"one tile": (2, 5, 9), "full n": (2, 130, 9), "blocks": (1, 5, 514)}  # heads, m, n
+CORE = {  # heads, m, n
+    "one tile": (2, 5, 9), "full n": (2, 130, 9), "blocks": (1, 5, 514),
+    "shared rows": (2, 130, 40),  # of P, with statistics in a launch of their own
+}  # fmt: skip
 FUSED = Route(XH, "fused", "fused", "fused", XH, 2)
 BLOCK = {  # the route; C, c_m, c_n
     "fused": (FUSED, (20, 6, 4)),
@@ -194,6 +197,7 @@ def test_every_kernel_that_takes_activations_is_among_them():
     with launches.count() as names:
         for run, case in RUNS:
             run(lambda x: x, case)
+        core_run(lambda x: x.mT.contiguous().mT, "shared rows")
     assert defined - {f"{name}_kernel" for name in WITHOUT_ACTIVATIONS} == defined & {*names} - {
         f"{name}_kernel" for name in WITHOUT_ACTIVATIONS
     }
