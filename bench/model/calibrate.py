@@ -77,7 +77,7 @@ def _parts(block: Block) -> Iterator[tuple[Part, float]]:
                 yield way.parts[-1], _seconds([times[0], *times[-copies:]])
                 made, times = made[1:-copies], times[1:-copies]
             gathers = _gathers(made, taken)
-            for part, first in zip(way.parts, (True, False), strict=False):
+            for part, first in zip(way.parts[:2], (True, False), strict=True):
                 own = [t for t, is_first in zip(times, gathers, strict=True) if is_first == first]
                 yield part, _seconds(own)
     if limits.gather_from_x:
