@@ -5,17 +5,19 @@ import math
 import pytest
 import torch
 
-from bench.codegen import survey
 from bench.workloads import WORKLOADS
 from da_triton.ops.triton import routes
 from da_triton.ops.triton.plan import kernel_routes
-from da_triton.planning.costs import AH
+from da_triton.planning.costs import AH, AZ
+from da_triton.planning.planner import Route
 from da_triton.planning.shapes import Shape
 from da_triton.runtime import launch
 from support import launches
 from support.numerics import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted without a GPU, which would run")
+
+UNFUSED = Route(AZ, "unfused", "unfused", "unfused", AZ, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def test_launches_are_few_and_those_of_the_model(work, channels_last, masked):
 
 def test_the_last_kernel_through_h_adds_bias_and_residual():
     s = Shape(4, 512, 256, 256, 1, 784, 2, True)
-    route = survey.UNFUSED._replace(order=AH, batch_chunk=4)
+    route = UNFUSED._replace(order=AH)
     forward, _ = launched(s, route)
     assert forward[-3:] == ["gather_combine_kernel", "aten::baddbmm_", "full_n_kernel"]
     assert len(forward) == 6
@@ -86,9 +88,8 @@ def test_the_last_kernel_through_h_adds_bias_and_residual():
 
 def test_a_result_is_copied_back_and_added_to_in_one_launch():
     s = Shape(4, 1024, 256, 256, 1, 49, 2, True)
-    route = survey.UNFUSED._replace(batch_chunk=4)
-    there, _ = launched(s._replace(channels_last=True), route)
-    copied, _ = launched(s, route._replace(to_channels_last=True))
+    there, _ = launched(s._replace(channels_last=True), UNFUSED)
+    copied, _ = launched(s, UNFUSED._replace(to_channels_last=True))
     assert copied.count("operands_kernel") == there.count("operands_kernel") + 2
     assert "aten::addmm_" in there
     assert "aten::addmm_" not in copied
